@@ -174,14 +174,10 @@ class Settings(Model):
         known = ", ".join(sorted(self.sinks)) or "none"
         for index, route in enumerate(self.routes):
             if route.sink not in self.sinks:
-                raise ValueError(
-                    f"routes.{index}.sink: there is no sink named {route.sink!r}; known: {known}"
-                )
+                raise ValueError(f"routes.{index}.sink: there is no sink named {route.sink!r}; known: {known}")
         for name, worker in self.workers.items():
             if worker.sink is not None and worker.sink not in self.sinks:
-                raise ValueError(
-                    f"workers.{name}.sink: there is no sink named {worker.sink!r}; known: {known}"
-                )
+                raise ValueError(f"workers.{name}.sink: there is no sink named {worker.sink!r}; known: {known}")
         return self
 
     def sink_of(self, worker: str) -> str:

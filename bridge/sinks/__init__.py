@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from bridge.event import Event
+from bridge.observe.topology import Declaration
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +44,20 @@ CONFIRMED: Final = Confirmed()
 
 
 class Sink(Protocol):
-    """One broker. Built from its settings; `bridge.daemon` finds it by its entry point."""
+    """One broker. `bridge.daemon` finds the class by its entry point and builds it from its settings alone.
+
+    The class carries the model of those settings as `Settings`, a subclass of `bridge.settings.SinkSettings`.
+    """
 
     @property
     def is_open(self) -> bool:
         """Whether `publish` can reach the broker. False before `open` and once a connection is lost."""
 
     async def open(self) -> None:
-        """Connects. Safe to call again after a loss. Raises BrokerUnavailableError, TopologyError."""
+        """Connects, and checks that what it publishes to exists; declares nothing. Safe to call again after a loss.
+
+        Raises BrokerUnavailableError, or TopologyError that points to `pgbridge topology --apply`.
+        """
 
     async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
         """Publishes a batch in order and waits for its confirms; outcome n is that of event n.
@@ -58,6 +65,12 @@ class Sink(Protocol):
         Several calls may be in flight; messages leave in the order of the calls. The bytes are handed to
         the connection before the first suspension of a call that need not wait for room to write, so
         the order of calls is the order on the wire. Raises nothing: whatever goes wrong is an outcome.
+        """
+
+    async def topology(self, *, apply: bool) -> Sequence[Declaration]:
+        """What the broker has of what this sink needs; with `apply`, what is missing is declared first.
+
+        Needs no `open`; raises BrokerUnavailableError.
         """
 
     async def close(self) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bridge.event import Event, Malformed
+from bridge.observe.topology import Declaration
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +61,25 @@ class Subscription:
 
 
 class Queue(Protocol):
-    """One worker's queue on one broker. Built from the sink's settings and a Subscription."""
+    """One worker's queue on one broker: built as ``Queue(settings of the sink, subscription)``."""
 
     async def open(self) -> None:
-        """Connects and declares what is missing. Raises BrokerUnavailableError, TopologyError."""
+        """Connects, and checks that its queue exists; declares nothing.
+
+        Raises BrokerUnavailableError, or TopologyError that points to `pgbridge topology --apply`.
+        """
 
     def deliveries(self) -> AsyncIterator[Delivery]:
         """Messages as they come; ends after `stop`. Raises BrokerUnavailableError when the connection is lost."""
 
     async def stop(self) -> None:
         """No new deliveries; those in hand can still be settled."""
+
+    async def topology(self, *, apply: bool) -> Sequence[Declaration]:
+        """What the broker has of what this worker needs; with `apply`, what is missing is declared first.
+
+        Needs no `open`; raises BrokerUnavailableError.
+        """
 
     async def close(self) -> None:
         """Disconnects; the broker redelivers what was not settled."""
