@@ -187,6 +187,4 @@ class Settings(Model):
             return named
         if len(self.sinks) == 1:
             return next(iter(self.sinks))
-        raise ValueError(
-            f"workers.{worker}.sink: name one of the sinks {', '.join(sorted(self.sinks)) or '(none)'}"
-        )
+        raise ValueError(f"workers.{worker}.sink: name one of the sinks {', '.join(sorted(self.sinks)) or '(none)'}")
