@@ -1,0 +1,174 @@
+"""Where settings come from, and how a mistake in them is told.
+
+Later ones win: `bridge.toml`; environment variables (``PGBRIDGE_POSTGRES__DSN`` is ``postgres.dsn``); systemd
+credentials (a file ``sinks.events.url`` in ``$CREDENTIALS_DIRECTORY``).
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping, MutableMapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from bridge.errors import SettingsError
+from bridge.settings.models import Settings, SinkSettings
+
+ENVIRONMENT_PREFIX = "PGBRIDGE_"
+CONFIG_VARIABLE = "PGBRIDGE_CONFIG"
+DEFAULT_PATHS = (Path("bridge.toml"), Path("/etc/pgbridge/bridge.toml"))
+
+
+def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
+    """The settings in `path`; without one, of ``$PGBRIDGE_CONFIG``, ``bridge.toml`` or ``/etc/pgbridge/bridge.toml``.
+
+    Raises SettingsError with one line a mistake, each naming its key.
+    """
+    path = path or _find(environ)
+    data = _read(path)
+    _overlay(data, _from_environment(environ))
+    _overlay(data, _from_credentials(environ))
+    try:
+        return _validate(data)
+    except _Mistakes as mistakes:
+        lines = "\n".join(f"  {line}" for line in mistakes.lines)
+        raise SettingsError(f"{path}:\n{lines}") from None
+
+
+class _Mistakes(Exception):  # noqa: N818 - never leaves this module
+    def __init__(self, lines: list[str]) -> None:
+        self.lines = lines
+
+
+def _find(environ: Mapping[str, str]) -> Path:
+    if named := environ.get(CONFIG_VARIABLE):
+        return Path(named)
+    for path in DEFAULT_PATHS:
+        if path.exists():
+            return path
+    raise SettingsError(
+        f"no settings: neither {' nor '.join(map(str, DEFAULT_PATHS))} exists. "
+        f"Name the file with --config or {CONFIG_VARIABLE}"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: is no TOML: {error}") from error
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", "."): value
+        for name, value in environ.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and name != CONFIG_VARIABLE
+    }
+
+
+def _from_credentials(environ: Mapping[str, str]) -> dict[str, str]:
+    folder = environ.get("CREDENTIALS_DIRECTORY")
+    if not folder:
+        return {}
+    return {
+        file.name: file.read_text(encoding="utf-8").rstrip("\n")
+        for file in sorted(Path(folder).iterdir())
+        if file.is_file() and file.name.split(".")[0] in Settings.model_fields
+    }
+
+
+def _overlay(data: MutableMapping[str, Any], values: Mapping[str, str]) -> None:
+    for dotted, text in values.items():
+        *parents, last = dotted.split(".")
+        table: Any = data
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise SettingsError(f"{dotted} (from the environment): {parent} is no table")
+        table[last] = _as_toml(dotted, text)
+        # A value given here replaces the file that the settings name for the same secret.
+        table.pop(f"{last}_file", None)
+
+
+def _as_toml(dotted: str, text: str) -> Any:
+    if not text.startswith(("[", "{")):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{dotted} (from the environment): is no TOML value: {error}") from error
+
+
+def _validate(data: dict[str, Any]) -> Settings:
+    mistakes: list[str] = []
+    sinks = data.get("sinks", {})
+    if isinstance(sinks, dict):
+        built = {}
+        for name, table in sinks.items():
+            try:
+                built[name] = _sink(name, table)
+            except _Mistakes as error:
+                mistakes += error.lines
+                # Stands in for the broken one, so that every other mistake is told in the same run.
+                built[name] = SinkSettings(type="broken")
+        data = {**data, "sinks": built}
+    try:
+        settings = Settings.model_validate(data)
+    except ValidationError as error:
+        raise _Mistakes(mistakes + _explain(error, Settings)) from None
+    if mistakes:
+        raise _Mistakes(mistakes)
+    return settings
+
+
+def _sink(name: str, table: object) -> SinkSettings:
+    kinds = {point.name: point for point in entry_points(group="pgbridge.sinks")}
+    kind = table.get("type") if isinstance(table, dict) else None
+    if kind not in kinds:
+        known = ", ".join(sorted(kinds))
+        said = "is missing" if kind is None else f"there is no sink of type {kind!r}"
+        raise _Mistakes([f"sinks.{name}.type: {said}; installed: {known}"])
+    try:
+        model: type[SinkSettings] = kinds[kind].load().Settings
+    except ImportError as error:
+        raise _Mistakes(
+            [f"sinks.{name}.type: {kind!r} lacks the package {error.name!r}: pip install 'pgbridge[{kind}]'"]
+        ) from None
+    try:
+        return model.model_validate(table)
+    except ValidationError as error:
+        raise _Mistakes(_explain(error, model, f"sinks.{name}")) from None
+
+
+def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    lines = []
+    for detail in error.errors(include_input=False, include_url=False):
+        key = ".".join([*([prefix] if prefix else []), *(str(part) for part in detail["loc"] if part != "[key]")])
+        match detail["type"]:
+            case "extra_forbidden":
+                known = _fields_at(model, detail["loc"][:-1])
+                close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+                mend = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+                lines.append(f"{key}: unknown key; {mend}")
+            case "missing":
+                lines.append(f"{key}: is missing")
+            case _:
+                message = detail["msg"].removeprefix("Value error, ")
+                lines.append(f"{key}: {message}" if key else message)
+    return lines
+
+
+def _fields_at(model: Any, loc: tuple[int | str, ...]) -> list[str]:
+    """The fields of the model at `loc`, found by walking its annotations."""
+    for part in loc:
+        if isinstance(part, str) and part in getattr(model, "model_fields", {}):
+            model = model.model_fields[part].annotation
+        while not hasattr(model, "model_fields") and getattr(model, "__args__", None):
+            model = next((arg for arg in reversed(model.__args__) if arg is not type(None)), None)
+    return sorted(getattr(model, "model_fields", {}))

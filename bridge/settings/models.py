@@ -16,10 +16,29 @@ class Model(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_secret_files(cls, data: Any) -> Any:
+        """Every secret `x` may be given as `x_file`, the path of a file that holds it."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        for name, field in cls.model_fields.items():
+            if field.annotation is not SecretStr or f"{name}_file" not in data:
+                continue
+            if name in data:
+                raise ValueError(f"{name} and {name}_file exclude each other; keep one")
+            path = data.pop(f"{name}_file")
+            try:
+                data[name] = Path(path).read_text(encoding="utf-8").rstrip("\n")
+            except (OSError, TypeError) as error:
+                raise ValueError(f"{name}_file: the secret file {path} cannot be read: {error}") from None
+        return data
+
 
 class PostgresSettings(Model):
     dsn: Secret = SecretStr("")
-    """Where the database is: a libpq URI or key=value string. May name several hosts. Empty: libpq's PG... variables."""
+    """Where the database is: a libpq URI or key=value string, of one or several hosts. Empty: PGHOST, PGUSER, ..."""
     connect_timeout: Duration = 10.0
     """How long one attempt to connect may take."""
 
@@ -39,7 +58,7 @@ class ChannelsSettings(Model):
     listen: list[str] = Field(min_length=1)
     """Channels of plain pg_notify, exactly as pg_notify() takes them: capitals and spaces matter."""
     buffer: Literal["outbox", "memory"] = "outbox"
-    """`outbox`: what is heard is written to the log first. `memory`: nothing is installed, and what cannot be kept is lost."""
+    """`outbox`: what is heard goes into the log first. `memory`: nothing is installed; what cannot be kept is lost."""
     buffer_events: int = Field(100_000, ge=1)
     """Most notifications held in memory; beyond them `memory` drops and counts, `outbox` stops listening."""
     heartbeat: Duration = 30.0
