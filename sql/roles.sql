@@ -1,0 +1,55 @@
+-- Least privilege: one group role per process. Run after every migration; running it again changes nothing.
+-- Login roles are yours to create: `create role web login in role bridge_emitter`, `grant bridge_relay to relay`.
+-- Whoever writes to a table whose trigger calls bridge.emit() must be in bridge_emitter, unless the
+-- trigger's function is SECURITY DEFINER; tables under bridge.watch() ask nothing of their writers.
+
+do $$
+declare
+  name text;
+begin
+  foreach name in array array['bridge_emitter', 'bridge_relay', 'bridge_worker', 'bridge_operator'] loop
+    if not exists (select from pg_catalog.pg_roles where rolname = name) then
+      begin
+        execute format('create role %I nologin', name);
+      exception when duplicate_object or unique_violation then
+        null; -- Roles belong to the whole cluster: a migration of another database has just created it.
+      end;
+    end if;
+  end loop;
+end
+$$;
+
+revoke all on schema bridge from public;
+revoke all on all tables in schema bridge from public;
+revoke all on all sequences in schema bridge from public;
+revoke all on all routines in schema bridge from public;
+grant usage on schema bridge to bridge_emitter, bridge_relay, bridge_worker, bridge_operator;
+
+-- bridge_emitter: those who record events. -----------------------------------------------------------------
+
+grant execute on function
+  bridge.emit(text, jsonb, text, jsonb),
+  bridge.emit(text, json, text, jsonb),
+  bridge.emit(text, text, text, jsonb),
+  bridge.notify(text, text),
+  bridge.append_event(text, text, text, text, jsonb),
+  bridge.emitted()
+to bridge_emitter;
+
+-- bridge_relay: the daemon. --------------------------------------------------------------------------------
+
+grant select on bridge.outbox, bridge.migration to bridge_relay;
+grant select, insert, update on bridge.cursor, bridge.bell to bridge_relay;
+grant insert on bridge.dead_letter to bridge_relay;
+-- To say ON CONFLICT (bridge, event_id, coalesce(sink, '')) one must be allowed to read these.
+grant select (bridge, event_id, sink) on bridge.dead_letter to bridge_relay;
+grant execute on function bridge.intake(text[], text[]) to bridge_relay;
+
+-- bridge_relay: the reader's functions (0004_read.sql); its author extends this part. ------------------------
+
+-- bridge_worker: the inbox (0005_inbox.sql); its author extends this part. -----------------------------------
+
+-- bridge_operator: people. ---------------------------------------------------------------------------------
+
+grant select on all tables in schema bridge to bridge_operator;
+grant delete on bridge.dead_letter to bridge_operator;
