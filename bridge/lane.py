@@ -1,0 +1,163 @@
+"""The way to one sink: publishes in order, and tries again what did not arrive, without breaking any key's order.
+
+- What the broker confirmed, or refused for ever, is told to its page.
+- Anything else is *stuck*: its key takes no new events until it has been published. Other keys go on.
+- After a lost connection nothing is sent before every publish of the old connection has reported: otherwise a
+  later event of some key could arrive on the new connection before an earlier one is known to be missing.
+"""
+
+import asyncio
+import time
+from bisect import insort
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential_jitter
+
+from bridge.errors import PgbridgeError
+from bridge.event import Event
+from bridge.sinks import CONFIRMED, Confirmed, Failed, Sink, Unknown
+
+log = structlog.get_logger()
+
+
+class Settles(Protocol):
+    """The page that a published event belongs to."""
+
+    number: int
+
+    def settled(self, count: int) -> None:
+        """So many more of its events are confirmed."""
+
+    def refused(self, event: Event, sink: str, failure: Failed, attempts: int) -> None:
+        """One of its events can never be published."""
+
+
+@dataclass(order=True, slots=True)
+class _Stuck:
+    order: tuple[int, int]
+    event: Event = field(compare=False)
+    page: Settles = field(compare=False)
+    refused: bool = field(compare=False)
+    """The broker said no (as opposed to: nothing is known), so a later event of its key must wait for it."""
+    attempts: int = field(compare=False, default=1)
+
+
+class _StillStuckError(Exception):
+    pass
+
+
+class Lane:
+    """Publishes to one sink. Its tasks live in the caller's task group."""
+
+    def __init__(
+        self, name: str, sink: Sink, tasks: asyncio.TaskGroup, *, retry_initial: float, retry_max: float
+    ) -> None:
+        self.name = name
+        self.confirmed = 0
+        self._sink = sink
+        self._tasks = tasks
+        self._wait = wait_exponential_jitter(initial=retry_initial, max=retry_max, jitter=retry_initial)
+        self._publishing: set[asyncio.Task[None]] = set()
+        self._stuck: dict[str, list[_Stuck]] = {}
+        self._recovering = False
+
+    def send(self, page: Settles, events: list[Event]) -> None:
+        """Starts to publish these; calls leave in order, since tasks start in the order of their creation."""
+        if self._stuck:
+            events = self._hold(page, events)
+        if events:
+            task = self._tasks.create_task(self._publish(page, events))
+            self._publishing.add(task)
+            task.add_done_callback(self._publishing.discard)
+
+    def _hold(self, page: Settles, events: list[Event]) -> list[Event]:
+        """Puts events of stuck keys behind what they must not overtake; gives the others."""
+        free = []
+        for index, event in enumerate(events):
+            waiting = self._stuck.get(_lane_key(event))
+            if waiting is None:
+                free.append(event)
+            else:
+                insort(waiting, _Stuck((page.number, index), event, page, refused=False, attempts=0))
+        return free
+
+    async def _publish(self, page: Settles, events: list[Event]) -> None:
+        outcomes = await self._sink.publish(events)
+        confirmed = list(outcomes).count(CONFIRMED)
+        self.confirmed += confirmed
+        for index, (event, outcome) in enumerate(zip(events, outcomes, strict=True) if confirmed < len(events) else ()):
+            match outcome:
+                case Failed(retryable=False):
+                    page.refused(event, self.name, outcome, 1)
+                case Failed() | Unknown():
+                    stuck = _Stuck((page.number, index), event, page, refused=_said_no(outcome))
+                    insort(self._stuck.setdefault(_lane_key(event), []), stuck)
+                    self._recover_from(outcome)
+        page.settled(confirmed)
+
+    def _recover_from(self, outcome: Failed | Unknown) -> None:
+        if not self._recovering:
+            self._recovering = True
+            self._tasks.create_task(self._recover(outcome.reason))
+
+    async def _recover(self, reason: str) -> None:
+        """Reopens and publishes again, for ever, until nothing is stuck."""
+        began = time.monotonic()
+        log.warning("sink.failing", sink=self.name, reason=reason)
+        async for attempt in AsyncRetrying(
+            wait=self._wait, retry=retry_if_exception_type((_StillStuckError, PgbridgeError))
+        ):
+            with attempt:
+                if not self._sink.is_open:
+                    if self._publishing:
+                        await asyncio.wait(self._publishing)
+                    await self._reopen()
+                await self._publish_stuck()
+        self._recovering = False
+        log.info("sink.recovered", sink=self.name, seconds=round(time.monotonic() - began, 3))
+
+    async def _reopen(self) -> None:
+        try:
+            await self._sink.open()
+        except PgbridgeError as error:
+            log.warning("sink.unreachable", sink=self.name, reason=str(error))
+            raise
+
+    async def _publish_stuck(self) -> None:
+        due: list[_Stuck] = []
+        for waiting in self._stuck.values():
+            due += waiting[:1] if waiting[0].refused else waiting
+        due.sort()
+        outcomes = await self._sink.publish([stuck.event for stuck in due])
+        for stuck, outcome in zip(due, outcomes, strict=True):
+            stuck.attempts += 1
+            match outcome:
+                case Confirmed():
+                    self.confirmed += 1
+                    stuck.page.settled(1)
+                    self._release(stuck)
+                case Failed(retryable=False):
+                    stuck.page.refused(stuck.event, self.name, outcome, stuck.attempts)
+                    self._release(stuck)
+                case Failed() | Unknown():
+                    stuck.refused = _said_no(outcome)
+        if self._stuck:
+            raise _StillStuckError
+
+    def _release(self, stuck: _Stuck) -> None:
+        key = _lane_key(stuck.event)
+        waiting = self._stuck[key]
+        waiting.remove(stuck)
+        if not waiting:
+            del self._stuck[key]
+
+
+def _lane_key(event: Event) -> str:
+    """What must stay in order: a key's events; an event without a key stands for itself."""
+    return f"key {event.key}" if event.key is not None else f"id {event.id}"
+
+
+def _said_no(outcome: Failed | Unknown) -> bool:
+    return isinstance(outcome, Failed) and outcome.code != "disconnected"

@@ -1,0 +1,71 @@
+"""When to read: rung for while asleep, reading on by itself while awake.
+
+`emit()` rings only for a bridge whose `bell` row says that it sleeps, since NOTIFY takes a lock of the whole cluster.
+Under load the bridge is awake and nobody rings. It falls asleep only after a quiet while, and wakes up only for a
+burst, so that a trickle does not flip the row back and forth. A transaction may have looked at the row just before it
+said *asleep*, and commit later without ringing: so until every transaction that ran at that moment has ended, the log
+is polled. A slow poll backs it all: a lost bell costs latency, never an event.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+
+QUIET = 1.0
+"""Seconds without an event after which the bridge falls asleep."""
+BUSY_PAGES = 20
+"""So many pages within one second of sleep show a load that is cheaper to poll for than to be rung for."""
+AWAKE_POLL = 0.001
+"""Seconds between two looks at the log while awake."""
+UNCERTAIN_POLL = 0.02
+"""Seconds between two looks while a transaction from before the sleep may still commit unheard."""
+
+
+class Doorbell:
+    """Decides when the reader looks into the log again. Times are `time.monotonic()` seconds."""
+
+    def __init__(self, name: str, poll_interval: float) -> None:
+        self.name = name
+        self._poll_interval = poll_interval
+        self._rung = asyncio.Event()
+        self.asleep = True
+        self._certain_at: int | None = None
+        self._last_event = time.monotonic()
+        self._recent: deque[float] = deque(maxlen=BUSY_PAGES)
+
+    def ring(self) -> None:
+        """A NOTIFY of `bridge_bell` came."""
+        self._rung.set()
+
+    def answered(self, events: int) -> bool:
+        """A page with events was read. True when the bridge should now mark itself awake."""
+        now = self._last_event = time.monotonic()
+        self._recent.append(now)
+        if self.asleep and len(self._recent) == BUSY_PAGES and now - self._recent[0] < 1.0:
+            self.asleep = False
+            self._recent.clear()
+            return True
+        return False
+
+    def should_fall_asleep(self) -> bool:
+        """Whether it has been quiet for long enough."""
+        return not self.asleep and time.monotonic() - self._last_event > QUIET
+
+    def fell_asleep(self, horizon: int) -> None:
+        """The row says asleep; whoever may have seen it awake has a transaction id below `horizon`."""
+        self.asleep = True
+        self._certain_at = horizon
+
+    async def wait(self, xmin: int) -> None:
+        """Waits until it is worth to look again. `xmin` is that of the snapshot that found nothing."""
+        if not self.asleep:
+            await asyncio.sleep(AWAKE_POLL)
+            return
+        if self._certain_at is not None and xmin >= self._certain_at:
+            self._certain_at = None
+        patience = self._poll_interval if self._certain_at is None else UNCERTAIN_POLL
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self._rung.wait()
+        self._rung.clear()

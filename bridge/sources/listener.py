@@ -1,0 +1,104 @@
+"""A connection that only listens, and proves that it hears.
+
+LISTEN through a transaction pooler, or a half-open connection, is silent loss. So the listener must hear a NOTIFY that
+another connection sends, at the start and at every heartbeat. The loop over notifications only appends: psycopg's
+generator holds the connection's lock, and leaving it in the middle of a batch would drop the rest.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+
+from psycopg import AsyncConnection, Notify, sql
+from psycopg.rows import TupleRow
+
+from bridge.errors import DatabaseUnavailableError, ListenError
+from bridge.postgres import connect, database_errors
+from bridge.settings import PostgresSettings
+
+_SLICE = 0.5
+"""Seconds that one run of psycopg's generator lasts; between two runs the heartbeat is looked at."""
+
+_PROBE_TIMEOUT = 5.0
+
+
+class Listener:
+    """LISTENs on channels and hands every notification to `heard`, on the event loop, in order."""
+
+    def __init__(
+        self,
+        settings: PostgresSettings,
+        channels: Sequence[str],
+        heard: Callable[[Notify], None],
+        *,
+        heartbeat: float = 30.0,
+        application_name: str = "pgbridge listener",
+    ) -> None:
+        self._settings = settings
+        self._channels = tuple(channels)
+        self._heard = heard
+        self._heartbeat = heartbeat
+        self._application_name = application_name
+        self._probe_channel = f"pgbridge_probe_{secrets.token_hex(8)}"
+        self._connection: AsyncConnection[TupleRow] | None = None
+        self._probed = asyncio.Event()
+
+    async def open(self) -> None:
+        """Connects and listens. Raises DatabaseUnavailableError, and RefusedError on a standby."""
+        self._connection = await connect(self._settings, self._application_name)
+        with database_errors():
+            for channel in (*self._channels, self._probe_channel):
+                await self._connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Listens until it is cancelled; calls `ready` once it has heard itself.
+
+        Raises ListenError when it does not hear itself at the start, DatabaseUnavailableError when it stops hearing.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen())
+            tasks.create_task(self._prove(ready))
+
+    async def close(self) -> None:
+        """Disconnects."""
+        if self._connection is not None:
+            await self._connection.close()
+
+    async def _listen(self) -> None:
+        assert self._connection is not None, "open() comes first"  # noqa: S101 - a mistake of the caller
+        while True:
+            with database_errors():
+                async for notification in self._connection.notifies(timeout=_SLICE):
+                    if notification.channel == self._probe_channel:
+                        self._probed.set()
+                    else:
+                        self._heard(notification)
+
+    async def _prove(self, ready: Callable[[], None]) -> None:
+        """Sends a probe through a connection of its own, which a pooler cannot mistake for the listening one."""
+        if not await self._heard_itself():
+            raise ListenError(
+                f"the connection that listens did not hear a NOTIFY within {_PROBE_TIMEOUT:g} s. Is there a pooler "
+                "in transaction mode (PgBouncer) between? Connect postgres.dsn to the server itself, or to a pool "
+                "in session mode"
+            )
+        ready()
+        while True:
+            await asyncio.sleep(self._heartbeat)
+            if not await self._heard_itself():
+                raise DatabaseUnavailableError("the listening connection no longer hears; it is opened anew")
+
+    async def _heard_itself(self) -> bool:
+        self._probed.clear()
+        sender = await connect(self._settings, f"{self._application_name} probe")
+        try:
+            with database_errors():
+                await sender.execute("select pg_notify(%s, '')", (self._probe_channel,))
+        finally:
+            await sender.close()
+        try:
+            async with asyncio.timeout(_PROBE_TIMEOUT):
+                await self._probed.wait()
+        except TimeoutError:
+            return False
+        return True
