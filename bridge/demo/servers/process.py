@@ -1,0 +1,243 @@
+"""What all servers have in common: a guarded process that is started, watched for readiness, and ended."""
+
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from bridge.demo.servers import guard
+from bridge.errors import UnavailableError
+
+LOOPBACK = "127.0.0.1"
+
+_LOG_TAIL_LINES = 20
+
+_ports_given: set[int] = set()
+
+
+class MissingProgramError(UnavailableError):
+    """A server's program is not installed here. The message says how to install it."""
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on, and that this process has not given out before.
+
+    It lies below Linux's range for outgoing connections (32768 and up), so that no such connection takes it while
+    its server restarts.
+    """
+    for _ in range(1000):
+        port = random.randrange(20_000, 32_000)  # noqa: S311 - no secret
+        if port in _ports_given:
+            continue
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                continue
+        _ports_given.add(port)
+        return port
+    raise UnavailableError(f"no free TCP port on {LOOPBACK} between 20000 and 32000")
+
+
+class Process:
+    """One program in a process group of its own, whose whole tree ends when this process ends, however it ends."""
+
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        *,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        user: tuple[int, int] | None = None,
+    ) -> None:
+        """Starts the program; its output is appended to `log`. `user` is a (uid, gid) to run as, for root only."""
+        with log.open("ab") as output:
+            self._popen = subprocess.Popen(
+                [str(word) for word in command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=log.parent,
+                env=environment,
+                process_group=0,
+                user=user[0] if user else None,
+                group=user[1] if user else None,
+                extra_groups=[] if user else None,
+            )
+        self._started_at = guard.start_time(self._popen.pid)
+        self._guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", guard.__file__, str(self._popen.pid), str(self._started_at)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; minus the signal's number when a signal ended it."""
+        return self._popen.poll()
+
+    def freeze(self) -> None:
+        if self._owns_pid():
+            guard.freeze_tree(self.pid)
+
+    def thaw(self) -> None:
+        if self._owns_pid():
+            guard.send(guard.tree(self.pid), signal.SIGCONT)
+
+    def stop(self, signum: int, limit: float) -> bool:
+        """Asks it to end, and kills it after `limit` seconds. Whether it ended by itself."""
+        self.thaw()
+        if self.exit_code is None:
+            self._popen.send_signal(signum)
+        try:
+            self._popen.wait(limit)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return False
+        self._dismiss_guard()
+        return True
+
+    def kill(self) -> None:
+        """Ends it and its children with SIGKILL, and waits until they are gone."""
+        if self._owns_pid():
+            guard.kill_tree(self.pid)
+        self._popen.wait()
+        self._dismiss_guard()
+
+    def _owns_pid(self) -> bool:
+        """False once the process was reaped, from when on its pid may name a stranger."""
+        return guard.start_time(self.pid) == self._started_at
+
+    def _dismiss_guard(self) -> None:
+        self._guard.kill()
+        self._guard.wait()
+        if self._guard.stdin:
+            self._guard.stdin.close()
+
+
+class Server:
+    """A server that is ready when `start` returns. Subclasses say how it is launched and how it shows that it answers.
+
+    After `kill`, or when it ended by itself, `start` brings it back on the same port with the same data.
+    """
+
+    name = ""
+    stop_signal: int = signal.SIGTERM
+    start_limit = 60.0
+    """Seconds until it must answer. Generous: it only costs time when something is wrong."""
+    stop_limit = 30.0
+    """Seconds that a clean stop may take."""
+
+    def __init__(self, folder: Path, *, port: int | None = None) -> None:
+        """`folder` is the parent of this server's own folder, which is named after the server."""
+        self.folder = folder.resolve() / self.name
+        self.host = LOOPBACK
+        self.port = port or free_port()
+        self._process: Process | None = None
+
+    def _launch(self) -> Process:
+        """Starts the program, after preparing its folder when that is new."""
+        raise NotImplementedError
+
+    def _answers(self) -> str | None:
+        """Tries the server's own protocol once: None when it answered, else why not."""
+        raise NotImplementedError
+
+    @property
+    def log(self) -> Path:
+        """The server's log."""
+        return self.folder / f"{self.name}.log"
+
+    @property
+    def running(self) -> bool:
+        """Whether its process exists; False as soon as it was killed or ended by itself."""
+        return self._process is not None and self._process.exit_code is None
+
+    @property
+    def pid(self) -> int:
+        """Its main process. Raises UnavailableError when it was never started, or was stopped."""
+        return self._started().pid
+
+    def start(self) -> None:
+        """Starts it and waits until it answers. Raises UnavailableError with the end of its log when it does not."""
+        if self.running:
+            raise UnavailableError(f"{self.name} runs already, as process {self.pid}")
+        if self._process is not None:
+            self._process.kill()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._process = self._launch()
+        try:
+            self._wait_until_it_answers(self._process)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _wait_until_it_answers(self, process: Process) -> None:
+        deadline = time.monotonic() + self.start_limit
+        while (refusal := self._answers()) is not None:
+            if (code := process.exit_code) is not None:
+                raise UnavailableError(f"{self.name} ended with code {code} at its start{self._log_tail()}")
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"{self.name} did not answer on {self.host}:{self.port} within {self.start_limit:g} s: "
+                    f"{refusal}{self._log_tail()}"
+                )
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """Ends it cleanly; does nothing when it is stopped. Raises UnavailableError when it had to be killed."""
+        process, self._process = self._process, None
+        if process is not None and not process.stop(self.stop_signal, self.stop_limit):
+            raise UnavailableError(
+                f"{self.name} did not stop within {self.stop_limit:g} s, so it was killed{self._log_tail()}"
+            )
+
+    def kill(self) -> None:
+        """Ends it with SIGKILL, as a crash would; returns when all its processes are gone."""
+        process, self._process = self._started(), None
+        process.kill()
+
+    def restart(self) -> None:
+        """Stops it cleanly and starts it again."""
+        self.stop()
+        self.start()
+
+    def freeze(self) -> None:
+        """Stops all its processes where they stand (SIGSTOP): connections stay open and nothing answers."""
+        self._started().freeze()
+
+    def thaw(self) -> None:
+        """Lets them go on (SIGCONT)."""
+        self._started().thaw()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _started(self) -> Process:
+        if self._process is None:
+            raise UnavailableError(f"{self.name} is not started")
+        return self._process
+
+    def _log_tail(self) -> str:
+        if not self.log.exists():
+            return ""
+        lines = self.log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+        return "\n".join([f"; the end of {self.log}:", *(f"  {line}" for line in lines)])
