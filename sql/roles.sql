@@ -45,11 +45,37 @@ grant insert on bridge.dead_letter to bridge_relay;
 grant select (bridge, event_id, sink) on bridge.dead_letter to bridge_relay;
 grant execute on function bridge.intake(text[], text[]) to bridge_relay;
 
--- bridge_relay: the reader's functions (0004_read.sql); its author extends this part. ------------------------
+grant execute on function
+  bridge.read_page(bigint, int8multirange, int, bigint),
+  bridge.lead_key(text),
+  bridge.take_lead(text, text),
+  bridge.leave_lead(text),
+  bridge.store_cursor(text, bigint, int8multirange),
+  bridge.take_horizon(),
+  bridge.set_asleep(text, boolean)
+to bridge_relay;
 
--- bridge_worker: the inbox (0005_inbox.sql); its author extends this part. -----------------------------------
+-- bridge_worker: the worker processes. ---------------------------------------------------------------------
+-- A reply function is its author's to grant: `grant execute on function shop.invoice_rendered to bridge_worker`.
+
+grant execute on function
+  bridge.inbox_claim(text, uuid, bigint),
+  bridge.inbox_finish(text, uuid, bigint, int, jsonb),
+  bridge.inbox_release(text, uuid, bigint, int, int),
+  bridge.inbox_effect_begin(text, uuid, bigint, int, text),
+  bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb),
+  bridge.inbox_prune(text, timestamptz, int)
+to bridge_worker;
 
 -- bridge_operator: people. ---------------------------------------------------------------------------------
 
 grant select on all tables in schema bridge to bridge_operator;
 grant delete on bridge.dead_letter to bridge_operator;
+-- Watching a table takes its owner, and more trust than emitting: its rows are converted with the rights of the
+-- owner of schema bridge. So it is not for bridge_emitter, which a web role may have.
+grant execute on function
+  bridge.watch(regclass, text, text, text[], text[]),
+  bridge.unwatch(regclass),
+  bridge.check_topic(text),
+  bridge.capture()
+to bridge_operator;

@@ -1,0 +1,886 @@
+-- The whole schema of pgbridge, for reading. Generated from sql/migrations/ and sql/roles.sql by
+-- python -m bridge.operate.migrate > sql/schema.sql; change those, never this file.
+
+-- migrations/0001_tables.sql ------------------------------------------------------------
+
+-- The log of events, how far each bridge has read it, and what could not be published.
+
+create schema if not exists bridge;
+comment on schema bridge is 'pgbridge: events of this database on their way to a message queue';
+
+-- CACHE 1: a session that kept a stock of ids would hand out old ones long after newer ones were read.
+create sequence bridge.outbox_id_seq as bigint cache 1;
+
+-- A reader takes an id that it cannot see for lost once every transaction that was running has ended. That
+-- holds only if the transaction had its xid before the id was taken: hence this order.
+create function bridge.next_outbox_id() returns bigint
+  language plpgsql volatile
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+begin
+  perform pg_current_xact_id();
+  return nextval('bridge.outbox_id_seq');
+end
+$$;
+comment on function bridge.next_outbox_id() is
+  'Guards rows that do not come through emit(): the transaction id is taken before the sequence''s value.';
+
+create table bridge.outbox (
+  id           bigint primary key default bridge.next_outbox_id(),
+  event_id     uuid not null default gen_random_uuid(),
+  topic        text not null,
+  key          text,
+  payload      text not null,
+  content_type text not null,
+  headers      jsonb not null default '{}',
+  created_at   timestamptz not null default clock_timestamp()
+) with (
+  -- Append-only: vacuum by the number of rows, not by a share of a table that grows all week, so that the
+  -- visibility map is fresh for the readers and the pruned space is soon used again.
+  autovacuum_vacuum_insert_scale_factor = 0,
+  autovacuum_vacuum_insert_threshold = 100000,
+  autovacuum_vacuum_scale_factor = 0,
+  autovacuum_vacuum_threshold = 50000,
+  autovacuum_analyze_scale_factor = 0,
+  autovacuum_analyze_threshold = 100000
+);
+alter sequence bridge.outbox_id_seq owned by bridge.outbox.id;
+comment on table bridge.outbox is 'The log: one row an event, never updated, pruned after the retention.';
+
+create table bridge.cursor (
+  name              text primary key,
+  mark              bigint not null default 0,
+  gaps              int8multirange not null default '{}',
+  horizon           xid8 not null,
+  system_identifier bigint not null,
+  leader            text,
+  leader_since      timestamptz,
+  stored_at         timestamptz not null default now()
+) with (fillfactor = 20, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
+comment on table bridge.cursor is
+  'How far each bridge has read: the highest id settled, the ids below it not seen yet, and until when to look for them.';
+comment on column bridge.cursor.system_identifier is
+  'The cluster that horizon belongs to; transaction ids of another cluster mean nothing.';
+
+create table bridge.bell (
+  name   text primary key,
+  asleep boolean not null default true
+) with (fillfactor = 10, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 100);
+comment on table bridge.bell is 'Which bridges sleep: only while one does, emit() sends a NOTIFY.';
+
+create table bridge.dead_letter (
+  id           bigint generated always as identity primary key,
+  bridge       text not null,
+  event_id     uuid not null,
+  sequence     bigint not null,
+  topic        text not null,
+  key          text,
+  payload      text not null,
+  content_type text not null,
+  headers      jsonb not null,
+  created_at   timestamptz not null,
+  sink         text,
+  code         text not null,
+  reason       text not null,
+  attempts     int not null,
+  failed_at    timestamptz not null default now()
+);
+-- A page that is read again after a crash may be dead-lettered again; one letter is enough.
+create unique index dead_letter_once on bridge.dead_letter (bridge, event_id, coalesce(sink, ''));
+comment on table bridge.dead_letter is 'Events that no retry can publish, with the reason; sink is null when no route took it.';
+
+create table bridge.migration (
+  version    int primary key,
+  name       text not null,
+  checksum   text not null,
+  applied_at timestamptz not null default now()
+);
+comment on table bridge.migration is 'Which migrations of pgbridge this database has; checksum is the SHA-256 of the file.';
+
+-- migrations/0002_emit.sql ------------------------------------------------------------
+
+-- Recording events in the caller's transaction. What append_event() costs, every such transaction pays:
+-- one INSERT, one look at the bell, and for the rest only expressions that PL/pgSQL evaluates without a query.
+
+-- The JSON object in a setting that others write; null when it holds anything else.
+create function bridge.json_object(value text) returns jsonb
+  language plpgsql immutable
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+begin
+  return case when jsonb_typeof(value::jsonb) = 'object' then value::jsonb end;
+exception when data_exception then
+  return null;
+end
+$$;
+
+-- Headers that an event takes from its surroundings: traceparent and actor.
+-- bridge.* is set by people who use pgbridge, so a mistake in it is raised. request.* is what PostgREST makes of
+-- a client's request: no client may break a transaction by sending a strange header, so there it is left out.
+create function bridge.context() returns jsonb
+  language plpgsql stable
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+declare
+  -- W3C Trace Context, 3.2: version-trace id-parent id-flags; zero ids and version ff are invalid.
+  traceparent_form constant text := '^(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}$';
+  traceparent text := nullif(current_setting('bridge.traceparent', true), '');
+  setting text := nullif(current_setting('bridge.actor', true), '');
+  actor jsonb;
+begin
+  if traceparent is not null and traceparent !~ traceparent_form then
+    raise exception 'the setting bridge.traceparent is no W3C traceparent: %', left(traceparent, 80)
+      using errcode = 'invalid_parameter_value',
+            hint = 'It looks like 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01.';
+  elsif traceparent is null and nullif(current_setting('request.headers', true), '') is not null then
+    traceparent := bridge.json_object(current_setting('request.headers')) ->> 'traceparent';
+    if traceparent !~ traceparent_form then
+      traceparent := null;
+    end if;
+  end if;
+
+  if setting is not null then
+    actor := bridge.json_object(setting);
+    if actor ->> 'sub' is null and actor ->> 'role' is null then
+      raise exception 'the setting bridge.actor is no JSON object with sub or role'
+        using errcode = 'invalid_parameter_value', hint = 'It looks like {"sub": "user-1", "role": "clerk"}.';
+    end if;
+  elsif nullif(current_setting('request.jwt.claims', true), '') is not null then
+    actor := bridge.json_object(current_setting('request.jwt.claims'));
+  end if;
+  actor := nullif(jsonb_strip_nulls(jsonb_build_object('sub', actor ->> 'sub', 'role', actor ->> 'role')), '{}');
+
+  return jsonb_strip_nulls(jsonb_build_object('traceparent', traceparent, 'actor', actor));
+end
+$$;
+comment on function bridge.context() is
+  'traceparent and actor, from bridge.traceparent and bridge.actor or else from PostgREST''s request settings.';
+
+-- Whether any of the settings that context() reads is there, without the cost of reading them.
+create function bridge.has_context() returns boolean
+  language sql stable
+  return coalesce(pg_catalog.current_setting('request.headers', true), '') <> ''
+      or coalesce(pg_catalog.current_setting('request.jwt.claims', true), '') <> ''
+      or coalesce(pg_catalog.current_setting('bridge.traceparent', true), '') <> ''
+      or coalesce(pg_catalog.current_setting('bridge.actor', true), '') <> '';
+
+create function bridge.check_topic(topic text) returns void
+  language plpgsql immutable
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+begin
+  if topic is null then
+    raise exception 'the topic of an event is null'
+      using errcode = 'null_value_not_allowed', hint = 'Give dotted words, such as shop.order.placed.';
+  elsif topic = '' then
+    raise exception 'the topic of an event is empty'
+      using errcode = 'invalid_parameter_value', hint = 'Give dotted words, such as shop.order.placed.';
+  elsif octet_length(topic) > 255 then
+    raise exception 'the topic of an event has % bytes; 255 are allowed', octet_length(topic)
+      using errcode = 'invalid_parameter_value',
+            hint = 'The topic is the routing key, which AMQP limits to 255 bytes; put details into the payload.';
+  end if;
+end
+$$;
+
+create function bridge.check_headers(headers jsonb) returns void
+  language plpgsql immutable
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+declare
+  name text;
+begin
+  if jsonb_typeof(headers) <> 'object' then
+    raise exception 'the headers of an event are a JSON %, not an object', jsonb_typeof(headers)
+      using errcode = 'invalid_parameter_value', hint = 'Give an object, such as {"tenant": "acme"}.';
+  end if;
+  for name in select jsonb_object_keys(headers) loop
+    if name ~* '^(ce-|cloudevents)' then
+      raise exception 'the header name % is reserved for CloudEvents attributes', quote_ident(name)
+        using errcode = 'reserved_name', hint = 'Choose a name that begins neither with ce- nor with cloudEvents.';
+    elsif name !~ '^[!-9;-~]{1,128}$' then
+      raise exception 'the header name % is not legal', quote_ident(name)
+        using errcode = 'invalid_parameter_value',
+              hint = 'Use 1 to 128 visible ASCII characters without spaces and colons: what every broker can carry.';
+    end if;
+  end loop;
+end
+$$;
+
+create function bridge.append_event(topic text, payload text, content_type text, key text, headers jsonb) returns uuid
+  language plpgsql volatile security definer
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+declare
+  event uuid := gen_random_uuid();
+  own_xid xid8;
+  next_id bigint;
+begin
+  if topic is null or topic = '' or octet_length(topic) > 255 then
+    perform bridge.check_topic(topic);
+  end if;
+  if payload is null then
+    raise exception 'the payload of an event of topic % is null', quote_literal(topic)
+      using errcode = 'null_value_not_allowed',
+            hint = 'Give a value; the JSON value null is written ''null''::jsonb.';
+  end if;
+  if headers is null then
+    headers := '{}';
+  elsif headers <> '{}' then
+    perform bridge.check_headers(headers);
+  end if;
+  if bridge.has_context() then
+    headers := bridge.context() || headers;
+  end if;
+
+  -- The transaction id before the sequence's value: see next_outbox_id().
+  own_xid := pg_current_xact_id();
+  next_id := nextval('bridge.outbox_id_seq');
+  insert into bridge.outbox (id, event_id, topic, key, payload, content_type, headers)
+    values (next_id, event, topic, key, payload, content_type, headers);
+
+  -- NOTIFY takes a lock that serialises all commits of the cluster, so it is sent only to a bridge that sleeps.
+  if exists (select from bridge.bell where asleep) then
+    perform pg_notify('bridge_bell', '');
+  end if;
+  return event;
+end
+$$;
+comment on function bridge.append_event(text, text, text, text, jsonb) is
+  'What emit() and notify() come down to. Explicit headers win over those of context().';
+
+-- The planner puts these bodies in the place of their calls, so the overloads cost nothing.
+create function bridge.emit(topic text, payload jsonb, key text default null, headers jsonb default '{}') returns uuid
+  language sql volatile
+  return bridge.append_event(topic, payload::text, 'application/json', key, headers);
+comment on function bridge.emit(text, jsonb, text, jsonb) is
+  'Records an event in this transaction and returns its id. Events with one key are published in order.';
+
+create function bridge.emit(topic text, payload json, key text default null, headers jsonb default '{}') returns uuid
+  language sql volatile
+  return bridge.append_event(topic, payload::text, 'application/json', key, headers);
+comment on function bridge.emit(text, json, text, jsonb) is
+  'Records an event in this transaction and returns its id. The JSON text travels exactly as it is.';
+
+create function bridge.emit(topic text, payload text, key text default null, headers jsonb default '{}') returns uuid
+  language sql volatile
+  return bridge.append_event(topic, payload, 'text/plain', key, headers);
+comment on function bridge.emit(text, text, text, jsonb) is
+  'Records an event with a text/plain payload. A bare literal is text to PostgreSQL: write ''{}''::jsonb for JSON.';
+
+create function bridge.notify(channel text, payload text) returns void
+  language sql volatile
+  begin atomic
+    select bridge.append_event(channel, coalesce(payload, ''), 'text/plain', channel, '{}');
+  end;
+comment on function bridge.notify(text, text) is
+  'Takes the place of pg_notify(): same arguments, but durable and of any size. In order per channel, which is the key.';
+
+create function bridge.intake(channels text[], payloads text[]) returns bigint
+  language plpgsql volatile security definer
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+declare
+  own_xid xid8;
+  stored bigint;
+begin
+  if cardinality(channels) is distinct from cardinality(payloads) then
+    raise exception 'intake() got % channels and % payloads', cardinality(channels), cardinality(payloads)
+      using errcode = 'invalid_parameter_value', hint = 'Give one payload for each channel.';
+  end if;
+  own_xid := pg_current_xact_id();
+  insert into bridge.outbox (id, topic, key, payload, content_type)
+    select nextval('bridge.outbox_id_seq'), heard.channel, heard.channel, heard.payload, 'text/plain'
+    from (
+      select n.channel, n.payload from unnest(channels, payloads) with ordinality as n(channel, payload, position)
+      order by n.position
+    ) as heard;
+  get diagnostics stored = row_count;
+  if exists (select from bridge.bell where asleep) then
+    perform pg_notify('bridge_bell', '');
+  end if;
+  return stored;
+end
+$$;
+comment on function bridge.intake(text[], text[]) is
+  'Stores notifications that the bridge has heard: one event each, in order; returns how many. Topic and key: the channel.';
+
+-- A row is ours if it is visible although its transaction still runs. Subtransactions have ids of their own, so
+-- xmin is not simply compared with ours. The log is read from its end: no id above our first one is older than
+-- this transaction's start.
+create function bridge.emitted() returns setof bridge.outbox
+  language plpgsql volatile security definer
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+declare
+  epoch constant bigint := 4294967296;
+  own_xid constant bigint := pg_current_xact_id_if_assigned()::text::bigint;
+  first_id bigint;
+  event record;
+begin
+  if own_xid is null then
+    return;
+  end if;
+  for event in select o.id, o.created_at from bridge.outbox as o order by o.id desc loop
+    exit when event.created_at < transaction_timestamp();
+    first_id := event.id;
+  end loop;
+  return query
+    select o.* from bridge.outbox as o
+    cross join lateral (select (o.xmin::text::bigint - own_xid % epoch + epoch) % epoch as distance) as since
+    where o.id >= first_id
+      -- Transaction ids wrap around: what lies more than half the circle ahead is older than we are.
+      and since.distance < epoch / 2
+      and pg_xact_status((own_xid + since.distance)::text::xid8) = 'in progress'
+    order by o.id;
+end
+$$;
+comment on function bridge.emitted() is
+  'The events that this transaction has emitted so far, in order: for tests that roll back.';
+
+-- migrations/0003_watch.sql ------------------------------------------------------------
+
+-- Events from tables: statement-level triggers with transition tables, so a statement that changes 100,000 rows
+-- costs one INSERT ... SELECT. Not seen: TRUNCATE, and statements that name a partition or child of the watched table.
+
+-- The trigger function. Arguments: topic, the key's columns and the watched columns as text[] ('' for all of them).
+-- Payload: {"operation", "schema", "table", "new", "old"}, rows as to_jsonb() writes them.
+-- Key: the column's text as in JSON; of several columns the JSON array of their values, as [7, "eu"]. After an
+-- update it is the new row's.
+--
+-- It runs with the rights of the schema's owner, so that writers need none. Two ways to make that owner run foreign
+-- code are closed: a hand-made trigger whose new_rows is a temporary view, and a type whose owner gave it a cast to json.
+create function bridge.capture() returns trigger
+  language plpgsql volatile security definer
+  set search_path = pg_catalog, bridge, pg_temp
+  -- The plan that is cached for one row must not join 100,000 pairs by nested loops, nor be compiled for its cost.
+  set enable_nestloop = off
+  set jit = off
+as $$
+declare
+  keys text[] := tg_argv[1];
+  watched text[] := nullif(tg_argv[2], '');
+  hidden text[] := '{}';
+  present text[];
+  own_types boolean;
+  head text := format('{"operation": %s, "schema": %s, "table": %s, "new": ',
+                      to_json(lower(tg_op)), to_json(tg_table_schema), to_json(tg_table_name));
+  surroundings jsonb := case when bridge.has_context() then bridge.context() else '{}' end;
+  own_xid xid8;
+  stored bigint;
+begin
+  select array_agg(a.attname::text), bool_or(a.atttypid >= 16384) into present, own_types
+  from pg_trigger as t
+  join pg_attribute as a on a.attrelid = t.tgrelid and a.attnum > 0 and not a.attisdropped
+  where t.tgrelid = tg_relid and t.tgname = tg_name and tg_level = 'STATEMENT'
+    and (tg_op = 'DELETE' or t.tgnewtable = 'new_rows') and (tg_op = 'INSERT' or t.tgoldtable = 'old_rows');
+  if present is null then
+    raise exception 'bridge.capture() serves no trigger but those of bridge.watch()'
+      using errcode = 'trigger_protocol_violated', hint = format('select bridge.watch(%L)', tg_relid::regclass);
+  end if;
+  if own_types and exists (
+    select from pg_cast as c join pg_proc as f on f.oid = c.castfunc join pg_roles as r on r.oid = f.proowner
+    where c.casttarget in ('json'::regtype, 'jsonb'::regtype) and c.castsource >= 16384
+      and not r.rolsuper and r.rolname <> current_user
+  ) then
+    raise exception 'a cast to json made by a role other than % stands in the way of bridge.watch()', current_user
+      using errcode = 'insufficient_privilege',
+            hint = 'It would run with that role''s rights. Drop it, give its function to that role, or unwatch the table.';
+  end if;
+  if not (keys || coalesce(watched, '{}')) <@ present then
+    raise exception 'a column that bridge.watch() was told of is gone from %', tg_relid::regclass
+      using errcode = 'undefined_column',
+            hint = format('Call bridge.watch() again; it was told of %s.', keys || coalesce(watched, '{}'));
+  end if;
+  if watched is not null then
+    hidden := array(select unnest(present) except select unnest(watched));
+  end if;
+
+  -- The transaction id before the sequence's values: see next_outbox_id(). A statement without rows takes none.
+  if tg_op = 'DELETE' then
+    if not exists (select from old_rows) then
+      return null;
+    end if;
+  elsif not exists (select from new_rows) then
+    return null;
+  end if;
+  own_xid := pg_current_xact_id();
+
+  -- OFFSET 0 keeps the planner from repeating to_jsonb() wherever its result is used.
+  if tg_op = 'INSERT' then
+    insert into bridge.outbox (id, topic, key, payload, content_type, headers)
+      select nextval('bridge.outbox_id_seq'), tg_argv[0],
+             case when cardinality(keys) = 1 then c.entire ->> keys[1]
+                  else (select jsonb_agg(c.entire -> k order by n)::text from unnest(keys) with ordinality as u(k, n)) end,
+             head || (c.entire - hidden)::text || ', "old": null}', 'application/json', surroundings
+      from (select to_jsonb(r) as entire from new_rows as r offset 0) as c;
+  elsif tg_op = 'DELETE' then
+    insert into bridge.outbox (id, topic, key, payload, content_type, headers)
+      select nextval('bridge.outbox_id_seq'), tg_argv[0],
+             case when cardinality(keys) = 1 then c.entire ->> keys[1]
+                  else (select jsonb_agg(c.entire -> k order by n)::text from unnest(keys) with ordinality as u(k, n)) end,
+             head || 'null, "old": ' || (c.entire - hidden)::text || '}', 'application/json', surroundings
+      from (select to_jsonb(r) as entire from old_rows as r offset 0) as c;
+  else
+    -- PostgreSQL adds the old and the new row of an update together, so equal positions are pairs, whatever
+    -- became of the primary key. One thing breaks it: a row that moves to a partition which refuses it.
+    if (select count(*) from old_rows) <> (select count(*) from new_rows) then
+      raise exception 'an update of % moved rows to a partition whose trigger discarded them', tg_relid::regclass
+        using errcode = 'triggered_data_change_violation',
+              hint = 'Delete those rows instead, or unwatch the table: old and new rows cannot be paired.';
+    end if;
+    insert into bridge.outbox (id, topic, key, payload, content_type, headers)
+      select nextval('bridge.outbox_id_seq'), tg_argv[0],
+             case when cardinality(keys) = 1 then c.entire ->> keys[1]
+                  else (select jsonb_agg(c.entire -> k order by n)::text from unnest(keys) with ordinality as u(k, n)) end,
+             head || c.new::text || ', "old": ' || c.old::text || '}', 'application/json', surroundings
+      from (
+        select a.entire, a.entire - hidden as new, b.entire - hidden as old
+        from (select to_jsonb(r) as entire, row_number() over () as position from new_rows as r) as a
+        join (select to_jsonb(r) as entire, row_number() over () as position from old_rows as r) as b
+          on b.position = a.position
+        order by a.position offset 0
+      ) as c
+      where c.new <> c.old;
+  end if;
+  get diagnostics stored = row_count;
+  if stored > 0 and exists (select from bridge.bell where asleep) then
+    perform pg_notify('bridge_bell', '');
+  end if;
+  return null;
+end
+$$;
+
+-- SECURITY INVOKER: it is the caller's own right to create triggers that decides.
+create function bridge.unwatch("table" regclass) returns void
+  language plpgsql volatile
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+declare
+  name text;
+begin
+  for name in
+    select t.tgname from pg_trigger as t
+    where t.tgrelid = "table" and t.tgfoid = 'bridge.capture()'::regprocedure and not t.tgisinternal
+  loop
+    execute format('drop trigger %I on %s', name, "table");
+  end loop;
+end
+$$;
+comment on function bridge.unwatch(regclass) is 'Ends bridge.watch() of a table; does nothing when it is not watched.';
+
+create function bridge.watch(
+  "table" regclass, topic text default null, key text default null, columns text[] default null,
+  operations text[] default '{insert,update,delete}'
+) returns void
+  language plpgsql volatile
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+declare
+  relation record;
+  present text[];
+  keys text[];
+  operation text;
+begin
+  if "table" is null then
+    raise exception 'the table to watch is null'
+      using errcode = 'null_value_not_allowed', hint = 'Give its name: select bridge.watch(''shop.order'').';
+  end if;
+  select c.relkind, c.relname, n.nspname, pg_has_role(c.relowner, 'USAGE') as owned into strict relation
+  from pg_class as c join pg_namespace as n on n.oid = c.relnamespace where c.oid = "table";
+  if relation.relkind not in ('r', 'p') then
+    raise exception '% is no table', "table"
+      using errcode = 'wrong_object_type', hint = 'Tables and partitioned tables can be watched; views and foreign tables cannot.';
+  elsif relation.nspname = 'bridge' then
+    raise exception 'the tables of schema bridge cannot be watched'
+      using errcode = 'wrong_object_type', hint = 'An event about an event would never end.';
+  elsif not relation.owned then
+    raise exception 'only the owner of % may watch it', "table" using errcode = 'insufficient_privilege';
+  end if;
+
+  if topic is not null then
+    perform bridge.check_topic(topic);
+  end if;
+  if operations is null or cardinality(operations) = 0 or array_position(operations, null) is not null
+     or not operations <@ array['insert', 'update', 'delete'] then
+    raise exception 'the operations to watch are %', coalesce(operations::text, 'null')
+      using errcode = 'invalid_parameter_value', hint = 'Give some of insert, update, delete.';
+  end if;
+
+  select array_agg(a.attname::text order by a.attnum) into present
+  from pg_attribute as a where a.attrelid = "table" and a.attnum > 0 and not a.attisdropped;
+  if key is not null then
+    keys := array[key];
+  else
+    select array_agg(a.attname::text order by k.position) into keys
+    from pg_index as i
+    cross join lateral unnest(i.indkey::int2[]) with ordinality as k(attnum, position)
+    join pg_attribute as a on a.attrelid = i.indrelid and a.attnum = k.attnum
+    where i.indrelid = "table" and i.indisprimary and k.position <= i.indnkeyatts;
+    if keys is null then
+      raise exception '% has no primary key to order its events by', "table"
+        using errcode = 'invalid_table_definition',
+              hint = format('Add one, or name a column: select bridge.watch(%L, key => ...)', "table");
+    end if;
+  end if;
+  if columns is not null and (cardinality(columns) = 0 or array_position(columns, null) is not null) then
+    raise exception 'the columns to watch are %', columns
+      using errcode = 'invalid_parameter_value', hint = 'Name at least one, or leave the argument out to watch all.';
+  elsif not keys || coalesce(columns, '{}') <@ present then
+    raise exception '% has no column %', "table",
+        (select string_agg(quote_ident(c), ', ') from unnest(keys || columns) as c where c <> all (present))
+      using errcode = 'undefined_column', hint = format('It has %s. Capitals count.', array_to_string(present, ', '));
+  end if;
+
+  perform bridge.unwatch("table");
+  foreach operation in array array(select distinct unnest(operations)) loop
+    execute format(
+      'create trigger %I after %s on %s referencing %s for each statement execute function bridge.capture(%L, %L, %L)',
+      'bridge_watch_' || operation, operation, "table",
+      case operation when 'insert' then 'new table as new_rows'
+                     when 'delete' then 'old table as old_rows'
+                     else 'new table as new_rows old table as old_rows' end,
+      coalesce(topic, format('%s.%s.%s', relation.nspname, relation.relname,
+                             case operation when 'delete' then 'deleted' when 'update' then 'updated' else 'inserted' end)),
+      keys, coalesce(columns::text, '')
+    );
+  end loop;
+end
+$$;
+comment on function bridge.watch(regclass, text, text, text[], text[]) is
+  'Emits an event for every row that is inserted, updated or deleted; an update that changes no watched column emits none. '
+  'Topic: schema.table.inserted, .updated, .deleted. Key: the primary key. Calling it again replaces what it did.';
+
+-- migrations/0004_read.sql ------------------------------------------------------------
+
+-- Reading the log: a mark and its gaps, one leader a name, and the bell.
+-- The rules and their reasons: ARCHITECTURE.md, "Reading the log". bridge/sources/outbox.py is the caller.
+
+-- One page: late rows first (those in the gaps), then the rows above the mark, in id order.
+-- The first row is no event: its id is the xmin of the very snapshot that looked (STABLE: all queries share it).
+-- Planner: estimates on a log that grows by thousands a second are always stale; only the primary key may serve.
+create function bridge.read_page(mark bigint, gaps int8multirange, page_size int, page_bytes bigint)
+returns table (
+    id bigint, event_id text, topic text, key text, payload bytea, content_type text, headers text,
+    created_at timestamptz
+)
+language plpgsql stable
+set search_path = pg_catalog, bridge, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_sort = off
+as $$
+declare
+    late record;
+    room int := page_size;
+    bytes_room bigint := page_bytes;
+begin
+    id := pg_snapshot_xmin(pg_current_snapshot())::text::bigint;
+    return next;
+
+    -- unnest() gives the gaps in ascending order and a lateral join keeps it. A sort by id would say so formally,
+    -- but would fetch every late row of a bulk transaction for each page.
+    for late in
+        select o.*, octet_length(o.payload) as size
+        from unnest(gaps) as gap,
+             lateral (select * from bridge.outbox n where n.id >= lower(gap) and n.id < upper(gap)
+                      order by n.id limit room) as o
+    loop
+        id := late.id; event_id := late.event_id::text; topic := late.topic; key := late.key;
+        payload := convert_to(late.payload, 'UTF8'); content_type := late.content_type;
+        headers := nullif(late.headers, '{}')::text; created_at := late.created_at;
+        return next;
+        room := room - 1;
+        bytes_room := bytes_room - late.size;
+        if room <= 0 or bytes_room <= 0 then
+            return;
+        end if;
+    end loop;
+
+    return query
+        select o.id, o.event_id::text, o.topic, o.key, convert_to(o.payload, 'UTF8'), o.content_type,
+               nullif(o.headers, '{}')::text, o.created_at
+        from (
+            select n.*, sum(octet_length(n.payload)) over (order by n.id rows unbounded preceding)
+                        - octet_length(n.payload) as bytes_before
+            from bridge.outbox n where n.id > read_page.mark order by n.id limit room
+        ) o
+        where o.bytes_before < bytes_room order by o.id;
+end $$;
+
+-- Tries to become the one that reads for this name. Never blocks: a lock call that waits would hold a snapshot
+-- and stop vacuum. Gives no row while another session leads; otherwise where to go on.
+create function bridge.take_lead(bridge_name text, who text)
+returns table (mark bigint, gaps int8multirange, horizon bigint)
+language plpgsql
+set search_path = pg_catalog, bridge, pg_temp
+as $$
+declare
+    cluster bigint := (select system_identifier from pg_control_system());
+begin
+    if not pg_try_advisory_lock(bridge.lead_key(bridge_name)) then
+        return;
+    end if;
+    -- Ids and horizons mean nothing in another cluster (dump and restore, pg_upgrade): the gaps stay, and
+    -- wait for a horizon of this one.
+    insert into bridge.cursor as c (name, horizon, system_identifier, leader, leader_since)
+    values (bridge_name, pg_current_xact_id(), cluster, who, now())
+    on conflict (name) do update set
+        horizon = case when c.system_identifier = cluster then c.horizon else pg_current_xact_id() end,
+        system_identifier = cluster, leader = who, leader_since = now();
+    insert into bridge.bell (name, asleep) values (bridge_name, true)
+    on conflict (name) do update set asleep = true where not bell.asleep;
+    return query select c.mark, c.gaps, c.horizon::text::bigint from bridge.cursor c where c.name = bridge_name;
+end $$;
+
+create function bridge.lead_key(bridge_name text) returns bigint
+language sql immutable parallel safe
+set search_path = pg_catalog, bridge, pg_temp
+as $$ select hashtextextended('pgbridge lead ' || bridge_name, 0) $$;
+
+-- Hands the lead over at once: a standby listens for it.
+create function bridge.leave_lead(bridge_name text) returns void
+language plpgsql
+set search_path = pg_catalog, bridge, pg_temp
+as $$
+begin
+    update bridge.cursor set leader = null, leader_since = null where name = bridge_name;
+    -- Asleep, so that whoever leads next is rung for while it starts.
+    update bridge.bell set asleep = true where name = bridge_name and not asleep;
+    perform pg_advisory_unlock(bridge.lead_key(bridge_name));
+    perform pg_notify('bridge_lead', bridge_name);
+end $$;
+
+-- Everything up to this position is settled. The horizon, this transaction's id, was taken after every page that
+-- led to these gaps was read, so it may close them.
+create function bridge.store_cursor(bridge_name text, settled_mark bigint, settled_gaps int8multirange)
+returns bigint
+language sql
+set search_path = pg_catalog, bridge, pg_temp
+as $$
+    update bridge.cursor
+    set mark = settled_mark, gaps = settled_gaps, horizon = pg_current_xact_id(), stored_at = clock_timestamp()
+    where name = bridge_name
+    returning horizon::text::bigint
+$$;
+
+-- A horizon, when there is nothing to store. The assigned id makes no write that a commit would wait for.
+create function bridge.take_horizon() returns bigint
+language sql
+set search_path = pg_catalog, bridge, pg_temp
+as $$ select pg_current_xact_id()::text::bigint $$;
+
+create function bridge.set_asleep(bridge_name text, sleeps boolean) returns void
+language sql
+set search_path = pg_catalog, bridge, pg_temp
+as $$ update bridge.bell set asleep = sleeps where name = bridge_name and asleep <> sleeps $$;
+
+-- migrations/0005_inbox.sql ------------------------------------------------------------
+
+-- The workers' ledger: which events a worker has in hand or has finished.
+--
+-- A worker process holds a session advisory lock on a random token. A claim is alive as long as somebody
+-- holds the lock of its token, so a crashed process frees its events the moment PostgreSQL ends its session,
+-- and no lease has to run out. `attempts` counts the runs of the handler and, together with the token, fences:
+-- whoever lost a claim can no longer finish it.
+
+create table bridge.inbox (
+    worker      text        not null,
+    event_id    uuid        not null,
+    claim       bigint,                                -- token of the process that has it; null: nobody has
+    attempts    integer     not null default 1,
+    effects     jsonb       not null default '{}',     -- outside effects by operation, see inbox_effect_begin()
+    result      jsonb,
+    started_at  timestamptz not null default clock_timestamp(),
+    finished_at timestamptz,
+    primary key (worker, event_id)
+)
+-- Room in the page lets a finish be a HOT update: no index holds what it changes.
+with (fillfactor = 80);
+
+create index inbox_started on bridge.inbox (worker, started_at);
+
+comment on table bridge.inbox is
+    'Events that workers have claimed or finished; makes the database effects of a worker exactly-once.';
+
+-- Claims an event. A process never asks for one that it has in hand, so a claim under its own token is one whose
+-- answer it did not get. `state` is
+--   claimed   it is ours: run it; `attempts` says which run this is
+--   finished  it was handled before: acknowledge it
+--   busy      a living process has it: come back later
+--   unheld    nobody holds the lock of the token that was given: take a new one first
+create function bridge.inbox_claim(worker_name text, event uuid, token bigint, out state text, out attempt integer)
+language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp as $$
+declare
+    finished timestamptz;
+begin
+    if pg_try_advisory_xact_lock_shared(token) then
+        state := 'unheld';
+        return;
+    end if;
+    insert into bridge.inbox as i (worker, event_id, claim) values (worker_name, event, token)
+    on conflict (worker, event_id) do update set claim = excluded.claim, attempts = i.attempts + 1
+        where i.finished_at is null
+          and (i.claim is null or i.claim = excluded.claim or pg_try_advisory_xact_lock_shared(i.claim))
+    returning i.attempts into attempt;
+    if found then
+        state := 'claimed';
+        return;
+    end if;
+    select i.finished_at into finished from bridge.inbox i where i.worker = worker_name and i.event_id = event;
+    state := case when finished is null then 'busy' else 'finished' end;
+end $$;
+
+-- Finishes a claimed event; false when the claim is no longer ours. Call it in the transaction of the reply.
+create function bridge.inbox_finish(worker_name text, event uuid, token bigint, attempt integer, outcome jsonb)
+returns boolean
+language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp as $$
+begin
+    update bridge.inbox i set finished_at = clock_timestamp(), result = outcome, claim = null
+    where i.worker = worker_name and i.event_id = event and i.claim = token and i.attempts = attempt
+      and i.finished_at is null;
+    return found;
+end $$;
+
+-- Gives a claim up, so that any process may claim the event at once. `counted` is the number of attempts that
+-- stay on record: `attempt` after a failure, one less when the handler was not to blame, 0 with a dead letter, so
+-- that its replay starts afresh. False when the claim is no longer ours.
+create function bridge.inbox_release(worker_name text, event uuid, token bigint, attempt integer, counted integer)
+returns boolean
+language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp as $$
+begin
+    update bridge.inbox i set claim = null, attempts = counted
+    where i.worker = worker_name and i.event_id = event and i.claim = token and i.attempts = attempt
+      and i.finished_at is null;
+    return found;
+end $$;
+
+-- Records that an outside effect is about to happen, before it happens. Returns what is on record of it:
+-- {"idempotency_key", "started_at", "result" once it is known}; null when the claim is no longer ours.
+-- A second attempt gets the record of the first, so its key and its start never change.
+create function bridge.inbox_effect_begin(worker_name text, event uuid, token bigint, attempt integer, operation text)
+returns jsonb
+language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp as $$
+declare
+    entry jsonb;
+begin
+    update bridge.inbox i set effects = jsonb_build_object(operation, jsonb_build_object(
+            'idempotency_key', event::text || ':' || operation, 'started_at', clock_timestamp())) || i.effects
+    where i.worker = worker_name and i.event_id = event and i.claim = token and i.attempts = attempt
+      and i.finished_at is null
+    returning i.effects -> operation into entry;
+    return entry;
+end $$;
+
+-- Records what an outside effect gave; false when the claim is no longer ours.
+create function bridge.inbox_effect_end(
+    worker_name text, event uuid, token bigint, attempt integer, operation text, outcome jsonb)
+returns boolean
+language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp as $$
+begin
+    update bridge.inbox i set effects = jsonb_set(i.effects, array[operation, 'result'], outcome)
+    where i.worker = worker_name and i.event_id = event and i.claim = token and i.attempts = attempt
+      and i.finished_at is null and i.effects ? operation;
+    return found;
+end $$;
+
+-- Deletes at most `chunk` finished events of a worker that ended before `before`, and returns how many those were.
+-- Unfinished ones stay: they are the evidence of what was begun.
+create function bridge.inbox_prune(worker_name text, before timestamptz, chunk integer default 1000) returns integer
+language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp as $$
+declare
+    deleted integer;
+begin
+    delete from bridge.inbox i using (
+        select o.event_id from bridge.inbox o
+        where o.worker = worker_name and o.started_at < before and o.finished_at < before
+        order by o.started_at limit chunk for update skip locked) as old
+    where i.worker = worker_name and i.event_id = old.event_id;
+    get diagnostics deleted = row_count;
+    return deleted;
+end $$;
+
+-- roles.sql ------------------------------------------------------------
+
+-- Least privilege: one group role per process. Run after every migration; running it again changes nothing.
+-- Login roles are yours to create: `create role web login in role bridge_emitter`, `grant bridge_relay to relay`.
+-- Whoever writes to a table whose trigger calls bridge.emit() must be in bridge_emitter, unless the
+-- trigger's function is SECURITY DEFINER; tables under bridge.watch() ask nothing of their writers.
+
+do $$
+declare
+  name text;
+begin
+  foreach name in array array['bridge_emitter', 'bridge_relay', 'bridge_worker', 'bridge_operator'] loop
+    if not exists (select from pg_catalog.pg_roles where rolname = name) then
+      begin
+        execute format('create role %I nologin', name);
+      exception when duplicate_object or unique_violation then
+        null; -- Roles belong to the whole cluster: a migration of another database has just created it.
+      end;
+    end if;
+  end loop;
+end
+$$;
+
+revoke all on schema bridge from public;
+revoke all on all tables in schema bridge from public;
+revoke all on all sequences in schema bridge from public;
+revoke all on all routines in schema bridge from public;
+grant usage on schema bridge to bridge_emitter, bridge_relay, bridge_worker, bridge_operator;
+
+-- bridge_emitter: those who record events. -----------------------------------------------------------------
+
+grant execute on function
+  bridge.emit(text, jsonb, text, jsonb),
+  bridge.emit(text, json, text, jsonb),
+  bridge.emit(text, text, text, jsonb),
+  bridge.notify(text, text),
+  bridge.append_event(text, text, text, text, jsonb),
+  bridge.emitted()
+to bridge_emitter;
+
+-- bridge_relay: the daemon. --------------------------------------------------------------------------------
+
+grant select on bridge.outbox, bridge.migration to bridge_relay;
+grant select, insert, update on bridge.cursor, bridge.bell to bridge_relay;
+grant insert on bridge.dead_letter to bridge_relay;
+-- To say ON CONFLICT (bridge, event_id, coalesce(sink, '')) one must be allowed to read these.
+grant select (bridge, event_id, sink) on bridge.dead_letter to bridge_relay;
+grant execute on function bridge.intake(text[], text[]) to bridge_relay;
+
+grant execute on function
+  bridge.read_page(bigint, int8multirange, int, bigint),
+  bridge.lead_key(text),
+  bridge.take_lead(text, text),
+  bridge.leave_lead(text),
+  bridge.store_cursor(text, bigint, int8multirange),
+  bridge.take_horizon(),
+  bridge.set_asleep(text, boolean)
+to bridge_relay;
+
+-- bridge_worker: the worker processes. ---------------------------------------------------------------------
+-- A reply function is its author's to grant: `grant execute on function shop.invoice_rendered to bridge_worker`.
+
+grant execute on function
+  bridge.inbox_claim(text, uuid, bigint),
+  bridge.inbox_finish(text, uuid, bigint, int, jsonb),
+  bridge.inbox_release(text, uuid, bigint, int, int),
+  bridge.inbox_effect_begin(text, uuid, bigint, int, text),
+  bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb),
+  bridge.inbox_prune(text, timestamptz, int)
+to bridge_worker;
+
+-- bridge_operator: people. ---------------------------------------------------------------------------------
+
+grant select on all tables in schema bridge to bridge_operator;
+grant delete on bridge.dead_letter to bridge_operator;
+-- Watching a table takes its owner, and more trust than emitting: its rows are converted with the rights of the
+-- owner of schema bridge. So it is not for bridge_emitter, which a web role may have.
+grant execute on function
+  bridge.watch(regclass, text, text, text[], text[]),
+  bridge.unwatch(regclass),
+  bridge.check_topic(text),
+  bridge.capture()
+to bridge_operator;
