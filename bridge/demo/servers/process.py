@@ -141,7 +141,7 @@ class Server:
     """Seconds that a clean stop may take."""
 
     def __init__(self, folder: Path, *, port: int | None = None) -> None:
-        """`folder` is the parent of this server's own folder, which is named after the server."""
+        """`folder` is the parent of this server's own folder, which is named after the server: one of a kind each."""
         self.folder = folder.resolve() / self.name
         self.host = LOOPBACK
         self.port = port or free_port()
@@ -167,13 +167,13 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Its main process. Raises UnavailableError when it was never started, or was stopped."""
+        """Its main process. Raises RuntimeError when it was never started, or was stopped or killed."""
         return self._started().pid
 
     def start(self) -> None:
         """Starts it and waits until it answers. Raises UnavailableError with the end of its log when it does not."""
         if self.running:
-            raise UnavailableError(f"{self.name} runs already, as process {self.pid}")
+            raise RuntimeError(f"{self.name} runs already, as process {self.pid}")
         if self._process is not None:
             self._process.kill()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -186,9 +186,13 @@ class Server:
 
     def _wait_until_it_answers(self, process: Process) -> None:
         deadline = time.monotonic() + self.start_limit
-        while (refusal := self._answers()) is not None:
+        while True:
+            refusal = self._answers()
+            # Asked after the answer: on a port that was taken meanwhile, the answer is a stranger's.
             if (code := process.exit_code) is not None:
                 raise UnavailableError(f"{self.name} ended with code {code} at its start{self._log_tail()}")
+            if refusal is None:
+                return
             if time.monotonic() > deadline:
                 raise UnavailableError(
                     f"{self.name} did not answer on {self.host}:{self.port} within {self.start_limit:g} s: "
@@ -233,7 +237,7 @@ class Server:
 
     def _started(self) -> Process:
         if self._process is None:
-            raise UnavailableError(f"{self.name} is not started")
+            raise RuntimeError(f"{self.name} is not started")
         return self._process
 
     def _log_tail(self) -> str:

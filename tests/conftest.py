@@ -1,0 +1,115 @@
+"""Servers for tests. Each starts when the first test asks for it, and serves the whole session.
+
+A server whose program is not installed skips its tests, with the reason; in CI (CI=true) it fails them. A test that
+stops or kills a server starts its own in `server_folder`.
+"""
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from bridge.demo.servers import (
+    MissingProgramError,
+    NatsServer,
+    PostgresServer,
+    PubSubEmulator,
+    RabbitMQServer,
+    Server,
+)
+from bridge.operate.migrate import migrate
+from tests.servers.postgres15 import Postgres15Server
+
+S = TypeVar("S", bound=Server)
+
+NOT_DURABLE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+"""Faster, and enough here: only a crash of the machine could tell. A test that kills a server starts a durable one."""
+
+
+def _serve(make: Callable[[], S]) -> Iterator[S]:
+    try:
+        server = make()
+    except MissingProgramError as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI must have every server: {error}")
+        pytest.skip(str(error))
+    with server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def server_folder() -> Iterator[Path]:
+    """A folder for servers' data; every user may enter it, since as root PostgreSQL runs as another user."""
+    folder = Path(tempfile.mkdtemp(prefix="pgbridge-tests-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def postgres(server_folder: Path) -> Iterator[PostgresServer]:
+    """PostgreSQL 18."""
+    yield from _serve(lambda: PostgresServer(server_folder, settings=NOT_DURABLE))
+
+
+@pytest.fixture(scope="session")
+def postgres15(server_folder: Path) -> Iterator[PostgresServer]:
+    """PostgreSQL 15."""
+    yield from _serve(lambda: Postgres15Server(server_folder, settings=NOT_DURABLE))
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(server_folder: Path) -> Iterator[RabbitMQServer]:
+    """RabbitMQ, without the management plugin."""
+    yield from _serve(lambda: RabbitMQServer(server_folder))
+
+
+@pytest.fixture(scope="session")
+def nats_server(server_folder: Path) -> Iterator[NatsServer]:
+    """NATS with JetStream."""
+    yield from _serve(lambda: NatsServer(server_folder))
+
+
+@pytest.fixture(scope="session")
+def pubsub_emulator(server_folder: Path) -> Iterator[PubSubEmulator]:
+    """Google's Pub/Sub emulator."""
+    yield from _serve(lambda: PubSubEmulator(server_folder))
+
+
+@pytest.fixture
+def unique() -> str:
+    """A short name that no other test uses: of a database, a queue, a stream, a folder."""
+    return f"t{secrets.token_hex(5)}"
+
+
+@pytest.fixture
+def database(postgres: PostgresServer, unique: str) -> Iterator[str]:
+    """The DSN, as superuser, of an empty database of this test's own on PostgreSQL 18."""
+    yield postgres.create_database(unique)
+    postgres.drop_database(unique)
+
+
+@pytest.fixture(scope="session")
+def _migrated(postgres: PostgresServer) -> str:
+    """The name of a database where the migrations are applied: the template of `bridge_database`."""
+    migrate(postgres.create_database("migrated"))
+    return "migrated"
+
+
+@pytest.fixture
+def bridge_database(postgres: PostgresServer, unique: str, _migrated: str) -> Iterator[str]:
+    """The DSN, as superuser, of a database of this test's own with the schema `bridge`, on PostgreSQL 18."""
+    yield postgres.create_database(unique, template=_migrated)
+    postgres.drop_database(unique)
+
+
+@pytest.fixture
+def database15(postgres15: PostgresServer, unique: str) -> Iterator[str]:
+    """The same on PostgreSQL 15."""
+    yield postgres15.create_database(unique)
+    postgres15.drop_database(unique)
