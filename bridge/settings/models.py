@@ -188,6 +188,11 @@ class Settings(Model):
         """Whether the log is read; if not, the database needs no schema of ours."""
         return self.outbox is not None or self.channels is None or self.channels.buffer == "outbox"
 
+    @property
+    def outbox_or_default(self) -> OutboxSettings:
+        """How the log is read."""
+        return self.outbox or OutboxSettings()
+
     @model_validator(mode="after")
     def _names_that_refer(self) -> "Settings":
         known = ", ".join(sorted(self.sinks)) or "none"

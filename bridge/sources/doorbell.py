@@ -25,8 +25,7 @@ UNCERTAIN_POLL = 0.02
 class Doorbell:
     """Decides when the reader looks into the log again. Times are `time.monotonic()` seconds."""
 
-    def __init__(self, name: str, poll_interval: float) -> None:
-        self.name = name
+    def __init__(self, poll_interval: float) -> None:
         self._poll_interval = poll_interval
         self._rung = asyncio.Event()
         self.asleep = True
@@ -38,7 +37,7 @@ class Doorbell:
         """A NOTIFY of `bridge_bell` came."""
         self._rung.set()
 
-    def answered(self, events: int) -> bool:
+    def answered(self) -> bool:
         """A page with events was read. True when the bridge should now mark itself awake."""
         now = self._last_event = time.monotonic()
         self._recent.append(now)

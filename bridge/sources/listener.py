@@ -23,7 +23,10 @@ _PROBE_TIMEOUT = 5.0
 
 
 class Listener:
-    """LISTENs on channels and hands every notification to `heard`, on the event loop, in order."""
+    """LISTENs on channels and hands every notification to `heard`, on the event loop, in order.
+
+    While `room` is given and clear, nothing more is read from the server.
+    """
 
     def __init__(
         self,
@@ -31,12 +34,14 @@ class Listener:
         channels: Sequence[str],
         heard: Callable[[Notify], None],
         *,
+        room: asyncio.Event | None = None,
         heartbeat: float = 30.0,
         application_name: str = "pgbridge listener",
     ) -> None:
         self._settings = settings
         self._channels = tuple(channels)
         self._heard = heard
+        self._room = room
         self._heartbeat = heartbeat
         self._application_name = application_name
         self._probe_channel = f"pgbridge_probe_{secrets.token_hex(8)}"
@@ -73,6 +78,9 @@ class Listener:
                         self._probed.set()
                     else:
                         self._heard(notification)
+                    if self._room is not None and not self._room.is_set():
+                        # Not reading leaves the rest with the server, which holds it in its queue.
+                        await self._room.wait()
 
     async def _prove(self, ready: Callable[[], None]) -> None:
         """Sends a probe through a connection of its own, which a pooler cannot mistake for the listening one."""
