@@ -1,0 +1,216 @@
+"""One delivery: claim, run the handler, finish with the reply, and settle; or retry; or dead-letter.
+
+The inbox's count of attempts decides when to give up, since a broker's counts deliveries that never ran, too.
+"""
+
+import asyncio
+import json
+import random
+import time
+import traceback
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from bridge.errors import BrokerUnavailableError, PgbridgeError
+from bridge.event import Event, Malformed
+from bridge.settings import WorkerSettings
+from workers.effects import current_ledger
+from workers.handler import Reject, Result, Retry, Run
+from workers.inbox import Claim, ClaimLostError, Inbox, ReplyError
+from workers.outage import Patience
+from workers.queues import Delivery, Failure
+
+_log = structlog.get_logger("workers")
+
+BUSY_DELAY: Final = 1.0
+"""Seconds until an event that another process has in hand is looked at again."""
+
+_LONGEST_TRACE: Final = 16_000
+"""Characters of a traceback that travel with a dead letter; the end is kept, where the error is."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    failure: Failure
+    after: float | None = None
+    """Seconds, when the handler asked for a delay."""
+
+
+class Attempts:
+    """Handles the deliveries of one worker; shared by its concurrent tasks."""
+
+    def __init__(self, worker: str, settings: WorkerSettings, run: Run, inbox: Inbox) -> None:
+        self._worker = worker
+        self._settings = settings
+        self._run = run
+        self._inbox = inbox
+        self._patience = Patience("database", worker, PgbridgeError)
+
+    async def handle(self, delivery: Delivery) -> None:
+        """Handles one delivery to its end. Cancelling it gives the delivery back, without counting an attempt.
+
+        A broker that is gone cannot take the outcome: the delivery comes again, and the inbox knows what was done.
+        """
+        try:
+            await self._handle(delivery)
+        except BrokerUnavailableError as error:
+            _log.warning("event.unsettled", worker=self._worker, error=str(error), **_names(delivery.event))
+
+    async def _handle(self, delivery: Delivery) -> None:
+        event = _readable(delivery.event)
+        if isinstance(event, Malformed):
+            await self._dead_letter(delivery, Failure("malformed", str(event)), attempt=delivery.attempt)
+            return
+        try:
+            claim = await self._patience(lambda: self._inbox.claim(event.id))
+        except asyncio.CancelledError:
+            await delivery.give_back()
+            return
+        if claim == "finished":
+            _log.debug("event.repeated", worker=self._worker, **_names(event))
+            await delivery.ack()
+        elif claim == "busy":
+            _log.debug("event.busy", worker=self._worker, **_names(event))
+            await delivery.retry(BUSY_DELAY)
+        else:
+            await self._claimed(delivery, event, claim)
+
+    async def _claimed(self, delivery: Delivery, event: Event, claim: Claim) -> None:
+        started = time.perf_counter()
+        try:
+            failed = await self._attempt(event, claim)
+        except ClaimLostError:
+            _log.warning("event.claim_lost", worker=self._worker, **_names(event), attempt=claim.attempt)
+            await delivery.retry(BUSY_DELAY)
+            return
+        except asyncio.CancelledError:
+            await self._give_back(delivery, event, claim)
+            return
+        known = {"attempt": claim.attempt, "duration_ms": round((time.perf_counter() - started) * 1000, 1)}
+        if failed is None:
+            await delivery.ack()
+            _log.info("event.handled", worker=self._worker, **_names(event), **known)
+        elif failed.failure.code == "rejected" or claim.attempt >= self._settings.max_attempts:
+            await self._patience(lambda: self._inbox.release(claim, counted=0))
+            await self._dead_letter(delivery, failed.failure, **known)
+        else:
+            await self._retry(delivery, event, claim, failed, **known)
+
+    async def _attempt(self, event: Event, claim: Claim) -> _Failed | None:
+        """Runs the handler and its reply. None when the event is finished."""
+        if claim.attempt > self._settings.max_attempts:
+            reason = f"{claim.attempt - 1} attempts were begun and none ended: the worker's process died in each"
+            return _Failed(Failure("attempts_exhausted", reason))
+        current_ledger.set(claim)
+        deadline = asyncio.timeout(self._settings.timeout)
+        try:
+            async with deadline:
+                result = _checked(await self._run(event))
+        except ClaimLostError:
+            raise
+        except Reject as error:
+            return _Failed(_failure("rejected", str(error) or "the handler gave no reason"))
+        except Retry as error:
+            reason = str(error) or "the handler asked for another attempt"
+            return _Failed(_failure("attempts_exhausted", reason), error.after)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return _Failed(_failure("error", "the handler was cancelled from within", error))
+        except Exception as error:  # noqa: BLE001 - whatever an author's code raises is an outcome, told with its trace
+            if isinstance(error, TimeoutError) and deadline.expired():
+                reason = f"the handler ran longer than workers.{self._worker}.timeout, {self._settings.timeout:g} s"
+                return _Failed(_failure("timeout", reason, error))
+            return _Failed(_failure("error", f"{type(error).__name__}: {error}", error))
+        try:
+            await self._patience(lambda: self._inbox.finish(claim, result))
+        except ReplyError as error:
+            return _Failed(_failure("error", str(error), error))
+        return None
+
+    async def _retry(self, delivery: Delivery, event: Event, claim: Claim, failed: _Failed, **known: object) -> None:
+        delay = failed.after if failed.after is not None else backoff(self._settings, claim.attempt)
+        await self._patience(lambda: self._inbox.release(claim, counted=claim.attempt))
+        await delivery.retry(delay)
+        code = failed.failure.code
+        _log.warning(
+            "event.retried",
+            worker=self._worker,
+            **_names(event),
+            **known,
+            delay_s=round(delay, 3),
+            code="retry" if code == "attempts_exhausted" else code,
+            reason=failed.failure.reason,
+        )
+
+    async def _give_back(self, delivery: Delivery, event: Event, claim: Claim) -> None:
+        # One try only: the end of our session, which is near, frees the claim as well.
+        try:
+            await self._inbox.release(claim, counted=claim.attempt - 1)
+        except PgbridgeError as error:
+            _log.warning("event.unreleased", worker=self._worker, **_names(event), error=str(error))
+        await delivery.give_back()
+        _log.info("event.given_back", worker=self._worker, **_names(event), attempt=claim.attempt)
+
+    async def _dead_letter(self, delivery: Delivery, failure: Failure, **known: object) -> None:
+        await delivery.dead_letter(failure)
+        _log.error(
+            "event.dead_lettered",
+            worker=self._worker,
+            **_names(delivery.event),
+            **known,
+            code=failure.code,
+            reason=failure.reason,
+        )
+
+
+def retry_delays(settings: WorkerSettings) -> list[float]:
+    """The ladder of delays between attempts, in seconds: doubling from `retry_initial` up to `retry_max`."""
+    delays: list[float] = []
+    for rung in range(settings.max_attempts - 1):
+        delay = min(settings.retry_initial * 2**rung, settings.retry_max)
+        if delays and delay <= delays[-1]:
+            break
+        delays.append(delay)
+    return delays
+
+
+def backoff(settings: WorkerSettings, attempt: int) -> float:
+    """Seconds before the next attempt. Jitter lies below the rung, so that rounding up to a rung keeps the ladder."""
+    delays = retry_delays(settings)
+    rung = min(attempt, len(delays)) - 1
+    lower = delays[rung - 1] if rung else 0.0
+    return random.uniform(max(lower, delays[rung] * 0.75), delays[rung])  # noqa: S311 - spreads load, guards nothing
+
+
+def _names(event: Event | Malformed) -> dict[str, str]:
+    return {} if isinstance(event, Malformed) else {"event_id": event.id, "topic": event.topic}
+
+
+def _readable(event: Event | Malformed) -> Event | Malformed:
+    """An event with its id in the one form that the inbox compares."""
+    if isinstance(event, Malformed):
+        return event
+    try:
+        return event._replace(id=str(uuid.UUID(event.id)))
+    except ValueError:
+        return Malformed(f"the event's id {event.id[:80]!r} is no UUID, which the inbox needs")
+
+
+def _checked(result: object) -> Result:
+    if result is None:
+        return None
+    if not isinstance(result, Mapping):
+        raise TypeError(f"the handler returned a {type(result).__name__}; a dict or None is wanted")
+    json.dumps(dict(result), allow_nan=False)
+    return result
+
+
+def _failure(code: str, reason: str, error: BaseException | None = None) -> Failure:
+    trace = "" if error is None else "".join(traceback.format_exception(error))[-_LONGEST_TRACE:]
+    return Failure(code, " ".join(reason.split())[:500], trace)
