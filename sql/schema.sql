@@ -397,11 +397,11 @@ begin
   end if;
 
   -- The transaction id before the sequence's values: see next_outbox_id(). A statement without rows takes none.
-  if tg_op = 'DELETE' then
-    if not exists (select from old_rows) then
+  if tg_op = 'INSERT' then
+    if not exists (select from new_rows) then
       return null;
     end if;
-  elsif not exists (select from new_rows) then
+  elsif not exists (select from old_rows) then
     return null;
   end if;
   own_xid := pg_current_xact_id();

@@ -55,11 +55,11 @@ begin
   end if;
 
   -- The transaction id before the sequence's values: see next_outbox_id(). A statement without rows takes none.
-  if tg_op = 'DELETE' then
-    if not exists (select from old_rows) then
+  if tg_op = 'INSERT' then
+    if not exists (select from new_rows) then
       return null;
     end if;
-  elsif not exists (select from new_rows) then
+  elsif not exists (select from old_rows) then
     return null;
   end if;
   own_xid := pg_current_xact_id();
@@ -103,7 +103,7 @@ begin
   end if;
   get diagnostics stored = row_count;
   if stored > 0 and exists (select from bridge.bell where asleep) then
-    perform pg_notify('bridge_bell', '');
+    perform bridge.ring();
   end if;
   return null;
 end

@@ -1,0 +1,70 @@
+-- Who may do what: each role what its process needs, everybody else nothing.
+select plan(36);
+create role pgbridge_test_nobody;
+create function pg_temp.attempt(who name, statement text) returns text language plpgsql as $$
+begin
+  execute format('set local role %I', who);
+  execute statement;
+  reset role;
+  return 'done';
+exception when others then
+  return sqlstate;
+end $$;
+create function pg_temp.may(who name, statement text) returns text language sql as
+  $$ select is(pg_temp.attempt(who, statement), 'done', who || ' may ' || statement) $$;
+create function pg_temp.may_not(who name, statement text) returns text language sql as
+  $$ select is(pg_temp.attempt(who, statement), '42501', who || ' may not ' || statement) $$;
+
+select pg_temp.may_not('pgbridge_test_nobody', 'select bridge.emit(''t'', ''x'')');
+select is_empty(
+  $$ select p.oid::regprocedure from pg_proc p cross join lateral aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+     where p.pronamespace = 'bridge'::regnamespace and a.grantee = 0 $$, 'PUBLIC may execute nothing');
+select is_empty(
+  $$ select c.oid::regclass from pg_class c cross join lateral aclexplode(c.relacl) a
+     where c.relnamespace = 'bridge'::regnamespace and a.grantee = 0 $$, 'PUBLIC may touch no table');
+select is_empty(
+  $$ select from pg_namespace n cross join lateral aclexplode(n.nspacl) a where n.nspname = 'bridge' and (a.grantee = 0
+     or a.privilege_type = 'CREATE' and a.grantee <> n.nspowner) $$, 'and nobody but the owner may create in the schema');
+select is_empty(
+  $$ select p.oid::regprocedure from pg_proc p where p.pronamespace = 'bridge'::regnamespace and p.prosecdef
+     and not coalesce(array_to_string(p.proconfig, ';') ~ 'search_path=pg_catalog, bridge, pg_temp', false) $$,
+  'every SECURITY DEFINER function has its search_path fixed');
+select is_empty(
+  $$ select rolname from pg_roles where rolname ~ '^bridge_(emitter|relay|worker|operator)$' and (rolcanlogin or rolsuper or rolcreaterole) $$,
+  'the roles are groups without powers');
+
+select pg_temp.may('bridge_emitter', 'select bridge.emit(''t'', ''x'')');
+select pg_temp.may('bridge_emitter', 'select bridge.emit(''t'', ''{}''::jsonb, ''k'', ''{"a": 1}'')');
+select pg_temp.may('bridge_emitter', 'select bridge.emit(''t'', ''{}''::json)');
+select pg_temp.may('bridge_emitter', 'select bridge.notify(''c'', ''x'')');
+select pg_temp.may('bridge_emitter', 'select * from bridge.emitted()');
+select pg_temp.may_not('bridge_emitter', 'insert into bridge.outbox (topic, payload, content_type) values (''t'', ''x'', ''text/plain'')');
+select pg_temp.may_not('bridge_emitter', 'select from bridge.outbox');
+select pg_temp.may_not('bridge_emitter', 'select nextval(''bridge.outbox_id_seq'')');
+select pg_temp.may_not('bridge_emitter', 'select bridge.intake(''{a}'', ''{b}'')');
+select pg_temp.may_not('bridge_emitter', 'select bridge.watch(''pg_class'')');
+
+select pg_temp.may('bridge_relay', 'select from bridge.outbox');
+select pg_temp.may('bridge_relay', 'select from bridge.migration');
+select pg_temp.may('bridge_relay', 'select bridge.intake(''{a}'', ''{b}'')');
+select pg_temp.may('bridge_relay', 'insert into bridge.bell values (''test'')');
+select pg_temp.may('bridge_relay', 'update bridge.cursor set mark = mark where name = ''test''');
+select pg_temp.may('bridge_relay', $$ insert into bridge.dead_letter (bridge, event_id, sequence, topic, payload, content_type, headers, created_at, code, reason, attempts)
+  values ('b', gen_random_uuid(), 1, 't', 'p', 'text/plain', '{}', now(), 'c', 'r', 1) on conflict (bridge, event_id, coalesce(sink, '')) do nothing $$);
+select pg_temp.may_not('bridge_relay', 'delete from bridge.dead_letter');
+select pg_temp.may_not('bridge_relay', 'select payload from bridge.dead_letter');
+select pg_temp.may_not('bridge_relay', 'insert into bridge.outbox (topic, payload, content_type) values (''t'', ''x'', ''text/plain'')');
+select pg_temp.may_not('bridge_relay', 'update bridge.outbox set topic = ''x''');
+select pg_temp.may_not('bridge_relay', 'select bridge.emit(''t'', ''x'')');
+
+select pg_temp.may_not('bridge_worker', 'select from bridge.outbox');
+select pg_temp.may_not('bridge_worker', 'select bridge.emit(''t'', ''x'')');
+select pg_temp.may_not('bridge_worker', 'update bridge.cursor set mark = 0');
+
+select pg_temp.may('bridge_operator', 'select from bridge.outbox, bridge.cursor, bridge.bell, bridge.dead_letter, bridge.migration, bridge.inbox');
+select pg_temp.may('bridge_operator', 'delete from bridge.dead_letter');
+select pg_temp.may_not('bridge_operator', 'delete from bridge.outbox');
+select pg_temp.may_not('bridge_operator', 'update bridge.cursor set mark = 0');
+select pg_temp.may_not('bridge_operator', 'insert into bridge.outbox (topic, payload, content_type) values (''t'', ''x'', ''text/plain'')');
+select pg_temp.may_not('bridge_operator', 'select bridge.watch(''pg_catalog.pg_class'')');
+select * from finish();
