@@ -134,8 +134,8 @@ class Inbox:
         """Records the result and hands it to the reply function, in one transaction.
 
         Raises ReplyError when the reply function refuses (the claim stays ours: release it), ClaimLostError, and
-        DatabaseUnavailableError, after which the same call may be made again: had the transaction been
-        committed after all, it raises ClaimLostError, and the next claim says "finished".
+        DatabaseUnavailableError (RefusedError on a standby), after which the same call may be made again: had the
+        transaction been committed after all, it raises ClaimLostError, and the next claim says "finished".
         """
         outcome = None if result is None else Jsonb(result)
         for remaining in reversed(range(_SERIALIZATION_ATTEMPTS)):

@@ -1,0 +1,334 @@
+"""The inbox on a real PostgreSQL: who gets an event, what finishing it means, and what a crash leaves."""
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+from psycopg.rows import dict_row
+from pydantic import SecretStr
+
+from bridge.errors import DatabaseUnavailableError, PgbridgeError, PrivilegeError, RefusedError, SchemaError
+from bridge.settings import PostgresSettings
+from workers.inbox import Claim, ClaimLostError, Inbox, ReplyError
+from workers.token import Token
+
+SHOP = """
+CREATE SCHEMA shop;
+CREATE TABLE shop.invoice (event_id uuid, result jsonb);
+CREATE FUNCTION shop.rendered(event_id uuid, result jsonb) RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = shop, pg_temp AS $$
+BEGIN
+    IF result ? 'refuse' THEN
+        RAISE EXCEPTION 'no such order' USING ERRCODE = result ->> 'refuse';
+    END IF;
+    INSERT INTO shop.invoice VALUES (event_id, result);
+    PERFORM bridge.emit('shop.invoice.rendered', result);
+END $$;
+GRANT USAGE ON SCHEMA shop TO bridge_worker;
+"""
+
+
+@pytest.fixture
+def shop(bridge_database: str, unique: str) -> Iterator[PostgresSettings]:
+    """A database with a reply function, and the settings of a login that is a bridge_worker and nothing more."""
+    with psycopg.connect(bridge_database, autocommit=True) as admin:
+        admin.execute(SHOP)
+        role = sql.Identifier(unique)
+        admin.execute(sql.SQL("CREATE ROLE {} LOGIN IN ROLE bridge_worker").format(role))
+    yield PostgresSettings(dsn=SecretStr(make_conninfo(bridge_database, user=unique)), connect_timeout=5.0)
+    with psycopg.connect(bridge_database, autocommit=True) as admin:
+        admin.execute(sql.SQL("DROP ROLE {}").format(role))
+
+
+@contextlib.asynccontextmanager
+async def opened(settings: PostgresSettings, reply: str | None = "shop.rendered") -> AsyncIterator[Inbox]:
+    inbox = Inbox("invoices", settings, concurrency=4, reply=reply)
+    try:
+        await inbox.open()
+        yield inbox
+    finally:
+        await inbox.close()
+
+
+async def claimed(inbox: Inbox, event_id: str) -> Claim:
+    claim = await inbox.claim(event_id)
+    assert isinstance(claim, Claim)
+    return claim
+
+
+def rows(dsn: str, query: str, *parameters: object) -> list[dict[str, Any]]:
+    with psycopg.connect(dsn, row_factory=dict_row) as connection:
+        return connection.execute(query.encode(), parameters).fetchall()
+
+
+def end_sessions(dsn: str, application_name: str = "pgbridge-worker invoices") -> None:
+    rows(
+        dsn,
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+        " WHERE application_name = %s AND datname = current_database()",
+        application_name,
+    )
+
+
+@pytest.fixture
+def event_id() -> str:
+    return str(uuid.uuid4())
+
+
+async def test_a_finished_event_has_its_reply_and_is_never_run_again(
+    shop: PostgresSettings, bridge_database: str, event_id: str
+) -> None:
+    async with opened(shop) as inbox, opened(shop) as other:
+        await inbox.finish(await claimed(inbox, event_id), {"path": "a.pdf"})
+        assert await inbox.claim(event_id) == "finished"
+        assert await other.claim(event_id) == "finished"
+    assert rows(bridge_database, "SELECT result FROM shop.invoice") == [{"result": {"path": "a.pdf"}}]
+    # What the reply emits is in the same transaction.
+    assert rows(bridge_database, "SELECT topic FROM bridge.outbox") == [{"topic": "shop.invoice.rendered"}]
+
+
+async def test_no_result_reaches_the_reply_as_null(shop: PostgresSettings, bridge_database: str, event_id: str) -> None:
+    with psycopg.connect(bridge_database, autocommit=True) as admin:
+        admin.execute(
+            "CREATE FUNCTION shop.noted(event_id uuid, result jsonb) RETURNS void SECURITY DEFINER LANGUAGE sql"
+            " AS 'INSERT INTO shop.invoice VALUES (event_id, result)'"
+        )
+    async with opened(shop, "shop.noted") as inbox:
+        await inbox.finish(await claimed(inbox, event_id), None)
+    assert rows(bridge_database, "SELECT result IS NULL AS none FROM shop.invoice") == [{"none": True}]
+
+
+async def test_an_event_in_hand_is_busy_for_others_and_for_its_own_process(
+    shop: PostgresSettings, event_id: str
+) -> None:
+    async with opened(shop) as inbox, opened(shop) as other:
+        claim = await claimed(inbox, event_id)
+        assert await inbox.claim(event_id) == "busy"
+        assert await other.claim(event_id) == "busy"
+        await inbox.release(claim, counted=claim.attempt)
+        assert (await claimed(other, event_id)).attempt == 2
+
+
+async def test_two_workers_of_different_names_both_handle_an_event(shop: PostgresSettings, event_id: str) -> None:
+    payments = Inbox("payments", shop, concurrency=1)
+    async with opened(shop) as inbox:
+        await payments.open()
+        try:
+            await inbox.finish(await claimed(inbox, event_id), {})
+            assert (await claimed(payments, event_id)).attempt == 1
+        finally:
+            await payments.close()
+
+
+async def test_of_many_claims_at_once_exactly_one_is_granted(shop: PostgresSettings, event_id: str) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        inboxes = [await stack.enter_async_context(opened(shop)) for _ in range(5)]
+        claims = await asyncio.gather(*(inbox.claim(event_id) for inbox in inboxes for _ in range(4)))
+        assert sum(isinstance(claim, Claim) for claim in claims) == 1
+        assert {claim for claim in claims if not isinstance(claim, Claim)} == {"busy"}
+
+
+async def test_the_claim_of_an_ended_session_is_taken_over_at_once_and_fenced(
+    shop: PostgresSettings, bridge_database: str, event_id: str
+) -> None:
+    async with opened(shop) as inbox, opened(shop) as other:
+        lost = await claimed(inbox, event_id)
+        await inbox._token.close()
+        taken = await claimed(other, event_id)
+        assert taken.attempt == 2
+        with pytest.raises(ClaimLostError):
+            await inbox.finish(lost, {"by": "the first"})
+        with pytest.raises(ClaimLostError):
+            await lost.begin_effect("charge")
+        await inbox.release(lost, counted=0)
+        await other.finish(taken, {"by": "the second"})
+    assert rows(bridge_database, "SELECT result FROM shop.invoice") == [{"result": {"by": "the second"}}]
+
+
+async def test_a_process_whose_token_is_gone_takes_a_new_one_before_it_claims(
+    shop: PostgresSettings, bridge_database: str, event_id: str
+) -> None:
+    async with opened(shop) as inbox, opened(shop) as other:
+        before = inbox._token.value
+        await asyncio.to_thread(end_sessions, bridge_database)
+        while True:
+            try:
+                claim = await claimed(inbox, event_id)
+                break
+            except DatabaseUnavailableError:
+                continue  # the pool hands out each of its dead connections once
+        assert claim.token == inbox._token.value != before
+        while True:
+            try:
+                assert await other.claim(event_id) == "busy"
+                break
+            except DatabaseUnavailableError:
+                continue
+
+
+async def test_work_that_survives_its_session_may_finish_if_nobody_took_over(
+    shop: PostgresSettings, bridge_database: str, event_id: str
+) -> None:
+    async with opened(shop) as inbox:
+        claim = await claimed(inbox, event_id)
+        await inbox._token.close()
+        await inbox.finish(claim, {})
+    assert len(rows(bridge_database, "SELECT 1 FROM shop.invoice")) == 1
+
+
+async def test_a_claim_whose_answer_was_lost_is_granted_again(shop: PostgresSettings, event_id: str) -> None:
+    async with opened(shop) as inbox:
+        await claimed(inbox, event_id)
+        inbox._in_hand.clear()  # what an exception on the way back does
+        assert (await claimed(inbox, event_id)).attempt == 2
+
+
+async def test_finishing_again_after_a_commit_whose_answer_was_lost_replies_only_once(
+    shop: PostgresSettings, bridge_database: str, event_id: str
+) -> None:
+    async with opened(shop) as inbox:
+        claim = await claimed(inbox, event_id)
+        await inbox.finish(claim, {})
+        with pytest.raises(ClaimLostError):
+            await inbox.finish(claim, {})
+        assert await inbox.claim(event_id) == "finished"
+    assert len(rows(bridge_database, "SELECT 1 FROM shop.invoice")) == 1
+
+
+@pytest.mark.parametrize("sqlstate", ["P0001", "22023", "23503", "57014", "42501"])
+async def test_a_reply_that_raises_leaves_the_event_unfinished(
+    shop: PostgresSettings, bridge_database: str, event_id: str, sqlstate: str
+) -> None:
+    async with opened(shop) as inbox:
+        claim = await claimed(inbox, event_id)
+        with pytest.raises(ReplyError, match=rf"shop\.rendered refuses the result: no such order .*{sqlstate}"):
+            await inbox.finish(claim, {"refuse": sqlstate})
+        await inbox.release(claim, counted=claim.attempt)
+        await inbox.finish(await claimed(inbox, event_id), {"path": "a.pdf"})
+    assert rows(bridge_database, "SELECT result FROM shop.invoice") == [{"result": {"path": "a.pdf"}}]
+
+
+@pytest.mark.parametrize("sqlstate", ["57P01", "53100", "25006", "08006"])
+async def test_a_server_in_trouble_is_no_fault_of_the_reply(
+    shop: PostgresSettings, event_id: str, sqlstate: str
+) -> None:
+    async with opened(shop) as inbox:
+        claim = await claimed(inbox, event_id)
+        with pytest.raises(PgbridgeError):
+            await inbox.finish(claim, {"refuse": sqlstate})
+        await inbox.finish(claim, {})
+
+
+async def test_a_result_that_jsonb_cannot_hold_is_the_handlers_fault(shop: PostgresSettings, event_id: str) -> None:
+    async with opened(shop) as inbox:
+        claim = await claimed(inbox, event_id)
+        with pytest.raises(ReplyError, match="22P05"):
+            await inbox.finish(claim, {"name": "a\x00b"})
+
+
+async def test_replies_that_deadlock_are_repeated_until_each_is_done(
+    shop: PostgresSettings, bridge_database: str
+) -> None:
+    with psycopg.connect(bridge_database, autocommit=True) as admin:
+        admin.execute(
+            "CREATE TABLE shop.counter (id int PRIMARY KEY, n int); INSERT INTO shop.counter VALUES (1,0),(2,0)"
+        )
+        admin.execute(
+            "CREATE FUNCTION shop.count(event_id uuid, result jsonb) RETURNS void SECURITY DEFINER LANGUAGE plpgsql"
+            " SET deadlock_timeout = '10ms' AS $$ BEGIN"
+            " UPDATE shop.counter SET n = n + 1 WHERE id = (result ->> 'first')::int;"
+            " PERFORM pg_sleep(0.05);"
+            " UPDATE shop.counter SET n = n + 1 WHERE id = 3 - (result ->> 'first')::int; END $$"
+        )
+    async with opened(shop, "shop.count") as inbox:
+        one, two = [await claimed(inbox, str(uuid.uuid4())) for _ in range(2)]
+        await asyncio.gather(inbox.finish(one, {"first": 1}), inbox.finish(two, {"first": 2}))
+    assert rows(bridge_database, "SELECT n FROM shop.counter") == [{"n": 2}, {"n": 2}]
+
+
+async def test_an_effect_keeps_its_key_its_start_and_its_result_over_attempts(
+    shop: PostgresSettings, event_id: str
+) -> None:
+    async with opened(shop) as inbox:
+        claim = await claimed(inbox, event_id)
+        first = await claim.begin_effect("charge")
+        assert first.idempotency_key == f"{event_id}:charge"
+        assert first.result is None
+        await inbox.release(claim, counted=claim.attempt)
+
+        claim = await claimed(inbox, event_id)
+        second = await claim.begin_effect("charge")
+        assert second == first
+        second.result = {"id": "ch_1"}
+        await claim.end_effect(second)
+        await claim.begin_effect("receipt")
+        await inbox.release(claim, counted=claim.attempt)
+
+        claim = await claimed(inbox, event_id)
+        assert (await claim.begin_effect("charge")).result == {"id": "ch_1"}
+        assert (await claim.begin_effect("receipt")).result is None
+
+
+async def test_pruning_takes_old_finished_events_in_chunks_and_leaves_the_rest(
+    shop: PostgresSettings, bridge_database: str
+) -> None:
+    async with opened(shop, None) as inbox:
+        for _ in range(25):
+            await inbox.finish(await claimed(inbox, str(uuid.uuid4())), None)
+        await claimed(inbox, str(uuid.uuid4()))
+        with psycopg.connect(bridge_database, autocommit=True) as admin:
+            admin.execute("UPDATE bridge.inbox SET started_at = started_at - interval '2 days'")
+            admin.execute(
+                "UPDATE bridge.inbox SET finished_at = finished_at - interval '2 days' WHERE ctid IN"
+                " (SELECT ctid FROM bridge.inbox WHERE finished_at IS NOT NULL LIMIT 20)"
+            )
+        assert await inbox.prune(timedelta(days=1), chunk=7) == 20
+        assert await inbox.prune(timedelta(days=1), chunk=7) == 0
+    assert rows(bridge_database, "SELECT count(*) AS n FROM bridge.inbox") == [{"n": 6}]
+
+
+async def test_a_missing_reply_function_fails_the_start(shop: PostgresSettings) -> None:
+    with pytest.raises(
+        SchemaError, match=r"workers\.invoices\.reply: there is no function shop\.missing\(uuid, jsonb\)"
+    ):
+        async with opened(shop, "shop.missing"):
+            pass
+
+
+async def test_a_reply_function_that_may_not_be_called_fails_the_start(
+    shop: PostgresSettings, bridge_database: str
+) -> None:
+    with psycopg.connect(bridge_database, autocommit=True) as admin:
+        admin.execute("REVOKE EXECUTE ON FUNCTION shop.rendered FROM PUBLIC")
+    with pytest.raises(PrivilegeError, match=r"GRANT EXECUTE ON FUNCTION shop\.rendered\(uuid, jsonb\)"):
+        async with opened(shop):
+            pass
+
+
+async def test_a_database_without_the_schema_fails_the_start(database: str) -> None:
+    with pytest.raises(SchemaError, match="pgbridge migrate"):
+        async with opened(PostgresSettings(dsn=SecretStr(database)), None):
+            pass
+
+
+async def test_a_worker_may_touch_the_inbox_only_through_its_functions(shop: PostgresSettings) -> None:
+    with psycopg.connect(shop.dsn.get_secret_value(), autocommit=True) as connection:
+        for statement in ("SELECT 1 FROM bridge.inbox", "DELETE FROM bridge.inbox", "SELECT 1 FROM bridge.outbox"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute(statement)
+
+
+async def test_a_token_behind_a_pooler_is_refused(shop: PostgresSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A pooler answers with a backend number of its own.
+    monkeypatch.setattr(psycopg.ConnectionInfo, "backend_pid", 1)
+    token = Token(shop, "pgbridge-worker invoices")
+    with pytest.raises(RefusedError, match="connection pooler"):
+        await token.take(instead_of=0)
+    assert token.value == 0
