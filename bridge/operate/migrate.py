@@ -73,7 +73,7 @@ def migrate(dsn: str) -> list[Migration]:
     with _connect(dsn) as connection:
         while (migration := _apply_next(connection)) is not None:
             applied.append(migration)
-        _run(connection, "roles.sql", (sql_folder() / "roles.sql").read_text(encoding="utf-8"))
+        _run(connection, "roles.sql", _roles_sql())
     return applied
 
 
@@ -108,7 +108,7 @@ def schema_sql() -> str:
         "-- python -m bridge.operate.migrate > sql/schema.sql; change those, never this file.\n"
     ]
     parts += [f"-- migrations/{m.version:04}_{m.name}.sql {'-' * 60}\n\n{m.sql}" for m in migrations()]
-    parts.append(f"-- roles.sql {'-' * 60}\n\n{(sql_folder() / 'roles.sql').read_text(encoding='utf-8')}")
+    parts.append(f"-- roles.sql {'-' * 60}\n\n{_roles_sql()}")
     return "\n".join(parts)
 
 
@@ -129,10 +129,12 @@ select current_setting('server_version_num')::int < {OLDEST_POSTGRES}0000 as too
 """
     ]
     parts += [_psql_step(m) for m in migrations()]
-    parts.append(
-        f"begin;\n{_LOCK} as lock \\gset\n{(sql_folder() / 'roles.sql').read_text(encoding='utf-8')}\ncommit;\n"
-    )
+    parts.append(f"begin;\n{_LOCK} as lock \\gset\n{_roles_sql()}\ncommit;\n")
     return "\n".join(parts)
+
+
+def _roles_sql() -> str:
+    return (sql_folder() / "roles.sql").read_text(encoding="utf-8")
 
 
 def _psql_step(m: Migration) -> str:

@@ -1,0 +1,189 @@
+"""Installing and upgrading the schema."""
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import AsyncConnection, sql
+
+from bridge.demo.servers import PostgresServer
+from bridge.errors import DatabaseUnavailableError, PrivilegeError, RefusedError, SchemaError, SettingsError
+from bridge.operate import migrate as module
+from bridge.operate.migrate import Migration, check_version, migrate, migrate_sql, migrations, pending, schema_version
+
+PSQL = Path("/usr/lib/postgresql/15/bin/psql")
+
+
+def versions(dsn: str) -> list[int]:
+    with psycopg.connect(dsn) as connection:
+        return [row[0] for row in connection.execute("select version from bridge.migration order by version")]
+
+
+@dataclass(frozen=True)
+class Role:
+    """A login role of one test."""
+
+    dsn: str
+    name: sql.Identifier
+
+
+@pytest.fixture
+def plain_owner(postgres: PostgresServer, database: str, unique: str) -> Role:
+    """A role that owns the database, and has no other power."""
+    role = sql.Identifier(unique)
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(sql.SQL("create role {} login").format(role))
+        connection.execute(sql.SQL("alter database {} owner to {}").format(sql.Identifier(unique), role))
+    return Role(postgres.dsn(unique, user=unique), role)
+
+
+def test_migrations_are_numbered_without_holes() -> None:
+    assert [m.version for m in migrations()] == list(range(1, schema_version() + 1))
+
+
+def test_migrate_applies_everything_once(database: str) -> None:
+    assert pending(database) == list(migrations())
+    assert migrate(database) == list(migrations())
+    assert pending(database) == []
+    assert migrate(database) == []
+    assert versions(database) == [m.version for m in migrations()]
+
+
+def test_migrate_works_on_postgres_15(database15: str) -> None:
+    assert migrate(database15) == list(migrations())
+
+
+def test_simultaneous_migrations_apply_each_one_once(database: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        applied = [m.version for done in pool.map(migrate, [database] * 4) for m in done]
+    assert sorted(applied) == [m.version for m in migrations()]
+
+
+def test_migrate_upgrades_from_an_older_version_and_keeps_the_events(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = migrations()
+    extra = Migration(schema_version() + 1, "extra", "c", "alter table bridge.outbox add column extra text")
+    migrate(database)
+    with psycopg.connect(database) as connection:
+        connection.execute("select bridge.emit('t', 'x')")
+    monkeypatch.setattr(module, "migrations", lambda: (*everything, extra))
+    assert pending(database) == [extra]
+    assert migrate(database) == [extra]
+    with psycopg.connect(database) as connection:
+        assert connection.execute("select topic, extra from bridge.outbox").fetchall() == [("t", None)]
+
+
+def test_a_migration_that_fails_leaves_nothing_of_itself(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = migrations()
+    broken = Migration(schema_version() + 1, "broken", "c", "create table bridge.half (); select 1 / 0")
+    monkeypatch.setattr(module, "migrations", lambda: (*everything, broken))
+    with pytest.raises(RefusedError, match="division by zero"):
+        migrate(database)
+    assert max(versions(database)) == broken.version - 1
+    with psycopg.connect(database) as connection:
+        assert connection.execute("select to_regclass('bridge.half')").fetchone() == (None,)
+
+
+def test_a_migration_changed_after_it_was_applied_is_told(database: str) -> None:
+    migrate(database)
+    with psycopg.connect(database) as connection:
+        connection.execute("update bridge.migration set checksum = 'other' where version = 2")
+    with pytest.raises(SchemaError, match=r"migration 0002 \(emit\) is not the one applied"):
+        migrate(database)
+
+
+def test_a_schema_newer_than_this_pgbridge_is_told(database: str) -> None:
+    migrate(database)
+    with psycopg.connect(database) as connection:
+        connection.execute("insert into bridge.migration values (9999, 'future', 'c')")
+    with pytest.raises(SchemaError, match=r"version 9999.*Upgrade pgbridge"):
+        migrate(database)
+
+
+def test_a_role_without_createrole_gets_a_hint(plain_owner: Role) -> None:
+    """The roles belong to the cluster, where other tests may have made them; so roles.sql must miss one."""
+    statement = "do $$ begin execute 'create role pgbridge_test_missing'; end $$"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_roles_sql", lambda: statement)
+        with pytest.raises(PrivilegeError, match=r"roles\.sql: permission denied to create role.*migrate --sql"):
+            migrate(plain_owner.dsn)
+
+
+def test_a_role_that_may_not_create_a_schema_gets_a_hint(postgres: PostgresServer, database: str, unique: str) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(sql.SQL("create role {} login").format(sql.Identifier(unique)))
+    with pytest.raises(PrivilegeError, match=r"migration 0001 \(tables\): permission denied.*migrate --sql"):
+        migrate(postgres.dsn(unique, user=unique))
+
+
+@pytest.mark.usefixtures("_migrated")
+def test_the_owner_of_a_database_can_migrate_when_the_roles_exist(plain_owner: Role) -> None:
+    assert migrate(plain_owner.dsn) == list(migrations())
+    with psycopg.connect(plain_owner.dsn) as connection:
+        connection.execute("create table watched (id int primary key); select bridge.watch('watched')")
+        connection.execute("insert into watched values (1)")
+        assert connection.execute("select topic from bridge.emitted()").fetchall() == [("public.watched.inserted",)]
+
+
+def test_a_migration_gives_up_on_a_table_that_is_in_use(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = migrations()
+    migrate(database)
+    extra = Migration(schema_version() + 1, "extra", "c", "alter table bridge.outbox add column extra text")
+    monkeypatch.setattr(module, "migrations", lambda: (*everything, extra))
+    monkeypatch.setattr(module, "LOCK_TIMEOUT", "100ms")
+    with psycopg.connect(database) as reader:
+        reader.execute("select from bridge.outbox")
+        with pytest.raises(DatabaseUnavailableError, match="in use"):
+            migrate(database)
+    assert migrate(database) == [extra]
+
+
+def test_a_wrong_dsn_is_told_without_its_secret() -> None:
+    with pytest.raises(SettingsError) as caught:
+        migrate("postgresql://user:hunter2@[broken/db")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_server_that_is_away_is_told() -> None:
+    with pytest.raises(DatabaseUnavailableError):
+        migrate("host=127.0.0.1 port=1 dbname=x")
+
+
+async def test_check_version_tells_what_is_missing(database: str) -> None:
+    async with await AsyncConnection.connect(database, autocommit=True) as connection:
+        with pytest.raises(SchemaError, match=r"not installed.*pgbridge migrate"):
+            await check_version(connection)
+        migrate(database)
+        await check_version(connection)
+        await connection.execute("delete from bridge.migration where version = %s", (schema_version(),))
+        with pytest.raises(SchemaError, match=f"lacks migration {schema_version():04}.*pgbridge migrate"):
+            await check_version(connection)
+
+
+@pytest.mark.parametrize("fixture", ["database", "database15"])
+def test_the_script_for_a_dba_does_what_migrate_does_and_may_run_again(
+    request: pytest.FixtureRequest, fixture: str
+) -> None:
+    if not PSQL.exists():
+        pytest.skip("psql is not installed: apt install postgresql-15")
+    dsn: str = request.getfixturevalue(fixture)
+
+    def run() -> str:
+        done = subprocess.run(
+            [str(PSQL), "-X", "-d", dsn, "-f", "-"],
+            input=migrate_sql(),
+            text=True,
+            check=False,
+            capture_output=True,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    assert run() == "".join(f"{m.version:04} {m.name}: applied\n" for m in migrations())
+    assert pending(dsn) == []
+    assert run() == "".join(f"{m.version:04} {m.name}: already applied\n" for m in migrations())
+    assert migrate(dsn) == []
