@@ -42,7 +42,12 @@ class Patience:
             retry=retry_if_exception_type(self._errors),
             wait=wait_random_exponential(multiplier=0.1, max=self._longest),
         )
-        return await retrying(call)
+
+        async def again() -> T:
+            # tenacity awaits only what is an async function by declaration.
+            return await call()
+
+        return await retrying(again)
 
     def lost(self, error: BaseException) -> None:
         """Says that the server is gone, unless that has been said."""

@@ -1,0 +1,108 @@
+"""A queue whose every message and failure the test decides, and which notes how each delivery was settled."""
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from bridge.errors import BrokerUnavailableError
+from bridge.event import Event, Malformed
+from bridge.observe.topology import Declaration
+from workers.queues import Failure
+
+
+def event_of(payload: object = None, event_id: str | None = None) -> Event:
+    return Event(
+        id=event_id or str(uuid.uuid4()),
+        topic="shop.order.placed",
+        payload=json.dumps(payload).encode(),
+        key=None,
+        source="/shop/shop",
+        time=datetime(2026, 11, 21, tzinfo=UTC),
+        content_type="application/json",
+        headers={},
+    )
+
+
+@dataclass(eq=False)
+class ScriptedDelivery:
+    event: Event | Malformed
+    queue: "ScriptedQueue"
+    attempt: int = 1
+    connected: bool = True
+
+    async def ack(self) -> None:
+        self._settle("ack", None)
+
+    async def retry(self, delay: float) -> None:
+        self._settle("retry", delay)
+
+    async def dead_letter(self, failure: Failure) -> None:
+        self._settle("dead_letter", failure)
+
+    async def give_back(self) -> None:
+        self._settle("give_back", None)
+
+    def _settle(self, verb: str, detail: object) -> None:
+        if not self.connected:
+            raise BrokerUnavailableError("the connection is lost")
+        assert self not in [delivery for delivery, _, _ in self.queue.settled], "settled twice"
+        self.queue.settled.append((self, verb, detail))
+        self.queue.changed.set()
+
+
+@dataclass(eq=False)
+class ScriptedQueue:
+    """Give it `add(event)`; `lose()` ends the connection and makes the next `refusals` calls of `open` fail."""
+
+    settled: list[tuple[ScriptedDelivery, str, object]] = field(default_factory=list)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    refusals: int = 0
+    opened: int = 0
+    _waiting: asyncio.Queue[ScriptedDelivery | str] = field(default_factory=asyncio.Queue)
+    _in_hand: list[ScriptedDelivery] = field(default_factory=list)
+
+    def add(self, event: Event | Malformed, attempt: int = 1) -> ScriptedDelivery:
+        delivery = ScriptedDelivery(event, self, attempt)
+        self._waiting.put_nowait(delivery)
+        return delivery
+
+    def lose(self, refusals: int = 0) -> None:
+        self.refusals = refusals
+        for delivery in self._in_hand:
+            delivery.connected = False
+        self._waiting.put_nowait("lost")
+
+    async def open(self) -> None:
+        self.opened += 1
+        self.changed.set()
+        if self.refusals:
+            self.refusals -= 1
+            raise BrokerUnavailableError("nobody listens on the port")
+
+    async def deliveries(self) -> AsyncIterator[ScriptedDelivery]:
+        while (item := await self._waiting.get()) != "stop":
+            if not isinstance(item, ScriptedDelivery):
+                raise BrokerUnavailableError("the connection is lost")
+            self._in_hand.append(item)
+            yield item
+
+    async def stop(self) -> None:
+        self._waiting.put_nowait("stop")
+
+    async def topology(self, *, apply: bool) -> Sequence[Declaration]:
+        return []
+
+    async def close(self) -> None:
+        for delivery in self._in_hand:
+            delivery.connected = False
+
+    async def outcomes(self, count: int) -> list[tuple[str, object]]:
+        """The first `count` settlements, once they are there."""
+        async with asyncio.timeout(15):
+            while len(self.settled) < count:
+                self.changed.clear()
+                await self.changed.wait()
+        return [(verb, detail) for _, verb, detail in self.settled[:count]]
