@@ -148,7 +148,8 @@ def list_workers(config: Path | None, as_json: bool) -> None:
             str(row["concurrency"]),
             row["reply"] or "-",
         )
-    Console().print(table)
+    # In a pipe nothing is folded: programs such as grep read lines.
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def _row(name: str, settings: Settings) -> dict[str, Any]:

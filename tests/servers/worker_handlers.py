@@ -1,0 +1,14 @@
+"""Handlers that the worker processes of tests run."""
+
+import asyncio
+
+from bridge.event import Event
+from workers import handler
+from workers.handler import Result
+
+
+@handler("shop.order.placed")
+async def echo(event: Event) -> Result:
+    """Takes long enough to be killed in the middle."""
+    await asyncio.sleep(0.005)
+    return {"of": event.json()}
