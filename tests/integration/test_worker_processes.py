@@ -130,7 +130,7 @@ async def test_every_event_is_replied_exactly_once_although_workers_are_killed(
 
 
 def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, "-m", "workers.cli", *words],
         capture_output=True,
@@ -138,7 +138,7 @@ def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         timeout=60,
         cwd=cwd,
         check=False,
-        env={**os.environ, "PYTHONPATH": root},
+        env={**os.environ, "PYTHONPATH": path},
     )
 
 
