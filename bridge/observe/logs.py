@@ -32,6 +32,8 @@ def configure(settings: ObserveSettings) -> None:
     )
     # Libraries log through the standard module; only what an operator must act on is let through.
     logging.basicConfig(stream=sys.stderr, level=logging.ERROR, format="%(name)s: %(message)s")
+    # psycopg sets a level of its own, and its pool warns of every connection that a restart ended.
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
 
 
 def _action(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
