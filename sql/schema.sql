@@ -207,6 +207,21 @@ begin
 end
 $$;
 
+-- A transaction that notifies cannot be prepared (two-phase commit), so the bell can be silenced: the event is then
+-- found by the bridge's next poll.
+create function bridge.ring() returns void
+  language plpgsql volatile
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+begin
+  if coalesce(current_setting('bridge.doorbell', true), '') <> 'off' then
+    perform pg_notify('bridge_bell', '');
+  end if;
+end
+$$;
+comment on function bridge.ring() is
+  'Wakes bridges that sleep. Say "set local bridge.doorbell = off" in transactions that are to be prepared.';
+
 create function bridge.append_event(topic text, payload text, content_type text, key text, headers jsonb) returns uuid
   language plpgsql volatile security definer
   set search_path = pg_catalog, bridge, pg_temp
@@ -241,7 +256,7 @@ begin
 
   -- NOTIFY takes a lock that serialises all commits of the cluster, so it is sent only to a bridge that sleeps.
   if exists (select from bridge.bell where asleep) then
-    perform pg_notify('bridge_bell', '');
+    perform bridge.ring();
   end if;
   return event;
 end
@@ -297,7 +312,7 @@ begin
     ) as heard;
   get diagnostics stored = row_count;
   if exists (select from bridge.bell where asleep) then
-    perform pg_notify('bridge_bell', '');
+    perform bridge.ring();
   end if;
   return stored;
 end
@@ -445,7 +460,7 @@ begin
   end if;
   get diagnostics stored = row_count;
   if stored > 0 and exists (select from bridge.bell where asleep) then
-    perform pg_notify('bridge_bell', '');
+    perform bridge.ring();
   end if;
   return null;
 end
