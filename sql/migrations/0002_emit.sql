@@ -121,35 +121,58 @@ $$;
 comment on function bridge.ring() is
   'Wakes bridges that sleep. Say "set local bridge.doorbell = off" in transactions that are to be prepared.';
 
-create function bridge.append_event(topic text, payload text, content_type text, key text, headers jsonb) returns uuid
-  language plpgsql volatile security definer
+-- What makes an event with a plain topic, a payload and no headers of its own take the short way.
+create function bridge.needs_check(topic text, payload text, headers jsonb) returns boolean
+  language sql immutable
+  return topic is null or topic = '' or octet_length(topic) > 255 or payload is null or headers is null or headers <> '{}';
+
+-- Raises what is wrong with an event; returns its headers.
+create function bridge.check_event(topic text, payload text, headers jsonb) returns jsonb
+  language plpgsql immutable
   set search_path = pg_catalog, bridge, pg_temp
 as $$
-declare
-  event uuid := gen_random_uuid();
-  own_xid xid8;
-  next_id bigint;
 begin
-  if topic is null or topic = '' or octet_length(topic) > 255 then
-    perform bridge.check_topic(topic);
-  end if;
+  perform bridge.check_topic(topic);
   if payload is null then
     raise exception 'the payload of an event of topic % is null', quote_literal(topic)
       using errcode = 'null_value_not_allowed',
             hint = 'Give a value; the JSON value null is written ''null''::jsonb.';
   end if;
-  if headers is null then
-    headers := '{}';
-  elsif headers <> '{}' then
-    perform bridge.check_headers(headers);
+  perform bridge.check_headers(coalesce(headers, '{}'));
+  return coalesce(headers, '{}');
+end
+$$;
+
+create function bridge.add_context(headers jsonb) returns jsonb
+  language plpgsql stable
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+begin
+  return bridge.context() || headers;
+end
+$$;
+
+-- SET search_path would cost as much as half an insert, on every call. What it guards against is kept out otherwise:
+-- no operator, cast or unqualified name stands in this body. Expressions that need them are in functions that
+-- have the setting, or whose body was bound when they were created (SQL with RETURN).
+create function bridge.append_event(topic text, payload text, content_type text, key text, headers jsonb) returns uuid
+  language plpgsql volatile security definer
+as $$
+declare
+  event pg_catalog.uuid := pg_catalog.gen_random_uuid();
+  own_xid pg_catalog.xid8;
+  next_id pg_catalog.int8;
+begin
+  if bridge.needs_check(topic, payload, headers) then
+    headers := bridge.check_event(topic, payload, headers);
   end if;
   if bridge.has_context() then
-    headers := bridge.context() || headers;
+    headers := bridge.add_context(headers);
   end if;
 
   -- The transaction id before the sequence's value: see next_outbox_id().
-  own_xid := pg_current_xact_id();
-  next_id := nextval('bridge.outbox_id_seq');
+  own_xid := pg_catalog.pg_current_xact_id();
+  next_id := pg_catalog.nextval('bridge.outbox_id_seq');
   insert into bridge.outbox (id, event_id, topic, key, payload, content_type, headers)
     values (next_id, event, topic, key, payload, content_type, headers);
 
