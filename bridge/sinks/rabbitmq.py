@@ -1,7 +1,7 @@
 """RabbitMQ: persistent, mandatory publishes on one confirm channel, as CloudEvents in binary mode.
 
-Publishing speaks AMQP itself (`bridge.sinks.amqp`), since a task and a future for each message would cost thirty times
-as much; topology is declared through aio-pika.
+It speaks AMQP itself (`bridge.sinks.amqp`), since a client library's task and future for each message would cost thirty
+times as much.
 """
 
 import asyncio
@@ -9,9 +9,6 @@ import ssl
 from collections.abc import Sequence
 from typing import Literal
 
-import aio_pika
-from aio_pika.abc import AbstractConnection
-from aiormq.exceptions import AMQPError, ChannelAccessRefused, ChannelNotFoundEntity, ChannelPreconditionFailed
 from pamqp import commands
 
 from bridge.errors import BrokerUnavailableError, PgbridgeError, RefusedError, SettingsError, TopologyError
@@ -22,9 +19,9 @@ from bridge.sinks import Failed, Outcome
 from bridge.sinks.amqp.address import address_of
 from bridge.sinks.amqp.connection import ClosedError, Closure, Connection, connect
 from bridge.sinks.amqp.frames import Encoder
-from bridge.sinks.amqp.publisher import ACCESS_REFUSED, Publisher
+from bridge.sinks.amqp.publisher import ACCESS_REFUSED, PRECONDITION_FAILED, Publisher
 
-_CHECK_CHANNEL = 2
+_CHECK_CHANNEL, _DECLARE_CHANNEL = 2, 3
 _NOT_FOUND, _NOT_ALLOWED = 404, 530
 _OPEN_LIMIT = 10.0
 """Seconds that connecting, TLS, the handshake and the look for the exchange may take together."""
@@ -101,43 +98,44 @@ class RabbitMQSink:
                 await connection.close()
 
     async def topology(self, *, apply: bool) -> Sequence[Declaration]:
-        """As `Sink.topology`: the durable topic exchange."""
+        """As `Sink.topology`: the durable topic exchange. Also raises RefusedError."""
         try:
-            connection = await aio_pika.connect(
-                host=self._address.host,
-                port=self._address.port,
-                login=self._address.user,
-                password=self._address.password,
-                virtualhost=self._address.virtual_host,
-                ssl=self._address.tls is not None,
-                ssl_context=self._address.tls,
-                timeout=_OPEN_LIMIT,
-            )
-            async with connection:
-                return [await self._exchange(connection, apply)]
-        except (AMQPError, OSError) as error:
+            async with asyncio.timeout(_OPEN_LIMIT):
+                connection = await connect(self._address, self._settings.heartbeat)
+                try:
+                    return [await self._exchange(connection, apply)]
+                finally:
+                    await connection.close()
+        except ClosedError as error:
+            raise self._refusal(error.closure) from error
+        except OSError as error:
             raise self._unavailable(error) from error
 
-    async def _exchange(self, connection: AbstractConnection, apply: bool) -> Declaration:
+    async def _exchange(self, connection: Connection, apply: bool) -> Declaration:
+        """Looks for the exchange, then declares it, which compares the properties of one that stands."""
         name, detail = self._settings.exchange, "topic exchange, durable"
+        state: Literal["present", "declared"] = "present"
         try:
-            await (await connection.channel()).get_exchange(name, ensure=True)
-            state: Literal["present", "declared"] = "present"
-        except ChannelNotFoundEntity:
+            await connection.call(_CHECK_CHANNEL, commands.Channel.Open())
+            await connection.call(_CHECK_CHANNEL, self._check_exchange)
+        except ClosedError as error:
+            if error.closure.code != _NOT_FOUND:
+                raise
             if not apply:
                 return Declaration("exchange", name, "missing", detail)
             state = "declared"
         try:
-            await (await connection.channel()).declare_exchange(name, aio_pika.ExchangeType.TOPIC, durable=True)
-        except ChannelPreconditionFailed as error:
-            mend = "delete it, or name another one in the sink's setting exchange"
-            return Declaration("exchange", name, "differs", f"must be a {detail}: {error}; {mend}")
-        except ChannelAccessRefused as error:
-            if state == "declared":
-                raise RefusedError(
-                    f"exchange {name!r} cannot be declared: {error}; grant configure to the user"
-                ) from error
-            detail = "its properties cannot be compared without the privilege configure"
+            await connection.call(_DECLARE_CHANNEL, commands.Channel.Open())
+            await connection.call(
+                _DECLARE_CHANNEL, commands.Exchange.Declare(exchange=name, exchange_type="topic", durable=True)
+            )
+        except ClosedError as error:
+            if error.closure.code == PRECONDITION_FAILED:
+                mend = "delete it, or name another one in the sink's setting exchange"
+                return Declaration("exchange", name, "differs", f"must be a {detail}: {error}; {mend}")
+            if error.closure.code != ACCESS_REFUSED or state == "declared":
+                raise
+            detail = f"{name} stands, but the user may not declare it, so its properties cannot be compared"
         return Declaration("exchange", name, state, detail)
 
     def _refusal(self, closure: Closure) -> PgbridgeError:
@@ -150,7 +148,7 @@ class RabbitMQSink:
         if closure.code in (ACCESS_REFUSED, _NOT_ALLOWED):
             return RefusedError(
                 f"RabbitMQ at {address} refuses user {address.user!r} in virtual host {address.virtual_host!r}: "
-                f"{closure}; see the user, password and virtual host in the sink's url"
+                f"{closure}; see the user, password and virtual host in the sink's url, and the user's permissions"
             )
         return BrokerUnavailableError(f"RabbitMQ at {address} ended the connection: {closure}")
 
