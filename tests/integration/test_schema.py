@@ -154,3 +154,15 @@ def _waits_for_the_sequence(
         (writer.info.backend_pid,),
     ).fetchone()
     return None if row is None else row[0]
+
+
+def test_a_transaction_that_is_to_be_prepared_can_silence_the_bell(bridge_database: str) -> None:
+    with psycopg.connect(bridge_database, autocommit=True) as connection:
+        connection.execute("insert into bridge.bell values ('one', true)")
+        connection.execute("begin; select bridge.emit('t', 'x')")
+        with pytest.raises(psycopg.errors.FeatureNotSupported, match="NOTIFY"):
+            connection.execute("prepare transaction 'loud'")
+        connection.execute("begin; set local bridge.doorbell = off; select bridge.emit('t', 'x')")
+        connection.execute("prepare transaction 'silent'")
+        connection.execute("commit prepared 'silent'")
+        assert connection.execute("select count(*) from bridge.outbox").fetchone() == (1,)
