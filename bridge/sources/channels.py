@@ -188,7 +188,8 @@ class GapWatch:
             log.warning("channels.deaf", reason=str(error))
 
     def restored(self) -> None:
-        """It hears again."""
+        """It hears."""
+        log.info("channels.listening")
         if self._deaf_since is not None:
             gap = time.monotonic() - self._deaf_since
             self._deaf_since = None
