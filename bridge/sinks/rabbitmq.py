@@ -17,12 +17,12 @@ from bridge.observe.topology import Declaration
 from bridge.settings import RabbitMQSettings
 from bridge.sinks import Failed, Outcome
 from bridge.sinks.amqp.address import address_of
-from bridge.sinks.amqp.connection import ClosedError, Closure, Connection, connect
+from bridge.sinks.amqp.closure import ACCESS_REFUSED, NOT_ALLOWED, NOT_FOUND, PRECONDITION_FAILED, ClosedError, Closure
+from bridge.sinks.amqp.connection import Connection, connect
 from bridge.sinks.amqp.frames import Encoder
-from bridge.sinks.amqp.publisher import ACCESS_REFUSED, PRECONDITION_FAILED, Publisher
+from bridge.sinks.amqp.publisher import Publisher
 
 _CHECK_CHANNEL, _DECLARE_CHANNEL = 2, 3
-_NOT_FOUND, _NOT_ALLOWED = 404, 530
 _OPEN_LIMIT = 10.0
 """Seconds that connecting, TLS, the handshake and the look for the exchange may take together."""
 
@@ -119,7 +119,7 @@ class RabbitMQSink:
             await connection.call(_CHECK_CHANNEL, commands.Channel.Open())
             await connection.call(_CHECK_CHANNEL, self._check_exchange)
         except ClosedError as error:
-            if error.closure.code != _NOT_FOUND:
+            if error.closure.code != NOT_FOUND:
                 raise
             if not apply:
                 return Declaration("exchange", name, "missing", detail)
@@ -140,12 +140,12 @@ class RabbitMQSink:
 
     def _refusal(self, closure: Closure) -> PgbridgeError:
         address, exchange = self._address, self._settings.exchange
-        if closure.code == _NOT_FOUND:
+        if closure.code == NOT_FOUND:
             return TopologyError(
                 f"RabbitMQ at {address} has no exchange {exchange!r} in virtual host {address.virtual_host!r}; "
                 "declare it with `pgbridge topology --apply`"
             )
-        if closure.code in (ACCESS_REFUSED, _NOT_ALLOWED):
+        if closure.code in (ACCESS_REFUSED, NOT_ALLOWED):
             return RefusedError(
                 f"RabbitMQ at {address} refuses user {address.user!r} in virtual host {address.virtual_host!r}: "
                 f"{closure}; see the user, password and virtual host in the sink's url, and the user's permissions"

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
@@ -78,6 +79,22 @@ def test_frames_are_byte_for_byte_those_of_pamqp(batch: list[Event], frame_max: 
     ours = encoder(frame_max=frame_max)
     for event in [*batch, *batch]:  # the second time from the caches
         assert ours.encode(event) == by_pamqp(event, "events", frame_max)
+
+
+def test_an_hour_that_happens_twice_is_written_with_its_own_offset() -> None:
+    ours = encoder()
+    berlin = ZoneInfo("Europe/Berlin")
+    for fold in (0, 1, 0):
+        event = EVENT._replace(time=datetime(2026, 10, 25, 2, 30, 0, 5, tzinfo=berlin, fold=fold))
+        assert ours.encode(event) == by_pamqp(event, "events", FRAME_MAX)
+
+
+@given(st.lists(st.integers(0, 3_000_000), min_size=2, max_size=8))
+def test_times_within_and_across_a_second_in_any_order(microseconds: list[int]) -> None:
+    ours = encoder()
+    for shift in microseconds:
+        event = EVENT._replace(time=datetime(2026, 1, 1, tzinfo=UTC) + timedelta(microseconds=shift))
+        assert ours.encode(event) == by_pamqp(event, "events", FRAME_MAX)
 
 
 def test_equal_times_of_different_zones_are_written_as_they_are() -> None:

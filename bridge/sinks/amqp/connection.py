@@ -3,7 +3,6 @@
 import asyncio
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 from pamqp import commands, frame
@@ -14,6 +13,7 @@ from pamqp.heartbeat import Heartbeat
 
 import bridge
 from bridge.sinks.amqp.address import Address
+from bridge.sinks.amqp.closure import ClosedError, Closure
 from bridge.sinks.amqp.frames import CHANNEL
 from bridge.sinks.amqp.reader import FRAME_MAX, BrokenStreamError, FrameReader
 
@@ -34,25 +34,6 @@ _PROPERTIES: FieldTable = {
         "authentication_failure_close": True,
     },
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Closure:
-    """Why a connection or channel ended. `code` is AMQP's reply code; 0 when the broker gave none."""
-
-    reason: str
-    code: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.reason} ({self.code})" if self.code else self.reason
-
-
-class ClosedError(Exception):
-    """The connection or channel ended before the answer came."""
-
-    def __init__(self, closure: Closure) -> None:
-        super().__init__(str(closure))
-        self.closure = closure
 
 
 class Connection(asyncio.Protocol):

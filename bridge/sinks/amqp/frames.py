@@ -7,13 +7,13 @@ what is the same for all events of a topic is encoded once. The grammar is that 
 
 import struct
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from functools import lru_cache
 from struct import Struct
 from typing import NamedTuple
 
 from bridge.event import AMQP_PREFIX, SPECVERSION, Event
 from bridge.sinks import Failed
+from bridge.sinks.amqp.times import TimeWriter
 
 CHANNEL = 1
 """The channel that publishes."""
@@ -76,8 +76,10 @@ class _Template(NamedTuple):
     """The header fields cloudEvents_source and cloudEvents_specversion."""
     topic: bytes
     """The header field cloudEvents_type."""
+    tail: Struct
+    """Packs the timestamp, `app_id`, and the head of the body frame."""
     app_id: bytes
-    """The property app_id and the frame's end."""
+    """The property app_id and the content header's end."""
     size: int
     """Bytes of the content header that are the same for every event."""
     table_size: int
@@ -111,7 +113,7 @@ def _field(name: str, value: str) -> bytes:
 
 _ID = _field_name(f"{AMQP_PREFIX}id")
 _SUBJECT = _field_name(f"{AMQP_PREFIX}subject")
-_TIME = f"{AMQP_PREFIX}time"
+_TIME = _field_name(f"{AMQP_PREFIX}time")
 
 
 def _own_headers(headers: Mapping[str, str]) -> tuple[bytes, bytes]:
@@ -134,9 +136,7 @@ class Encoder:
         self._exchange = _short(exchange, "the exchange's name")
         self._payload_max = frame_max - _FRAME_OVERHEAD if frame_max else 0xFFFFFFFF
         self._template = lru_cache(maxsize=_CACHED_TOPICS)(self._make_template)
-        self._time = datetime.min.replace(tzinfo=UTC)
-        self._time_field = b""
-        self._timestamp = b""
+        self._times = TimeWriter()
 
     def _make_template(self, topic: str, content_type: str, source: str) -> _Template:
         routing_key = _short(topic, "the topic")
@@ -153,64 +153,62 @@ class Encoder:
             flags=shared,
             source=source_fields,
             topic=topic_field,
+            tail=Struct(f">Q{len(app_id) + 1}sBHI"),
             app_id=app_id + _FRAME_END,
             # class and weight, body size, flags and content type, table length, delivery mode, message id's length,
             # timestamp, app id
             size=2 + 2 + 8 + len(shared) + 4 + 1 + 1 + 8 + len(app_id),
-            table_size=len(_ID) + 4 + len(source_fields) + len(topic_field),
+            table_size=len(_ID) + 4 + len(source_fields) + len(_TIME) + 4 + len(topic_field),
         )
-
-    def _set_time(self, time: datetime) -> None:
-        self._timestamp = int(time.timestamp()).to_bytes(8)
-        self._time_field = _field(_TIME, time.isoformat())
-        self._time = time
 
     def encode(self, event: Event) -> bytes:
         """The frames that publish an event. Raises RefusedEvent when AMQP, or the broker's limit, cannot take it."""
         try:
-            return self._encode(event)
+            event_id, topic, payload, key, source, time, content_type, headers, _ = event
+            template = self._template(topic, content_type, source)
+            message_id = event_id.encode()
+            id_size = len(message_id)
+            if id_size > SHORT_STRING:
+                raise _malformed(f"the event's id has {id_size} bytes; AMQP takes at most {SHORT_STRING}")
+            subject = b"" if key is None else _SUBJECT + _long(key.encode())
+            before, behind = _own_headers(headers) if headers else (b"", b"")
+            iso_time = self._times.iso(time)
+            time_size = len(iso_time)
+            table_size = template.table_size + id_size + time_size + len(subject) + len(before) + len(behind)
+            size = template.size + table_size + id_size
+            body_size = len(payload)
+            if size > self._payload_max or body_size > self.max_message_bytes:
+                self._check_size(size, body_size)
+            tail = template.tail.pack(self._times.timestamp, template.app_id, _BODY, CHANNEL, body_size)
+            end = _FRAME_END
+            if not 0 < body_size <= self._payload_max:
+                tail, payload, end = tail[: -_FRAME.size] + self._body_frames(payload), b"", b""
+            return b"".join(
+                (
+                    template.method,
+                    template.head.pack(_HEADER, CHANNEL, size, _BASIC, 0, body_size, template.flags, table_size),
+                    before,
+                    _ID,
+                    _LENGTH[id_size],
+                    message_id,
+                    template.source,
+                    subject,
+                    _TIME,
+                    _LENGTH[time_size],
+                    iso_time,
+                    template.topic,
+                    behind,
+                    _PERSISTENT,
+                    _BYTE[id_size],
+                    message_id,
+                    tail,
+                    payload,
+                    end,
+                )
+            )
         except (ValueError, TypeError, AttributeError, OverflowError, struct.error) as error:
             # A lone surrogate, a time before 1970, a header that is no string: it must not stop the other events.
             raise _malformed(f"the event has no AMQP form: {error}") from error
-
-    def _encode(self, event: Event) -> bytes:
-        event_id, topic, payload, key, source, time, content_type, headers, _ = event
-        template = self._template(topic, content_type, source)
-        # Events of one transaction share their time; equal times of two zones are written differently.
-        if time != self._time or time.tzinfo is not self._time.tzinfo:
-            self._set_time(time)
-        message_id = event_id.encode()
-        id_size = len(message_id)
-        if id_size > SHORT_STRING:
-            raise _malformed(f"the event's id has {id_size} bytes; AMQP takes at most {SHORT_STRING}")
-        subject = b"" if key is None else _SUBJECT + _long(key.encode())
-        before, behind = _own_headers(headers) if headers else (b"", b"")
-        table_size = template.table_size + id_size + len(self._time_field) + len(subject) + len(before) + len(behind)
-        size = template.size + table_size + id_size
-        body_size = len(payload)
-        if size > self._payload_max or body_size > self._payload_max or body_size > self.max_message_bytes:
-            self._check_size(size, body_size)
-        return b"".join(
-            (
-                template.method,
-                template.head.pack(_HEADER, CHANNEL, size, _BASIC, 0, body_size, template.flags, table_size),
-                before,
-                _ID,
-                _LENGTH[id_size],
-                message_id,
-                template.source,
-                subject,
-                self._time_field,
-                template.topic,
-                behind,
-                _PERSISTENT,
-                _BYTE[id_size],
-                message_id,
-                self._timestamp,
-                template.app_id,
-                self._body(payload, body_size),
-            )
-        )
 
     def _check_size(self, header_size: int, body_size: int) -> None:
         if body_size > self.max_message_bytes:
@@ -221,13 +219,10 @@ class Encoder:
                 "use fewer or shorter headers, or a shorter key",
             )
 
-    def _body(self, payload: bytes, size: int) -> bytes:
-        if size <= self._payload_max:
-            # A message without content has no body frame.
-            return b"".join((_FRAME.pack(_BODY, CHANNEL, size), payload, _FRAME_END)) if size else b""
-        step = self._payload_max
+    def _body_frames(self, payload: bytes) -> bytes:
+        """A body in pieces of a frame each; a message without content has no body frame."""
         pieces: list[bytes] = []
-        for start in range(0, size, step):
-            piece = payload[start : start + step]
+        for start in range(0, len(payload), self._payload_max):
+            piece = payload[start : start + self._payload_max]
             pieces += (_FRAME.pack(_BODY, CHANNEL, len(piece)), piece, _FRAME_END)
         return b"".join(pieces)

@@ -10,16 +10,14 @@ from pamqp import commands
 
 from bridge.event import Event
 from bridge.sinks import Failed, Outcome, Unknown
+from bridge.sinks.amqp.closure import ACCESS_REFUSED, PRECONDITION_FAILED, Closure
 from bridge.sinks.amqp.confirms import Batch, Ledger
-from bridge.sinks.amqp.connection import Closure, Connection
+from bridge.sinks.amqp.connection import Connection
 from bridge.sinks.amqp.frames import CHANNEL, Encoder, RefusedEvent, too_large
 
 UNCONFIRMED_LIMIT = 200_000
 """Messages whose time ran out and whose confirms may still come. Beyond them the connection is dropped, since a broker
 that takes messages and confirms none would fill both memories with retries."""
-
-ACCESS_REFUSED, PRECONDITION_FAILED = 403, 406
-"""AMQP reply codes of channel.close."""
 
 _CHUNK_MESSAGES = 200
 _CHUNK_BYTES = 262_144
