@@ -15,7 +15,7 @@ import structlog
 from psycopg import Notify
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
 
-from bridge.errors import DatabaseUnavailableError
+from bridge.errors import DatabaseUnavailableError, about
 from bridge.observe.metrics import LEADING
 from bridge.observe.systemd import notify
 from bridge.operate.migrate import check_version
@@ -51,14 +51,16 @@ class Daemon:
     async def run(self, stop: asyncio.Event) -> None:
         """Runs until `stop` is set. Raises PgbridgeError when the first start fails."""
         try:
-            for sink in self._sinks.values():
-                await sink.open()
+            for name, sink in self._sinks.items():
+                with about(f"sinks.{name}"):
+                    await sink.open()
             with one_error():
                 await (self._carry_log(stop) if self._settings.reads_outbox else self._carry_channels(stop))
         finally:
             for sink in self._sinks.values():
                 await sink.close()
-            log.info("bridge.stopped", name=self._settings.name)
+            if self._started:
+                log.info("bridge.stopped", name=self._settings.name)
 
     async def _carry_log(self, stop: asyncio.Event) -> None:
         """The outbox; with `channels`, what plain pg_notify says is first written into it."""
@@ -86,7 +88,7 @@ class Daemon:
             before_sleep=self._say_lost,
             reraise=True,
         ):
-            with attempt, one_error():
+            with attempt, about("postgres.dsn"), one_error():
                 await session()
 
     async def _log_session(self, stop: asyncio.Event, intake: Intake | None) -> None:

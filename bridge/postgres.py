@@ -16,11 +16,15 @@ from bridge.errors import (
     DatabaseUnavailableError,
     PgbridgeError,
     PrivilegeError,
+    ReadOnlyServerError,
     RefusedError,
     SchemaError,
     SettingsError,
 )
 from bridge.settings import PostgresSettings
+
+OLDEST_POSTGRES = 14
+"""The oldest major version that has what we use: idle_session_timeout, multiranges, parsed SQL functions."""
 
 _DEFAULTS: dict[str, str] = {
     "keepalives": "1",
@@ -54,10 +58,19 @@ def connection_parameters(settings: PostgresSettings, application_name: str) -> 
 
 
 async def connect(settings: PostgresSettings, application_name: str, **overrides: str) -> AsyncConnection[TupleRow]:
-    """An autocommit connection. Raises DatabaseUnavailableError, PrivilegeError, SettingsError."""
+    """An autocommit connection. `overrides` are libpq parameters.
+
+    Raises DatabaseUnavailableError, ReadOnlyServerError, PrivilegeError, SettingsError, and SchemaError on a server
+    that is too old.
+    """
     parameters = {**connection_parameters(settings, application_name), **overrides}
     with database_errors():
-        return await AsyncConnection.connect(**parameters, autocommit=True)
+        connection = await AsyncConnection.connect(**parameters, autocommit=True)
+    major = connection.info.server_version // 10_000
+    if major < OLDEST_POSTGRES:
+        await connection.close()
+        raise SchemaError(f"this is PostgreSQL {major}; pgbridge needs {OLDEST_POSTGRES} or newer")
+    return connection
 
 
 @contextmanager
@@ -82,15 +95,21 @@ def translated(error: psycopg.Error) -> PgbridgeError:
         case psycopg.errors.ReadOnlySqlTransaction():
             return RefusedError(f"{text}. This server is a standby or read-only; connect to the primary")
         case psycopg.OperationalError() | psycopg.InterfaceError():
-            return DatabaseUnavailableError(_reachable(text))
+            return _unreachable(text)
         case _:
             return RefusedError(f"PostgreSQL refuses: {text}")
 
 
-def _reachable(text: str) -> str:
+def _unreachable(text: str) -> DatabaseUnavailableError | PrivilegeError:
+    # libpq reports what failed while connecting only as text, in English whatever the locale.
     if "password authentication failed" in text or "no password supplied" in text:
-        return f"PostgreSQL refuses the login: {text}. Mend postgres.dsn or the role's password"
-    return f"PostgreSQL does not answer: {text}"
+        return PrivilegeError(f"PostgreSQL refuses the login: {text}. Mend the DSN or the role's password")
+    if "session is read-only" in text:
+        return ReadOnlyServerError(
+            f"{text}. It is a hot standby, or default_transaction_read_only is on for this role or database. "
+            "Point the DSN to the primary, or name all hosts in it"
+        )
+    return DatabaseUnavailableError(f"PostgreSQL does not answer: {text}")
 
 
 def _one_line(error: psycopg.Error) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 from psycopg import AsyncConnection
 
-from bridge.errors import PgbridgeError, PrivilegeError, RefusedError, SchemaError, TopologyError
-from bridge.operate.migrate import OLDEST_POSTGRES, check_version
+from bridge.errors import ListenError, PgbridgeError, PrivilegeError, TopologyError
+from bridge.operate.migrate import check_version
 from bridge.operate.topology import topology
 from bridge.postgres import connect, database_errors
 from bridge.settings import Settings
@@ -67,20 +67,18 @@ async def _finding(subject: str, look: Callable[[], Awaitable[str]]) -> Finding:
 
 
 async def require_primary(connection: Connection) -> str:
-    """What server this is. Raises SchemaError when it is too old, RefusedError when it takes no writes."""
+    """What server this is. Raises ListenError on a standby, PrivilegeError where nothing may be written."""
     version = connection.info.server_version
-    if version < OLDEST_POSTGRES * 10_000:
-        raise SchemaError(f"this is PostgreSQL {version // 10_000}; pgbridge needs {OLDEST_POSTGRES} or newer")
     with database_errors():
         cursor = await connection.execute("select pg_is_in_recovery(), current_setting('transaction_read_only')")
         row = await cursor.fetchone()
     if row is None or row[0]:
-        raise RefusedError(
+        raise ListenError(
             "this server is a hot standby, which can neither LISTEN nor store the cursor. "
             "Point postgres.dsn to the primary, or name all hosts and add target_session_attrs=read-write"
         )
     if row[1] == "on":
-        raise RefusedError(
+        raise PrivilegeError(
             "this role or database is read-only (default_transaction_read_only), so the cursor cannot be stored. "
             "ALTER ROLE ... SET default_transaction_read_only = off"
         )

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 
 from bridge.event import Event
 from bridge.postgres import connect, database_errors
-from bridge.routes import matches
+from bridge.topics import matches
 from bridge.settings import PostgresSettings
 from bridge.sources.log import LogReader, Position
 

@@ -16,9 +16,8 @@ import psycopg
 from psycopg import AsyncConnection, Connection
 
 from bridge.errors import DatabaseUnavailableError, PrivilegeError, SchemaError, SettingsError
-from bridge.postgres import translated
+from bridge.postgres import OLDEST_POSTGRES, database_errors, translated
 
-OLDEST_POSTGRES = 14
 LOCK_TIMEOUT = "10s"
 """A migration that waits for a table lock makes everyone behind it wait as well, so it gives up."""
 
@@ -85,14 +84,12 @@ def pending(dsn: str) -> list[Migration]:
 
 async def check_version(connection: AsyncConnection[Any]) -> None:
     """Raises SchemaError unless the database has exactly the schema that this pgbridge works with."""
-    cursor = await connection.execute("select to_regclass('bridge.migration') is not null")
-    row = await cursor.fetchone()
-    if row is None or not row[0]:
-        raise SchemaError("the schema bridge is not installed in this database; run: pgbridge migrate")
-    try:
+    with database_errors():
+        cursor = await connection.execute("select to_regclass('bridge.migration') is not null")
+        row = await cursor.fetchone()
+        if row is None or not row[0]:
+            raise SchemaError("the schema bridge is not installed in this database; run: pgbridge migrate")
         cursor = await connection.execute("select version, checksum from bridge.migration")
-    except psycopg.errors.InsufficientPrivilege as error:
-        raise translated(error) from error
     missing = _pending(dict(await cursor.fetchall()))
     if missing:
         raise SchemaError(

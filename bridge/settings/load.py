@@ -6,6 +6,7 @@ credentials (a file ``sinks.events.url`` in ``$CREDENTIALS_DIRECTORY``).
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping, MutableMapping
 from importlib.metadata import entry_points
@@ -36,6 +37,9 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
     except _Mistakes as mistakes:
         lines = "\n".join(f"  {line}" for line in mistakes.lines)
         raise SettingsError(f"{path}:\n{lines}") from None
+
+
+_OWN_KEY = re.compile(r"\w+_file: ")
 
 
 class _Mistakes(Exception):  # noqa: N818 - never leaves this module
@@ -160,7 +164,9 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -
                 lines.append(f"{key}: is missing")
             case _:
                 message = detail["msg"].removeprefix("Value error, ")
-                lines.append(f"{key}: {message}" if key else message)
+                # A message that begins with a key of its own names a neighbour, such as dsn_file.
+                joint = "." if _OWN_KEY.match(message) else ": "
+                lines.append(f"{key}{joint}{message}" if key else message)
     return lines
 
 

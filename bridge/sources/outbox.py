@@ -48,12 +48,15 @@ class OutboxSource:
     @staticmethod
     async def connect(name: str, postgres: PostgresSettings) -> AsyncConnection[TupleRow]:
         """A session for a source. Raises DatabaseUnavailableError, PrivilegeError, RefusedError."""
-        # A store that a crash loses is only a page that is published again, so its commit need not wait for the disk.
-        return await connect(
-            postgres,
-            f"pgbridge {name}",
-            options=f"-c synchronous_commit=off -c idle_session_timeout={_FROZEN_AFTER} -c timezone=UTC",
-        )
+        session = await connect(postgres, f"pgbridge {name}")
+        with database_errors():
+            # A store that a crash loses is only a page that is published again: its commit need not wait for the disk.
+            await session.execute(
+                "select set_config('synchronous_commit', 'off', false), set_config('timezone', 'UTC', false), "
+                "set_config('idle_session_timeout', %s, false)",
+                (_FROZEN_AFTER,),
+            )
+        return session
 
     async def try_to_lead(self) -> bool:
         """Whether this session now leads. Takes up the work where the last leader stored it."""
