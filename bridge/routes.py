@@ -1,25 +1,10 @@
-"""Which sinks take a topic. Pure: patterns in, names of sinks out.
-
-Patterns are AMQP's: words between dots, ``*`` for exactly one word, ``#`` for any number of words, none too.
-"""
+"""Which sinks take a topic. Pure: patterns in, names of sinks out."""
 
 from collections.abc import Sequence
 
+from bridge.topics import matches
+
 _CACHED_TOPICS = 65_536
-
-
-def matches(pattern: str, topic: str) -> bool:
-    """Whether the pattern takes the topic."""
-    return _words_match(pattern.split("."), topic.split("."))
-
-
-def _words_match(pattern: list[str], words: list[str]) -> bool:
-    if not pattern:
-        return not words
-    head, rest = pattern[0], pattern[1:]
-    if head == "#":
-        return any(_words_match(rest, words[taken:]) for taken in range(len(words) + 1))
-    return bool(words) and head in ("*", words[0]) and _words_match(rest, words[1:])
 
 
 class Routes:
