@@ -56,7 +56,8 @@ class Sink(Protocol):
     async def open(self) -> None:
         """Connects, and checks that what it publishes to exists; declares nothing. Safe to call again after a loss.
 
-        Raises BrokerUnavailableError, or TopologyError that points to `pgbridge topology --apply`.
+        Raises BrokerUnavailableError, TopologyError that points to `pgbridge topology --apply`, or another
+        RefusedError where the broker refuses the login.
         """
 
     async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:

@@ -1,11 +1,12 @@
 """Where a RabbitMQ is, read from its URL."""
 
 from dataclasses import dataclass, field
-from ssl import SSLContext, create_default_context
+from ssl import SSLContext
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from bridge.errors import SettingsError
-from bridge.settings import RabbitMQSettings, TlsSettings
+from bridge.settings import RabbitMQSettings
+from bridge.tls import tls_context
 
 _PORTS = {"amqp": 5672, "amqps": 5671}
 
@@ -44,7 +45,7 @@ def address_of(settings: RabbitMQSettings) -> Address:
         user=unquote(parts.username or "guest"),
         password=unquote(parts.password if parts.password is not None else "guest"),
         virtual_host=unquote(parts.path[1:]) or "/",
-        tls=_tls_context(settings.tls) if parts.scheme == "amqps" else None,
+        tls=tls_context(settings.tls) if parts.scheme == "amqps" else None,
     )
 
 
@@ -58,19 +59,3 @@ def _problem_with(parts: SplitResult) -> str | None:
     if "/" in parts.path[1:]:
         return "has more than one / in its virtual host; write %2F for a slash in a name"
     return None
-
-
-def _tls_context(tls: TlsSettings) -> SSLContext:
-    try:
-        context = create_default_context(cafile=tls.ca_file)
-    except OSError as error:
-        raise SettingsError(f"tls.ca_file: {tls.ca_file} holds no certificates that can be read: {error}") from error
-    if tls.cert_file is not None:
-        try:
-            context.load_cert_chain(tls.cert_file, tls.key_file)
-        except OSError as error:
-            raise SettingsError(
-                f"tls.cert_file, tls.key_file: {tls.cert_file} and {tls.key_file} are no certificate with its "
-                f"private key: {error}"
-            ) from error
-    return context
