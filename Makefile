@@ -1,0 +1,52 @@
+# Everything runs in .venv, which these targets make themselves (uv where present, otherwise venv and pip).
+SHELL := /bin/bash
+PYTHON ?= python3.11
+BROKER ?= embedded
+ORDERS ?= 200
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench faults schema clean
+
+help: ## Shows this list.
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+demo: $(STAMP) ## Runs the main job: orders become events, messages and invoices (BROKER=rabbitmq|pubsub, ORDERS=200).
+	$(VENV)/bin/pgbridge demo --broker $(BROKER) --orders $(ORDERS)
+
+test: $(STAMP) servers ## Installs the servers that the tests need, and runs all tests.
+	$(VENV)/bin/pytest $(PYTEST)
+
+lint: $(STAMP) ## Checks format, style, types and import directions.
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: $(STAMP) ## Formats the code.
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+bench: $(STAMP) servers ## Measures every row of docs/performance.md beside its peers (QUICK=1: under 2 minutes).
+	$(VENV)/bin/python -m tests.bench $(if $(QUICK),--quick)
+
+faults: $(STAMP) servers ## Kills, freezes and cuts everything under load, and counts what was lost (FAULTS=100, SEED=).
+	$(VENV)/bin/python -m tests.faults $(if $(FAULTS),--faults $(FAULTS)) $(if $(SEED),--seed $(SEED))
+
+schema: $(STAMP) ## Writes sql/schema.sql from the migrations.
+	$(VENV)/bin/python -m bridge.operate.migrate > sql/schema.sql
+
+.PHONY: servers
+servers:
+	@deploy/install-test-servers
+
+$(STAMP): pyproject.toml requirements.txt
+	if command -v uv > /dev/null; then uv venv --quiet --allow-existing --python $(PYTHON) $(VENV); \
+	  else $(PYTHON) -m venv $(VENV); fi
+	if command -v uv > /dev/null; then uv pip install --quiet --python $(VENV)/bin/python -r requirements.txt -e '.[dev]'; \
+	  else $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[dev]'; fi
+	touch $@
+
+clean: ## Removes what the other targets made.
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
