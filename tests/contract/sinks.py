@@ -7,15 +7,20 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
 import aio_pika
+import nats
 from pydantic import SecretStr
 
-from bridge.demo.servers import RabbitMQServer
+from bridge.demo.servers import NatsServer, PubSubEmulator, RabbitMQServer
 from bridge.event import AMQP_PREFIX, Event, from_attributes
-from bridge.settings import RabbitMQSettings
+from bridge.nats.wire import CONTENT_TYPE, unquote_headers
+from bridge.settings import NatsSettings, PubSubSettings, RabbitMQSettings
 from bridge.sinks import Sink
 from bridge.sinks.memory import MemorySettings, MemorySink
+from bridge.sinks.nats import NatsSink
+from bridge.sinks.pubsub import PubSubSink
 from bridge.sinks.rabbitmq import RabbitMQSink
 from tests.servers.proxy import Proxy
+from tests.servers.pubsub import PubSubReader, pubsub_settings
 
 DEADLINE = 30.0
 """Seconds after which a condition that a test waits for counts as never met."""
@@ -51,6 +56,10 @@ class SinkHarness(Protocol):
     def size_limit(self) -> int | None:
         """Bytes beyond which the sink refuses a payload; None where it takes any size."""
 
+    @property
+    def ordered_by_key(self) -> bool:
+        """Whether the broker keeps order only among events with one key."""
+
     async def arrived(self) -> Sequence[Event]:
         """What the target holds, in order; repetitions included. Leaves it there or not; called once in a test."""
 
@@ -69,6 +78,7 @@ class MemoryHarness:
     lacking = None
     unreachable = None
     size_limit = None
+    ordered_by_key = False
 
     def __init__(self) -> None:
         self.sink = MemorySink(MemorySettings(type="memory"))
@@ -90,6 +100,7 @@ async def memory(server: None, name: str) -> AsyncIterator[MemoryHarness]:
 
 class RabbitMQHarness:
     size_limit = MAX_MESSAGE_BYTES
+    ordered_by_key = False
 
     def __init__(self, proxy: Proxy, queue: aio_pika.abc.AbstractQueue, name: str) -> None:
         self._proxy = proxy
@@ -141,8 +152,92 @@ async def rabbitmq(server: RabbitMQServer, name: str) -> AsyncIterator[RabbitMQH
         await exchange.delete()
 
 
+class NatsHarness:
+    size_limit = MAX_MESSAGE_BYTES
+    ordered_by_key = False
+
+    def __init__(self, server: NatsServer, proxy: Proxy, name: str) -> None:
+        self._server = server
+        self._proxy = proxy
+        self._name = name
+        self.sink = self._make(name, proxy.port)
+        self.lacking = self._make(f"{name}-missing", proxy.port)
+        self.unreachable = self._make(name, 1, user="bridge:hunter2@")
+
+    def _make(self, stream: str, port: int, user: str = "") -> NatsSink:
+        url = SecretStr(f"nats://{user}127.0.0.1:{port}")
+        return NatsSink(NatsSettings(type="nats", url=url, stream=stream, max_message_bytes=MAX_MESSAGE_BYTES))
+
+    async def arrived(self) -> Sequence[Event]:
+        async with await nats.connect(self._server.url) as client:
+            jetstream = client.jetstream()
+            count = (await jetstream.stream_info(self._name)).state.messages
+            events: list[Event] = []
+            if count:
+                reader = await jetstream.subscribe(f"{self._name}.>", ordered_consumer=True)
+                while len(events) < count:
+                    message = await reader.next_msg(DEADLINE)
+                    headers = message.headers or {}
+                    events.append(from_attributes(unquote_headers(headers), message.data, headers.get(CONTENT_TYPE)))
+            return events
+
+    async def break_connection(self) -> None:
+        self._proxy.cut()
+        await eventually(lambda: not self.sink.is_open, "the sink notices that its connection is gone")
+
+    def stall(self, on: bool) -> None:
+        self._proxy.blackhole = on
+
+
+@asynccontextmanager
+async def nats_jetstream(server: NatsServer, name: str) -> AsyncIterator[NatsHarness]:
+    async with Proxy(server.host, server.port) as proxy:
+        harness = NatsHarness(server, proxy, name)
+        await harness.sink.topology(apply=True)
+        yield harness
+
+
+class PubSubHarness:
+    size_limit = MAX_MESSAGE_BYTES
+    ordered_by_key = True
+
+    def __init__(self, server: PubSubEmulator, proxy: Proxy, name: str) -> None:
+        self._proxy = proxy
+        self._reader = PubSubReader(server.address, name)
+        self.sink = self._make(name, proxy.port)
+        self.lacking = self._make(f"{name}-missing", proxy.port)
+        self.unreachable = self._make(name, 1)
+
+    def _make(self, topic: str, port: int) -> PubSubSink:
+        return PubSubSink(pubsub_settings(f"127.0.0.1:{port}", topic))
+
+    async def arrived(self) -> Sequence[Event]:
+        return await self._reader.drain()
+
+    async def break_connection(self) -> None:
+        # Refused for a while, since gRPC makes an idle connection anew without telling the sink.
+        self._proxy.refuse = True
+        self._proxy.cut()
+        await eventually(lambda: not self.sink.is_open, "the sink notices that its connection is gone")
+        self._proxy.refuse = False
+
+    def stall(self, on: bool) -> None:
+        self._proxy.blackhole = on
+
+
+@asynccontextmanager
+async def pubsub(server: PubSubEmulator, name: str) -> AsyncIterator[PubSubHarness]:
+    async with Proxy(server.host, server.port) as proxy:
+        harness = PubSubHarness(server, proxy, name)
+        await harness.sink.topology(apply=True)
+        await PubSubReader(server.address, name).subscribe()
+        yield harness
+
+
 HARNESSES: dict[str, tuple[str | None, Start]] = {
     "memory": (None, memory),
+    "nats": ("nats_server", nats_jetstream),
+    "pubsub": ("pubsub_emulator", pubsub),
     "rabbitmq": ("rabbitmq", rabbitmq),
 }
 """By the sink's type: the fixture of its server, and how a harness is made."""

@@ -1,0 +1,70 @@
+"""How an event is named and labelled on NATS.
+
+**Subjects.** A stream ``S`` takes the subjects ``S.>``, and an event goes to ``S.<topic>``: the prefix lets several
+streams stand side by side, since NATS forbids streams that overlap, and ``>`` alone would overlap with NATS's own
+subjects. What a subject cannot hold is percent-encoded, byte by byte in UTF-8: all but printable ASCII, and
+``* > %``; an empty word becomes a lone ``%``. That is reversible, and ``ce-type`` holds the topic as it is.
+
+**Headers.** Values are percent-encoded as the CloudEvents HTTP binding says (1.0.2, 3.1.3.2), which its NATS binding
+refers to: all but printable ASCII, and space, ``"`` and ``%``. Headers of the author's travel in the same way, so that
+line breaks and letters of all languages survive. Characters that a header's name cannot hold are percent-encoded too,
+and so is the first letter of a name that NATS or the bridge would take for its own: ``Nats-...``, ``content-type``.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from urllib.parse import quote, unquote
+
+ID_HEADER = "Nats-Msg-Id"
+"""JetStream stores one message with this id within the stream's duplicate window."""
+
+CONTENT_TYPE = "content-type"
+
+_PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
+_SUBJECT_SAFE = _PRINTABLE.translate({ord(character): None for character in "*>%"})
+_VALUE_SAFE = _PRINTABLE.translate({ord(character): None for character in '"%'})
+_NAME_SAFE = "!#$&'*+-.^_`|~"
+_NAME = re.compile(r"[!#$&'*+\-.^_`|~0-9A-Za-z]+")
+_VALUE = re.compile(r"[!#$&-~]*")
+_OURS = re.compile(r"nats-|content-type$", re.IGNORECASE)
+
+
+def subject_of(stream: str, topic: str) -> str:
+    """The subject of a topic. Raises UnicodeError for a topic that UTF-8 cannot hold."""
+    return f"{stream}.{'.'.join(quote_word(word) for word in topic.split('.'))}"
+
+
+def quote_word(word: str) -> str:
+    """One word of a topic, as a subject holds it."""
+    return quote(word, safe=_SUBJECT_SAFE) or "%"
+
+
+def topic_of(subject: str) -> str:
+    """The topic that `subject_of` was given."""
+    _, _, words = subject.partition(".")
+    return ".".join("" if word == "%" else unquote(word) for word in words.split("."))
+
+
+@lru_cache(4096)
+def _quote_name(name: str) -> str:
+    quoted = name if _NAME.fullmatch(name) else quote(name, safe=_NAME_SAFE)
+    return f"%{ord(quoted[0]):02X}{quoted[1:]}" if _OURS.match(quoted) else quoted
+
+
+def quote_headers(flat: Mapping[str, str]) -> dict[str, str]:
+    """Attributes and headers as they travel. Raises UnicodeError for a string that UTF-8 cannot hold."""
+    return {
+        _quote_name(name): value if _VALUE.fullmatch(value) else quote(value, safe=_VALUE_SAFE)
+        for name, value in flat.items()
+    }
+
+
+def unquote_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """What `quote_headers` was given; headers of NATS's own are left out."""
+    return {unquote(name): unquote(value) for name, value in headers.items() if not _OURS.match(name)}
+
+
+def headers_size(headers: Mapping[str, str]) -> int:
+    """Bytes of the header block on the wire; they count towards the server's `max_payload`."""
+    return len("NATS/1.0\r\n\r\n") + sum(len(name) + len(value) + len(": \r\n") for name, value in headers.items())
