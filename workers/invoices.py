@@ -165,7 +165,8 @@ def typeset(data: dict[str, Any], time: datetime, options: InvoiceOptions) -> by
             options.template.resolve(),
             font_paths=_fonts(options.font_paths, options.system_fonts),
             sys_inputs={"data": json.dumps(data, ensure_ascii=False)},
-            timestamp=time,
+            # Typst refuses fractions of a second.
+            timestamp=time.replace(microsecond=0),
         )
     except typst.TypstError as error:
         raise TemplateError(error.diagnostic.strip() or error.message) from error
