@@ -7,7 +7,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench faults schema clean
+.PHONY: help demo test lint format bench faults schema docs clean
 
 help: ## Shows this list.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -47,6 +47,9 @@ $(STAMP): pyproject.toml requirements.txt
 	if command -v uv > /dev/null; then uv pip install --quiet --python $(VENV)/bin/python -r requirements.txt -e '.[dev]'; \
 	  else $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[dev]'; fi
 	touch $@
+
+docs: $(STAMP) ## Writes docs/settings.md and docs/bridge.schema.json from the models.
+	$(VENV)/bin/python -m bridge.settings.document docs
 
 clean: ## Removes what the other targets made.
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -34,7 +34,7 @@ log = structlog.get_logger()
 
 _BELL = "bridge_bell"
 _LEAD = "bridge_lead"
-_BACKOFF = wait_exponential_jitter(initial=0.1, max=5.0, jitter=0.5)
+_BACKOFF = wait_exponential_jitter(multiplier=0.1, max=5.0, jitter=0.5)
 
 
 class Daemon:

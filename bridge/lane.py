@@ -58,7 +58,7 @@ class Lane:
         self.confirmed = 0
         self._sink = sink
         self._tasks = tasks
-        self._wait = wait_exponential_jitter(initial=retry_initial, max=retry_max, jitter=retry_initial)
+        self._wait = wait_exponential_jitter(multiplier=retry_initial, max=retry_max, jitter=retry_initial)
         self._publishing: set[asyncio.Task[None]] = set()
         self._stuck: dict[str, list[_Stuck]] = {}
         self._recovering = False
@@ -160,4 +160,4 @@ def _lane_key(event: Event) -> str:
 
 
 def _said_no(outcome: Failed | Unknown) -> bool:
-    return isinstance(outcome, Failed) and outcome.code != "disconnected"
+    return isinstance(outcome, Failed) and outcome.code not in ("disconnected", "behind")

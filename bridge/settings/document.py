@@ -1,0 +1,168 @@
+"""Writes docs/settings.md and docs/bridge.schema.json from the models, so that they cannot differ.
+
+python -m bridge.settings.document docs
+"""
+
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, SecretStr
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from bridge.settings.models import Settings, SinkSettings
+from bridge.settings.values import parse_duration, parse_size
+
+_INTRODUCTION = """\
+# Settings
+
+One file, `bridge.toml`, serves bridge and workers: `--config`, or `$PGBRIDGE_CONFIG`, or `./bridge.toml`, or
+`/etc/pgbridge/bridge.toml`. Three more places override it, the later ones winning:
+
+- **Environment**: `PGBRIDGE_POSTGRES__DSN` is `postgres.dsn`; two underscores stand for a dot. Lists are written as in
+  TOML: `PGBRIDGE_CHANNELS__LISTEN='["orders", "stock"]'`.
+- **Secret files**: a key marked *secret* may be given as `<key>_file`, the path of a file that holds it.
+- **systemd credentials**: `LoadCredential=sinks.events.url:/etc/pgbridge/amqp-url` sets `sinks.events.url`.
+
+Unknown keys are errors. `pgbridge check` and every start validate all of it. Durations are written `"500ms"`, `"30s"`,
+`"5m"`, `"2h"`, `"7d"`; sizes `"64MB"`, `"16MiB"`. Editors that know JSON Schema can use
+[bridge.schema.json](bridge.schema.json).
+
+This page is generated from the models in `bridge/settings/`: `make docs`.
+"""
+
+
+def sink_models() -> dict[str, type[SinkSettings]]:
+    """The settings' model of every sink that is installed, by type."""
+    return {point.name: point.load().Settings for point in sorted(entry_points(group="pgbridge.sinks"))}
+
+
+def settings_page() -> str:
+    """docs/settings.md."""
+    parts = [_INTRODUCTION, _section("Top level", "", Settings)]
+    for name, field in Settings.model_fields.items():
+        model = _model_in(field.annotation)
+        if model is SinkSettings:
+            for kind, sink in sink_models().items():
+                parts.append(_section(f'`[sinks.<name>]` with `type = "{kind}"`', "", sink))
+        elif model is not None:
+            table = f"[[{name}]]" if "list" in str(field.annotation) else f"[{name}]"
+            table = "[workers.<name>]" if name == "workers" else table
+            parts.append(_section(f"`{table}`", field.description or "", model))
+    return "\n".join(parts)
+
+
+def json_schema() -> str:
+    """docs/bridge.schema.json: every installed sink is one of the alternatives under `sinks`."""
+    schema = Settings.model_json_schema()
+    definitions = schema["$defs"]
+    definitions.pop("SinkSettings", None)
+    kinds = []
+    for kind, model in sink_models().items():
+        sink = model.model_json_schema()
+        definitions.update(sink.pop("$defs", {}))
+        sink["properties"]["type"] = {"const": kind, "description": "The kind of broker."}
+        _add_secret_files(sink, model)
+        definitions[f"Sink_{kind}"] = sink
+        kinds.append({"$ref": f"#/$defs/Sink_{kind}"})
+    schema["properties"]["sinks"]["additionalProperties"] = {"oneOf": kinds}
+    _add_secret_files(definitions["PostgresSettings"], Settings.model_fields["postgres"].annotation)
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def _add_secret_files(schema: dict[str, Any], model: Any) -> None:
+    for name, field in model.model_fields.items():
+        if field.annotation is SecretStr:
+            schema["properties"][f"{name}_file"] = {"type": "string", "description": f"A file that holds `{name}`."}
+            if name in schema.get("required", []):
+                schema["required"].remove(name)
+
+
+def _section(title: str, meaning: str, model: type[BaseModel]) -> str:
+    rows = "\n".join(_rows(model, ""))
+    lead = f"{meaning}\n\n" if meaning else ""
+    return f"## {title}\n\n{lead}| key | type | default | meaning |\n|---|---|---|---|\n{rows}\n"
+
+
+def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        nested = _model_in(field.annotation)
+        if nested is not None and (model is Settings or "dict" in str(field.annotation)):
+            continue
+        if nested is not None:
+            yield from _rows(nested, f"{prefix}{name}.")
+            continue
+        meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+        yield f"| `{prefix}{name}` | {_kind(field)} | {_default(field)} | {meaning} |"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, itself or inside of a list, dict or optional."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in reversed(typing.get_args(annotation)):
+        if (found := _model_in(argument)) is not None:
+            return found
+    return None
+
+
+def _kind(field: FieldInfo) -> str:
+    validators = {getattr(part, "func", None) for part in field.metadata}
+    if parse_duration in validators:
+        return "duration"
+    if parse_size in validators:
+        return "size"
+    annotation = field.annotation
+    if annotation is SecretStr:
+        return "secret"
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(f"`{choice}`" for choice in typing.get_args(annotation))
+    names: dict[Any, str] = {
+        str: "text",
+        int: "number",
+        float: "number",
+        bool: "true or false",
+        Path: "path",
+        dict: "table",
+    }
+    if typing.get_origin(annotation) is list:
+        return "list of texts"
+    if isinstance(annotation, types.UnionType):
+        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+        annotation = typing.get_origin(annotation) or annotation
+    if typing.get_origin(annotation) in (typing.Annotated, dict):
+        annotation = typing.get_args(annotation)[0] if "Annotated" in str(annotation) else dict
+    return names.get(annotation, "text")
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined and field.default_factory is None:
+        return "*required*"
+    default = field.get_default(call_default_factory=True, validated_data={})
+    kind = _kind(field)
+    if default is None or default in ("", [], {}) or isinstance(default, SecretStr):
+        return "none"
+    if kind == "duration":
+        return f"`{_as_duration(default)}`"
+    if kind == "size":
+        return f"`{default / 1_000_000:g}MB`" if default >= 1_000_000 else f"`{default}B`"
+    return f"`{str(default).lower()}`" if isinstance(default, bool) else f"`{default}`"
+
+
+def _as_duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds / size:g}{unit}"
+    return f"{seconds * 1000:g}ms"
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    (folder / "settings.md").write_text(settings_page(), encoding="utf-8")
+    (folder / "bridge.schema.json").write_text(json_schema(), encoding="utf-8")

@@ -1,0 +1,230 @@
+"""The relay against a broker that fails in every way: nothing lost, per-key order kept, memory bounded."""
+
+import asyncio
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import pytest
+
+from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError
+from bridge.event import NO_HEADERS, Event
+from bridge.observe.topology import Declaration
+from bridge.relay import Limits, Relay
+from bridge.routes import Routes
+from bridge.sinks import CONFIRMED, Failed, Outcome, Unknown
+from bridge.sources import DeadLetter, Page
+from bridge.supervise import one_error
+
+LIMITS = Limits(pages_in_flight=4, retry_initial=0.001, retry_max=0.01, shutdown_limit=5.0)
+
+
+def event(number: int, key: str | None = None, topic: str = "t") -> Event:
+    now = datetime.now(UTC)
+    return Event(f"id-{number}", topic, str(number).encode(), key, "/s", now, "text/plain", NO_HEADERS, number)
+
+
+class Log:
+    """A source over a list; remembers what was settled and how far reading ran ahead."""
+
+    def __init__(self, events: Sequence[Event], page_size: int = 10, pause: float = 0.0) -> None:
+        self.pause = pause
+        self.pages = [Page(events[start : start + page_size], start) for start in range(0, len(events), page_size)]
+        self.next = 0
+        self.settled = -1
+        self.ahead = 0
+        self.letters: list[DeadLetter] = []
+        self.done = asyncio.Event()
+
+    async def read(self) -> Page:
+        if self.next == len(self.pages):
+            await asyncio.Event().wait()
+        if self.pause:
+            await asyncio.sleep(self.pause)
+        self.next += 1
+        self.ahead = max(self.ahead, self.next - 1 - self.settled)
+        return self.pages[self.next - 1]
+
+    async def settle(self, page: Page) -> None:
+        number = self.pages.index(page)
+        assert number > self.settled
+        self.settled = number
+        if number == len(self.pages) - 1:
+            self.done.set()
+
+    async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
+        self.letters += letters
+
+
+class Broker:
+    """A sink over a list of what arrived. `chaos`: how often a batch loses its connection, by a seed."""
+
+    def __init__(self, seed: int = 0, chaos: float = 0.0) -> None:
+        self.random = random.Random(seed)
+        self.chaos = chaos
+        self.arrived: list[Event] = []
+        self.open_now = True
+        self.refuse: dict[str, Outcome] = {}
+        self.gate: asyncio.Event | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.open_now
+
+    async def open(self) -> None:
+        if self.random.random() < 0.3:
+            raise BrokerUnavailableError("not yet")
+        self.open_now = True
+
+    async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
+        if not self.open_now:
+            return [Failed(True, "disconnected", "closed")] * len(events)
+        lost = self.random.random() < self.chaos
+        arriving = self.random.randrange(len(events) + 1) if lost else len(events)
+        outcomes: list[Outcome] = []
+        for index, one in enumerate(events):
+            if one.id in self.refuse:
+                outcomes.append(self.refuse[one.id])
+            elif index < arriving:
+                self.arrived.append(one)
+                # The confirm of what arrived may be lost with the connection.
+                outcomes.append(Unknown("gone") if lost and self.random.random() < 0.5 else CONFIRMED)
+            else:
+                outcomes.append(Unknown("gone"))
+        if lost:
+            self.open_now = False
+        await asyncio.sleep(self.random.choice([0, 0, 0.001]))
+        if self.gate is not None:
+            await self.gate.wait()
+        return outcomes
+
+    async def topology(self, *, apply: bool) -> Sequence[Declaration]:
+        return []
+
+    async def close(self) -> None:
+        self.open_now = False
+
+
+async def carry(log: Log, broker: Broker, routes: Routes | None = None, **options: bool) -> None:
+    relay = Relay(log, {"s": broker}, routes or Routes([("#", "s")]), limits=LIMITS, **options)
+    async with asyncio.timeout(20):
+        await relay.run(log.done)
+
+
+def first_arrivals(broker: Broker) -> list[Event]:
+    return list({one.id: one for one in reversed(broker.arrived)}.values())[::-1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_lost_connections_lose_no_event_and_break_no_keys_order(seed: int) -> None:
+    chosen = random.Random(seed)
+    events = [event(n, chosen.choice([None, "a", "b", "c"])) for n in range(600)]
+    log, broker = Log(events), Broker(seed, chaos=0.15)
+    await carry(log, broker)
+    seen: set[str] = set()
+    by_key = defaultdict(list)
+    for one in broker.arrived:
+        if one.id not in seen:
+            seen.add(one.id)
+            by_key[one.key].append(one.sequence)
+    assert seen == {one.id for one in events}
+    assert len(broker.arrived) > len(events), "the chaos must have made repeats, else it shows nothing"
+    assert all(numbers == sorted(numbers) for key, numbers in by_key.items() if key is not None)
+
+
+async def test_a_refused_event_stops_its_key_and_no_other() -> None:
+    events = [event(n, "stuck" if n % 2 else f"free-{n}") for n in range(20)]
+    # The pause lets the outcomes of a page come before the next one is read.
+    log, broker = Log(events, page_size=5, pause=0.02), Broker()
+    broker.refuse["id-1"] = Failed(True, "nacked", "full")
+    carrying = asyncio.create_task(carry(log, broker))
+    free = [one for one in events if one.key != "stuck"]
+    async with asyncio.timeout(5):
+        while sum(one in broker.arrived for one in free) < len(free):
+            await asyncio.sleep(0.005)
+    assert log.settled == -1
+    # What was in flight in the same page had left already; all later pages wait.
+    assert not [one for one in broker.arrived if one.key == "stuck" and one.sequence >= 5]
+    broker.refuse.clear()
+    await carrying
+    assert {one.id for one in broker.arrived} == {one.id for one in events}
+
+
+async def test_what_can_never_be_published_becomes_a_dead_letter_and_lets_its_key_go_on() -> None:
+    events = [event(n, "k") for n in range(10)]
+    log, broker = Log(events), Broker()
+    broker.refuse["id-3"] = Failed(False, "too_large", "limit")
+    await carry(log, broker)
+    assert [(letter.event.id, letter.sink, letter.failure.code) for letter in log.letters] == [
+        ("id-3", "s", "too_large")
+    ]
+    assert [one.sequence for one in broker.arrived] == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+
+
+async def test_an_event_without_a_route_is_dead_lettered_or_dropped_as_the_settings_say() -> None:
+    events = [event(0, topic="other"), event(1, topic="t")]
+    log, broker = Log(events), Broker()
+    await carry(log, broker, Routes([("t", "s")]))
+    assert [letter.failure.code for letter in log.letters] == ["no_route"]
+    log = Log(events)
+    await carry(log, Broker(), Routes([("t", "s")]), drop_unrouted=True)
+    assert not log.letters
+
+
+async def test_reading_stops_while_the_broker_does_not_confirm() -> None:
+    log, broker = Log([event(n) for n in range(500)]), Broker()
+    broker.gate = asyncio.Event()
+    carrying = asyncio.create_task(carry(log, broker))
+    async with asyncio.timeout(5):
+        while log.next < LIMITS.pages_in_flight:
+            await asyncio.sleep(0.001)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert log.next == LIMITS.pages_in_flight
+    broker.gate.set()
+    await carrying
+    assert log.ahead <= LIMITS.pages_in_flight + 1
+
+
+async def test_a_stop_settles_what_is_in_flight_and_reads_nothing_more() -> None:
+    log, broker, stop = Log([event(n) for n in range(500)]), Broker(), asyncio.Event()
+    broker.gate = asyncio.Event()
+    relay = Relay(log, {"s": broker}, Routes([("#", "s")]), limits=LIMITS)
+    running = asyncio.create_task(relay.run(stop))
+    async with asyncio.timeout(5):
+        while log.next < LIMITS.pages_in_flight:
+            await asyncio.sleep(0.001)
+        stop.set()
+        broker.gate.set()
+        await running
+    assert log.settled == log.next - 1 == LIMITS.pages_in_flight - 1
+
+
+async def test_a_source_that_is_lost_ends_the_relay_with_its_error() -> None:
+    class Lost(Log):
+        async def settle(self, page: Page) -> None:
+            raise DatabaseUnavailableError("session ended")
+
+    relay = Relay(Lost([event(1)]), {"s": Broker()}, Routes([("#", "s")]), limits=LIMITS)
+
+    async def run() -> None:
+        with one_error():
+            await relay.run(asyncio.Event())
+
+    with pytest.raises(DatabaseUnavailableError, match="session ended"):
+        await asyncio.wait_for(run(), 5)
+
+
+async def test_fan_out_settles_a_page_only_when_every_sink_has_confirmed() -> None:
+    log, first, second = Log([event(n) for n in range(10)]), Broker(), Broker()
+    second.gate = asyncio.Event()
+    relay = Relay(log, {"a": first, "b": second}, Routes([("#", "a"), ("t", "b")]), limits=LIMITS)
+    running = asyncio.create_task(relay.run(log.done))
+    async with asyncio.timeout(5):
+        while len(second.arrived) < 10:
+            await asyncio.sleep(0.001)
+        assert log.settled == -1
+        second.gate.set()
+        await running
+    assert len(first.arrived) == len(second.arrived) == 10

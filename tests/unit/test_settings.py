@@ -1,0 +1,113 @@
+"""Where settings come from, which of them wins, and that their pages tell the truth."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from bridge.errors import SettingsError
+from bridge.settings import Settings, load
+from bridge.settings.document import json_schema, settings_page
+from bridge.settings.values import parse_duration, parse_size
+
+FILE = """
+name = "shop"
+[postgres]
+dsn = "postgresql://file"
+[sinks.events]
+type = "memory"
+[[routes]]
+topic = "#"
+sink = "events"
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "bridge.toml"
+    path.write_text(FILE)
+    return path
+
+
+def dsn(settings: Settings) -> str:
+    return settings.postgres.dsn.get_secret_value()
+
+
+def test_the_environment_wins_over_the_file_and_a_credential_over_both(file: Path, tmp_path: Path) -> None:
+    assert dsn(load(file, {})) == "postgresql://file"
+    environ = {"PGBRIDGE_POSTGRES__DSN": "postgresql://environment"}
+    assert dsn(load(file, environ)) == "postgresql://environment"
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    (credentials / "postgres.dsn").write_text("postgresql://credential\n")
+    (credentials / "unrelated").write_text("x")
+    assert dsn(load(file, environ | {"CREDENTIALS_DIRECTORY": str(credentials)})) == "postgresql://credential"
+
+
+def test_a_secret_may_stand_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("postgresql://from-file\n")
+    path = tmp_path / "bridge.toml"
+    path.write_text(FILE.replace('dsn = "postgresql://file"', f'dsn_file = "{tmp_path / "secret"}"'))
+    assert dsn(load(path, {})) == "postgresql://from-file"
+
+
+def test_lists_in_the_environment_are_written_as_in_toml(file: Path) -> None:
+    settings = load(file, {"PGBRIDGE_CHANNELS__LISTEN": '["a", "Stock Level"]'})
+    assert settings.channels is not None
+    assert settings.channels.listen == ["a", "Stock Level"]
+
+
+def test_a_secret_is_never_shown(file: Path) -> None:
+    settings = load(file, {"PGBRIDGE_POSTGRES__DSN": "postgresql://u:hunter2@h"})
+    assert "hunter2" not in repr(settings)
+    assert "hunter2" not in settings.model_dump_json()
+
+
+def test_the_variable_names_the_file(file: Path) -> None:
+    assert load(None, {"PGBRIDGE_CONFIG": str(file)}).name == "shop"
+    with pytest.raises(SettingsError, match="cannot be read"):
+        load(None, {"PGBRIDGE_CONFIG": str(file) + "x"})
+
+
+def test_no_schema_is_needed_only_for_channels_in_memory_without_an_outbox(file: Path) -> None:
+    memory = {"PGBRIDGE_CHANNELS__LISTEN": '["a"]', "PGBRIDGE_CHANNELS__BUFFER": "memory"}
+    assert load(file, {}).reads_outbox
+    assert not load(file, memory).reads_outbox
+    assert load(file, memory | {"PGBRIDGE_OUTBOX__RETENTION": "1d"}).reads_outbox
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("500ms", 0.5), ("30s", 30), ("1.5m", 90), ("2h", 7200), ("7d", 604800), (3, 3)]
+)
+def test_durations(text: object, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "5 parsecs", "-1s", -1, True, None])
+def test_what_is_no_duration_is_refused(text: object) -> None:
+    with pytest.raises(ValueError, match="duration"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(("text", "size"), [("1kB", 1000), ("64MiB", 67108864), ("1.5MB", 1500000), (7, 7)])
+def test_sizes(text: object, size: int) -> None:
+    assert parse_size(text) == size
+
+
+def test_the_pages_of_the_settings_are_the_ones_generated_from_the_models() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    assert (docs / "settings.md").read_text() == settings_page(), "run: make docs"
+    assert (docs / "bridge.schema.json").read_text() == json_schema(), "run: make docs"
+
+
+def test_every_setting_has_a_meaning() -> None:
+    rows = [line for line in settings_page().splitlines() if line.startswith("| `")]
+    assert len(rows) > 40
+    assert all(line.split("|")[-2].strip() for line in rows)
+
+
+def test_the_schema_for_editors_knows_every_sink() -> None:
+    kinds = json.loads(json_schema())["properties"]["sinks"]["additionalProperties"]["oneOf"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert len(kinds) == len(project["entry-points"]["pgbridge.sinks"])
