@@ -1,0 +1,129 @@
+"""The final count: what was committed against what arrived, and what was asked for against what stands."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from bridge.demo.audit import Arrivals
+from bridge.demo.figures import Figures, Ledger
+from bridge.demo.screen import milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The outcome of a run."""
+
+    broker: str
+    wanted: int
+    """Orders that were to be placed."""
+    figures: Figures
+    messages: int
+    duplicates: int
+    dead_letters: int
+    missing_events: int
+    """Committed, and never seen at the broker."""
+    missing_pdfs: tuple[str, ...]
+    """Invoices that were asked for, and whose file does not stand as the database says."""
+    warnings: tuple[int, int]
+    """Plain notifications: sent, heard."""
+    seconds: float
+    kills: tuple[str, ...]
+    faults: tuple[str, ...]
+    """What else went wrong."""
+
+    @property
+    def lost(self) -> int:
+        return self.missing_events + len(self.missing_pdfs)
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing is lost and every order has its invoice."""
+        whole = self.figures.orders == self.figures.invoices == self.wanted
+        return self.lost == 0 and whole and not self.dead_letters and not self.faults
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        sent, heard = self.warnings
+        return {
+            "broker": self.broker,
+            "orders": self.figures.orders,
+            "events": self.figures.events,
+            "messages": self.messages,
+            "invoices": self.figures.invoices,
+            "dead_letters": self.dead_letters,
+            "lost": self.lost,
+            "duplicates": self.duplicates,
+            "notifications": {"sent": sent, "heard": heard},
+            "latency_ms": {"p50": _rounded(self.figures.p50), "p99": _rounded(self.figures.p99)},
+            "seconds": round(self.seconds, 2),
+            "kills": len(self.kills),
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        figures = self.figures
+        lines = [
+            f"{figures.orders:,} orders became {figures.events:,} events, {self.messages:,} messages on {self.broker} "
+            f"and {figures.invoices:,} invoices in {self.seconds:.1f} s.",
+            f"Lost {self.lost}, repeated {self.duplicates}, dead letters {self.dead_letters}. "
+            f"From commit to stored reply: p50 {milliseconds(figures.p50)}, p99 {milliseconds(figures.p99)}.",
+        ]
+        sent, heard = self.warnings
+        if heard < sent:
+            lines.append(
+                f"Plain pg_notify: {heard} of {sent} heard. PostgreSQL keeps none for a bridge that is down; "
+                "bridge.notify() would have."
+            )
+        if self.kills:
+            lines.append(f"Killed with SIGKILL on the way: {', '.join(self.kills)}.")
+        return lines + [f"FAILED: {problem}" for problem in self.problems()]
+
+    def problems(self) -> list[str]:
+        """Why it is not good; empty when it is."""
+        found = list(self.faults)
+        if self.missing_events:
+            found.append(f"{self.missing_events} events were committed and never arrived at the broker")
+        if self.missing_pdfs:
+            some = ", ".join(self.missing_pdfs[:5])
+            found.append(f"{len(self.missing_pdfs)} invoices have no PDF that matches size and SHA-256: {some}")
+        if self.figures.orders != self.wanted:
+            found.append(f"{self.figures.orders} orders stand, {self.wanted} were placed")
+        if self.dead_letters:
+            found.append(f"{self.dead_letters} dead letters; their reasons are in the logs and in bridge.dead_letter")
+        return found
+
+
+async def count(
+    ledger: Ledger,
+    arrivals: Arrivals,
+    *,
+    broker: str,
+    wanted: int,
+    refused: int,
+    seconds: float,
+    kills: tuple[str, ...],
+    faults: tuple[str, ...],
+) -> Verdict:
+    """Counts, once nothing runs any more but database and broker. `refused`: dead letters of the worker.
+
+    Raises psycopg.OperationalError when the database is down.
+    """
+    events = await ledger.event_ids()
+    figures = await ledger.read()
+    return Verdict(
+        broker=broker,
+        wanted=wanted,
+        figures=figures,
+        messages=arrivals.messages,
+        duplicates=arrivals.duplicates,
+        dead_letters=figures.unpublished + refused,
+        missing_events=len(events - arrivals.counts.keys()),
+        missing_pdfs=tuple(await ledger.invoices_without_pdf()),
+        warnings=await ledger.warnings(),
+        seconds=seconds,
+        kills=kills,
+        faults=faults,
+    )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)
