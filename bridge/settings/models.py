@@ -1,14 +1,17 @@
 """What can be set. Every field's description is its documentation (docs/settings.md is checked against it)."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from bridge.settings.values import Duration, Secret, Size
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 TopicPattern = Annotated[str, Field(min_length=1, max_length=255)]
+LISTEN = r"^(\[[0-9a-fA-F:.]+\]|[^:\s\[\]]+):\d{1,5}$"
+"""host:port; an IPv6 address stands in brackets."""
 
 
 class Model(BaseModel):
@@ -27,12 +30,13 @@ class Model(BaseModel):
             if field.annotation is not SecretStr or f"{name}_file" not in data:
                 continue
             if name in data:
-                raise ValueError(f"{name} and {name}_file exclude each other; keep one")
+                raise ValueError(f"{name}_file: is given beside {name}; keep one of the two")
             path = data.pop(f"{name}_file")
             try:
                 data[name] = Path(path).read_text(encoding="utf-8").rstrip("\n")
             except (OSError, TypeError) as error:
-                raise ValueError(f"{name}_file: the secret file {path} cannot be read: {error}") from None
+                said = error.strerror if isinstance(error, OSError) else "is no path"
+                raise ValueError(f"{name}_file: the secret file {path!r} cannot be read: {said}") from None
         return data
 
 
@@ -118,6 +122,43 @@ class NatsSettings(SinkSettings):
     """Certificates for tls://."""
 
 
+class PubSubSettings(SinkSettings):
+    project: str = Field(pattern=r"^[a-z][a-z0-9.:-]{2,}$")
+    """Google Cloud project that holds topic and subscriptions."""
+    topic: str = Field("events", pattern=r"^[A-Za-z][A-Za-z0-9._~+%-]{2,254}$")
+    """Pub/Sub topic to publish to; the event's topic is the attribute `ce-type`, by which subscriptions filter."""
+    credentials: Secret = SecretStr("")
+    """JSON of a service account key or of a workload identity configuration. Empty: application default credentials."""
+    endpoint: str = Field("pubsub.googleapis.com:443", pattern=r"^[^/\s]+:\d+$")
+    """Host and port of the service; a regional one, as `europe-west1-pubsub.googleapis.com:443`, keeps a key's order
+    when bridges run in several regions."""
+    emulator_host: str = Field(
+        default_factory=lambda: os.environ.get("PUBSUB_EMULATOR_HOST", ""), pattern=r"^([^/\s]+:\d+)?$"
+    )
+    """Host and port of Google's emulator, spoken to without credentials. Default: the variable PUBSUB_EMULATOR_HOST."""
+    ordering: bool = True
+    """Whether the event's key becomes the ordering key. At most 1 MB a second per key; without it there is no order."""
+    max_message_bytes: Size = Field(9_800_000, le=9_800_000)
+    """Largest payload. Pub/Sub takes requests of 10 MB; the rest of them is room for attributes."""
+    batch_messages: int = Field(1000, ge=1, le=1000)
+    """Most messages in one request."""
+    batch_bytes: Size = Field(2_000_000, ge=1, le=10_000_000)
+    """Most bytes in one request; one larger message still goes, alone."""
+    batch_delay: Duration = 0.0
+    """How long a message may wait for others to share its request; every request is billed as 1 kB at least."""
+    requests_in_flight: int = Field(64, ge=1, le=1000)
+    """Most publish requests that wait for their confirm."""
+    retention: Duration = 7 * 86400.0
+    """How long the topic keeps messages for subscriptions yet to come; 0 keeps none, else from 10 minutes to 31 days."""
+
+    @field_validator("retention")
+    @classmethod
+    def _retention_that_pubsub_offers(cls, retention: float) -> float:
+        if retention and not 600 <= retention <= 31 * 86400:
+            raise ValueError('is neither 0 nor between "10m" and "31d"')
+        return retention
+
+
 class RouteSettings(Model):
     topic: TopicPattern
     """Pattern of topics: `*` stands for one word, `#` for any number of words."""
@@ -148,6 +189,8 @@ class WorkerSettings(Model):
     """SQL function `schema.name(event_id uuid, result jsonb)` that takes the handler's result."""
     shutdown_limit: Duration = 20.0
     """How long a stop waits for running handlers."""
+    listen: str | None = Field(None, pattern=LISTEN)
+    """`host:port` at which this worker serves `/metrics` and `/health`; left out: nowhere."""
     options: dict[str, Any] = {}
     """What the handler itself reads; see its documentation."""
 
@@ -157,6 +200,8 @@ class ObserveSettings(Model):
     """Least level that is logged."""
     log_format: Literal["auto", "text", "json"] = "auto"
     """`auto`: text on a terminal, JSON otherwise."""
+    listen: str | None = Field(None, pattern=LISTEN)
+    """`host:port` at which the bridge serves `/metrics` and `/health`; left out: nowhere. Workers have their own."""
 
 
 class Settings(Model):
@@ -181,7 +226,7 @@ class Settings(Model):
     workers: dict[Name, WorkerSettings] = {}
     """Worker processes, by name."""
     observe: ObserveSettings = ObserveSettings()
-    """Logs."""
+    """Logs, metrics and health."""
 
     @property
     def reads_outbox(self) -> bool:

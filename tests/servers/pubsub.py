@@ -1,0 +1,64 @@
+"""What tests need of Pub/Sub beside the sink and the queue: settings for the emulator, and a plain reader."""
+
+from typing import Any
+
+from google.pubsub_v1 import types
+
+from bridge.errors import BrokerUnavailableError
+from bridge.event import Event
+from bridge.pubsub.connection import Connection, connect
+from bridge.pubsub.wire import from_message
+from bridge.settings import PubSubSettings
+
+PROJECT = "pgbridge-tests"
+
+
+def pubsub_settings(address: str, topic: str, **changes: Any) -> PubSubSettings:
+    """Settings of a sink on the emulator at this address."""
+    values = {"type": "pubsub", "project": PROJECT, "topic": topic, "emulator_host": address}
+    return PubSubSettings(**(values | {"max_message_bytes": 100_000} | changes))
+
+
+class PubSubReader:
+    """Reads all that a topic was given since `subscribe`, in the order of each key."""
+
+    def __init__(self, address: str, topic: str, *, subscription: str | None = None) -> None:
+        self._settings = pubsub_settings(address, topic)
+        self._topic = f"projects/{PROJECT}/topics/{topic}"
+        self._subscription = f"projects/{PROJECT}/subscriptions/{subscription or topic + '-reader'}"
+
+    async def subscribe(self) -> None:
+        """From now on the topic's messages are kept for this reader."""
+        connection = await connect(self._settings)
+        wanted = types.Subscription.pb()(
+            name=self._subscription, topic=self._topic, ack_deadline_seconds=600, enable_message_ordering=True
+        )
+        await connection.call(connection.create_subscription, wanted)
+        await connection.close()
+
+    async def messages(self, *, quiet: float = 0.5) -> list[Any]:
+        """Takes protobuf messages until none has come for `quiet` seconds."""
+        connection = await connect(self._settings)
+        taken: list[Any] = []
+        while batch := await self._pull(connection, quiet):
+            taken += [received.message for received in batch]
+            ids = [received.ack_id for received in batch]
+            request = types.AcknowledgeRequest.pb()(subscription=self._subscription, ack_ids=ids)
+            await connection.call(connection.acknowledge, request)
+        await connection.close()
+        return taken
+
+    async def _pull(self, connection: Connection, limit: float) -> list[Any]:
+        request = types.PullRequest.pb()(subscription=self._subscription, max_messages=1000)
+        try:
+            return list((await connection.call(connection.pull, request, limit=limit)).received_messages)
+        except BrokerUnavailableError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                return []
+            raise
+
+    async def drain(self) -> list[Event]:
+        """Takes all events."""
+        events = [from_message(message) for message in await self.messages()]
+        assert all(isinstance(event, Event) for event in events), events
+        return [event for event in events if isinstance(event, Event)]
