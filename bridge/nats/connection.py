@@ -20,7 +20,7 @@ CONNECT_TIMEOUT = 10.0
 PING_INTERVAL = 10.0
 """Seconds; a server that leaves two pings unanswered is dead."""
 
-REQUEST_TIMEOUT = 10.0
+REQUEST_TIMEOUT = 5.0
 """Seconds for one answer of JetStream."""
 
 _CLOSE_LIMIT = 3.0

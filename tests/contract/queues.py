@@ -1,0 +1,228 @@
+"""What the contract suite needs of each broker: one harness per queue, registered in `HARNESSES`."""
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import aio_pika
+import nats
+from pydantic import SecretStr
+
+from bridge.demo.servers import NatsServer, RabbitMQServer
+from bridge.event import Event, Malformed
+from bridge.nats.wire import unquote_headers
+from bridge.settings import NatsSettings, RabbitMQSettings
+from bridge.sinks import CONFIRMED, Sink
+from bridge.sinks.memory import MemorySettings
+from bridge.sinks.nats import NatsSink
+from bridge.sinks.rabbitmq import RabbitMQSink
+from tests.servers.proxy import Proxy
+from workers.queues import Queue, Subscription
+from workers.queues.letters import PREFIX, letter_headers
+from workers.queues.memory import MemoryBroker, MemoryQueue
+from workers.queues.nats import NatsQueue
+from workers.queues.rabbitmq import RabbitMQQueue
+
+DEADLINE = 20.0
+"""Seconds after which what a test waits for counts as never coming."""
+
+ACK_WAIT = 3.0
+"""Seconds after which a broker that cannot see a consumer go gives its deliveries to another."""
+
+RETRY_DELAYS = (0.3, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A dead letter, as its broker holds it."""
+
+    payload: bytes
+    headers: Mapping[str, str]
+    """Those that begin with `PREFIX`, without it."""
+
+
+class QueueHarness(Protocol):
+    """One worker's queue on a target of its own, which stands and takes every topic below ``shop``."""
+
+    @property
+    def lacking(self) -> Queue | None:
+        """A queue that is declared nowhere; None where nothing can be missing."""
+
+    @property
+    def counts_given_back(self) -> bool:
+        """Whether the broker counts a delivery that was given back as an attempt."""
+
+    def queue(self, prefetch: int = 10) -> Queue:
+        """A consumer of the worker's queue, not yet open; each call makes another."""
+
+    async def publish(self, *events: Event) -> None:
+        """As the bridge would."""
+
+    async def publish_strange(self, payload: bytes) -> None:
+        """A message that is no CloudEvent, on a topic that the worker subscribes to."""
+
+    async def dead_letters(self, count: int) -> Sequence[Letter]:
+        """Waits for this many dead letters, and takes them."""
+
+    async def break_connections(self) -> None:
+        """Resets the connections of every queue."""
+
+
+Start = Callable[[Any, str], AbstractAsyncContextManager[QueueHarness]]
+"""From the server that the fixture gave (None without one) and a unique name to a harness."""
+
+
+def subscription(worker: str, prefetch: int = 10) -> Subscription:
+    return Subscription(worker, ["shop.#"], prefetch, RETRY_DELAYS, max_attempts=3, ack_wait=ACK_WAIT)
+
+
+class MemoryHarness:
+    lacking = None
+    counts_given_back = False
+
+    def __init__(self, worker: str) -> None:
+        self._worker = worker
+        self._broker = MemoryBroker()
+
+    def queue(self, prefetch: int = 10) -> MemoryQueue:
+        return MemoryQueue(MemorySettings(type="memory"), subscription(self._worker, prefetch), self._broker)
+
+    async def publish(self, *events: Event) -> None:
+        for event in events:
+            await self._broker.put(event)
+
+    async def publish_strange(self, payload: bytes) -> None:
+        await self._broker.put(Malformed(payload.decode()))
+
+    async def dead_letters(self, count: int) -> Sequence[Letter]:
+        assert len(self._broker.dead) == count
+        return [
+            Letter(
+                letter.event.payload if isinstance(letter.event, Event) else str(letter.event).encode(),
+                _ours(letter_headers(self._worker, letter.failure, letter.attempts)),
+            )
+            for letter in self._broker.dead
+        ]
+
+    async def break_connections(self) -> None:
+        raise NotImplementedError
+
+
+@asynccontextmanager
+async def memory(server: None, name: str) -> AsyncIterator[MemoryHarness]:
+    yield MemoryHarness(name)
+
+
+class RabbitMQHarness:
+    counts_given_back = True
+
+    def __init__(self, server: RabbitMQServer, proxy: Proxy, sink: Sink, name: str) -> None:
+        self._server = server
+        self._proxy = proxy
+        self._sink = sink
+        self._name = name
+        self.lacking = RabbitMQQueue(self.settings(), subscription(f"{name}-missing"))
+
+    def settings(self) -> RabbitMQSettings:
+        url = SecretStr(f"amqp://guest:guest@127.0.0.1:{self._proxy.port}/")
+        return RabbitMQSettings(type="rabbitmq", url=url, exchange=self._name)
+
+    def queue(self, prefetch: int = 10) -> RabbitMQQueue:
+        return RabbitMQQueue(self.settings(), subscription(self._name, prefetch))
+
+    async def publish(self, *events: Event) -> None:
+        assert list(await self._sink.publish(events)) == [CONFIRMED] * len(events)
+
+    async def publish_strange(self, payload: bytes) -> None:
+        async with await aio_pika.connect(self._server.url) as connection:
+            channel = await connection.channel()
+            exchange = await channel.get_exchange(self._name, ensure=False)
+            await exchange.publish(aio_pika.Message(payload), "shop.strange")
+
+    async def dead_letters(self, count: int) -> Sequence[Letter]:
+        async with await aio_pika.connect(self._server.url) as connection:
+            channel = await connection.channel()
+            queue = await channel.get_queue(f"{self._name}.dead", ensure=False)
+            messages = [await queue.get(no_ack=True, timeout=DEADLINE) for _ in range(count)]
+            assert await queue.get(no_ack=True, fail=False) is None
+        return [
+            Letter(message.body, _ours({name: str(value) for name, value in message.headers.items()}))
+            for message in messages
+        ]
+
+    async def break_connections(self) -> None:
+        self._proxy.cut()
+
+
+@asynccontextmanager
+async def rabbitmq(server: RabbitMQServer, name: str) -> AsyncIterator[RabbitMQHarness]:
+    direct = RabbitMQSettings(type="rabbitmq", url=SecretStr(server.url), exchange=name)
+    sink = RabbitMQSink(direct)
+    async with Proxy(server.host, server.port) as proxy:
+        harness = RabbitMQHarness(server, proxy, sink, name)
+        await RabbitMQQueue(direct, subscription(name)).topology(apply=True)
+        await sink.open()
+        yield harness
+        await sink.close()
+
+
+class NatsHarness:
+    counts_given_back = True
+
+    def __init__(self, server: NatsServer, proxy: Proxy, sink: Sink, name: str) -> None:
+        self._server = server
+        self._proxy = proxy
+        self._sink = sink
+        self._name = name
+        self.lacking = NatsQueue(self.settings(), subscription(f"{name}-missing"))
+
+    def settings(self) -> NatsSettings:
+        url = SecretStr(f"nats://127.0.0.1:{self._proxy.port}")
+        return NatsSettings(type="nats", url=url, stream=self._name)
+
+    def queue(self, prefetch: int = 10) -> NatsQueue:
+        return NatsQueue(self.settings(), subscription(self._name, prefetch))
+
+    async def publish(self, *events: Event) -> None:
+        assert list(await self._sink.publish(events)) == [CONFIRMED] * len(events)
+
+    async def publish_strange(self, payload: bytes) -> None:
+        async with await nats.connect(self._server.url) as client:
+            await client.jetstream().publish(f"{self._name}.shop.strange", payload)
+
+    async def dead_letters(self, count: int) -> Sequence[Letter]:
+        stream = f"{self._name}_dead"
+        async with await nats.connect(self._server.url) as client:
+            jetstream = client.jetstream()
+            assert (await jetstream.stream_info(stream)).state.messages == count
+            reader = await jetstream.subscribe(f"{stream}.>", ordered_consumer=True)
+            messages = [await reader.next_msg(DEADLINE) for _ in range(count)]
+        return [Letter(message.data, _ours(unquote_headers(message.headers or {}))) for message in messages]
+
+    async def break_connections(self) -> None:
+        self._proxy.cut()
+
+
+@asynccontextmanager
+async def nats_jetstream(server: NatsServer, name: str) -> AsyncIterator[NatsHarness]:
+    direct = NatsSettings(type="nats", url=SecretStr(server.url), stream=name)
+    sink = NatsSink(direct)
+    async with Proxy(server.host, server.port) as proxy:
+        harness = NatsHarness(server, proxy, sink, name)
+        await NatsQueue(direct, subscription(name)).topology(apply=True)
+        await sink.open()
+        yield harness
+        await sink.close()
+
+
+def _ours(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.removeprefix(PREFIX): value for name, value in headers.items() if name.startswith(PREFIX)}
+
+
+HARNESSES: dict[str, tuple[str | None, Start]] = {
+    "memory": (None, memory),
+    "nats": ("nats_server", nats_jetstream),
+    "rabbitmq": ("rabbitmq", rabbitmq),
+}
+"""By the type of the sink: the fixture of its server, and how a harness is made."""
