@@ -1,0 +1,139 @@
+"""The daemon as its own process over a backlog, and what its cursor tells of its rate."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+
+from tests.bench.world import TOPIC, Log, World
+from tests.servers.daemons import Daemon
+
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The daemon at one store of its cursor."""
+
+    mark: int
+    """Everything up to this id is confirmed."""
+    time: float
+    """When that was stored, by the database's clock, in seconds."""
+    cpu: float
+    """Seconds of processor time that the daemon has used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """One backlog, carried to its end."""
+
+    events: int
+    began: float
+    """When the bridge took the lead, by the database's clock: process start and connecting lie before."""
+    samples: list[Sample]
+    peak_memory: float
+    """Most resident memory, in MB (10^6 bytes)."""
+
+    @property
+    def rate(self) -> float:
+        """Confirmed events a second, from the lead to the store of the last mark."""
+        return self.events / (self.samples[-1].time - self.began)
+
+
+def settings_of(name: str, dsn: str, sink: Mapping[str, str | int]) -> str:
+    """bridge.toml with the defaults that are shipped, and one route for everything."""
+    lines = [f'name = "{name}"', "[postgres]", f'dsn = "{dsn}"', "[sinks.events]"]
+    lines += [f"{key} = {json.dumps(value)}" for key, value in sink.items()]
+    return "\n".join([*lines, "[[routes]]", f'topic = "{TOPIC.partition(".")[0]}.#"', 'sink = "events"', ""])
+
+
+def daemon(world: World, name: str, dsn: str, sink: Mapping[str, str | int]) -> Daemon:
+    """The bridge `name`, not yet started."""
+    return Daemon(world.folder / name, settings_of(name, dsn, sink))
+
+
+def drain(
+    world: World, log: Log, sink: Mapping[str, str | int], *, dsn: str | None = None, limit: float = 120.0
+) -> Drained:
+    """Runs a bridge with a new cursor over a log until all of it is confirmed; `dsn` overrides where it connects.
+
+    Raises TimeoutError after `limit` seconds, RuntimeError when the daemon ends.
+    """
+    name = world.unique("bridge")
+    process = daemon(world, name, dsn or log.dsn, sink)
+    with psycopg.connect(log.dsn, autocommit=True) as watcher, process:
+        samples, began = _watch(watcher, name, log.last, process, time.monotonic() + limit)
+        assert process.process is not None
+        memory = _peak_memory(process.process.pid)
+        code = process.stop()
+        if code != 0:
+            raise RuntimeError(f"the daemon ended with {code}: {_tail(process.log)}")
+    return Drained(log.events, began, samples, memory)
+
+
+def _watch(
+    watcher: psycopg.Connection[tuple[object, ...]], name: str, last: int, process: Daemon, deadline: float
+) -> tuple[list[Sample], float]:
+    query = (
+        "select mark, extract(epoch from stored_at)::float8, extract(epoch from leader_since)::float8 "
+        "from bridge.cursor where name = %s"
+    )
+    samples: list[Sample] = []
+    assert process.process is not None
+    while True:
+        row = watcher.execute(query, (name,), prepare=True).fetchone()
+        if row is not None:
+            mark, stored, began = row
+            assert isinstance(mark, int)
+            assert isinstance(stored, float)
+            if mark and (not samples or mark > samples[-1].mark):
+                samples.append(Sample(mark, stored, _cpu(process.process.pid)))
+            if mark >= last:
+                assert isinstance(began, float)
+                return samples, began
+        if process.process.poll() is not None:
+            raise RuntimeError(f"the daemon ended: {_tail(process.log)}")
+        if time.monotonic() > deadline:
+            reached = samples[-1].mark if samples else 0
+            raise TimeoutError(f"id {reached} of {last} was reached in time; {_tail(process.log)}")
+        time.sleep(0.02)
+
+
+def _cpu(pid: int) -> float:
+    fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
+
+
+def _peak_memory(pid: int) -> float:
+    status = Path("/proc", str(pid), "status").read_text()
+    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(kilobytes) * 1024 / 1e6
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-1500:] if log.exists() else "it logged nothing"
+
+
+@contextmanager
+def running(world: World, dsn: str, sink: Mapping[str, str | int], *, more: str = "") -> Iterator[Daemon]:
+    """A bridge that leads, for themes that emit while it runs; `more` is added to its settings."""
+    name = world.unique("bridge")
+    process = Daemon(world.folder / name, settings_of(name, dsn, sink) + more)
+    with process:
+        process.wait_for("bridge.leading")
+        yield process
+        process.stop()
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float) -> None:
+    """Raises TimeoutError when `condition` does not become true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not come within {seconds:g} s")
+        time.sleep(0.02)
