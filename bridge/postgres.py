@@ -4,6 +4,9 @@ A dead peer must be noticed within seconds, on idle connections too: keepalives 
 gives up on unacknowledged data, and a multi-host DSN goes on to the host that accepts writes.
 """
 
+import asyncio
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +28,10 @@ from bridge.settings import PostgresSettings
 
 OLDEST_POSTGRES = 14
 """The oldest major version that has what we use: idle_session_timeout, multiranges, parsed SQL functions."""
+
+ANSWER_LIMIT = 30.0
+"""Seconds after which a statement without an answer shows a dead connection. Keepalives cannot show it where a proxy or
+a load balancer stands between, since that is what acknowledges them."""
 
 _DEFAULTS: dict[str, str] = {
     "keepalives": "1",
@@ -64,13 +71,39 @@ async def connect(settings: PostgresSettings, application_name: str, **overrides
     that is too old.
     """
     parameters = {**connection_parameters(settings, application_name), **overrides}
-    with database_errors():
-        connection = await AsyncConnection.connect(**parameters, autocommit=True)
+    try:
+        with database_errors():
+            connection = await AsyncConnection.connect(**parameters, autocommit=True)
+    except ReadOnlyServerError:
+        # libpq has one text for a standby and for a read-only role; what to mend differs.
+        with database_errors():
+            looking = await AsyncConnection.connect(**{**parameters, "target_session_attrs": "any"}, autocommit=True)
+        async with looking:
+            await require_writes(looking)
+        raise
     major = connection.info.server_version // 10_000
     if major < OLDEST_POSTGRES:
         await connection.close()
         raise SchemaError(f"this is PostgreSQL {major}; pgbridge needs {OLDEST_POSTGRES} or newer")
     return connection
+
+
+async def require_writes(connection: AsyncConnection[TupleRow]) -> None:
+    """Raises ReadOnlyServerError, which says why, where nothing may be written."""
+    with database_errors():
+        cursor = await connection.execute("select pg_is_in_recovery(), current_setting('transaction_read_only')")
+        row = await cursor.fetchone()
+    if row is None or row[0]:
+        raise ReadOnlyServerError(
+            f"{connection.info.host}:{connection.info.port} is a hot standby, which can neither LISTEN nor store the "
+            "cursor. Point postgres.dsn to the primary, or name all hosts in it"
+        )
+    if row[1] == "on":
+        raise ReadOnlyServerError(
+            f"sessions of the role {connection.info.user!r} in the database {connection.info.dbname!r} are read-only "
+            "(default_transaction_read_only), so the cursor cannot be stored. "
+            "ALTER ROLE ... SET default_transaction_read_only = off, or the same for the database"
+        )
 
 
 @contextmanager
@@ -80,6 +113,34 @@ def database_errors() -> Iterator[None]:
         yield
     except psycopg.Error as error:
         raise translated(error) from error
+
+
+@contextmanager
+def answered(connection: AsyncConnection[TupleRow]) -> Iterator[None]:
+    """As `database_errors`, and gives a connection up that does not answer within ANSWER_LIMIT.
+
+    It ends the socket itself: a cancelled psycopg would ask the server to cancel too, and wait for it again.
+    """
+    limit = ANSWER_LIMIT
+    given_up = False
+
+    def give_up() -> None:
+        nonlocal given_up
+        if not connection.closed:
+            given_up = True
+            with socket.socket(fileno=os.dup(connection.pgconn.socket)) as wire:
+                wire.shutdown(socket.SHUT_RDWR)
+
+    timer = asyncio.get_running_loop().call_later(limit, give_up)
+    try:
+        with database_errors():
+            yield
+    except PgbridgeError as error:
+        if given_up:
+            raise DatabaseUnavailableError(f"PostgreSQL did not answer within {limit:g} s") from error
+        raise
+    finally:
+        timer.cancel()
 
 
 def translated(error: psycopg.Error) -> PgbridgeError:
@@ -93,7 +154,7 @@ def translated(error: psycopg.Error) -> PgbridgeError:
         case psycopg.errors.UndefinedTable() | psycopg.errors.InvalidSchemaName() | psycopg.errors.UndefinedFunction():
             return SchemaError(f"{text}. Install or upgrade the schema: pgbridge migrate")
         case psycopg.errors.ReadOnlySqlTransaction():
-            return RefusedError(f"{text}. This server is a standby or read-only; connect to the primary")
+            return ReadOnlyServerError(f"{text}. This server is a standby or read-only; connect to the primary")
         case psycopg.OperationalError() | psycopg.InterfaceError():
             return _unreachable(text)
         case _:

@@ -1,7 +1,7 @@
 """Running tasks side by side, and telling what ended them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -41,16 +41,16 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
             yield error
 
 
-async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
-    """Whether the work was done before `stop` was set; otherwise it is cancelled."""
+async def unless_stopped(
+    stop: asyncio.Event, work: Coroutine[Any, Any, None], *, obeys: Callable[[], bool] = lambda: False
+) -> None:
+    """Does the work, and cancels it when `stop` is set. Work that `obeys()` looks at `stop` itself and may finish."""
     stopping = asyncio.ensure_future(stop.wait())
     working = asyncio.ensure_future(work)
     try:
         await asyncio.wait((stopping, working), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            return False
-        working.result()
-        return True
+        if working.done() or obeys():
+            await working
     finally:
         stopping.cancel()
         working.cancel()

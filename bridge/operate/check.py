@@ -7,10 +7,10 @@ from typing import Any
 
 from psycopg import AsyncConnection
 
-from bridge.errors import ListenError, PgbridgeError, PrivilegeError, TopologyError
+from bridge.errors import PgbridgeError, PrivilegeError, TopologyError
 from bridge.operate.migrate import check_version
 from bridge.operate.topology import topology
-from bridge.postgres import connect, database_errors
+from bridge.postgres import connect, database_errors, require_writes
 from bridge.settings import Settings
 from bridge.sinks.registry import build_sink
 from bridge.sources.listener import Listener
@@ -66,30 +66,15 @@ async def _finding(subject: str, look: Callable[[], Awaitable[str]]) -> Finding:
         return Finding(subject, ok=False, text=str(error), exit_code=error.exit_code)
 
 
-async def require_primary(connection: Connection) -> str:
-    """What server this is. Raises ListenError on a standby, PrivilegeError where nothing may be written."""
-    version = connection.info.server_version
-    with database_errors():
-        cursor = await connection.execute("select pg_is_in_recovery(), current_setting('transaction_read_only')")
-        row = await cursor.fetchone()
-    if row is None or row[0]:
-        raise ListenError(
-            "this server is a hot standby, which can neither LISTEN nor store the cursor. "
-            "Point postgres.dsn to the primary, or name all hosts and add target_session_attrs=read-write"
-        )
-    if row[1] == "on":
-        raise PrivilegeError(
-            "this role or database is read-only (default_transaction_read_only), so the cursor cannot be stored. "
-            "ALTER ROLE ... SET default_transaction_read_only = off"
-        )
-    return f"PostgreSQL {version // 10_000}.{version % 10_000}, {connection.info.host} port {connection.info.port}"
-
-
 async def _postgres(settings: Settings) -> str:
     connection = await connect(settings.postgres, "pgbridge check", target_session_attrs="any")
     async with connection:
-        found = await require_primary(connection)
-        return f"{found}, database {connection.info.dbname!r} as {connection.info.user!r}"
+        await require_writes(connection)
+        at, version = connection.info, connection.info.server_version
+        return (
+            f"PostgreSQL {version // 10_000}.{version % 10_000}, {at.host} port {at.port}, "
+            f"database {at.dbname!r} as {at.user!r}"
+        )
 
 
 async def _listen(settings: Settings) -> str:

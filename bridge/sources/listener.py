@@ -7,13 +7,14 @@ generator holds the connection's lock, and leaving it in the middle of a batch w
 
 import asyncio
 import secrets
+import time
 from collections.abc import Callable, Sequence
 
 from psycopg import AsyncConnection, Notify, sql
 from psycopg.rows import TupleRow
 
 from bridge.errors import DatabaseUnavailableError, ListenError
-from bridge.postgres import connect, database_errors
+from bridge.postgres import answered, connect, database_errors
 from bridge.settings import PostgresSettings
 
 _SLICE = 0.5
@@ -47,11 +48,12 @@ class Listener:
         self._probe_channel = f"pgbridge_probe_{secrets.token_hex(8)}"
         self._connection: AsyncConnection[TupleRow] | None = None
         self._probed = asyncio.Event()
+        self._last_heard = 0.0
 
     async def open(self) -> None:
         """Connects and listens. Raises DatabaseUnavailableError, and RefusedError on a standby."""
         self._connection = await connect(self._settings, self._application_name)
-        with database_errors():
+        with answered(self._connection):
             for channel in (*self._channels, self._probe_channel):
                 await self._connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
 
@@ -73,14 +75,17 @@ class Listener:
         assert self._connection is not None, "open() comes first"  # noqa: S101 - a mistake of the caller
         while True:
             with database_errors():
-                async for notification in self._connection.notifies(timeout=_SLICE):
+                # One batch at a time, handed over whole: what psycopg has taken from the wire must not be lost.
+                async for notification in self._connection.notifies(timeout=_SLICE, stop_after=1):
+                    self._last_heard = time.monotonic()
                     if notification.channel == self._probe_channel:
                         self._probed.set()
                     else:
                         self._heard(notification)
-                    if self._room is not None and not self._room.is_set():
-                        # Not reading leaves the rest with the server, which holds it in its queue.
-                        await self._room.wait()
+            if self._room is not None and not self._room.is_set():
+                # Not reading leaves the rest with the server, which holds it in its queue.
+                await self._room.wait()
+                self._last_heard = time.monotonic()
 
     async def _prove(self, ready: Callable[[], None]) -> None:
         """Sends a probe through a connection of its own, which a pooler cannot mistake for the listening one."""
@@ -100,13 +105,21 @@ class Listener:
         self._probed.clear()
         sender = await connect(self._settings, f"{self._application_name} probe")
         try:
-            with database_errors():
+            with answered(sender):
                 await sender.execute("select pg_notify(%s, '')", (self._probe_channel,))
         finally:
             await sender.close()
-        try:
-            async with asyncio.timeout(_PROBE_TIMEOUT):
-                await self._probed.wait()
-        except TimeoutError:
-            return False
-        return True
+        self._last_heard = time.monotonic()
+        while True:
+            try:
+                async with asyncio.timeout(_PROBE_TIMEOUT):
+                    await self._probed.wait()
+                return True
+            except TimeoutError:
+                # Behind a flood the probe comes late; only silence is a sign.
+                if self._reads and time.monotonic() - self._last_heard >= _PROBE_TIMEOUT:
+                    return False
+
+    @property
+    def _reads(self) -> bool:
+        return self._room is None or self._room.is_set()

@@ -12,7 +12,7 @@ from psycopg.types.range import Range
 
 from bridge.errors import DatabaseUnavailableError
 from bridge.event import NO_HEADERS, Event, header_values
-from bridge.postgres import database_errors
+from bridge.postgres import answered
 from bridge.sources.gaps import Gaps, Ranges
 
 
@@ -97,7 +97,7 @@ class LogReader:
 
     async def fetch_all(self, query: str, values: tuple[Any, ...]) -> list[TupleRow]:
         """Runs one statement. Raises DatabaseUnavailableError, PrivilegeError, SchemaError."""
-        with database_errors():
+        with answered(self._connection):
             try:
                 cursor = await self._connection.execute(query, values, prepare=True, binary=True)
             except psycopg.errors.IdleSessionTimeout as error:

@@ -15,7 +15,7 @@ from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 from psycopg.types.json import Jsonb
 
-from bridge.postgres import connect, database_errors
+from bridge.postgres import answered, connect
 from bridge.settings import OutboxSettings, PostgresSettings
 from bridge.sources import DeadLetter, Page
 from bridge.sources.doorbell import Doorbell
@@ -49,12 +49,14 @@ class OutboxSource:
     async def connect(name: str, postgres: PostgresSettings) -> AsyncConnection[TupleRow]:
         """A session for a source. Raises DatabaseUnavailableError, PrivilegeError, RefusedError."""
         session = await connect(postgres, f"pgbridge {name}")
-        with database_errors():
+        with answered(session):
             # A store that a crash loses is only a page that is published again: its commit need not wait for the disk.
             await session.execute(
                 "select set_config('synchronous_commit', 'off', false), set_config('timezone', 'UTC', false), "
-                "set_config('idle_session_timeout', %s, false)",
-                (_FROZEN_AFTER,),
+                "set_config('idle_session_timeout', %s, false), "
+                # A frozen bridge that has asked for a page is not idle: the server waits for it to read.
+                "set_config('tcp_user_timeout', %s, false)",
+                (_FROZEN_AFTER, _FROZEN_AFTER),
             )
         return session
 
@@ -72,8 +74,11 @@ class OutboxSource:
 
     async def standby(self, left: asyncio.Event) -> None:
         """Waits until this session leads: tries every second, and at once when `left` says that a leader went."""
-        while not await self.try_to_lead():
+        while True:
+            # Before the look: a leader may go right after it.
             left.clear()
+            if await self.try_to_lead():
+                return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await left.wait()
@@ -96,27 +101,7 @@ class OutboxSource:
         await self._log.store(self._name, cast(Position, page.position))
 
     async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
-        with database_errors():
-            async with self._connection.cursor() as cursor:
-                await cursor.executemany(_BURY, [self._dead_row(letter) for letter in letters])
-
-    def _dead_row(self, letter: DeadLetter) -> tuple[Any, ...]:
-        event, failure = letter.event, letter.failure
-        return (
-            self._name,
-            event.id,
-            event.sequence,
-            event.topic,
-            event.key,
-            event.payload.decode(),
-            event.content_type,
-            Jsonb(dict(event.headers)),
-            event.time,
-            letter.sink,
-            failure.code,
-            failure.reason,
-            letter.attempts,
-        )
+        await bury(self._connection, self._name, letters)
 
     async def pulse(self) -> None:
         """Shows the server that this bridge is not frozen; runs until it is cancelled or the session is lost."""
@@ -130,3 +115,29 @@ class OutboxSource:
 
     async def _set_asleep(self, sleeps: bool) -> None:
         await self._log.fetch_all("select bridge.set_asleep(%s, %s)", (self._name, sleeps))
+
+
+async def bury(connection: AsyncConnection[TupleRow], name: str, letters: Sequence[DeadLetter]) -> None:
+    """Stores dead letters of the bridge `name`. Raises DatabaseUnavailableError, PrivilegeError."""
+    with answered(connection):
+        async with connection.cursor() as cursor:
+            await cursor.executemany(_BURY, [_dead_row(name, letter) for letter in letters])
+
+
+def _dead_row(name: str, letter: DeadLetter) -> tuple[Any, ...]:
+    event, failure = letter.event, letter.failure
+    return (
+        name,
+        event.id,
+        event.sequence,
+        event.topic,
+        event.key,
+        event.payload.decode(),
+        event.content_type,
+        Jsonb(dict(event.headers)),
+        event.time,
+        letter.sink,
+        failure.code,
+        failure.reason,
+        letter.attempts,
+    )

@@ -1,6 +1,6 @@
-"""What tests of the workers share: a database whose shop takes their results."""
+"""What several tests share: a queue that takes everything, and a database whose shop takes the workers' results."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import psycopg
 import pytest
@@ -8,7 +8,9 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from pydantic import SecretStr
 
+from bridge.demo.servers import RabbitMQServer
 from bridge.settings import PostgresSettings
+from tests.servers.messages import Messages
 
 SHOP = """
 CREATE SCHEMA shop;
@@ -36,3 +38,11 @@ def shop(bridge_database: str, unique: str) -> Iterator[PostgresSettings]:
     yield PostgresSettings(dsn=SecretStr(make_conninfo(bridge_database, user=unique)), connect_timeout=5.0)
     with psycopg.connect(bridge_database, autocommit=True) as admin:
         admin.execute(sql.SQL("DROP ROLE {}").format(role))
+
+
+@pytest.fixture
+async def messages(rabbitmq: RabbitMQServer, unique: str) -> AsyncIterator[Messages]:
+    messages = Messages(rabbitmq.url, unique)
+    await messages.open()
+    yield messages
+    await messages.connection.close()

@@ -1,0 +1,71 @@
+"""What tests of the bridge look at: a queue that takes everything, and the settings of a bridge that fills it."""
+
+import asyncio
+
+import aio_pika
+import psycopg
+
+
+class Messages:
+    """A queue bound to everything on one exchange."""
+
+    def __init__(self, url: str, exchange: str) -> None:
+        self.url, self.exchange = url, exchange
+        self.seen = 0
+        """Messages taken so far."""
+
+    async def open(self) -> None:
+        self.connection = await aio_pika.connect(self.url)
+        channel = await self.connection.channel()
+        await channel.set_qos(1000)
+        exchange = await channel.declare_exchange(self.exchange, aio_pika.ExchangeType.TOPIC, durable=True)
+        self.queue = await channel.declare_queue(f"{self.exchange}-all", durable=True)
+        await self.queue.bind(exchange, "#")
+
+    async def take(self, count: int, timeout: float = 30.0) -> list[aio_pika.abc.AbstractIncomingMessage]:
+        """The next `count` messages, acknowledged."""
+        taken: list[aio_pika.abc.AbstractIncomingMessage] = []
+        async with asyncio.timeout(timeout), self.queue.iterator() as messages:
+            async for message in messages:
+                await message.ack()
+                taken.append(message)
+                self.seen += 1
+                if len(taken) >= count:
+                    break
+        return taken
+
+    async def take_distinct(self, count: int, timeout: float = 60.0) -> list[aio_pika.abc.AbstractIncomingMessage]:
+        """Messages until `count` different ids have come; the repeats are in it."""
+        taken: list[aio_pika.abc.AbstractIncomingMessage] = []
+        seen = set()
+        async with asyncio.timeout(timeout), self.queue.iterator() as messages:
+            async for message in messages:
+                await message.ack()
+                taken.append(message)
+                self.seen += 1
+                seen.add(message.message_id)
+                if len(seen) >= count:
+                    break
+        return taken
+
+
+def settings(dsn: str, messages: Messages, more: str = "") -> str:
+    return f"""
+name = "test"
+[postgres]
+dsn = "{dsn}"
+[sinks.events]
+type = "rabbitmq"
+url = "{messages.url}"
+exchange = "{messages.exchange}"
+[[routes]]
+topic = "#"
+sink = "events"
+{more}
+"""
+
+
+async def execute(dsn: str, query: str, *values: object) -> list[tuple[object, ...]]:
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+        cursor = await connection.execute(query, values)
+        return await cursor.fetchall() if cursor.description else []
