@@ -46,7 +46,9 @@ def run(broker: str, orders: int, rate: float, kill: bool, as_json: bool, folder
         console.width = 10_000
     state = State(broker, orders)
     screen = Screen(console, state)
-    # Ended by others as by Ctrl-C, so that everything that was started is ended in order.
+    # Ended by others as by Ctrl-C, so that everything that was started is ended in order. A shell that starts us in the
+    # background has SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         with _folder(folder) as place:

@@ -15,6 +15,7 @@ from rich.text import Text
 from bridge.demo.figures import Figures
 
 _LINE_INTERVAL = 2.0
+_LINE_INTERVAL_UNCHANGED = 10.0
 
 
 @dataclass
@@ -57,7 +58,8 @@ class Screen:
         self._console = console
         self._state = state
         self._live: Live | None = None
-        self._last_line = float("-inf")
+        self._printed = ""
+        self._printed_at = float("-inf")
 
     def say(self, text: str) -> None:
         """One line about what happens before or after the orders."""
@@ -73,20 +75,22 @@ class Screen:
             yield
 
     def refresh(self, *, last: bool = False) -> None:
-        """Shows what the State holds now; elsewhere than on a terminal only every other second."""
+        """Shows the State as it is now; elsewhere than on a terminal every other second, and less when it is still."""
         if self._live is not None:
             self._live.update(self._picture(), refresh=True)
-        elif last or time.monotonic() - self._last_line >= _LINE_INTERVAL:
-            self._last_line = time.monotonic()
-            self.say(self._line())
+            return
+        line, waited = self._line(), time.monotonic() - self._printed_at
+        if last or waited >= (_LINE_INTERVAL if line != self._printed else _LINE_INTERVAL_UNCHANGED):
+            self._printed, self._printed_at = line, time.monotonic()
+            self.say(f"{self._state.seconds:6.1f} s  {line}")
 
     def _line(self) -> str:
         state, figures = self._state, self._state.figures
         killed = f"  killed {', '.join(state.kills)}" if state.kills else ""
         return (
-            f"{state.seconds:6.1f} s  orders {figures.orders}/{state.orders}  events {figures.events}  "
-            f"messages {state.messages}  invoices {figures.invoices}  dead letters {state.dead_letters}  "
-            f"on the way {state.on_the_way}  p50 {milliseconds(figures.p50)}  p99 {milliseconds(figures.p99)}{killed}"
+            f"orders {figures.orders}/{state.orders}  events {figures.events}  messages {state.messages}  "
+            f"invoices {figures.invoices}  dead letters {state.dead_letters}  on the way {state.on_the_way}  "
+            f"p50 {milliseconds(figures.p50)}  p99 {milliseconds(figures.p99)}{killed}"
         )
 
     def _picture(self) -> RenderableType:

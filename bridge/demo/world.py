@@ -43,8 +43,8 @@ sink = "events"
 [workers.invoices]
 handler = "workers.invoices:render"
 reply = "shop.invoice_rendered"
-# Short, so that what a killed worker had in hand comes back soon.
-timeout = "10s"
+# NATS notices a killed worker only when twice this time and 30 s have passed, and gives what it had in hand to another.
+timeout = "5s"
 retry_initial = "200ms"
 
 [workers.invoices.options]

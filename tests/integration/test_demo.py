@@ -1,0 +1,288 @@
+"""The demo, run as a person runs it: real servers, processes of their own, and an honest count."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import Connection
+from psycopg.conninfo import make_conninfo
+from psycopg.rows import TupleRow
+from pypdf import PdfReader
+
+from bridge.demo.audit import Arrivals
+from bridge.demo.figures import Figures
+from bridge.demo.servers import MissingProgramError, RabbitMQServer
+from bridge.demo.servers.guard import tree
+from bridge.demo.verdict import Verdict
+from bridge.operate.migrate import sql_folder
+
+LIMIT = 170.0
+ORDERS = 60
+
+
+def demo(*words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*words), capture_output=True, text=True, timeout=LIMIT, check=False, env=environment or dict(os.environ)
+    )
+
+
+def command(*words: str) -> Sequence[str]:
+    return [sys.executable, "-m", "bridge.cli", "demo", *words]
+
+
+@pytest.fixture(scope="module")
+def kept(server_folder: Path) -> Path:
+    return server_folder / "kept-demo"
+
+
+@pytest.fixture(scope="module")
+def run(kept: Path) -> subprocess.CompletedProcess[str]:
+    """One run on the embedded broker, whose folder is kept."""
+    return demo("--orders", str(ORDERS), "--rate", "30", "--json", "--keep", str(kept))
+
+
+def test_every_order_becomes_messages_and_an_invoice_and_nothing_is_lost(
+    run: subprocess.CompletedProcess[str],
+) -> None:
+    assert run.returncode == 0, run.stderr
+    told = json.loads(run.stdout)
+    assert told["orders"] == told["invoices"] == ORDERS
+    assert (told["lost"], told["dead_letters"], told["kills"]) == (0, 0, 0)
+    # Each order: placed, requested, rendered, and at least one change of stock.
+    assert told["events"] >= 4 * ORDERS
+    assert told["messages"] == told["events"]
+    assert told["notifications"]["sent"] == told["notifications"]["heard"]
+    assert 0 < told["latency_ms"]["p50"] <= told["latency_ms"]["p99"]
+
+
+def test_with_json_standard_output_is_one_object_and_progress_goes_to_standard_error(
+    run: subprocess.CompletedProcess[str],
+) -> None:
+    assert len(run.stdout.splitlines()) == 1
+    assert f"orders {ORDERS}/{ORDERS}" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_the_pdfs_carry_number_customer_and_a_total_that_adds_up(
+    run: subprocess.CompletedProcess[str], kept: Path
+) -> None:
+    assert run.returncode == 0, run.stderr
+    files = sorted((kept / "invoices").glob("*.pdf"))
+    assert len(files) == ORDERS
+    customers = set()
+    for file in files:
+        text = " ".join(PdfReader(file).pages[0].extract_text().split())
+        assert file.stem in text
+        customers |= {name for name in CUSTOMERS if name in text}
+        words = text.split()
+        net = Decimal(words[words.index("Net") + 1])
+        taxes = [Decimal(words[i + 6]) for i, word in enumerate(words[:-6]) if word == "Tax" and words[i + 3] == "on"]
+        assert taxes
+        assert Decimal(words[words.index("Total") + 1]) == net + sum(taxes)
+    assert len(customers) > 1
+
+
+CUSTOMERS = ("Straßenbäckerei Müller & Söhne GmbH", "Ελαιώνας Α.Ε.", "Книгарня «Схід»", "Łódzka Herbaciarnia")
+
+
+def test_logs_of_bridge_and_worker_are_json_lines_in_the_folder(
+    run: subprocess.CompletedProcess[str], kept: Path
+) -> None:
+    assert run.returncode == 0, run.stderr
+    for name, last in (("bridge", "bridge.stopped"), ("worker", "worker.stopped")):
+        lines = [json.loads(line) for line in (kept / f"{name}.log").read_text().splitlines()]
+        assert lines[-1]["action"] == last
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    ended = demo("--keep", str(tmp_path))
+    assert ended.returncode == 2
+    assert "the folder is not empty" in ended.stderr
+    assert (tmp_path / "mine").exists()
+
+
+@pytest.mark.rabbitmq
+def test_kills_of_bridge_worker_and_database_lose_nothing(server_folder: Path) -> None:
+    try:
+        RabbitMQServer(server_folder)
+    except MissingProgramError as error:
+        pytest.skip(str(error))
+    ended = demo("--broker", "rabbitmq", "--orders", "150", "--rate", "30", "--kill", "--json")
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert (told["kills"], told["lost"], told["invoices"], told["dead_letters"]) == (3, 0, 150, 0)
+    assert told["messages"] == told["events"]
+
+
+def test_a_missing_broker_is_told_with_what_to_install() -> None:
+    ended = demo("--broker", "rabbitmq", environment={**os.environ, "PATH": "/nonexistent"})
+    assert ended.returncode == 69
+    assert "apt-get install rabbitmq-server" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_everything_that_was_started_ends_with_the_demo(
+    signum: signal.Signals, code: int, server_folder: Path, unique: str
+) -> None:
+    kept = server_folder / unique
+    with subprocess.Popen(command("--keep", str(kept)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if b"orders 0/" in line:
+                break
+        started = [pid for pid in tree(process.pid) if pid != process.pid]
+        # PostgreSQL, the broker, the bridge, the worker, and their guards.
+        assert len(started) >= 8
+        process.send_signal(signum)
+        said = process.stdout.read()
+        assert process.wait(60) == code, said
+    deadline = time.monotonic() + 20
+    while alive := [pid for pid in started if Path(f"/proc/{pid}/environ").exists() and _runs(pid)]:
+        assert time.monotonic() < deadline, f"still running: {alive}"
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    return pid in tree(pid)
+
+
+# What the count is made of: a verdict that cannot be bad would prove nothing. ---------------------------------------
+
+
+def verdict(**changes: Any) -> Verdict:
+    good: dict[str, Any] = {
+        "broker": "NATS JetStream",
+        "wanted": 2,
+        "figures": Figures(orders=2, events=9, invoices=2, unpublished=0, p50=12.0, p99=30.0),
+        "messages": 9,
+        "duplicates": 0,
+        "dead_letters": 0,
+        "missing_events": 0,
+        "missing_pdfs": (),
+        "warnings": (1, 1),
+        "seconds": 1.0,
+        "kills": (),
+        "faults": (),
+    }
+    return Verdict(**{**good, **changes})
+
+
+def test_a_run_without_loss_is_good() -> None:
+    assert verdict().good
+    assert verdict(duplicates=3, warnings=(2, 1)).good
+    assert verdict().problems() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "lost"),
+    [
+        ({"missing_events": 2}, "2 events were committed and never arrived", 2),
+        ({"missing_pdfs": ("2026-100001",)}, "1 invoices have no PDF that matches size and SHA-256: 2026-100001", 1),
+        ({"figures": Figures(orders=1, events=5, invoices=1)}, "1 orders stand, 2 were placed", 0),
+        ({"dead_letters": 1}, "1 dead letters", 0),
+        ({"faults": ("nothing moved for 90 s",)}, "nothing moved for 90 s", 0),
+    ],
+)
+def test_whatever_is_missing_fails_the_run_and_is_told(changes: dict[str, Any], said: str, lost: int) -> None:
+    bad = verdict(**changes)
+    assert not bad.good
+    assert bad.lost == lost
+    assert any(said in line for line in bad.lines())
+
+
+def test_an_event_that_arrives_twice_is_one_message_and_one_duplicate() -> None:
+    arrivals = Arrivals()
+    arrivals.counts.update(["a", "b", "a"])
+    assert (arrivals.messages, arrivals.duplicates) == (2, 1)
+
+
+# The example's SQL. --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seller(bridge_database: str, unique: str) -> Iterator[Connection[TupleRow]]:
+    """A login that may place orders and nothing more, in a database with the shop."""
+    with psycopg.connect(bridge_database, autocommit=True) as admin:
+        admin.execute((sql_folder() / "examples" / "shop.sql").read_bytes())
+        admin.execute(f"create role {unique} login in role shop_seller")
+        with psycopg.connect(make_conninfo(bridge_database, user=unique), autocommit=True) as connection:
+            yield connection
+        admin.execute(f"drop role {unique}")
+
+
+def place(seller: Connection[TupleRow], items: str, reference: str = "5f2b9c1e-7f7b-4a55-9d5b-3f1c2d1e0a01") -> str:
+    row = seller.execute("select shop.place_order(%s, 1, %s)", (reference, items)).fetchone()
+    assert row is not None
+    number: str = row[0]
+    return number
+
+
+def test_an_order_that_is_sent_again_is_placed_once(seller: Connection[TupleRow], bridge_database: str) -> None:
+    first = place(seller, '[{"sku": "CUP", "quantity": 2}]')
+    assert place(seller, '[{"sku": "CUP", "quantity": 2}]') == first
+    with psycopg.connect(bridge_database) as admin:
+        topics = admin.execute("select topic from bridge.outbox order by id").fetchall()
+    assert [row[0] for row in topics] == ["shop.stock.updated", "shop.order.placed", "shop.invoice.requested"]
+
+
+def test_tax_is_rounded_once_per_rate_on_the_sum_of_its_lines(seller: Connection[TupleRow]) -> None:
+    # 3 * 3.33 = 9.99 and 12.90 at 19 %: 22.89, tax 4.3491; 6.95 at 7 %: tax 0.4865.
+    place(
+        seller,
+        '[{"sku": "SIEVE", "quantity": 3}, {"sku": "CUP", "quantity": 1}, {"sku": "TEA-GREEN", "quantity": 1}]',
+    )
+    row = seller.execute("select net::text, tax::text, total::text from shop.orders").fetchone()
+    assert row == ("29.84", "4.84", "34.68")
+
+
+@pytest.mark.parametrize("items", ["[]", "null", '[{"sku": "X", "quantity": 1}]', '[{"sku": "CUP", "quantity": 999}]'])
+def test_an_order_that_cannot_be_filled_leaves_no_event(
+    seller: Connection[TupleRow], bridge_database: str, items: str
+) -> None:
+    with pytest.raises((psycopg.errors.InvalidParameterValue, psycopg.errors.CheckViolation)):
+        place(seller, items)
+    with psycopg.connect(bridge_database) as admin:
+        assert admin.execute("select count(*) from bridge.outbox").fetchone() == (0,)
+
+
+def test_the_reply_stores_the_pdf_once_and_tells_it(seller: Connection[TupleRow], bridge_database: str) -> None:
+    number = place(seller, '[{"sku": "CUP", "quantity": 2}]')
+    sha256 = hashlib.sha256(b"pdf").hexdigest()
+    with psycopg.connect(bridge_database, autocommit=True) as admin:
+        request = admin.execute("select request from shop.invoices").fetchone()
+        assert request is not None
+        admin.execute("set role bridge_worker")
+        result = json.dumps({"path": "/invoices/1.pdf", "bytes": 3, "sha256": sha256})
+        admin.execute("select shop.invoice_rendered(%s, %s)", (request[0], result))
+        with pytest.raises(psycopg.errors.NoDataFound):
+            admin.execute("select shop.invoice_rendered(gen_random_uuid(), %s)", (result,))
+        admin.execute("reset role")
+        assert admin.execute("select path, bytes, sha256 from shop.invoices").fetchall() == [
+            ("/invoices/1.pdf", 3, sha256)
+        ]
+        told = admin.execute("select key from bridge.outbox where topic = 'shop.invoice.rendered'").fetchall()
+    assert told == [(number,)]
+
+
+def test_the_till_may_place_orders_and_nothing_else(seller: Connection[TupleRow]) -> None:
+    for statement in (
+        "update shop.products set price = 0",
+        "delete from shop.orders",
+        "select * from bridge.outbox",
+        "update shop.invoices set path = '/etc/passwd'",
+        "select shop.invoice_rendered(gen_random_uuid(), '{}')",
+    ):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            seller.execute(statement)
