@@ -30,6 +30,7 @@ _VALUE = re.compile(r"[!#$&-~]*")
 _OURS = re.compile(r"nats-|content-type$", re.IGNORECASE)
 
 
+@lru_cache(4096)
 def subject_of(stream: str, topic: str) -> str:
     """The subject of a topic. Raises UnicodeError for a topic that UTF-8 cannot hold."""
     return f"{stream}.{'.'.join(quote_word(word) for word in topic.split('.'))}"

@@ -1,0 +1,275 @@
+"""What is NATS's own about the sink, and about the worker's consumer."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+import nats
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nats.js import JetStreamContext
+from nats.js.api import ConsumerConfig, StreamConfig
+from pydantic import SecretStr
+
+from bridge.demo.servers import NatsServer
+from bridge.demo.servers.nats import MAX_PAYLOAD
+from bridge.event import Event
+from bridge.nats.wire import quote_headers, subject_of, topic_of, unquote_headers
+from bridge.settings import NatsSettings
+from bridge.sinks import CONFIRMED, Failed, Unknown
+from bridge.sinks.nats import DEAD_LETTER_ROOM, NatsSink
+from bridge.topics import matches
+from workers.queues import Failure, Subscription
+from workers.queues.nats import NatsQueue
+from workers.queues.nats_consumer import filters
+
+DEADLINE = 20.0
+
+
+def settings_of(url: str, stream: str, publish_timeout: float = 30.0) -> NatsSettings:
+    return NatsSettings(type="nats", url=SecretStr(url), stream=stream, publish_timeout=publish_timeout)
+
+
+def make_event(**changes: object) -> Event:
+    event = Event(
+        id=str(uuid4()),
+        topic="shop.order.inserted",
+        payload=b"{}",
+        key=None,
+        source="/shop/test",
+        time=datetime(2026, 1, 1, tzinfo=UTC),
+        content_type="application/json",
+        headers={},
+    )
+    return event._replace(**changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def jetstream(nats_server: NatsServer) -> AsyncIterator[JetStreamContext]:
+    async with await nats.connect(nats_server.url) as client:
+        yield client.jetstream()
+
+
+@pytest.fixture
+async def sink(nats_server: NatsServer, unique: str) -> AsyncIterator[NatsSink]:
+    """Open, on a stream of its own, which it declared."""
+    sink = NatsSink(settings_of(nats_server.url, unique))
+    await sink.topology(apply=True)
+    await sink.open()
+    yield sink
+    await sink.close()
+
+
+async def stored(jetstream: JetStreamContext, stream: str) -> int:
+    return (await jetstream.stream_info(stream)).state.messages
+
+
+async def test_an_event_that_is_published_again_is_confirmed_and_stored_once(
+    sink: NatsSink, jetstream: JetStreamContext, unique: str
+) -> None:
+    event = make_event()
+    for _ in range(3):
+        assert await sink.publish([event]) == [CONFIRMED]
+    assert await stored(jetstream, unique) == 1
+
+
+async def test_an_authors_headers_command_nothing(sink: NatsSink, jetstream: JetStreamContext, unique: str) -> None:
+    headers = {"Nats-Expected-Stream": "other", "nats-msg-id": "same", "Nats-Rollup": "all", "content-type": "mine"}
+    events = [make_event(headers=headers), make_event(headers=headers)]
+    assert list(await sink.publish(events)) == [CONFIRMED] * 2
+    message = await jetstream.get_msg(unique, 2)
+    assert unquote_headers(message.headers or {}).items() >= headers.items()
+    assert (message.headers or {})["content-type"] == "application/json"
+
+
+async def test_a_full_stream_fails_for_now(sink: NatsSink, jetstream: JetStreamContext, unique: str) -> None:
+    config = (await jetstream.stream_info(unique)).config
+    await jetstream.update_stream(config.evolve(max_msgs=2))
+    outcomes = await sink.publish([make_event() for _ in range(4)])
+    assert list(outcomes[:2]) == [CONFIRMED] * 2
+    assert [(each.retryable, each.code) for each in outcomes[2:] if isinstance(each, Failed)] == [(True, "refused")] * 2
+    await jetstream.update_stream(config.evolve(max_msgs=-1))
+    assert await sink.publish([make_event()]) == [CONFIRMED]
+
+
+async def test_a_message_beyond_the_streams_own_limit_fails_for_ever(
+    sink: NatsSink, jetstream: JetStreamContext, unique: str
+) -> None:
+    config = (await jetstream.stream_info(unique)).config
+    await jetstream.update_stream(config.evolve(max_msg_size=1000))
+    (outcome,) = await sink.publish([make_event(payload=b"x" * 2000)])
+    assert isinstance(outcome, Failed)
+    assert (outcome.retryable, outcome.code) == (False, "too_large")
+
+
+async def test_a_stream_that_is_gone_fails_for_now(sink: NatsSink, jetstream: JetStreamContext, unique: str) -> None:
+    await jetstream.delete_stream(unique)
+    (outcome,) = await sink.publish([make_event()])
+    assert isinstance(outcome, Failed)
+    assert (outcome.retryable, outcome.code) == (True, "no_stream")
+
+
+async def test_a_topic_too_long_for_a_subject_fails_and_the_connection_stays(sink: NatsSink) -> None:
+    outcomes = await sink.publish([make_event(topic="🎉" * 255), make_event(topic="🎉" * 200), make_event()])
+    refused, *others = outcomes
+    assert isinstance(refused, Failed)
+    assert (refused.retryable, refused.code) == (False, "malformed")
+    assert others == [CONFIRMED] * 2
+
+
+async def test_batches_beyond_the_room_for_writing_wait_and_keep_their_order(
+    sink: NatsSink, jetstream: JetStreamContext, unique: str
+) -> None:
+    batches = [[make_event(payload=bytes(1_000_000), key=f"{batch}.{n}") for n in range(6)] for batch in range(5)]
+    outcomes = await asyncio.gather(*(sink.publish(batch) for batch in batches))
+    assert [list(each) for each in outcomes] == [[CONFIRMED] * 6] * 5
+    keys = [(await jetstream.get_msg(unique, sequence)).headers or {} for sequence in range(1, 31)]
+    assert [headers["ce-subject"] for headers in keys] == [f"{batch}.{n}" for batch in range(5) for n in range(6)]
+
+
+async def test_a_frozen_server_leaves_the_outcome_unknown_and_close_ends(tmp_path: Path, unique: str) -> None:
+    with NatsServer(tmp_path) as server:
+        sink = NatsSink(settings_of(server.url, unique, publish_timeout=1.0))
+        await sink.topology(apply=True)
+        await sink.open()
+        server.freeze()
+        # More than the kernel's buffers and the sink's room hold.
+        batch = [make_event(payload=bytes(4_000_000)) for _ in range(15)]
+        outcomes = await asyncio.wait_for(sink.publish(batch), DEADLINE)
+        assert isinstance(outcomes[0], Unknown)
+        assert isinstance(outcomes[-1], Failed)
+        assert (outcomes[-1].retryable, outcomes[-1].code) == (True, "blocked")
+        await asyncio.wait_for(sink.close(), DEADLINE)
+        server.thaw()
+        await sink.open()
+        assert list(await sink.publish([make_event()])) == [CONFIRMED]
+        await sink.close()
+
+
+async def test_a_stream_that_would_lose_or_repeat_events_differs(
+    nats_server: NatsServer, jetstream: JetStreamContext, unique: str
+) -> None:
+    await jetstream.add_stream(StreamConfig(name=unique, subjects=[f"{unique}.>"], duplicate_window=1))
+    (declaration,) = await NatsSink(settings_of(nats_server.url, unique)).topology(apply=True)
+    assert declaration.state == "differs"
+    assert "duplicate window" in declaration.detail
+
+
+def subscription(worker: str, topics: Sequence[str], ack_wait: float = 3.0) -> Subscription:
+    return Subscription(worker, topics, 10, [1.0], max_attempts=3, ack_wait=ack_wait)
+
+
+async def test_what_only_the_filters_take_is_not_delivered(
+    nats_server: NatsServer, sink: NatsSink, unique: str
+) -> None:
+    queue = NatsQueue(settings_of(nats_server.url, unique), subscription(unique, ["#.paid", "a.*", "*.b"]))
+    await queue.topology(apply=True)
+    topics = ["shop.order.paid", "shop.order.lost", "paid", "a.x", "x.b", "x.y", "shop.paid"]
+    await sink.publish([make_event(topic=topic) for topic in topics])
+    await queue.open()
+    deliveries = aiter(queue.deliveries())
+    seen = []
+    for _ in range(5):
+        delivery = await asyncio.wait_for(anext(deliveries), DEADLINE)
+        assert isinstance(delivery.event, Event)
+        seen.append(delivery.event.topic)
+        await delivery.ack()
+    await queue.close()
+    assert seen == ["shop.order.paid", "paid", "a.x", "x.b", "shop.paid"]
+
+
+async def test_a_consumer_with_other_settings_differs_and_apply_changes_it(
+    nats_server: NatsServer, sink: NatsSink, unique: str
+) -> None:
+    settings = settings_of(nats_server.url, unique)
+    await NatsQueue(settings, subscription(unique, ["shop.#"])).topology(apply=True)
+    changed = NatsQueue(settings, subscription(unique, ["shop.order.#"], ack_wait=9.0))
+    assert "differs" in {each.state for each in await changed.topology(apply=False)}
+    assert "differs" not in {each.state for each in await changed.topology(apply=True)}
+    assert {each.state for each in await changed.topology(apply=False)} == {"present"}
+
+
+async def test_a_deleted_consumer_ends_the_deliveries(
+    nats_server: NatsServer, sink: NatsSink, jetstream: JetStreamContext, unique: str
+) -> None:
+    queue = NatsQueue(settings_of(nats_server.url, unique), subscription(unique, ["#"]))
+    await queue.topology(apply=True)
+    await queue.open()
+    waiting = asyncio.ensure_future(anext(aiter(queue.deliveries())))
+    await sink.publish([make_event()])
+    await (await asyncio.wait_for(waiting, DEADLINE)).ack()
+    await jetstream.delete_consumer(unique, unique)
+    with pytest.raises(Exception, match="Consumer Deleted"):
+        await asyncio.wait_for(anext(aiter(queue.deliveries())), DEADLINE)
+    await queue.close()
+
+
+async def test_the_largest_message_that_the_sink_takes_can_be_dead_lettered(
+    nats_server: NatsServer, sink: NatsSink, jetstream: JetStreamContext, unique: str
+) -> None:
+    queue = NatsQueue(settings_of(nats_server.url, unique), subscription(unique, ["#"]))
+    await queue.topology(apply=True)
+    # Headers take some of the room: the first size that is not refused is the largest.
+    size = MAX_PAYLOAD - DEAD_LETTER_ROOM
+    while await sink.publish([make_event(payload=bytes(size))]) != [CONFIRMED]:
+        size -= 1
+    await queue.open()
+    delivery = await asyncio.wait_for(anext(aiter(queue.deliveries())), DEADLINE)
+    await delivery.dead_letter(Failure("error", "🎉" * 1000, "x y\n" * 10_000))
+    message = await jetstream.get_msg(f"{unique}_dead", 1)
+    assert message.data == bytes(size)
+    assert unquote_headers(message.headers or {})["x-pgbridge-reason"] == "🎉" * 300
+    await queue.close()
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+
+
+@given(st.lists(words, min_size=1, max_size=5).map(".".join))
+def test_every_topic_comes_back_from_its_subject(topic: str) -> None:
+    subject = subject_of("events", topic)
+    assert topic_of(subject) == topic
+    assert all(word and word.isascii() and word.isprintable() for word in subject.split("."))
+    assert not set(" *>") & set(subject)
+
+
+@given(st.dictionaries(words.filter(bool), words))
+def test_every_header_comes_back(headers: dict[str, str]) -> None:
+    quoted = quote_headers(headers)
+    assert all(f"{name}{value}".isascii() and f"{name}{value}".isprintable() for name, value in quoted.items())
+    assert unquote_headers(quoted) == headers
+
+
+patterns = st.lists(st.sampled_from(["a", "b", "*", "#"]), min_size=1, max_size=4).map(".".join)
+topics = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=5).map(".".join)
+
+
+@given(st.lists(patterns, min_size=1, max_size=4), topics)
+def test_the_filters_take_what_the_patterns_take(subscribed: list[str], topic: str) -> None:
+    if any(matches(pattern, topic) for pattern in subscribed):
+        found = [each.split(".") for each in filters("events", subscribed)]
+        assert any(_takes(each, subject_of("events", topic).split(".")) for each in found)
+
+
+def _takes(subject_filter: list[str], subject: list[str]) -> bool:
+    """NATS's own rule."""
+    if subject_filter[-1] == ">":
+        fixed = subject_filter[:-1]
+        return len(subject) > len(fixed) and all(a in ("*", b) for a, b in zip(fixed, subject, strict=False))
+    return len(subject_filter) == len(subject) and all(
+        a in ("*", b) for a, b in zip(subject_filter, subject, strict=True)
+    )
+
+
+async def test_no_two_filters_overlap_in_the_servers_eyes(
+    sink: NatsSink, jetstream: JetStreamContext, unique: str
+) -> None:
+    for number, subscribed in enumerate(
+        [["#"], ["a.#", "a.b"], ["a.*", "*.b"], ["a.#.#", "#.b"], ["a.*.c", "a.b.#", "x", "a b.ü"], ["*", "*.*", "#.a"]]
+    ):
+        name = f"c{number}"
+        config = ConsumerConfig(durable_name=name, filter_subjects=filters(unique, subscribed))
+        assert (await jetstream.add_consumer(unique, config)).name == name
