@@ -129,7 +129,7 @@ async def _look(
             await declare(passive=False)
         except ChannelPreconditionFailed as error:
             mend = f"let it run empty, delete it, and run `pgbridge topology --apply`; it needs: {detail}"
-            return Declaration(kind, name, "differs", f"{error.reason}; {mend}")
+            return Declaration(kind, name, "differs", f"{error}; {mend}")
     return Declaration(kind, name, "present", detail)
 
 
