@@ -117,6 +117,8 @@ def test_kills_of_bridge_worker_and_database_lose_nothing(server_folder: Path) -
     try:
         RabbitMQServer(server_folder)
     except MissingProgramError as error:
+        if os.environ.get("CI") == "true":
+            raise
         pytest.skip(str(error))
     ended = demo("--broker", "rabbitmq", "--orders", "150", "--rate", "30", "--kill", "--json")
     assert ended.returncode == 0, ended.stderr
@@ -140,7 +142,7 @@ def test_everything_that_was_started_ends_with_the_demo(
     with subprocess.Popen(command("--keep", str(kept)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if b"orders 0/" in line:
+            if b"/200  events" in line:
                 break
         started = [pid for pid in tree(process.pid) if pid != process.pid]
         # PostgreSQL, the broker, the bridge, the worker, and their guards.
