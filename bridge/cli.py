@@ -1,18 +1,13 @@
 """`pgbridge`: one thin command each; what they do is in daemon.py, operate/ and demo/."""
 
-import asyncio
 import json
 import sys
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
 
 import click
-import uvloop
-from rich.console import Console
-from rich.table import Table
 
 from bridge import __version__
+from bridge.cli_operate import dead, replay, status
 from bridge.daemon import run_until_signalled
 from bridge.errors import UsageError
 from bridge.event import Event
@@ -24,24 +19,20 @@ from bridge.operate.events import emit as emit_event
 from bridge.operate.events import tail as tail_events
 from bridge.operate.topology import topology as topologies
 from bridge.settings import load
-
-_config = click.option(
-    "--config",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="The settings; default: $PGBRIDGE_CONFIG, bridge.toml or /etc/pgbridge/bridge.toml.",
-)
-_json = click.option("--json", "as_json", is_flag=True, help="For programs: JSON.")
-
-
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(work)
+from bridge.terminal import config_option as _config
+from bridge.terminal import json_option as _json
+from bridge.terminal import run as _run
+from bridge.terminal import table as _table
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """Carries committed PostgreSQL events to message queues."""
+
+
+for operate in (status, dead, replay):
+    main.add_command(operate)
 
 
 @main.command()
@@ -126,16 +117,6 @@ def topology(config: Path | None, apply: bool, as_json: bool) -> None:
     if any(row["state"] in ("missing", "differs") for row in rows):
         click.echo("Something is missing or differs; declare what is missing with: pgbridge topology --apply", err=True)
         sys.exit(1)
-
-
-def _table(rows: list[dict[str, str]]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in rows[0] if rows else ():
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*row.values())
-    # In a pipe nothing is folded: programs such as grep read lines.
-    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 @main.command()

@@ -15,17 +15,21 @@ import structlog
 from psycopg import Notify
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
 
-from bridge.errors import DatabaseUnavailableError, about
-from bridge.observe.metrics import LEADING
-from bridge.observe.systemd import notify
+from bridge.errors import PgbridgeError, about
+from bridge.observe.health import Health, serving
+from bridge.observe.metrics import DATABASE_UP, LEADING, SINK_UP
+from bridge.observe.systemd import notify, watchdog_for_ever
 from bridge.operate.migrate import check_version
+from bridge.operate.prune import prune_for_ever
+from bridge.operate.status import sample_for_ever
 from bridge.relay import Limits, Relay
 from bridge.routes import Routes
 from bridge.settings import Settings
 from bridge.sinks.registry import build_sink
 from bridge.sources import Source
-from bridge.sources.channels import ChannelSource, Intake
+from bridge.sources.channels import ChannelSource
 from bridge.sources.doorbell import Doorbell
+from bridge.sources.intake import Intake
 from bridge.sources.listener import Listener
 from bridge.sources.outbox import OutboxSource
 from bridge.supervise import background, one_error, unless_stopped
@@ -34,6 +38,8 @@ log = structlog.get_logger()
 
 _BELL = "bridge_bell"
 _LEAD = "bridge_lead"
+_SINKS_LOOK = 5.0
+"""Seconds between two looks at the sinks' connections while standing by."""
 _BACKOFF = wait_exponential_jitter(multiplier=0.1, max=5.0, jitter=0.5)
 
 
@@ -47,26 +53,60 @@ class Daemon:
         self._started = False
         self._failures = 0
         self._lost_at: float | None = None
+        self._lost_to: type | None = None
+        self._relaying = False
+        self._role = "starting"
+        DATABASE_UP.set_function(lambda: float(self._started and self._lost_at is None))
+        for name, sink in self._sinks.items():
+            SINK_UP.labels(name).set_function(lambda sink=sink: float(sink.is_open))  # type: ignore[misc]
 
     async def run(self, stop: asyncio.Event) -> None:
         """Runs until `stop` is set. Raises PgbridgeError when the first start fails."""
         try:
-            for name, sink in self._sinks.items():
-                with about(f"sinks.{name}"):
-                    await sink.open()
-            with one_error():
-                await (self._carry_log(stop) if self._settings.reads_outbox else self._carry_channels(stop))
+            with one_error(), serving("observe.listen", self._settings.observe.listen, self.health):
+                async with background(watchdog_for_ever()):
+                    await self._open_sinks()
+                    await (self._carry_log(stop) if self._settings.reads_outbox else self._carry_channels(stop))
         finally:
             for sink in self._sinks.values():
                 await sink.close()
             if self._started:
                 log.info("bridge.stopped", name=self._settings.name)
 
+    def health(self) -> Health:
+        """What `/health` says."""
+        problems = [f"sinks.{name}: is not connected" for name, sink in self._sinks.items() if not sink.is_open]
+        if not self._started:
+            problems.append("the start is not done")
+        elif (lost_at := self._lost_at) is not None:
+            problems.append(f"postgres.dsn: lost for {time.monotonic() - lost_at:.0f} s")
+        return Health(self._settings.name, self._role, tuple(problems))
+
+    def _be(self, role: str) -> None:
+        self._role = role
+        LEADING.set(role == "leading")
+        notify(f"STATUS={role}")
+
+    async def _open_sinks(self) -> None:
+        for name, sink in self._sinks.items():
+            if not sink.is_open:
+                with about(f"sinks.{name}"):
+                    await sink.open()
+
+    async def _keep_sinks_open(self) -> None:
+        """While standing by, when no relay does."""
+        while True:
+            await asyncio.sleep(_SINKS_LOOK)
+            try:
+                await self._open_sinks()
+            except PgbridgeError as error:
+                log.warning("sink.unreachable", reason=str(error))
+
     async def _carry_log(self, stop: asyncio.Event) -> None:
         """The outbox; with `channels`, what plain pg_notify says is first written into it."""
         settings = self._settings
         intake = Intake(settings.name, settings.postgres, settings.channels) if settings.channels else None
-        await self._keep(lambda: self._log_session(stop, intake))
+        await self._keep(stop, lambda: self._log_session(stop, intake))
         if intake is not None:
             await intake.drain()
 
@@ -76,20 +116,37 @@ class Daemon:
         if channels is None:
             raise AssertionError("settings without channels read the outbox")
         source = ChannelSource(self._settings.name, self._settings.postgres, channels)
-        async with background(self._keep(lambda: source.session(self._say_up))):
-            await self._relay(source, stop)
+        heard_all = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._relay(source, heard_all))
+            await self._keep(stop, lambda: source.session(self._say_up))
+            await source.drain(self._settings.relay.shutdown_limit)
+            heard_all.set()
 
-    async def _keep(self, session: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Runs sessions, each after the loss of the one before; returns when one ends by itself."""
-        async for attempt in AsyncRetrying(
-            wait=self._backoff,
-            retry=retry_if_exception_type(DatabaseUnavailableError),
-            stop=lambda _: not self._started,
-            before_sleep=self._say_lost,
-            reraise=True,
-        ):
-            with attempt, about("postgres.dsn"), one_error():
-                await session()
+    async def _keep(self, stop: asyncio.Event, session: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Runs sessions, each after the loss of the one before, until one ends by itself or `stop` is set.
+
+        Once started it comes back from everything, a refused login too: what is wrong then is mended on the server.
+        """
+
+        async def pause(seconds: float) -> None:
+            await unless_stopped(stop, asyncio.sleep(seconds))
+
+        try:
+            async for attempt in AsyncRetrying(
+                wait=self._backoff,
+                sleep=pause,
+                retry=retry_if_exception_type(PgbridgeError),
+                stop=lambda _: not self._started or stop.is_set(),
+                before_sleep=self._say_lost,
+                reraise=True,
+            ):
+                with attempt, about("postgres.dsn"), one_error():
+                    await unless_stopped(stop, session(), obeys=lambda: self._relaying)
+        except PgbridgeError as error:
+            if not self._started or not stop.is_set():
+                raise
+            log.warning("bridge.stopped_in_outage", reason=str(error), hint="what was in flight is published again")
 
     async def _log_session(self, stop: asyncio.Event, intake: Intake | None) -> None:
         """One connection's life: stand by, lead, relay."""
@@ -97,6 +154,7 @@ class Daemon:
         outbox = settings.outbox_or_default
         doorbell = Doorbell(outbox.poll_interval)
         left = asyncio.Event()
+        hears = asyncio.Event()
 
         def heard(notification: Notify) -> None:
             if notification.channel == _BELL:
@@ -105,38 +163,48 @@ class Daemon:
                 left.set()
 
         listener = Listener(settings.postgres, [_BELL, _LEAD], heard, application_name=f"pgbridge {settings.name} bell")
-        session = await OutboxSource.connect(settings.name, settings.postgres)
+        session = None
         try:
-            await check_version(session)
-            source = OutboxSource(settings.name, session, outbox, doorbell)
             await listener.open()
-            async with background(listener.run(self._say_up)):
-                if not await unless_stopped(stop, source.standby(left)):
-                    return
+            async with background(listener.run(hears.set)):
+                # Behind a pooler that LISTEN finds out, the lock of the lead would stay with the pool.
+                await hears.wait()
+                session = await OutboxSource.connect(settings.name, settings.postgres)
+                await check_version(session)
+                self._say_up()
+                source = OutboxSource(settings.name, session, outbox, doorbell)
+                self._be("standby")
+                async with background(self._keep_sinks_open()):
+                    await source.standby(left)
                 log.info("bridge.leading", name=settings.name)
-                LEADING.set(1)
-                async with background(source.pulse(), *([intake.session()] if intake else [])):
+                self._be("leading")
+                self._relaying = True
+                async with background(source.pulse(), *self._beside(intake)):
                     await self._relay(source, stop)
                 await source.leave()
         finally:
-            LEADING.set(0)
+            self._relaying = False
+            self._be("stopping" if stop.is_set() else "waiting for PostgreSQL")
             await listener.close()
-            await session.close()
+            if session is not None:
+                await session.close()
+
+    def _beside(self, intake: Intake | None) -> list[Coroutine[Any, Any, None]]:
+        """What the leader does while it relays."""
+        jobs = [prune_for_ever(self._settings)]
+        if intake is not None:
+            jobs.append(intake.session())
+        if self._settings.observe.listen is not None:
+            jobs.append(sample_for_ever(self._settings))
+        return jobs
 
     async def _relay(self, source: Source, stop: asyncio.Event) -> None:
-        wanted = self._settings.relay
         relay = Relay(
             source,
             self._sinks,
             self._routes,
             drop_unrouted=self._settings.unrouted == "drop",
-            limits=Limits(
-                pages_in_flight=wanted.pages_in_flight,
-                bytes_in_flight=wanted.bytes_in_flight,
-                retry_initial=wanted.retry_initial,
-                retry_max=wanted.retry_max,
-                shutdown_limit=wanted.shutdown_limit,
-            ),
+            limits=Limits(**self._settings.relay.model_dump()),
         )
         await relay.run(stop)
 
@@ -147,13 +215,19 @@ class Daemon:
         return _BACKOFF(state)
 
     def _say_lost(self, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
         if self._lost_at is None:
             self._lost_at = time.monotonic()
-            log.warning("postgres.lost", reason=str(state.outcome.exception() if state.outcome else ""))
+            log.warning("postgres.lost", reason=str(error))
+        elif type(error) is not self._lost_to:
+            # An outage that turns into a refused login is another matter, for a person.
+            log.warning("postgres.unreachable", reason=str(error))
+        self._lost_to = type(error)
 
     def _say_up(self) -> None:
         if not self._started:
             self._started = True
+            self._be("running")
             notify("READY=1")
             log.info("bridge.started", name=self._settings.name, sinks=sorted(self._sinks))
         elif self._lost_at is not None:

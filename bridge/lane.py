@@ -17,9 +17,13 @@ from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential_ji
 
 from bridge.errors import PgbridgeError
 from bridge.event import Event
+from bridge.observe.metrics import EVENTS_CONFIRMED, EVENTS_RETRIED
 from bridge.sinks import CONFIRMED, Confirmed, Failed, Sink, Unknown
 
 log = structlog.get_logger()
+
+_IDLE_LOOK = 1.0
+"""Seconds between two looks whether a connection went while nothing was published."""
 
 
 class Settles(Protocol):
@@ -55,13 +59,15 @@ class Lane:
         self, name: str, sink: Sink, tasks: asyncio.TaskGroup, *, retry_initial: float, retry_max: float
     ) -> None:
         self.name = name
-        self.confirmed = 0
         self._sink = sink
+        self._count_confirmed = EVENTS_CONFIRMED.labels(name).inc
+        self._count_retried = EVENTS_RETRIED.labels(name).inc
         self._tasks = tasks
         self._wait = wait_exponential_jitter(multiplier=retry_initial, max=retry_max, jitter=retry_initial)
         self._publishing: set[asyncio.Task[None]] = set()
         self._stuck: dict[str, list[_Stuck]] = {}
         self._recovering = False
+        self._open_error: type[PgbridgeError] | None = None
 
     def send(self, page: Settles, events: list[Event]) -> None:
         """Starts to publish these; calls leave in order, since tasks start in the order of their creation."""
@@ -71,6 +77,13 @@ class Lane:
             task = self._tasks.create_task(self._publish(page, events))
             self._publishing.add(task)
             task.add_done_callback(self._publishing.discard)
+
+    async def watch(self) -> None:
+        """Opens the sink again when its connection goes while nothing is published; runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(_IDLE_LOOK)
+            if not self._sink.is_open:
+                self._recover_from(Failed(True, "disconnected", "the connection was lost"))
 
     def _hold(self, page: Settles, events: list[Event]) -> list[Event]:
         """Puts events of stuck keys behind what they must not overtake; gives the others."""
@@ -86,7 +99,7 @@ class Lane:
     async def _publish(self, page: Settles, events: list[Event]) -> None:
         outcomes = await self._sink.publish(events)
         confirmed = list(outcomes).count(CONFIRMED)
-        self.confirmed += confirmed
+        self._count_confirmed(confirmed)
         for index, (event, outcome) in enumerate(zip(events, outcomes, strict=True) if confirmed < len(events) else ()):
             match outcome:
                 case Failed(retryable=False):
@@ -106,15 +119,16 @@ class Lane:
         """Reopens and publishes again, for ever, until nothing is stuck."""
         began = time.monotonic()
         log.warning("sink.failing", sink=self.name, reason=reason)
-        async for attempt in AsyncRetrying(
-            wait=self._wait, retry=retry_if_exception_type((_StillStuckError, PgbridgeError))
-        ):
-            with attempt:
-                if not self._sink.is_open:
-                    if self._publishing:
-                        await asyncio.wait(self._publishing)
-                    await self._reopen()
-                await self._publish_stuck()
+        while self._stuck or not self._sink.is_open:
+            async for attempt in AsyncRetrying(
+                wait=self._wait, retry=retry_if_exception_type((_StillStuckError, PgbridgeError))
+            ):
+                with attempt:
+                    if not self._sink.is_open:
+                        if self._publishing:
+                            await asyncio.wait(self._publishing)
+                        await self._reopen()
+                    await self._publish_stuck()
         self._recovering = False
         log.info("sink.recovered", sink=self.name, seconds=round(time.monotonic() - began, 3))
 
@@ -122,28 +136,38 @@ class Lane:
         try:
             await self._sink.open()
         except PgbridgeError as error:
-            log.warning("sink.unreachable", sink=self.name, reason=str(error))
+            # Said when it changes: an outage that turns into a refused login is another matter, for a person.
+            if type(error) is not self._open_error:
+                self._open_error = type(error)
+                log.warning("sink.unreachable", sink=self.name, reason=str(error))
             raise
+        self._open_error = None
 
     async def _publish_stuck(self) -> None:
+        """Publishes what is due. Raises _StillStuckError when the broker took so little of it that it needs a pause."""
         due: list[_Stuck] = []
         for waiting in self._stuck.values():
             due += waiting[:1] if waiting[0].refused else waiting
         due.sort()
+        left = len(due)
+        self._count_retried(len(due))
         outcomes = await self._sink.publish([stuck.event for stuck in due])
         for stuck, outcome in zip(due, outcomes, strict=True):
             stuck.attempts += 1
             match outcome:
                 case Confirmed():
-                    self.confirmed += 1
+                    self._count_confirmed()
                     stuck.page.settled(1)
                     self._release(stuck)
+                    left -= 1
                 case Failed(retryable=False):
                     stuck.page.refused(stuck.event, self.name, outcome, stuck.attempts)
                     self._release(stuck)
+                    left -= 1
                 case Failed() | Unknown():
                     stuck.refused = _said_no(outcome)
-        if self._stuck:
+        # Of a key that was refused only the first event is due, so an outage comes off one by one, without pauses.
+        if left * 2 > len(due):
             raise _StillStuckError
 
     def _release(self, stuck: _Stuck) -> None:

@@ -9,12 +9,14 @@ import asyncio
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import takewhile
 
 import structlog
 
 from bridge.event import Event
 from bridge.lane import Lane
+from bridge.observe.metrics import BYTES_IN_FLIGHT, EVENTS_DEAD, EVENTS_READ, PAGES_IN_FLIGHT, SETTLE_SECONDS
 from bridge.routes import Routes
 from bridge.sinks import Failed, Sink
 from bridge.sources import DeadLetter, Page, Source
@@ -88,10 +90,15 @@ class Relay:
             async with asyncio.TaskGroup() as tasks:
                 self._lanes = {name: self._lane(name, sink, tasks) for name, sink in self._sinks.items()}
                 tasks.create_task(self._settle_pages())
+                for lane in self._lanes.values():
+                    tasks.create_task(lane.watch())
                 reading = tasks.create_task(self._read_pages())
                 await self._wind_up(stop, reading)
         except* _Stopped:
             log.debug("relay.stopped")
+        finally:
+            PAGES_IN_FLIGHT.set(0)
+            BYTES_IN_FLIGHT.set(0)
 
     def _lane(self, name: str, sink: Sink, tasks: asyncio.TaskGroup) -> Lane:
         limits = self._limits
@@ -138,6 +145,8 @@ class Relay:
         flight = _InFlight(number, page, size, self._progress)
         self._window.append(flight)
         self._bytes += size
+        EVENTS_READ.inc(len(page.events))
+        self._gauge()
         by_sink: dict[str, list[Event]] = {}
         unrouted: list[Event] = []
         sinks_of = self._routes.sinks_of
@@ -180,6 +189,7 @@ class Relay:
         if letters := [letter for flight in done for letter in flight.letters]:
             await self._source.dead_letter(letters)
             for letter in letters:
+                EVENTS_DEAD.labels(letter.failure.code).inc()
                 log.warning(
                     "event.dead_lettered",
                     event_id=letter.event.id,
@@ -189,12 +199,20 @@ class Relay:
                     reason=letter.failure.reason,
                 )
         await self._source.settle(done[-1].page)
+        now = datetime.now(UTC)
         for flight in done:
             self._window.popleft()
             self._bytes -= flight.bytes
+            if flight.page.events:
+                SETTLE_SECONDS.observe(max(0.0, (now - flight.page.events[0].time).total_seconds()))
+        self._gauge()
         self._room.set()
         if not self._window:
             self._empty.set()
+
+    def _gauge(self) -> None:
+        PAGES_IN_FLIGHT.set(len(self._window))
+        BYTES_IN_FLIGHT.set(self._bytes)
 
 
 class _Stopped(Exception):  # noqa: N818

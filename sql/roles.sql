@@ -46,6 +46,9 @@ grant select (bridge, event_id, sink) on bridge.dead_letter to bridge_relay;
 grant execute on function bridge.intake(text[], text[]) to bridge_relay;
 
 grant execute on function
+  bridge.prune(timestamptz, int, bigint),
+  bridge.status(),
+  bridge.guards(),
   bridge.read_page(bigint, int8multirange, int, bigint),
   bridge.lead_key(text),
   bridge.take_lead(text, text),
@@ -70,7 +73,18 @@ to bridge_worker;
 -- bridge_operator: people. ---------------------------------------------------------------------------------
 
 grant select on all tables in schema bridge to bridge_operator;
-grant delete on bridge.dead_letter to bridge_operator;
+grant insert on bridge.dead_letter to bridge_operator; -- what a replay finds refused
+-- Dead letters leave only through functions that write down who took them away.
+grant execute on function
+  bridge.end_dead_letters(bigint[], text, text, text),
+  bridge.refuse_dead_letter(bigint, text, text, int),
+  bridge.audit_dead_letter(text, text, uuid, text, text, text, text, text),
+  bridge.position_at(timestamptz),
+  bridge.status(),
+  bridge.guards(),
+  bridge.read_page(bigint, int8multirange, int, bigint),
+  bridge.take_horizon()
+to bridge_operator;
 -- Watching a table takes its owner, and more trust than emitting: its rows are converted with the rights of the
 -- owner of schema bridge. So it is not for bridge_emitter, which a web role may have.
 grant execute on function

@@ -1,6 +1,10 @@
-"""Counters and gauges, in Prometheus' terms. One registry a process; `health.py` serves it."""
+"""Counters and gauges, in Prometheus' terms. One registry a process; `health.py` serves it.
 
-from prometheus_client import Counter, Gauge
+Whatever an event passes on its way is counted a page or a batch at a time: counting each event would cost as much as
+publishing it. What only the database knows (`operate/sample.py`) is asked by the leader, every quarter of a minute.
+"""
+
+from prometheus_client import Counter, Gauge, Histogram
 
 EVENTS_READ = Counter("pgbridge_events_read_total", "Events read from the source")
 EVENTS_CONFIRMED = Counter("pgbridge_events_confirmed_total", "Messages that a broker confirmed", ["sink"])
@@ -8,8 +12,23 @@ EVENTS_RETRIED = Counter("pgbridge_events_retried_total", "Messages that are pub
 EVENTS_DEAD = Counter("pgbridge_events_dead_lettered_total", "Events that became dead letters", ["code"])
 PAGES_IN_FLIGHT = Gauge("pgbridge_pages_in_flight", "Pages that are read and not yet settled")
 BYTES_IN_FLIGHT = Gauge("pgbridge_bytes_in_flight", "Payload bytes that are read and not yet settled")
+SETTLE_SECONDS = Histogram(
+    "pgbridge_settle_seconds",
+    "From the recording of a page's first event, by the database's clock, until the page is settled, by ours",
+    buckets=(0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 3600),
+)
 LEADING = Gauge("pgbridge_leading", "1 while this bridge reads, 0 while it stands by")
 SINK_UP = Gauge("pgbridge_sink_up", "1 while the sink's connection works", ["sink"])
+DATABASE_UP = Gauge("pgbridge_database_up", "1 while the session with PostgreSQL works")
 NOTIFICATIONS = Counter("pgbridge_notifications_total", "Plain notifications that were heard")
 NOTIFICATIONS_DROPPED = Counter("pgbridge_notifications_dropped_total", "Notifications that no memory was left for")
 DEAF_SECONDS = Counter("pgbridge_deaf_seconds_total", "Time in which nobody listened to plain notifications")
+EVENTS_PRUNED = Counter("pgbridge_events_pruned_total", "Events deleted from the log after their retention")
+
+BACKLOG = Gauge("pgbridge_backlog_events", "Events of the log that are not settled", ["bridge"])
+OLDEST_UNSENT = Gauge("pgbridge_oldest_unsent_seconds", "Age of the oldest event that is not settled", ["bridge"])
+DEAD_LETTERS = Gauge("pgbridge_dead_letters", "Dead letters of the outbox", ["bridge"])
+NOTIFICATION_QUEUE = Gauge("pgbridge_notification_queue_usage", "Used part of the server's queue for NOTIFY, 0 to 1")
+OLDEST_TRANSACTION = Gauge("pgbridge_oldest_transaction_seconds", "Age of the oldest transaction that is seen")
+OUTBOX_BYTES = Gauge("pgbridge_outbox_bytes", "Size of the log, with indexes")
+OLDEST_EVENT = Gauge("pgbridge_oldest_event_seconds", "Age of the oldest event in the log")

@@ -1,5 +1,6 @@
 """systemd's notification protocol (sd_notify(3)): a datagram to the socket that the service manager names."""
 
+import asyncio
 import os
 import socket
 
@@ -23,3 +24,12 @@ def watchdog_interval() -> float | None:
     """Seconds between two ``WATCHDOG=1``: half of what systemd allows; None without a watchdog."""
     microseconds = os.environ.get("WATCHDOG_USEC")
     return int(microseconds) / 2_000_000 if microseconds else None
+
+
+async def watchdog_for_ever() -> None:
+    """Tells systemd's watchdog that the event loop turns, until it is cancelled; without a watchdog it only waits."""
+    interval = watchdog_interval()
+    while True:
+        if interval is not None:
+            notify("WATCHDOG=1")
+        await asyncio.sleep(interval or 3600.0)

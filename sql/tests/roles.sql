@@ -1,5 +1,5 @@
 -- Who may do what: each role what its process needs, everybody else nothing.
-select plan(36);
+select plan(44);
 create role pgbridge_test_nobody;
 create function pg_temp.attempt(who name, statement text) returns text language plpgsql as $$
 begin
@@ -57,13 +57,21 @@ select pg_temp.may_not('bridge_relay', 'select payload from bridge.dead_letter')
 select pg_temp.may_not('bridge_relay', 'insert into bridge.outbox (topic, payload, content_type) values (''t'', ''x'', ''text/plain'')');
 select pg_temp.may_not('bridge_relay', 'update bridge.outbox set topic = ''x''');
 select pg_temp.may_not('bridge_relay', 'select bridge.emit(''t'', ''x'')');
+select pg_temp.may('bridge_relay', 'select from bridge.prune(now(), 10, 0)');
+select pg_temp.may('bridge_relay', 'select from bridge.status(), bridge.guards()');
+select pg_temp.may_not('bridge_relay', 'select bridge.end_dead_letters(''{1}'', ''discarded'', ''me'', ''why'')');
 
 select pg_temp.may_not('bridge_worker', 'select from bridge.outbox');
 select pg_temp.may_not('bridge_worker', 'select bridge.emit(''t'', ''x'')');
 select pg_temp.may_not('bridge_worker', 'update bridge.cursor set mark = 0');
 
 select pg_temp.may('bridge_operator', 'select from bridge.outbox, bridge.cursor, bridge.bell, bridge.dead_letter, bridge.migration, bridge.inbox');
-select pg_temp.may('bridge_operator', 'delete from bridge.dead_letter');
+select pg_temp.may('bridge_operator', 'select bridge.end_dead_letters(''{1}'', ''discarded'', ''me'', ''why'')');
+select pg_temp.may('bridge_operator', 'select from bridge.status(), bridge.guards(), bridge.read_page(0, ''{}'', 1, 1)');
+select pg_temp.may_not('bridge_operator', 'delete from bridge.dead_letter');
+select pg_temp.may_not('bridge_operator', 'delete from bridge.dead_letter_audit');
+select pg_temp.may_not('bridge_operator', 'update bridge.dead_letter_audit set person = ''x''');
+select pg_temp.may_not('bridge_operator', 'select from bridge.prune(now(), 10, 0)');
 select pg_temp.may_not('bridge_operator', 'delete from bridge.outbox');
 select pg_temp.may_not('bridge_operator', 'update bridge.cursor set mark = 0');
 select pg_temp.may_not('bridge_operator', 'insert into bridge.outbox (topic, payload, content_type) values (''t'', ''x'', ''text/plain'')');

@@ -1,0 +1,100 @@
+"""`/metrics` for Prometheus and `/health` for whoever restarts or balances, over HTTP, in a thread of its own."""
+
+import json
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+from prometheus_client import make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
+
+from bridge.errors import SettingsError
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How a process is; what `/health` answers, as JSON."""
+
+    name: str
+    role: str
+    """A word or two for a person: ``starting``, ``standby``, ``leading``, ``waiting for PostgreSQL``, ``stopping``."""
+    problems: tuple[str, ...] = ()
+    """What does not work, one sentence each; none means healthy."""
+
+
+@contextmanager
+def serving(key: str, listen: str | None, health: Callable[[], Health]) -> Iterator[None]:
+    """Serves while the body runs; nothing when `listen` (``host:port``) is None. `health` is called in other threads.
+
+    `key` names the setting, for its errors.
+
+    ``/health`` answers 200 when there are no problems, 503 otherwise. Raises SettingsError when the address cannot be
+    listened at.
+    """
+    if listen is None:
+        yield
+        return
+    host, _, port = listen.rpartition(":")
+    try:
+        server = make_server(
+            host.strip("[]"),
+            int(port),
+            _application(health),
+            server_class=_V6Server if host.startswith("[") else ThreadingWSGIServer,
+            handler_class=_Silent,
+        )
+    except (OSError, OverflowError) as error:
+        raise SettingsError(f"{key}: cannot listen at {listen}: {getattr(error, 'strerror', None) or error}") from error
+    thread = Thread(target=server.serve_forever, name="health", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _application(health: Callable[[], Health]) -> Callable[["WSGIEnvironment", "StartResponse"], Iterable[bytes]]:
+    metrics = make_wsgi_app()
+
+    def application(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "/")
+        if path == "/metrics":
+            answer: Iterable[bytes] = metrics(environ, start_response)
+            return answer
+        if path != "/health":
+            return _json(start_response, "404 Not Found", {"paths": ["/health", "/metrics"]})
+        now = health()
+        body = {
+            "status": "failing" if now.problems else "ok",
+            "name": now.name,
+            "role": now.role,
+            "problems": now.problems,
+        }
+        return _json(start_response, "503 Service Unavailable" if now.problems else "200 OK", body)
+
+    return application
+
+
+def _json(start_response: "StartResponse", status: str, body: dict[str, Any]) -> Iterable[bytes]:
+    start_response(status, [("Content-Type", "application/json"), ("Cache-Control", "no-store")])
+    return [json.dumps(body).encode() + b"\n"]
+
+
+class _V6Server(ThreadingWSGIServer):
+    address_family = socket.AF_INET6
+
+
+class _Silent(WSGIRequestHandler):
+    """Without a log line for every look."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass

@@ -1,0 +1,91 @@
+"""What the commands share: options, values, the event loop, tables."""
+
+import asyncio
+import re
+import signal
+import sys
+from collections.abc import Coroutine, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from bridge.settings.values import parse_duration
+
+T = TypeVar("T")
+
+config_option = click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The settings; default: $PGBRIDGE_CONFIG, bridge.toml or /etc/pgbridge/bridge.toml.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="For programs: JSON.")
+
+
+class Moment(click.ParamType[datetime]):
+    """A time: ISO 8601 (local without an offset), or how long ago, as in ``2h``."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        if isinstance(value, datetime):
+            return value
+        if re.fullmatch(r"[\d.]+\s*[a-z]+", value):
+            try:
+                return datetime.now(UTC) - timedelta(seconds=parse_duration(value))
+            except ValueError as error:
+                self.fail(f"{value!r} {error}", param, ctx)
+        try:
+            return datetime.fromisoformat(value).astimezone(UTC)
+        except ValueError:
+            self.fail(
+                f'{value!r} is no time; write "2026-02-03 14:05", "2026-02-03T14:05:00Z", or how long ago: "2h"',
+                param,
+                ctx,
+            )
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Runs it on uvloop."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> None:
+    """Prints rows under the keys of the first one."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for column in rows[0] if rows else ():
+        shown.add_column(column, overflow="fold")
+    for row in rows:
+        shown.add_row(*row.values())
+    # In a pipe nothing is folded: programs such as grep read lines.
+    Console(width=None if sys.stdout.isatty() else 10_000, markup=False).print(shown)
+
+
+def age(seconds: float | None) -> str:
+    """A length of time in its two largest units; a dash for None."""
+    if seconds is None:
+        return "-"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    days, rest = divmod(round(seconds), 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, left = divmod(rest, 60)
+    parts = [f"{count} {unit}" for count, unit in ((days, "d"), (hours, "h"), (minutes, "min"), (left, "s")) if count]
+    return " ".join(parts[:2])
+
+
+def stop_on_interrupt(stop: asyncio.Event) -> None:
+    """The first Ctrl-C sets `stop`, so that what is in flight is settled; the next one interrupts."""
+    loop = asyncio.get_running_loop()
+
+    def asked(number: signal.Signals) -> None:
+        stop.set()
+        loop.remove_signal_handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, asked, number)

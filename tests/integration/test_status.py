@@ -1,0 +1,170 @@
+"""`pgbridge status`, the metrics and the health of a daemon, on real servers."""
+
+import asyncio
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psycopg
+
+from bridge.demo.servers import RabbitMQServer, free_port
+from tests.integration.operating import command, eventually, json_of
+from tests.servers.daemons import Daemon
+from tests.servers.messages import Messages, execute, settings
+
+
+async def test_status_tells_of_the_leader_and_that_nothing_waits(
+    bridge_database: str, messages: Messages, tmp_path: Path
+) -> None:
+    with Daemon(tmp_path, settings(bridge_database, messages)) as bridge:
+        bridge.wait_for("bridge.leading")
+        await execute(bridge_database, "select bridge.emit('a', 'x') from generate_series(1, 10)")
+        await messages.take(10)
+        await eventually(bridge_database, "select backlog from bridge.status()", [(0,)])
+        told = await json_of("status", "--config", str(bridge.config))
+        (one,) = told["bridges"]
+        assert bridge.process is not None
+        assert one["name"] == "test"
+        assert one["leader"].endswith(f":{bridge.process.pid}")
+        assert (one["mark"], one["backlog"], one["oldest_unsent_seconds"], one["dead_letters"]) == (10, 0, None, 0)
+        assert 0 <= told["guards"]["notification_queue_usage"] < 0.1
+        text, _ = await command("status", "--config", str(bridge.config))
+        assert "\x1b" not in text
+        assert "backlog             0 events" in text
+        bridge.kill()
+    # Its row still names it, but its session is gone.
+    await eventually(bridge_database, "select leader from bridge.status()", [(None,)])
+    _, said = await command("status", "--config", str(bridge.config), expect=1)
+    assert "No bridge named 'test' is running" in said
+
+
+async def test_status_shows_what_waits_and_what_endangers_the_log(
+    bridge_database: str, messages: Messages, tmp_path: Path
+) -> None:
+    config = str(Daemon(tmp_path, settings(bridge_database, messages, '[outbox]\nretention = "1h"')).config)
+    await execute(
+        bridge_database,
+        "insert into bridge.cursor (name, mark, gaps, horizon, system_identifier)"
+        " values ('forgotten', 5, '{[2,4)}', '3', 1), ('test', 7, '{}', '3', 1)",
+    )
+    await execute(bridge_database, "select bridge.emit('a', 'x') from generate_series(1, 9)")
+    await execute(bridge_database, "update bridge.outbox set created_at = now() - interval '2 hours' where id = 2")
+    async with await psycopg.AsyncConnection.connect(bridge_database) as holder:
+        await holder.execute("select bridge.emit('held', 'open')")
+        holder_pid = holder.info.backend_pid
+        told = await json_of("status", "--config", config, expect=1)
+        text, _ = await command("status", "--config", config, expect=1)
+    forgotten, own = told["bridges"]
+    assert (forgotten["name"], forgotten["backlog"], forgotten["gaps"]) == ("forgotten", 6, 2)
+    assert 7200 <= forgotten["oldest_unsent_seconds"] < 7300
+    assert (own["backlog"], own["backlog_exact"]) == (2, True)
+    guards = told["guards"]
+    assert f"pid {holder_pid}" in guards["oldest_transaction"]
+    assert guards["held_back_by"] == ["forgotten"]
+    assert "bridge forgotten has not settled it" in text
+
+
+async def test_watching_tells_rates(bridge_database: str, messages: Messages, tmp_path: Path) -> None:
+    with Daemon(tmp_path, settings(bridge_database, messages)) as bridge:
+        bridge.wait_for("bridge.leading")
+        looks = await asyncio.create_subprocess_exec(
+            *bridge.command[:3], "status", "--watch", "--json", "--interval", "0.3", *bridge.command[4:],
+            stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert looks.stdout is not None
+        try:
+            async with asyncio.timeout(30):
+                assert json.loads(await looks.stdout.readline())["bridges"][0]["emitted_per_second"] is None
+                await execute(bridge_database, "select bridge.emit('a', 'x') from generate_series(1, 300)")
+                rate = 0.0
+                while not rate:
+                    rate = json.loads(await looks.stdout.readline())["bridges"][0]["emitted_per_second"]
+                assert 100 < rate < 1100
+        finally:
+            looks.kill()
+            await looks.wait()
+
+
+async def test_an_unreachable_database_ends_status_with_69(messages: Messages, tmp_path: Path) -> None:
+    dsn = f"postgresql://nobody@127.0.0.1:{free_port()}/none"
+    config = str(Daemon(tmp_path, settings(dsn, messages)).config)
+    await command("status", "--config", config, expect=69)
+
+
+async def get(port: int, path: str) -> tuple[int, str]:
+    def look() -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    return await asyncio.to_thread(look)
+
+
+async def until_health(port: int, status: int, role: str) -> dict[str, object]:
+    found: tuple[int, str] = (0, "")
+    async with asyncio.timeout(30):
+        while True:
+            found = await get(port, "/health")
+            body: dict[str, object] = json.loads(found[1])
+            if (found[0], body["role"]) == (status, role):
+                return body
+            await asyncio.sleep(0.05)
+
+
+async def test_health_and_metrics_of_leader_and_standby(
+    bridge_database: str, messages: Messages, tmp_path: Path
+) -> None:
+    ports = [free_port(), free_port()]
+    texts = [settings(bridge_database, messages, f'[observe]\nlisten = "127.0.0.1:{port}"') for port in ports]
+    with Daemon(tmp_path / "one", texts[0]) as one:
+        one.wait_for("bridge.leading")
+        with Daemon(tmp_path / "two", texts[1]) as two:
+            two.wait_for("bridge.started")
+            assert (await until_health(ports[0], 200, "leading"))["problems"] == []
+            assert (await until_health(ports[1], 200, "standby"))["problems"] == []
+            await execute(bridge_database, "select bridge.emit('a', 'x') from generate_series(1, 50)")
+            await messages.take(50)
+            await eventually(bridge_database, "select backlog from bridge.status()", [(0,)])
+            _, metrics = await get(ports[0], "/metrics")
+            for line in (
+                "pgbridge_leading 1.0",
+                "pgbridge_database_up 1.0",
+                'pgbridge_sink_up{sink="events"} 1.0',
+                "pgbridge_events_read_total 50.0",
+                'pgbridge_events_confirmed_total{sink="events"} 50.0',
+                "pgbridge_pages_in_flight 0.0",
+                "pgbridge_bytes_in_flight 0.0",
+                'pgbridge_backlog_events{bridge="test"} 0.0',
+            ):
+                assert f"\n{line}\n" in metrics
+            assert (await get(ports[0], "/elsewhere"))[0] == 404
+            one.kill()
+            assert (await until_health(ports[1], 200, "leading"))["status"] == "ok"
+
+
+async def test_health_names_a_broker_that_is_gone_and_recovers_while_idle(
+    bridge_database: str, server_folder: Path, unique: str, tmp_path: Path
+) -> None:
+    port = free_port()
+    with RabbitMQServer(server_folder) as broker:
+        own = Messages(broker.url, unique)
+        await own.open()
+        await own.connection.close()
+        with Daemon(tmp_path, settings(bridge_database, own, f'[observe]\nlisten = "127.0.0.1:{port}"')) as bridge:
+            bridge.wait_for("bridge.leading")
+            await asyncio.to_thread(broker.kill)
+            assert (await until_health(port, 503, "leading"))["problems"] == ["sinks.events: is not connected"]
+            await asyncio.to_thread(broker.start)
+            await until_health(port, 200, "leading")
+
+
+async def test_a_taken_port_ends_the_start_with_the_settings_key(
+    bridge_database: str, messages: Messages, rabbitmq: RabbitMQServer, tmp_path: Path
+) -> None:
+    text = settings(bridge_database, messages, f'[observe]\nlisten = "127.0.0.1:{rabbitmq.port}"')
+    config = str(Daemon(tmp_path, text).config)
+    _, said = await command("run", "--config", config, expect=78)
+    assert f"observe.listen: cannot listen at 127.0.0.1:{rabbitmq.port}" in said

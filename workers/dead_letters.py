@@ -1,0 +1,129 @@
+"""The workers' dead letters, for `pgbridge dead`, which knows no worker itself.
+
+Registered under the entry point group ``pgbridge.dead_letters``.
+"""
+
+from collections.abc import Collection, Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from bridge.errors import SettingsError
+from bridge.event import Event, Malformed
+from bridge.observe.letters import Decide, Letter, LetterBox
+from bridge.settings import NatsSettings, PubSubSettings, RabbitMQSettings, Settings, SinkSettings
+from workers.queues.letters import PREFIX
+
+if TYPE_CHECKING:
+    from workers.queues.pubsub_dead import DeadLetter, PubSubDeadLetters
+
+_AT_ONCE = 100
+"""Letters of Pub/Sub that are replayed with one look through the subscription."""
+
+
+def of_workers(settings: Settings, names: Collection[str]) -> Mapping[str, LetterBox]:
+    """The boxes of these workers. Raises SettingsError."""
+    boxes = {}
+    for name in names:
+        try:
+            sink = settings.sink_of(name)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+        box = _box(settings.sinks[sink], name, sink)
+        if box is not None:
+            boxes[name] = box
+    return boxes
+
+
+def _box(settings: SinkSettings, worker: str, sink: str) -> LetterBox | None:
+    """None for a broker that keeps no dead letters, as memory."""
+    # Imported here, since each needs its broker's package.
+    match settings:
+        case RabbitMQSettings():
+            from workers.queues.rabbitmq_dead import RabbitMQDeadLetters
+
+            return RabbitMQDeadLetters(settings, worker, sink)
+        case NatsSettings():
+            from workers.queues.nats_dead import NatsDeadLetters
+
+            return NatsDeadLetters(settings, worker, sink)
+        case PubSubSettings():
+            from workers.queues.pubsub_dead import PubSubDeadLetters
+
+            return _PubSubBox(PubSubDeadLetters(settings, worker), worker, sink)
+        case _:
+            return None
+
+
+def letter_of(
+    worker: str,
+    sink: str,
+    event: Event | Malformed,
+    message_id: str,
+    marks: Mapping[str, str],
+    payload: bytes,
+    content_type: str | None,
+) -> Letter:
+    """A letter from a message and its ``x-pgbridge-...`` headers; `message_id` names one that is no event."""
+    known = event if isinstance(event, Event) else None
+    attempts = marks.get(f"{PREFIX}attempts", "0")
+    return Letter(
+        id=f"{worker}:{known.id if known else message_id}",
+        box=worker,
+        event_id=known.id if known else None,
+        topic=known.topic if known else None,
+        key=known.key if known else None,
+        sink=sink,
+        code=marks.get(f"{PREFIX}code", "unknown"),
+        reason=marks.get(f"{PREFIX}reason", ""),
+        attempts=int(attempts) if attempts.isdecimal() else 0,
+        failed_at=_time(marks.get(f"{PREFIX}failed-at")),
+        payload=payload,
+        content_type=known.content_type if known else content_type,
+        created_at=known.time if known else None,
+        headers=known.headers if known else {},
+        trace=marks.get(f"{PREFIX}trace", ""),
+    )
+
+
+def _time(text: str | None) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text) if text else None
+    except ValueError:
+        return None
+
+
+class _PubSubBox:
+    """See `bridge.observe.letters.LetterBox`. Replays are published a hundred at a time, so a rate holds on average."""
+
+    def __init__(self, letters: "PubSubDeadLetters", worker: str, sink: str) -> None:
+        self._letters = letters
+        self._worker = worker
+        self._sink = sink
+
+    async def walk(self, decide: Decide) -> None:
+        """As `LetterBox.walk`."""
+        found = await self._letters.letters(limit=100_000)
+        replayed: list[str] = []
+        discarded: list[str] = []
+        for each in found:
+            verdict = await decide(self._letter(each))
+            if verdict != "keep":
+                (replayed if verdict == "replay" else discarded).append(each.id)
+            if len(replayed) == _AT_ONCE:
+                await self._letters.replay(replayed, len(found))
+                replayed = []
+        if replayed:
+            await self._letters.replay(replayed, len(found))
+        if discarded:
+            await self._letters.discard(discarded, len(found))
+
+    def _letter(self, each: "DeadLetter") -> Letter:
+        marks = {
+            f"{PREFIX}code": each.failure.code,
+            f"{PREFIX}reason": each.failure.reason,
+            f"{PREFIX}trace": each.failure.trace,
+            f"{PREFIX}attempts": str(each.attempts),
+            f"{PREFIX}failed-at": each.time.isoformat(),
+        }
+        payload = each.event.payload if isinstance(each.event, Event) else b""
+        return letter_of(self._worker, self._sink, each.event, each.id, marks, payload, None)
