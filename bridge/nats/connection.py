@@ -86,7 +86,18 @@ async def connect(
     except BaseException:
         await disconnect(client)
         raise
+    for task in (client._reading_task, client._flusher_task, client._ping_interval_task):
+        if task is not None:
+            task.add_done_callback(_end_quietly)
     return client
+
+
+def _end_quietly(task: asyncio.Task[None]) -> None:
+    """A task of nats-py that dies of a broken connection: `until_lost` tells that, asyncio need not log it again."""
+    if not task.cancelled() and not isinstance(task.exception(), OSError | nats.errors.Error | None):
+        asyncio.get_running_loop().call_exception_handler(
+            {"message": "a task of nats-py failed", "exception": task.exception(), "task": task}
+        )
 
 
 async def until_lost(client: Client) -> None:

@@ -42,7 +42,7 @@ async def test_a_queue_with_other_arguments_differs_and_the_rest_is_still_told(
     declarations = {each.name: each for each in await queue_of(rabbitmq, unique).topology(apply=True)}
     differing = declarations[f"{unique}.retry.1m"]
     assert differing.state == "differs"
-    assert "x-queue-type" in differing.detail
+    assert "inequivalent arg" in differing.detail
     assert "delete it" in differing.detail
     assert {each.state for name, each in declarations.items() if name != differing.name} == {"declared"}
 
