@@ -9,13 +9,13 @@ from pathlib import Path
 import click
 
 from tests.bench import brokers, latency, relay, scale, sql
-from tests.bench.registry import THEMES, measure, selected
+from tests.bench.registry import ORDER, measure, selected
 from tests.bench.results import Row, table, write_json
 from tests.bench.rounds import say
 from tests.bench.world import World
 
-ORDER = (relay, brokers, sql, latency, scale)
-"""The modules of themes; importing them registers their rows."""
+REGISTERED = (relay, brokers, sql, latency, scale)
+"""Importing these modules registers their themes."""
 
 OUTPUT = Path("build/bench.json")
 
@@ -32,7 +32,7 @@ def main(
 ) -> None:
     """Measures pgbridge beside its peers. ROWs that follow --only's are taken as well."""
     if list_only:
-        click.echo("\n".join(THEMES))
+        click.echo("\n".join(ORDER))
         return
     try:
         names = selected([*only, *more])

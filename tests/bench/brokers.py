@@ -47,7 +47,7 @@ def to_nats(world: World) -> Sequence[Row]:
 
     def peer() -> float:
         stream()
-        rate = run.own("nats_async", world.nats.url, log.dsn, str(log.events))
+        rate = run.own("nats_async", world.nats.url, STREAM, log.dsn, str(log.events))
         _expect(log, asyncio.run(_stream_messages(world.nats.url)))
         return rate
 

@@ -1,12 +1,13 @@
-"""From the event's time, which the database takes just before the commit, to the worker's handler, over RabbitMQ.
+"""From the commit to the worker's handler, over RabbitMQ.
 
-All processes share one machine's clock: pgbench commits at a steady rate, the bridge and the worker run as an
-operator runs them. The same to a bare consumer, which reads frames and nothing else, shows the worker's own share.
+All processes share one machine's clock: pgbench commits at a steady rate and logs when each commit returned to it;
+the bridge and the worker run as an operator runs them. `commit` counts from there, `emit()` from inside the
+transaction, the commit's own wait for the disk included. The same to a bare consumer, which reads frames and nothing
+else, shows the worker's own share.
 """
 
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -14,8 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import psycopg
+from psycopg import sql
 
 from tests.bench.bridge import running, wait_until
 from tests.bench.brokers import declare
@@ -24,20 +27,27 @@ from tests.bench.rabbit import quorum_queue
 from tests.bench.registry import theme
 from tests.bench.results import Row, Target, at_most
 from tests.bench.rounds import interleave, say
-from tests.bench.sql import PGBENCH
+from tests.bench.sql import PGBENCH, prepare
 from tests.bench.world import TOPIC, World
 from tests.servers.daemons import Daemon
 
+BARE = "a bare consumer"
 WARM_UP = 1.0
 """Seconds at the beginning that are left out."""
 SCRIPT = f"""\\set key random(1, 1000)
+\\set n :n + 1
 select bridge.emit('{TOPIC}.0', jsonb_build_object('t', extract(epoch from clock_timestamp())::float8,
-  'text', repeat('x', 150)), 'key-' || :key);
+  'client', :client_id::int, 'n', :n::int, 'text', repeat('x', 120)), 'key-' || :key);
 """
 TARGETS: dict[int, tuple[Target, Target]] = {1000: (at_most(3.0), at_most(15.0))}
 """For p50 and p99, in ms, by events a second."""
 
-Latencies = list[float]
+
+class Arrivals(NamedTuple):
+    """Milliseconds on the way, of every event behind the warm-up."""
+
+    from_emit: list[float]
+    from_commit: list[float]
 
 
 def percentile(values: Sequence[float], part: float) -> float:
@@ -47,23 +57,43 @@ def percentile(values: Sequence[float], part: float) -> float:
     return sorted(values)[max(0, -int(-len(values) * part // 1) - 1)]
 
 
-def emit_at(world: World, dsn: str, rate: int, seconds: float) -> None:
-    """Commits one event a transaction at this rate, from pgbench's own process. Raises RuntimeError when it fails."""
-    script = world.folder / "emit.pgbench"
-    script.write_text(SCRIPT)
+def emit_at(world: World, dsn: str, rate: int, seconds: float) -> Path:
+    """Commits one event a transaction at this rate, from pgbench's own process. Gives its log.
+
+    Raises RuntimeError when it fails.
+    """
+    folder = world.folder / world.unique("emit")
+    folder.mkdir()
+    (folder / "script").write_text(SCRIPT)
     clients = 1 if rate <= 100 else 8 if rate <= 1000 else 32
-    command = [str(PGBENCH), "-n", "-M", "prepared", "-c", str(clients), "-j", "1", "-R", str(rate)]
-    command += ["-T", str(int(seconds)), "-f", str(script), dsn]
+    command = [str(PGBENCH), "-n", "-M", "prepared", "-c", str(clients), "-j", "1", "-R", str(rate), "-D", "n=0"]
+    command += ["-T", str(int(seconds)), "-l", "--log-prefix", str(folder / "log"), "-f", str(folder / "script"), dsn]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"pgbench ended with {done.returncode}: {done.stderr[-1500:]}")
+    (log,) = folder.glob("log.*")
+    return log
 
 
-def _read(file: Path) -> Latencies:
-    """Milliseconds, without the warm-up."""
-    records = list(RECORD.iter_unpack(file.read_bytes())) if file.exists() else []
-    first = min((emitted for emitted, _ in records), default=0.0)
-    return [(arrived - emitted) * 1000 for emitted, arrived in records if emitted >= first + WARM_UP]
+def commits(log: Path) -> dict[tuple[int, int], float]:
+    """When each commit returned, by client and its count from 1; the columns are those of pgbench's documentation."""
+    found = {}
+    for line in log.read_text().splitlines():
+        client, number, _, _, seconds, microseconds, *_ = line.split()
+        found[int(client), int(number)] = int(seconds) + int(microseconds) / 1e6
+    return found
+
+
+def arrivals(records: Path, log: Path) -> Arrivals:
+    """Joins what arrived with what was committed."""
+    committed = commits(log)
+    start = min(committed.values(), default=0.0) + WARM_UP
+    counted = [
+        ((arrived - emitted) * 1000, (arrived - committed[client, number]) * 1000)
+        for emitted, arrived, client, number in RECORD.iter_unpack(records.read_bytes())
+        if (client, number) in committed and emitted >= start
+    ]
+    return Arrivals([emitted for emitted, _ in counted], [committed for _, committed in counted])
 
 
 def _emitted(dsn: str) -> int:
@@ -73,7 +103,7 @@ def _emitted(dsn: str) -> int:
     return int(row[0])
 
 
-def to_handler(world: World, rate: int, seconds: float) -> Latencies:
+def to_handler(world: World, rate: int, seconds: float) -> Arrivals:
     """With the bridge and one worker process, its inbox included."""
     dsn, name = world.database(), world.unique("worker")
     file = world.folder / f"{name}.records"
@@ -86,10 +116,10 @@ def to_handler(world: World, rate: int, seconds: float) -> Latencies:
         Daemon(world.folder / name, bridge.config.read_text(), "run", name, module="workers.cli") as process,
     ):
         process.wait_for("worker.started")
-        emit_at(world, dsn, rate, seconds)
+        log = emit_at(world, dsn, rate, seconds)
         wait_until(lambda: _handled(dsn) >= _emitted(dsn), "the last event's handler", 60.0)
         process.stop()
-    return _read(file)
+    return arrivals(file, log)
 
 
 def _handled(dsn: str) -> int:
@@ -99,7 +129,7 @@ def _handled(dsn: str) -> int:
     return int(row[0])
 
 
-def to_consumer(world: World, rate: int, seconds: float) -> Latencies:
+def to_consumer(world: World, rate: int, seconds: float) -> Arrivals:
     """With the bridge and a consumer that only looks at the time in each body."""
     dsn, name = world.database(), world.unique("consumer")
     file = world.folder / f"{name}.records"
@@ -110,14 +140,14 @@ def to_consumer(world: World, rate: int, seconds: float) -> Latencies:
             assert consumer.stdout is not None
             if consumer.stdout.readline().strip() != "consuming":
                 raise RuntimeError("the consumer did not start")
-            emit_at(world, dsn, rate, seconds)
+            log = emit_at(world, dsn, rate, seconds)
             emitted = _emitted(dsn)
             consumer.send_signal(signal.SIGUSR1)
             wait_until(lambda: file.exists() and file.stat().st_size >= RECORD.size * emitted, "the last event", 60.0)
         finally:
             consumer.kill()
             consumer.wait()
-    return _read(file)
+    return arrivals(file, log)
 
 
 @contextmanager
@@ -144,62 +174,57 @@ def latency(world: World) -> Sequence[Row]:
     return rows
 
 
-BARE = "a bare consumer"
-
-
-def _compare(world: World, rate: int, contenders: dict[str, Callable[[], Latencies]]) -> list[Row]:
-    """One row for p50 and one for p99."""
-    high: dict[str, list[float]] = {name: [] for name in contenders}
+def _compare(world: World, rate: int, contenders: dict[str, Callable[[], Arrivals]]) -> list[Row]:
+    """Rows for p50 and p99, from the commit and from emit()."""
+    seen: dict[str, list[Arrivals]] = {name: [] for name in contenders}
 
     def p50(name: str) -> float:
-        values = contenders[name]()
-        high[name].append(percentile(values, 0.99))
-        return statistics.median(values)
+        seen[name].append(contenders[name]())
+        return percentile(seen[name][-1].from_commit, 0.5)
 
     say(f"  {rate} events a second")
     found = interleave(world.rounds, {name: partial(p50, name) for name in contenders})
-    where = "handler" if BARE in contenders else BARE
+    where = "handler" if BARE in contenders else "consumer"
     error = "; ".join(f"{name}: {told}" for name, told in found.errors.items())
-    peer = BARE if BARE in contenders else ""
-    both = (found.values, high)
-    return [
-        Row(
-            f"latency: {rate}/s to {where}, {what}",
-            "ms",
-            values["ours"],
-            values.get(BARE, ()),
-            peer,
-            TARGETS[rate][index] if rate in TARGETS else None,
-            error,
-        )
-        for index, (what, values) in enumerate(zip(("p50", "p99"), both, strict=True))
-    ]
+    rows = []
+    for start in ("commit", "emit()"):
+        for index, part in enumerate((0.5, 0.99)):
+            values = {
+                name: [percentile(one.from_commit if start == "commit" else one.from_emit, part) for one in runs]
+                for name, runs in seen.items()
+            }
+            target = TARGETS[rate][index] if rate in TARGETS and start == "commit" else None
+            what = f"latency: {rate}/s, {start} to {where}, p{part * 100:g}"
+            peer = BARE if BARE in values else ""
+            rows.append(Row(what, "ms", values["ours"], values.get(BARE, ()), peer, target, error))
+    return rows
+
+
+RING = """
+insert into {} (customer, amount, note, placed_at) values (1, 12.5, '', clock_timestamp())
+returning extract(epoch from placed_at)::float8
+"""
 
 
 @theme("doorbell")
 def doorbell(world: World) -> Sequence[Row]:
-    """From emit(), while a bridge sleeps, to the NOTIFY that would wake it; beside a bare pg_notify."""
-    dsn = world.database()
+    """From emit(), while a bridge sleeps, to the NOTIFY that would wake it; beside an insert with a NOTIFY."""
+    dsn = prepare(world)
     count = 50 if world.quick else 500
     with psycopg.connect(dsn, autocommit=True) as ringer, psycopg.connect(dsn, autocommit=True) as listener:
-        ringer.execute("insert into bridge.bell (name, asleep) values ('bench', true)")
+        ringer.execute("update bridge.bell set asleep = true")
         listener.execute("listen bridge_bell")
-        now = "extract(epoch from clock_timestamp())::float8"
+        listener.execute("listen bench_orders")
 
-        def p50(ring: str) -> float:
+        def p50(table: str) -> float:
+            insert = sql.SQL(RING).format(sql.Identifier(table))
             taken = []
             for _ in range(count):
-                row = ringer.execute(f"select {now}, {ring}", prepare=True).fetchone()
+                row = ringer.execute(insert, prepare=True).fetchone()
                 heard = [time.time() for _ in listener.notifies(timeout=5.0, stop_after=1)]
                 assert row is not None
                 taken.append((heard[0] - float(row[0])) * 1000)
-            return statistics.median(taken)
+            return percentile(taken, 0.5)
 
-        found = interleave(
-            world.rounds,
-            {
-                "ours": lambda: p50("bridge.emit('bench.ring', '{}'::jsonb)"),
-                "pg_notify": lambda: p50("pg_notify('bridge_bell', '')"),
-            },
-        )
-    return [found.row("doorbell: emit() to NOTIFY, p50", "ms", "pg_notify")]
+        found = interleave(world.rounds, {"ours": lambda: p50("emit"), "insert + NOTIFY": lambda: p50("bare_notify")})
+    return [found.row("doorbell: emit() to NOTIFY, p50", "ms", "insert + NOTIFY")]

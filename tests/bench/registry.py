@@ -12,13 +12,28 @@ Theme = Callable[[World], Sequence[Row]]
 
 THEMES: dict[str, Theme] = {}
 
+ORDER = (
+    "rabbitmq",
+    "nats",
+    "pubsub",
+    "emit",
+    "watch",
+    "latency",
+    "doorbell",
+    "backlog",
+    "distance",
+    "payload",
+    "topics",
+)
+"""As the table shows them."""
+
 
 def theme(name: str) -> Callable[[Theme], Theme]:
-    """Registers a theme. Its rows' names begin with `name`."""
+    """Registers a theme, which ORDER must name. Its rows' names begin with `name`."""
 
     def register(function: Theme) -> Theme:
-        if name in THEMES:
-            raise ValueError(f"there are two themes {name!r}")
+        if name in THEMES or name not in ORDER:
+            raise ValueError(f"the theme {name!r} is registered twice, or ORDER lacks it")
         THEMES[name] = function
         return function
 
@@ -31,9 +46,9 @@ def selected(wanted: Sequence[str]) -> list[str]:
     Raises ValueError for a wish that no theme answers.
     """
     for wish in wanted:
-        if not any(name.startswith(wish) or wish.startswith(name) for name in THEMES):
-            raise ValueError(f"there is no row {wish!r}; there are {', '.join(THEMES)}")
-    return [name for name in THEMES if not wanted or any(name.startswith(w) or w.startswith(name) for w in wanted)]
+        if not any(name.startswith(wish) or wish.startswith(name) for name in ORDER):
+            raise ValueError(f"there is no row {wish!r}; there are {', '.join(ORDER)}")
+    return [name for name in ORDER if not wanted or any(name.startswith(w) or w.startswith(name) for w in wanted)]
 
 
 def measure(name: str, world: World) -> Sequence[Row]:

@@ -110,7 +110,8 @@ def table(rows: Sequence[Row]) -> str:
     body = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
     ]
-    notes = [f"FAILED {row.row}: {row.error}" for row in rows if row.error]
+    # The whole text is in the JSON; of a stack trace, the last line says what happened.
+    notes = [f"FAILED {row.row}: {row.error.strip().splitlines()[-1]}" for row in rows if row.error]
     return "\n".join([*body, *(["", *notes] if notes else [])])
 
 

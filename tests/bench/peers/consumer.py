@@ -48,7 +48,8 @@ def main(url: str, queue: str, path: str) -> None:
                 if end > len(buffer):
                     break
                 if buffer[start] == _BODY:
-                    file.write(RECORD.pack(json.loads(buffer[start + 7 : end - 1])["t"], now))
+                    body = json.loads(buffer[start + 7 : end - 1])
+                    file.write(RECORD.pack(body["t"], now, body["client"], body["n"]))
                 start = end
             buffer = buffer[start:]
 

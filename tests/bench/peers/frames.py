@@ -83,6 +83,7 @@ class Confirms:
                 raise RuntimeError(f"instead of a confirm came method {kind}.{method}")
             if multiple:
                 self.floor = max(self.floor, tag)
+                early.difference_update([known for known in early if known <= self.floor])
             elif tag == self.floor + 1:
                 self.floor = tag
             else:

@@ -9,15 +9,17 @@ import nats
 import uvloop
 
 from bridge.event import attributes
+from bridge.nats.wire import subject_of
 from tests.bench.peers.log import events
 
 PENDING = 4_000
 """Most acks outstanding, which is the client's own default."""
 
 
-async def main(url: str, dsn: str, count: int) -> None:
+async def main(url: str, stream_name: str, dsn: str, count: int) -> None:
     messages = [
-        (event.topic, event.payload, {"Nats-Msg-Id": event.id, **attributes(event)}) for event in events(dsn, count)
+        (subject_of(stream_name, event.topic), event.payload, {"Nats-Msg-Id": event.id, **attributes(event)})
+        for event in events(dsn, count)
     ]
     connection = await nats.connect(url, pending_size=64 * 1024 * 1024)
     stream = connection.jetstream(publish_async_max_pending=PENDING)
@@ -29,4 +31,4 @@ async def main(url: str, dsn: str, count: int) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    uvloop.run(main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])))

@@ -1,0 +1,155 @@
+"""The benchmark's arithmetic: rounds to medians, ratios, targets, and the table and JSON that are published."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.bench.bridge import Drained, Sample
+from tests.bench.latency import percentile
+from tests.bench.peers.frames import Confirms
+from tests.bench.registry import selected
+from tests.bench.results import Row, as_json, at_least, at_most, faster, number, table, write_json
+from tests.bench.rounds import interleave
+from tests.bench.scale import between
+from tests.bench.world import payloads
+
+
+def row(ours: list[float], peer: list[float], **more: object) -> Row:
+    return Row("r", "events/s", ours, peer, "peer", **more)  # type: ignore[arg-type]
+
+
+def test_a_ratio_is_taken_within_each_round_and_not_between_medians() -> None:
+    slow_machine_in_round_two = row([100.0, 10.0, 120.0], [50.0, 5.0, 100.0])
+    assert slow_machine_in_round_two.ratios == (2.0, 2.0, 1.2)
+    assert as_json(slow_machine_in_round_two)["ratio"] == 2.0
+    assert as_json(slow_machine_in_round_two)["ratio_min"] == 1.2
+    assert as_json(slow_machine_in_round_two)["ours"] == 100.0
+    assert as_json(slow_machine_in_round_two)["peer"] == 50.0
+
+
+@pytest.mark.parametrize(
+    ("target", "ratio", "met"),
+    [
+        (at_least(0.8), 0.8, True),
+        (at_least(0.8), 0.79, False),
+        (faster(), 1.0, False),
+        (faster(), 1.01, True),
+        (None, 5.0, None),
+    ],
+)
+def test_a_target_of_the_ratio_is_met_by_the_median(target: object, ratio: float, met: bool | None) -> None:
+    assert row([ratio * 10] * 3, [10.0] * 3, target=target).met is met
+
+
+def test_a_target_of_our_own_value_needs_no_peer() -> None:
+    assert Row("r", "ms", [2.0, 9.0, 2.5], target=at_most(3)).met is True
+    assert Row("r", "ms", [3.1, 3.2, 1.0], target=at_most(3)).met is False
+
+
+def test_a_row_with_an_error_or_without_a_value_never_meets_its_target() -> None:
+    assert Row("r", "ms", [1.0], target=at_most(3), error="the peer ended").met is False
+    assert Row("r", "ms", [], target=at_most(3)).met is False
+    assert row([5.0, 6.0], [1.0], target=at_least(1), error="round 2 failed").ratios == (5.0,)
+
+
+def test_rounds_of_unequal_length_without_an_error_are_a_mistake() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        row([1.0, 2.0], [1.0])
+
+
+def test_contenders_take_turns_and_one_that_fails_leaves_the_others_alone() -> None:
+    order: list[str] = []
+
+    def contender(name: str, fails: bool = False) -> float:
+        order.append(name)
+        if fails:
+            raise RuntimeError("no broker")
+        return float(len(order))
+
+    found = interleave(
+        3, {"ours": lambda: contender("a"), "broken": lambda: contender("b", True), "peer": lambda: contender("c")}
+    )
+    assert order == ["a", "b", "c", "c", "a", "c", "a"]
+    assert len(found.values["ours"]) == len(found.values["peer"]) == 3
+    assert found.row("r", "x", "peer").error == ""
+    assert found.row("r", "x", "broken", at_least(1)).error == "broken: RuntimeError: no broker"
+    assert found.row("r", "x", "broken", at_least(1)).met is False
+
+
+def test_the_table_shows_medians_ranges_targets_and_failures() -> None:
+    text = table([row([40_000.4], [50_000.0], target=at_least(0.8)), Row("lost", "", [], error="Traceback\n  at\nwhy")])
+    lines = text.splitlines()
+    assert lines[2].split("|")[1:-1] == [
+        cell.ljust(len(head))
+        for cell, head in zip(
+            [" r ", " events/s ", " 40000 ", " 50000 ", " peer ", " 0.80 [0.80..0.80] ", " ratio >= 0.8 ", " yes "],
+            lines[0].split("|")[1:-1],
+            strict=True,
+        )
+    ]
+    assert "FAILED" in lines[3]
+    assert lines[-1] == "FAILED lost: why"
+    assert len({len(line) for line in lines[:4]}) == 1
+
+
+def test_the_json_is_a_list_of_rows_with_the_agreed_keys(tmp_path: Path) -> None:
+    write_json([row([4.0], [2.0], target=faster())], tmp_path / "build" / "bench.json")
+    (read,) = json.loads((tmp_path / "build" / "bench.json").read_text())
+    assert {"row", "ours", "peer", "peer_name", "ratio", "target", "rounds", "unit"} <= read.keys()
+    assert read["ratio"] == 2.0
+    assert read["target"] == "ratio > 1"
+    assert read["rounds"] == {"ours": [4.0], "peer": [2.0]}
+
+
+@pytest.mark.parametrize(("value", "text"), [(31415.9, "31416"), (31.4159, "31.4"), (0.0314159, "0.0314")])
+def test_numbers_have_three_significant_digits(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_percentiles_are_values_that_were_measured() -> None:
+    values = [float(value) for value in range(1, 101)]
+    assert percentile(values, 0.99) == 99.0
+    assert percentile(values, 0.5) == 50.0
+    assert percentile([7.0], 0.99) == 7.0
+    with pytest.raises(ValueError, match="no event"):
+        percentile([], 0.5)
+
+
+def test_a_backlogs_rate_counts_from_the_lead_and_its_tenths_from_samples() -> None:
+    samples = [Sample(mark, 10.0 + mark / 100, mark / 1000) for mark in range(10, 1001, 10)]
+    assert Drained(1000, 9.0, samples, 80.0).rate == pytest.approx(1000 / 11.0)
+    seconds, cpu = between(samples, 900, 1000)
+    assert seconds == pytest.approx(0.01)
+    assert cpu == pytest.approx(0.001)
+    with pytest.raises(ValueError, match="only 1 samples"):
+        between(samples, 1000, 1005)
+
+
+def test_confirms_are_counted_in_any_order_split_and_multiple() -> None:
+    def ack(tag: int, multiple: bool = False) -> bytes:
+        return bytes([1, 0, 1, 0, 0, 0, 13, 0, 60, 0, 80]) + tag.to_bytes(8) + bytes([multiple, 0xCE])
+
+    confirms = Confirms()
+    data = ack(2) + ack(1) + ack(5)
+    confirms.feed(data[:30])
+    confirms.feed(data[30:])
+    assert (confirms.floor, confirms.confirmed) == (2, 3)
+    confirms.feed(ack(5, multiple=True))
+    assert (confirms.floor, confirms.confirmed) == (5, 5)
+    with pytest.raises(RuntimeError, match=r"method 20\.40"):
+        confirms.feed(bytes([1, 0, 1, 0, 0, 0, 13, 0, 20, 0, 40]) + bytes(9) + b"\xce")
+
+
+@pytest.mark.parametrize("size", [200, 10_000])
+def test_payloads_are_json_of_exactly_the_size_asked_for(size: int) -> None:
+    texts = list(payloads(3, size))
+    assert [len(text.encode()) for text in texts] == [size] * 3
+    assert [json.loads(text)["n"] for text in texts] == [0, 1, 2]
+
+
+def test_rows_are_chosen_by_the_beginning_of_their_names_and_an_unknown_one_is_told() -> None:
+    assert selected(["watch", "rabbitmq: Node.js"]) == ["rabbitmq", "watch"]
+    assert selected([])[0] == "rabbitmq"
+    with pytest.raises(ValueError, match="no row 'rabitmq'"):
+        selected(["rabitmq"])
