@@ -7,21 +7,27 @@ from typing import Any, Protocol
 
 import aio_pika
 import nats
+from google.pubsub_v1 import types
 from pydantic import SecretStr
 
-from bridge.demo.servers import NatsServer, RabbitMQServer
+from bridge.demo.servers import NatsServer, PubSubEmulator, RabbitMQServer
 from bridge.event import Event, Malformed
 from bridge.nats.wire import unquote_headers
-from bridge.settings import NatsSettings, RabbitMQSettings
+from bridge.pubsub.connection import connect
+from bridge.settings import NatsSettings, PubSubSettings, RabbitMQSettings
 from bridge.sinks import CONFIRMED, Sink
 from bridge.sinks.memory import MemorySettings
 from bridge.sinks.nats import NatsSink
+from bridge.sinks.pubsub import PubSubSink
 from bridge.sinks.rabbitmq import RabbitMQSink
+from tests.contract.sinks import eventually
 from tests.servers.proxy import Proxy
+from tests.servers.pubsub import PROJECT, PubSubReader, pubsub_settings
 from workers.queues import Queue, Subscription
 from workers.queues.letters import PREFIX, letter_headers
 from workers.queues.memory import MemoryBroker, MemoryQueue
 from workers.queues.nats import NatsQueue
+from workers.queues.pubsub import PubSubQueue
 from workers.queues.rabbitmq import RabbitMQQueue
 
 DEADLINE = 20.0
@@ -48,6 +54,10 @@ class QueueHarness(Protocol):
     @property
     def lacking(self) -> Queue | None:
         """A queue that is declared nowhere; None where nothing can be missing."""
+
+    @property
+    def ordered_by_key(self) -> bool:
+        """Whether the broker keeps order only among events with one key."""
 
     @property
     def counts_given_back(self) -> bool:
@@ -79,6 +89,7 @@ def subscription(worker: str, prefetch: int = 10) -> Subscription:
 
 class MemoryHarness:
     lacking = None
+    ordered_by_key = False
     counts_given_back = False
 
     def __init__(self, worker: str) -> None:
@@ -115,6 +126,7 @@ async def memory(server: None, name: str) -> AsyncIterator[MemoryHarness]:
 
 
 class RabbitMQHarness:
+    ordered_by_key = False
     counts_given_back = True
 
     def __init__(self, server: RabbitMQServer, proxy: Proxy, sink: Sink, name: str) -> None:
@@ -168,6 +180,7 @@ async def rabbitmq(server: RabbitMQServer, name: str) -> AsyncIterator[RabbitMQH
 
 
 class NatsHarness:
+    ordered_by_key = False
     counts_given_back = True
 
     def __init__(self, server: NatsServer, proxy: Proxy, sink: Sink, name: str) -> None:
@@ -216,6 +229,62 @@ async def nats_jetstream(server: NatsServer, name: str) -> AsyncIterator[NatsHar
         await sink.close()
 
 
+class PubSubHarness:
+    ordered_by_key = True
+    counts_given_back = True
+
+    def __init__(self, server: PubSubEmulator, proxy: Proxy, sink: Sink, name: str) -> None:
+        self._direct = pubsub_settings(server.address, name)
+        self._dead = PubSubReader(server.address, f"{name}.dead", subscription=f"{name}.dead")
+        self._proxy = proxy
+        self._sink = sink
+        self._name = name
+        self._queues: list[PubSubQueue] = []
+        self.lacking = PubSubQueue(self.settings(), subscription(f"{name}-missing"))
+
+    def settings(self) -> PubSubSettings:
+        return pubsub_settings(f"127.0.0.1:{self._proxy.port}", self._name)
+
+    def queue(self, prefetch: int = 10) -> PubSubQueue:
+        queue = PubSubQueue(self.settings(), subscription(self._name, prefetch))
+        self._queues.append(queue)
+        return queue
+
+    async def publish(self, *events: Event) -> None:
+        assert list(await self._sink.publish(events)) == [CONFIRMED] * len(events)
+
+    async def publish_strange(self, payload: bytes) -> None:
+        connection = await connect(self._direct)
+        message = types.PubsubMessage.pb()(data=payload)
+        request = types.PublishRequest.pb()(topic=f"projects/{PROJECT}/topics/{self._name}", messages=[message])
+        await connection.call(connection.publish, request)
+        await connection.close()
+
+    async def dead_letters(self, count: int) -> Sequence[Letter]:
+        messages = await self._dead.messages()
+        assert len(messages) == count
+        return [Letter(message.data, _ours(message.attributes)) for message in messages]
+
+    async def break_connections(self) -> None:
+        # Refused for a while, since gRPC makes an idle connection anew, and leases outlive connections.
+        self._proxy.refuse = True
+        self._proxy.cut()
+        await eventually(lambda: all(queue.lost for queue in self._queues), "the queues notice the loss")
+        self._proxy.refuse = False
+
+
+@asynccontextmanager
+async def pubsub(server: PubSubEmulator, name: str) -> AsyncIterator[PubSubHarness]:
+    direct = pubsub_settings(server.address, name, max_message_bytes=9_800_000)
+    sink = PubSubSink(direct)
+    async with Proxy(server.host, server.port) as proxy:
+        harness = PubSubHarness(server, proxy, sink, name)
+        await PubSubQueue(direct, subscription(name)).topology(apply=True)
+        await sink.open()
+        yield harness
+        await sink.close()
+
+
 def _ours(headers: Mapping[str, str]) -> dict[str, str]:
     return {name.removeprefix(PREFIX): value for name, value in headers.items() if name.startswith(PREFIX)}
 
@@ -223,6 +292,7 @@ def _ours(headers: Mapping[str, str]) -> dict[str, str]:
 HARNESSES: dict[str, tuple[str | None, Start]] = {
     "memory": (None, memory),
     "nats": ("nats_server", nats_jetstream),
+    "pubsub": ("pubsub_emulator", pubsub),
     "rabbitmq": ("rabbitmq", rabbitmq),
 }
 """By the type of the sink: the fixture of its server, and how a harness is made."""
