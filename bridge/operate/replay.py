@@ -101,13 +101,14 @@ async def _pages(
     """The part's events in chunks, read in larger pages."""
     outbox = settings.outbox_or_default
     reader = LogReader(connection, settings.name, page_size=outbox.page_size, page_bytes=outbox.page_bytes)
-    ((begin, end, oldest),) = await reader.fetch_all(
-        "select bridge.position_at(%s), bridge.position_at(%s), (select oldest_event_at from bridge.guards())",
+    ((begin, end, first_id, oldest),) = await reader.fetch_all(
+        "select bridge.position_at(%s), bridge.position_at(%s), first.id, first.created_at from (values (1)) one "
+        "left join (select id, created_at from bridge.outbox order by id limit 1) first on true",
         (part.since - _SLACK, part.until + _SLACK),
     )
     told.begin = told.position = mark = begin - 1
     told.end = end
-    told.log_begins = oldest if oldest is not None and oldest > part.since else None
+    told.log_begins = oldest if first_id is not None and first_id > 1 and oldest > part.since else None
     while mark < end - 1:
         # Without gaps: a replay takes what is committed now.
         reader.start(Position(mark, ()), None)
