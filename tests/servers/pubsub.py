@@ -36,10 +36,13 @@ class PubSubReader:
         await connection.call(connection.create_subscription, wanted)
         await connection.close()
 
-    async def messages(self, *, quiet: float = 0.5) -> list[Any]:
-        """Takes protobuf messages until none has come for `quiet` seconds."""
+    async def messages(self, *, quiet: float = 0.5, into: list[Any] | None = None) -> list[Any]:
+        """Takes protobuf messages until none has come for `quiet` seconds.
+
+        With `into` they are added there as they come, so that they are known when the emulator goes meanwhile.
+        """
         connection = await connect(self._settings)
-        taken: list[Any] = []
+        taken = [] if into is None else into
         while batch := await self._pull(connection, quiet):
             taken += [received.message for received in batch]
             ids = [received.ack_id for received in batch]
