@@ -171,11 +171,10 @@ class Daemon:
                 await hears.wait()
                 session = await OutboxSource.connect(settings.name, settings.postgres)
                 await check_version(session)
-                self._say_up()
                 source = OutboxSource(settings.name, session, outbox, doorbell)
                 self._be("standby")
                 async with background(self._keep_sinks_open()):
-                    await source.standby(left)
+                    await source.standby(left, self._say_up)
                 log.info("bridge.leading", name=settings.name)
                 self._be("leading")
                 self._relaying = True

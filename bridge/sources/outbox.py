@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from psycopg import AsyncConnection
@@ -72,12 +72,17 @@ class OutboxSource:
         self._doorbell.fell_asleep(await self._log.take_horizon())
         return True
 
-    async def standby(self, left: asyncio.Event) -> None:
-        """Waits until this session leads: tries every second, and at once when `left` says that a leader went."""
+    async def standby(self, left: asyncio.Event, able: Callable[[], None]) -> None:
+        """Waits until this session leads: tries every second, and at once when `left` says that a leader went.
+
+        Calls `able` after each try, which shows that this session could lead.
+        """
         while True:
             # Before the look: a leader may go right after it.
             left.clear()
-            if await self.try_to_lead():
+            leads = await self.try_to_lead()
+            able()
+            if leads:
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):

@@ -168,7 +168,7 @@ async def test_a_session_that_lost_the_lead_can_store_nothing(bridge_database: s
         page = await sources[0].read()
         await execute(bridge_database, TERMINATE_LEADER)
         async with asyncio.timeout(5):
-            await sources[1].standby(asyncio.Event())
+            await sources[1].standby(asyncio.Event(), lambda: None)
         with pytest.raises(DatabaseUnavailableError):
             await sources[0].settle(page)
         assert stored_mark(bridge_database) == 0
@@ -185,7 +185,7 @@ async def test_a_page_in_flight_is_read_again_by_the_next_leader(bridge_database
         session = await OutboxSource.connect("test", settings_)
         source = OutboxSource("test", session, OutboxSettings(page_size=10), Doorbell(1.0))
         async with asyncio.timeout(5):
-            await source.standby(asyncio.Event())
+            await source.standby(asyncio.Event(), lambda: None)
         pages.append((await source.read()).events)
         await session.close()
     assert pages[0] == pages[1]

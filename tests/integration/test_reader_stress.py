@@ -157,7 +157,7 @@ class Reader:
         while True:
             session = await OutboxSource.connect("stress", self.settings)
             source = OutboxSource("stress", session, self.outbox, Doorbell(self.outbox.poll_interval))
-            await source.standby(asyncio.Event())
+            await source.standby(asyncio.Event(), lambda: None)
             try:
                 await self._pages(source, self.random.randrange(20, 200))
             finally:
