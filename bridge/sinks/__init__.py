@@ -25,7 +25,7 @@ class Failed:
     retryable: bool
     """May be taken later (a full queue, a lost connection), or never (unroutable, too large)."""
     code: str
-    """A stable word: ``unroutable``, ``too_large``, ``malformed``, ``nacked``, ``disconnected``, ..."""
+    """A stable word: ``unroutable``, ``too_large``, ``malformed``, ``nacked``, ``disconnected``, ``behind``, ..."""
     reason: str
     """One sentence for a person."""
 
