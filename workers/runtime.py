@@ -5,7 +5,6 @@ open inbox and queue (fails fast) -> deliveries -> `attempt.Attempts` -> ... -> 
 
 import asyncio
 import contextlib
-import math
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -27,6 +26,9 @@ _log = structlog.get_logger("workers")
 
 PRUNE_INTERVAL: Final = 3600.0
 """Seconds between two prunings of the inbox."""
+
+LEASE: Final = 30.0
+"""Seconds after which a crashed worker's deliveries go to another one; queues extend it while they have them in hand."""
 
 _GIVE_BACK_LIMIT: Final = 5.0
 """Seconds that cancelled handlers have for giving their deliveries back."""
@@ -184,15 +186,13 @@ class Worker:
 def subscription(name: str, settings: WorkerSettings, topics: Sequence[str]) -> Subscription:
     """What a worker with these settings wants of its broker; `topics` are those of its handler."""
     prefetch = settings.prefetch or 2 * settings.concurrency
-    turns = math.ceil(prefetch / settings.concurrency)
     return Subscription(
         worker=name,
         topics=settings.subscribe or list(topics),
         prefetch=prefetch,
         retry_delays=retry_delays(settings),
         max_attempts=settings.max_attempts,
-        # The last one that was prefetched waits for the runs before it, and for their replies.
-        ack_wait=turns * settings.timeout + 30.0,
+        ack_wait=LEASE,
     )
 
 

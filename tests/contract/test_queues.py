@@ -133,6 +133,14 @@ async def test_what_is_acknowledged_never_comes_again(harness: QueueHarness) -> 
         assert not await comes_within(deliveries, ACK_WAIT + 0.5)
 
 
+async def test_what_is_in_hand_stays_there_for_longer_than_ack_wait(harness: QueueHarness) -> None:
+    await harness.publish(make_event())
+    async with consuming(harness) as (_, deliveries), consuming(harness) as (_, others):
+        delivery = await take(deliveries)
+        assert not await comes_within(others, ACK_WAIT + 2.0)
+        await delivery.ack()
+
+
 async def test_a_retry_comes_after_its_delay_and_counts(harness: QueueHarness) -> None:
     event = make_event(headers={"actor": "zoë"})
     await harness.publish(event)

@@ -167,9 +167,3 @@ def test_a_backoff_rounds_up_to_the_rung_of_its_attempt(
 def test_a_subscription_takes_the_topics_of_the_handler_unless_the_settings_name_others() -> None:
     assert subscription("w", _settings(), plain.topics).topics == ["a.b", "a.c"]
     assert subscription("w", _settings(subscribe=["x.#"]), plain.topics).topics == ["x.#"]
-
-
-def test_a_delivery_is_not_taken_away_while_the_runs_before_it_may_still_last() -> None:
-    wanted = subscription("w", _settings(concurrency=4, prefetch=12, timeout="60s"), plain.topics)
-    assert wanted.prefetch == 12
-    assert wanted.ack_wait > 3 * 60

@@ -57,7 +57,7 @@ class Subscription:
     """Seconds; the ladder of delays between attempts, ascending."""
     max_attempts: int
     ack_wait: float
-    """Seconds after which a delivery that nobody settled may be given to another worker."""
+    """Seconds after which a delivery goes to another worker, unless its queue, alive, extends that: a crash's delay."""
 
 
 class Queue(Protocol):

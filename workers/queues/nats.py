@@ -3,9 +3,9 @@
 ``<worker>``       consumer on the sink's stream, filtered by the subscription's topics
 ``<worker>_dead``  stream of dead letters; the subject is ``<worker>_dead.<topic>``, ``x-pgbridge-...`` headers tell why
 
-JetStream keeps the messages that wait for another attempt itself, so a retry takes any delay. Those count as
-unsettled, which is why the consumer allows many more unsettled messages (MAX_UNSETTLED) than the prefetch; this
-process never asks for more than its prefetch.
+Messages that wait for another attempt stay with JetStream, so a retry takes any delay; they count as unsettled, which is
+why the consumer allows many more unsettled messages (MAX_UNSETTLED) than the prefetch. What is in hand is reported as in
+progress, so `ack_wait` passes only for a process that died.
 
 `attempt` is how often JetStream has delivered the message, so a delivery that was given back counts too (the inbox,
 which decides when attempts are exhausted, does not count it). Nothing is dropped for its number of deliveries.
@@ -148,12 +148,20 @@ class NatsQueue:
         lost = asyncio.create_task(until_lost(client))
         try:
             while not lost.done():
-                await asyncio.wait([lost], timeout=HEARTBEAT)
+                await asyncio.wait([lost], timeout=min(HEARTBEAT, self._subscription.ack_wait / 3))
+                await self._extend(client)
                 if self._requested and asyncio.get_running_loop().time() - self._heard > _SILENCE:
                     break
         finally:
             lost.cancel()
         self._lose("it closed the connection" if lost.done() else f"nothing was heard for {_SILENCE:g} s")
+
+    async def _extend(self, client: Client) -> None:
+        """Tells the server that what is in hand is worked on, so that it waits for another `ack_wait`."""
+        with contextlib.suppress(BrokerUnavailableError):  # A lost connection shows itself to the watcher.
+            async with asking(self._address):
+                for reply in tuple(self._in_hand):
+                    await client.publish(reply, b"+WPI")
 
     def _lose(self, reason: str) -> None:
         self._lost = self._lost or reason
