@@ -3,7 +3,7 @@
 import asyncio
 
 from bridge.event import Event
-from workers import handler
+from workers import Reject, handler
 from workers.handler import Result
 
 
@@ -12,3 +12,9 @@ async def echo(event: Event) -> Result:
     """Takes long enough to be killed in the middle."""
     await asyncio.sleep(0.005)
     return {"of": event.json()}
+
+
+@handler("refuse.*")
+async def refuse(event: Event) -> Result:
+    """Takes nothing."""
+    raise Reject("no")

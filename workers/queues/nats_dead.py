@@ -47,31 +47,32 @@ class NatsDeadLetters:
                         f"NATS at {self._address} has no stream {self._stream}. Run `pgbridge topology --apply`"
                     ) from None
             if state.messages:
-                await self._walk(jetstream, state.last_seq, decide)
+                await self._walk(jetstream, state.messages, state.last_seq, decide)
         finally:
             await disconnect(client)
 
-    async def _walk(self, jetstream: JetStreamContext, last: int, decide: Decide) -> None:
+    async def _walk(self, jetstream: JetStreamContext, count: int, last: int, decide: Decide) -> None:
         async with asking(self._address):
             reader = await jetstream.pull_subscribe(
                 f"{self._stream}.>", stream=self._stream, config=ConsumerConfig(ack_policy=AckPolicy.NONE)
             )
-        while True:
+        while count > 0:
             async with asking(self._address):
                 try:
-                    messages = await reader.fetch(_BATCH, timeout=1.0)
+                    messages = await reader.fetch(min(_BATCH, count), timeout=1.0)
                 except nats.errors.TimeoutError:
                     return  # the last ones were deleted meanwhile
+            count -= len(messages)
             for message in messages:
-                verdict = await decide(self._letter(message))
                 sequence = message.metadata.sequence.stream
+                if sequence > last:
+                    return  # came meanwhile, perhaps from a replay of ours
+                verdict = await decide(self._letter(message))
                 async with asking(self._address):
                     if verdict == "replay":
                         await self._publish(jetstream, message, sequence)
                     if verdict != "keep":
                         await jetstream.delete_msg(self._stream, sequence)
-                if sequence >= last:
-                    return
 
     async def _publish(self, jetstream: JetStreamContext, message: Msg, sequence: int) -> None:
         kept = {
