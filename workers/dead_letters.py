@@ -5,19 +5,12 @@ Registered under the entry point group ``pgbridge.dead_letters``.
 
 from collections.abc import Collection, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 from bridge.errors import SettingsError
 from bridge.event import Event, Malformed
-from bridge.observe.letters import Decide, Letter, LetterBox
+from bridge.observe.letters import Letter, LetterBox
 from bridge.settings import NatsSettings, PubSubSettings, RabbitMQSettings, Settings, SinkSettings
 from workers.queues.letters import PREFIX
-
-if TYPE_CHECKING:
-    from workers.queues.pubsub_dead import DeadLetter, PubSubDeadLetters
-
-_AT_ONCE = 100
-"""Letters of Pub/Sub that are replayed with one look through the subscription."""
 
 
 def of_workers(settings: Settings, names: Collection[str]) -> Mapping[str, LetterBox]:
@@ -49,7 +42,7 @@ def _box(settings: SinkSettings, worker: str, sink: str) -> LetterBox | None:
         case PubSubSettings():
             from workers.queues.pubsub_dead import PubSubDeadLetters
 
-            return _PubSubBox(PubSubDeadLetters(settings, worker), worker, sink)
+            return PubSubDeadLetters(settings, worker, sink)
         case _:
             return None
 
@@ -90,40 +83,3 @@ def _time(text: str | None) -> datetime | None:
         return datetime.fromisoformat(text) if text else None
     except ValueError:
         return None
-
-
-class _PubSubBox:
-    """See `bridge.observe.letters.LetterBox`. Replays are published a hundred at a time, so a rate holds on average."""
-
-    def __init__(self, letters: "PubSubDeadLetters", worker: str, sink: str) -> None:
-        self._letters = letters
-        self._worker = worker
-        self._sink = sink
-
-    async def walk(self, decide: Decide) -> None:
-        """As `LetterBox.walk`."""
-        found = await self._letters.letters(limit=100_000)
-        replayed: list[str] = []
-        discarded: list[str] = []
-        for each in found:
-            verdict = await decide(self._letter(each))
-            if verdict != "keep":
-                (replayed if verdict == "replay" else discarded).append(each.id)
-            if len(replayed) == _AT_ONCE:
-                await self._letters.replay(replayed, len(found))
-                replayed = []
-        if replayed:
-            await self._letters.replay(replayed, len(found))
-        if discarded:
-            await self._letters.discard(discarded, len(found))
-
-    def _letter(self, each: "DeadLetter") -> Letter:
-        marks = {
-            f"{PREFIX}code": each.failure.code,
-            f"{PREFIX}reason": each.failure.reason,
-            f"{PREFIX}trace": each.failure.trace,
-            f"{PREFIX}attempts": str(each.attempts),
-            f"{PREFIX}failed-at": each.time.isoformat(),
-        }
-        payload = each.event.payload if isinstance(each.event, Event) else b""
-        return letter_of(self._worker, self._sink, each.event, each.id, marks, payload, None)

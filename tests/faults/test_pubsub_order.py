@@ -125,7 +125,8 @@ async def read_until_lost(reader: PubSubReader, into: list[Any], stop: asyncio.E
     while True:
         stopping, before = stop.is_set(), len(into)
         try:
-            await reader.messages(into=into)
+            # At the end it waits for longer, so that a slow emulator is not taken for a lost event.
+            await reader.messages(quiet=5.0 if stopping else 0.5, into=into)
         except BrokerUnavailableError:
             return
         if stopping and len(into) == before:

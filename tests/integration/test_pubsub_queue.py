@@ -1,7 +1,7 @@
 """What is Pub/Sub's own about a worker's queue: ordering keys, leases, filters, dead letters."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ from google.pubsub_v1 import types
 from bridge.demo.servers import PubSubEmulator
 from bridge.errors import SettingsError, TopologyError
 from bridge.event import Event, Malformed
+from bridge.observe.letters import Letter, Verdict
 from bridge.pubsub.connection import connect
 from bridge.settings import PubSubSettings
 from bridge.sinks import CONFIRMED
@@ -204,15 +205,19 @@ async def test_what_can_be_changed_in_place_is_changed(desk: Desk, unique: str) 
     assert {each.state for each in await changed.topology(apply=False)} == {"present"}
 
 
-async def dead_letters(desk: Desk, worker: str, count: int) -> list[Any]:
-    """The worker's dead letters, once there are so many."""
-    async with asyncio.timeout(20):
-        while len(found := await PubSubDeadLetters(desk.settings, worker).letters()) != count:
-            await asyncio.sleep(0.01)
+async def dead_letters(desk: Desk, worker: str, verdicts: Mapping[str, Verdict] = {}) -> dict[str, Letter]:
+    """The worker's dead letters, by id; `verdicts` are by event id."""
+    found = {}
+
+    async def decide(letter: Letter) -> Verdict:
+        found[letter.id] = letter
+        return verdicts.get(str(letter.event_id), "keep")
+
+    await PubSubDeadLetters(desk.settings, worker, "events").walk(decide)
     return found
 
 
-async def test_dead_letters_are_listed_replayed_to_their_worker_alone_and_discarded(desk: Desk, unique: str) -> None:
+async def test_dead_letters_are_shown_replayed_to_their_worker_alone_and_discarded(desk: Desk, unique: str) -> None:
     other = f"{unique}-other"
     _, deliveries = await desk.queue(subscription(unique))
     _, others = await desk.queue(subscription(other))
@@ -223,20 +228,22 @@ async def test_dead_letters_are_listed_replayed_to_their_worker_alone_and_discar
         await (await come(deliveries)).dead_letter(Failure("error", "it broke " + "ü" * 1000, "x" * 3000 + "the end"))
         await (await come(others)).ack()
     for _ in range(2):
-        found = await dead_letters(desk, unique, 3)
-        assert {letter.id: letter.event for letter in found} == {event.id: event for event in events}
-    assert {(letter.failure.code, letter.attempts) for letter in found} == {("error", 1)}
-    assert found[0].failure.reason.startswith("it broke üü")
-    assert found[0].failure.trace.endswith("the end")
+        found = await dead_letters(desk, unique)
+        assert {letter.event_id: (letter.payload, letter.key, letter.headers) for letter in found.values()} == {
+            event.id: (event.payload, event.key, headers) for event in events
+        }
+    one = found[f"{unique}:{events[0].id}"]
+    assert (one.box, one.sink, one.code, one.attempts, one.topic) == (unique, "events", "error", 1, events[0].topic)
+    assert one.reason.startswith("it broke üü")
+    assert one.trace.endswith("the end")
+    assert one.failed_at is not None
 
-    letters = PubSubDeadLetters(desk.settings, unique)
-    assert await letters.replay([events[1].id]) == [events[1].id]
+    await dead_letters(desk, unique, {events[1].id: "replay", events[0].id: "discard"})
     replayed = await come(deliveries)
-    assert replayed.event == events[1]
+    assert replayed.event == events[1]._replace(headers=headers | {"replayed": "true"})
     await replayed.ack()
     (await nothing_comes(others)).cancel()
-    assert await letters.discard([events[0].id, "no such id"]) == [events[0].id]
-    assert [letter.id for letter in await dead_letters(desk, unique, 1)] == [events[2].id]
+    assert [letter.event_id for letter in (await dead_letters(desk, unique)).values()] == [events[2].id]
 
 
 async def test_a_strangers_message_is_malformed_and_can_be_dead_lettered(desk: Desk, unique: str) -> None:
@@ -249,9 +256,8 @@ async def test_a_strangers_message_is_malformed_and_can_be_dead_lettered(desk: D
     delivery = await come(deliveries)
     assert isinstance(delivery.event, Malformed)
     await delivery.dead_letter(Failure("malformed", str(delivery.event)))
-    (letter,) = await dead_letters(desk, unique, 1)
-    assert isinstance(letter.event, Malformed)
-    assert letter.failure.code == "malformed"
+    (letter,) = (await dead_letters(desk, unique)).values()
+    assert (letter.event_id, letter.payload, letter.code) == (None, b"hello", "malformed")
 
 
 @pytest.mark.parametrize("worker", ["ab", "google"])
