@@ -1,6 +1,7 @@
 """`python -m tests.bench`: measures, prints the table, and writes it to build/bench.json."""
 
 import platform
+import signal
 import sys
 import time
 from importlib.metadata import version
@@ -38,6 +39,8 @@ def main(
         names = selected([*only, *more])
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+    # As an exception, so that the servers and their folder go.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     rows: list[Row] = []
     with World(quick=quick, rounds=rounds or (1 if quick else 5)) as world:
