@@ -1,11 +1,14 @@
 """Plays faults in a random order, each followed by a probe that tells when events arrive again."""
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+
+import psycopg
 
 from bridge.demo.servers import PostgresServer, RabbitMQServer
 from tests.faults.kinds import KINDS, Kind
@@ -100,11 +103,10 @@ async def _replied(world: World, event_ids: set[str], limit: float) -> None:
     """Waits for replies; what is missing afterwards is counted, not raised."""
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
-        try:
+        # Another fault may have taken the database away: then ask again.
+        with contextlib.suppress(psycopg.OperationalError):
             if event_ids <= set(await asyncio.to_thread(world.replies)):
                 return
-        except OSError:
-            pass
         await asyncio.sleep(0.2)
 
 

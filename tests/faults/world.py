@@ -79,7 +79,7 @@ class World:
 
     def replies(self) -> list[str]:
         """The events whose reply has run, once for each run."""
-        with psycopg.connect(self.dsn) as connection:
+        with psycopg.connect(self.dsn, connect_timeout=5) as connection:
             return [str(row[0]) for row in connection.execute("select event_id from shop.reply").fetchall()]
 
     def dead_letters(self) -> int:

@@ -1,0 +1,375 @@
+"""Every outage of database and broker: nothing lost, one log line when it began, one how long it lasted."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import aio_pika
+import psycopg
+import pytest
+from psycopg import conninfo, sql
+from pydantic import SecretStr
+
+import bridge.postgres
+from bridge.daemon import Daemon as InProcessDaemon
+from bridge.demo.servers import PostgresServer, RabbitMQServer
+from bridge.errors import DatabaseUnavailableError
+from bridge.operate.migrate import migrate
+from bridge.settings import PostgresSettings, load
+from bridge.sources.outbox import OutboxSource
+from tests.servers.daemons import Daemon
+from tests.servers.messages import Messages, execute, settings
+from tests.servers.proxy import Proxy
+from tests.servers.standby import StandbyServer
+
+BRISK = "[relay]\nretry_max = 0.5"
+ORDER = "select bridge.emit('load', n::text, 'key-' || n %% 5) from generate_series({}, {}) n order by n"
+
+
+def of(daemon: Daemon, *actions: str) -> list[str]:
+    """Its log lines with these actions."""
+    return [line["action"] for line in daemon.lines() if line["action"] in actions]
+
+
+async def emit(dsn: str, first: int, last: int) -> None:
+    await execute(dsn, ORDER.format(first, last))
+
+
+async def take(messages: Messages, count: int) -> list[int]:
+    """The distinct bodies, in the order of their first appearance; every key's order is checked."""
+    taken = await messages.take_distinct(count)
+    numbers = list(dict.fromkeys(int(message.body) for message in taken))
+    for key in range(5):
+        own = [number for number in numbers if number % 5 == key]
+        assert own == sorted(own)
+    return sorted(numbers)
+
+
+async def until(condition: Callable[[], bool], limit: float = 20.0) -> None:
+    async with asyncio.timeout(limit):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def durable(server_folder: Path) -> Iterator[PostgresServer]:
+    with PostgresServer(server_folder / "outages") as server:
+        migrate(server.create_database("durable"))
+        yield server
+
+
+@pytest.fixture
+def durable_database(durable: PostgresServer, unique: str) -> Iterator[str]:
+    yield durable.create_database(unique, template="durable")
+    durable.drop_database(unique)
+
+
+@pytest.mark.parametrize("how", ["restart", "crash", "sessions ended", "wire cut"])
+async def test_an_outage_of_the_database_loses_nothing_and_is_told_in_two_lines(
+    durable: PostgresServer, durable_database: str, messages: Messages, tmp_path: Path, how: str
+) -> None:
+    async with Proxy(durable.host, durable.port) as wire:
+        dsn = durable_database.replace(str(durable.port), str(wire.port))
+        with Daemon(tmp_path, settings(dsn, messages)) as bridge:
+            await asyncio.to_thread(bridge.wait_for, "bridge.leading")
+            await emit(durable_database, 1, 1000)
+            taking = asyncio.create_task(take(messages, 2000))
+            match how:
+                case "restart":
+                    await asyncio.to_thread(durable.restart)
+                case "crash":
+                    await asyncio.to_thread(durable.kill)
+                    await asyncio.to_thread(durable.start)
+                case "sessions ended":
+                    # One after the other, since any of them alone must be enough.
+                    for name in ("pgbridge test", "pgbridge test bell"):
+                        leads = len(of(bridge, "bridge.leading"))
+                        await execute(
+                            durable_database,
+                            "select pg_terminate_backend(pid) from pg_stat_activity where application_name = %s",
+                            name,
+                        )
+                        await asyncio.to_thread(bridge.wait_for, "bridge.leading", 20.0, count=leads + 1)
+                case "wire cut":
+                    wire.cut()
+            await emit(durable_database, 1001, 2000)
+            assert await taking == list(range(1, 2001))
+            outages = 2 if how == "sessions ended" else 1
+            await asyncio.to_thread(bridge.wait_for, "postgres.restored", 20.0, count=outages)
+            assert of(bridge, "postgres.lost", "postgres.restored") == ["postgres.lost", "postgres.restored"] * outages
+            assert 0 < bridge.wait_for("postgres.restored")["outage_seconds"] < 20
+            assert await asyncio.to_thread(bridge.stop) == 0
+
+
+async def test_a_wire_that_swallows_everything_is_noticed_by_the_missing_answer(
+    bridge_database: str,
+    postgres: PostgresServer,
+    messages: Messages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge.postgres, "ANSWER_LIMIT", 1.0)
+    async with Proxy(postgres.host, postgres.port) as wire:
+        config = tmp_path / "bridge.toml"
+        config.write_text(settings(bridge_database.replace(str(postgres.port), str(wire.port)), messages))
+        daemon, stop = InProcessDaemon(load(config)), asyncio.Event()
+        running = asyncio.create_task(daemon.run(stop))
+        try:
+            await emit(bridge_database, 1, 10)
+            assert await take(messages, 10) == list(range(1, 11))
+            await until(lambda: _settled(bridge_database, 10))
+            wire.blackhole = True
+            noticed = time.monotonic()
+            await until(lambda: any("postgres.dsn: lost" in problem for problem in daemon.health().problems))
+            # The pulse comes every 2 s, and its answer may take 1 s here.
+            assert time.monotonic() - noticed < 6
+            await emit(bridge_database, 11, 20)
+            wire.blackhole = False
+            assert await take(messages, 10) == list(range(11, 21))
+        finally:
+            stop.set()
+            await asyncio.wait_for(running, 20)
+
+
+async def test_a_statement_without_an_answer_is_given_up(
+    bridge_database: str, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge.postgres, "ANSWER_LIMIT", 0.2)
+    async with Proxy(postgres.host, postgres.port) as wire:
+        dsn = bridge_database.replace(str(postgres.port), str(wire.port))
+        session = await OutboxSource.connect("test", PostgresSettings(dsn=SecretStr(dsn)))
+        wire.blackhole = True
+        began = time.monotonic()
+        with (
+            pytest.raises(DatabaseUnavailableError, match="did not answer within"),
+            bridge.postgres.answered(session),
+        ):
+            await session.execute("select 1")
+        assert time.monotonic() - began < 2
+        wire.blackhole = False
+        await session.close()
+
+
+async def test_a_failover_to_another_host_loses_nothing(
+    server_folder: Path, unique: str, messages: Messages, tmp_path: Path
+) -> None:
+    folder = server_folder / unique
+    with PostgresServer(folder) as primary:
+        migrate(primary.create_database("shop"))
+        with StandbyServer(folder, primary) as standby:
+            primary_dsn, standby_dsn = primary.dsn("shop"), standby.dsn("shop")
+            both = f"postgresql://postgres@{primary.host}:{primary.port},{standby.host}:{standby.port}/shop"
+            with Daemon(tmp_path, settings(both, messages)) as bridge:
+                bridge.wait_for("bridge.leading")
+                await emit(primary_dsn, 1, 500)
+                await asyncio.to_thread(_caught_up, primary_dsn, standby_dsn)
+                await asyncio.to_thread(primary.kill)
+                await asyncio.to_thread(standby.promote)
+                await asyncio.to_thread(bridge.wait_for, "bridge.leading", count=2)
+                await emit(standby_dsn, 501, 1000)
+                assert await take(messages, 1000) == list(range(1, 1001))
+                assert of(bridge, "postgres.lost", "postgres.restored") == ["postgres.lost", "postgres.restored"]
+                assert bridge.stop() == 0
+
+
+def _caught_up(primary: str, standby: str) -> None:
+    with psycopg.connect(primary) as one, psycopg.connect(standby, autocommit=True) as other:
+        there = one.execute("select pg_current_wal_lsn()").fetchone()
+        assert there is not None
+        deadline = time.monotonic() + 20
+        while other.execute("select pg_last_wal_replay_lsn() >= %s", there).fetchone() != (True,):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+async def test_a_changed_password_is_waited_out_and_told(
+    postgres: PostgresServer, bridge_database: str, messages: Messages, unique: str, tmp_path: Path
+) -> None:
+    role = sql.Identifier(unique)
+    password = sql.SQL("alter role {} password {}")
+    with psycopg.connect(bridge_database, autocommit=True) as admin:
+        admin.execute(sql.SQL("create role {} login in role bridge_relay").format(role))
+        admin.execute(password.format(role, sql.Literal("first")))
+        hba = Path(str(admin.execute("show hba_file").fetchall()[0][0]))
+        before = hba.read_text()
+        hba.write_text(f"host all {unique} 127.0.0.1/32 scram-sha-256\n{before}")
+        admin.execute("select pg_reload_conf()")
+    try:
+        dsn = conninfo.make_conninfo(bridge_database, user=unique, password="first")
+        with Daemon(tmp_path, settings(dsn, messages)) as bridge:
+            bridge.wait_for("bridge.leading")
+            with psycopg.connect(bridge_database, autocommit=True) as admin:
+                admin.execute(password.format(role, sql.Literal("second")))
+                admin.execute("select pg_terminate_backend(pid) from pg_stat_activity where usename = %s", (unique,))
+            told = await asyncio.to_thread(bridge.wait_for, "postgres.unreachable")
+            assert "refuses the login" in told["reason"]
+            assert "first" not in told["reason"]
+            await emit(bridge_database, 1, 10)
+            with psycopg.connect(bridge_database, autocommit=True) as admin:
+                admin.execute(password.format(role, sql.Literal("first")))
+            assert await take(messages, 10) == list(range(1, 11))
+            assert bridge.stop() == 0
+    finally:
+        hba.write_text(before)
+        with psycopg.connect(bridge_database, autocommit=True) as admin:
+            admin.execute("select pg_reload_conf()")
+            admin.execute(sql.SQL("drop role {}").format(role))
+
+
+@contextlib.asynccontextmanager
+async def carrying(dsn: str, messages: Messages, tmp_path: Path, url: str | None = None) -> AsyncIterator[Daemon]:
+    """A bridge that has carried a first event and stops cleanly at the end."""
+    text = settings(dsn, messages, BRISK)
+    if url is not None:
+        text = text.replace(messages.url, url)
+    with Daemon(tmp_path, text) as bridge:
+        await asyncio.to_thread(bridge.wait_for, "bridge.leading")
+        await emit(dsn, 1, 5)
+        assert await take(messages, 5) == [1, 2, 3, 4, 5]
+        yield bridge
+        assert await asyncio.to_thread(bridge.stop) == 0
+
+
+async def test_connections_closed_by_the_brokers_administrator_lose_nothing(
+    rabbitmq: RabbitMQServer, bridge_database: str, messages: Messages, tmp_path: Path
+) -> None:
+    async with carrying(bridge_database, messages, tmp_path) as bridge:
+        await asyncio.to_thread(rabbitmq.ctl, "close_all_connections", "maintenance")
+        await emit(bridge_database, 6, 1000)
+        await messages.open()
+        assert await take(messages, 995) == list(range(6, 1001))
+        await asyncio.to_thread(bridge.wait_for, "sink.recovered")
+        assert of(bridge, "sink.failing", "sink.recovered") == ["sink.failing", "sink.recovered"]
+        assert "maintenance" in bridge.wait_for("sink.failing")["reason"]
+
+
+async def test_a_broker_that_refuses_connections_for_a_while_is_told_once(
+    rabbitmq: RabbitMQServer, bridge_database: str, messages: Messages, tmp_path: Path
+) -> None:
+    async with Proxy(rabbitmq.host, rabbitmq.port) as wire:
+        url = messages.url.replace(str(rabbitmq.port), str(wire.port))
+        async with carrying(bridge_database, messages, tmp_path, url) as bridge:
+            refused = wire.accepted
+            wire.refuse = True
+            wire.cut()
+            await emit(bridge_database, 6, 1000)
+            await asyncio.to_thread(bridge.wait_for, "sink.unreachable")
+            await asyncio.sleep(1.5)
+            assert wire.accepted == refused
+            wire.refuse = False
+            assert await take(messages, 995) == list(range(6, 1001))
+            await asyncio.to_thread(bridge.wait_for, "sink.recovered")
+            said = of(bridge, "sink.failing", "sink.unreachable", "sink.recovered")
+            assert said == ["sink.failing", "sink.unreachable", "sink.recovered"]
+
+
+async def test_a_memory_alarm_stops_reading_and_loses_nothing(
+    rabbitmq: RabbitMQServer, bridge_database: str, messages: Messages, tmp_path: Path
+) -> None:
+    async with carrying(bridge_database, messages, tmp_path) as bridge:
+        await asyncio.to_thread(rabbitmq.alarm, True)
+        try:
+            await emit(bridge_database, 6, 12_000)
+            before = _rss(bridge)
+            await until(lambda: _rss(bridge) > before, 5)
+            held = [_rss(bridge)]
+            for _ in range(20):
+                await asyncio.sleep(0.05)
+                held.append(_rss(bridge))
+            assert max(held) - before < 60_000_000
+        finally:
+            await asyncio.to_thread(rabbitmq.alarm, False)
+        assert await take(messages, 11_995) == list(range(6, 12_001))
+
+
+def _rss(bridge: Daemon) -> int:
+    """Bytes of memory that the process holds."""
+    assert bridge.process is not None
+    pages = Path(f"/proc/{bridge.process.pid}/statm").read_text().split()[1]
+    return int(pages) * 4096
+
+
+async def test_a_deleted_exchange_is_waited_for(
+    rabbitmq: RabbitMQServer, bridge_database: str, messages: Messages, tmp_path: Path
+) -> None:
+    async with carrying(bridge_database, messages, tmp_path) as bridge:
+        channel = await messages.connection.channel()
+        await channel.exchange_delete(messages.exchange)
+        await emit(bridge_database, 6, 100)
+        told = await asyncio.to_thread(bridge.wait_for, "sink.unreachable")
+        assert "pgbridge topology --apply" in told["reason"]
+        await messages.open()
+        assert await take(messages, 95) == list(range(6, 101))
+
+
+async def test_what_a_deleted_queue_would_have_taken_becomes_dead_letters(
+    bridge_database: str, messages: Messages, tmp_path: Path
+) -> None:
+    async with carrying(bridge_database, messages, tmp_path):
+        await messages.queue.delete(if_unused=False, if_empty=False)
+        await emit(bridge_database, 6, 30)
+        await until(lambda: _dead(bridge_database) == [(str(n), "unroutable") for n in range(6, 31)])
+
+
+def _dead(dsn: str) -> list[tuple[object, ...]]:
+    with psycopg.connect(dsn) as connection:
+        return connection.execute("select payload, code from bridge.dead_letter order by sequence").fetchall()
+
+
+async def test_a_full_queue_that_refuses_takes_a_keys_events_in_order_once_it_has_room(
+    rabbitmq: RabbitMQServer, bridge_database: str, messages: Messages, tmp_path: Path
+) -> None:
+    async with carrying(bridge_database, messages, tmp_path) as bridge:
+        await messages.queue.delete(if_unused=False, if_empty=False)
+        channel = await messages.connection.channel()
+        await channel.set_qos(100)
+        name = f"{messages.exchange}-full"
+        full = await channel.declare_queue(
+            name, durable=True, arguments={"x-max-length": 20, "x-overflow": "reject-publish"}
+        )
+        await full.bind(messages.exchange, "#")
+        await emit(bridge_database, 6, 1500)
+        await asyncio.to_thread(bridge.wait_for, "sink.failing")
+        await until(lambda: not _settled(bridge_database, 1500), 5)
+        seen: list[int] = []
+        async with asyncio.timeout(60), full.iterator() as iterator:
+            async for message in iterator:
+                await message.ack()
+                if int(message.body) not in seen:
+                    seen.append(int(message.body))
+                if len(seen) == 1495:
+                    break
+        assert sorted(seen) == list(range(6, 1501))
+        await asyncio.to_thread(bridge.wait_for, "sink.recovered")
+
+
+def _settled(dsn: str, mark: int) -> bool:
+    with psycopg.connect(dsn) as connection:
+        return connection.execute("select mark >= %s from bridge.cursor", (mark,)).fetchone() == (True,)
+
+
+async def test_a_crash_of_the_broker_loses_nothing(
+    server_folder: Path, bridge_database: str, unique: str, tmp_path: Path
+) -> None:
+    with RabbitMQServer(server_folder / unique) as broker:
+        messages = Messages(broker.url, unique)
+        await messages.open()
+        async with carrying(bridge_database, messages, tmp_path) as bridge:
+            await emit(bridge_database, 6, 3000)
+            await asyncio.to_thread(broker.kill)
+            await emit(bridge_database, 3001, 6000)
+            await asyncio.to_thread(broker.start)
+            await messages.open()
+            missing = set(range(6, 6001)) - set(await _drain(messages))
+            # What was taken from the queue before the crash was acknowledged by nobody, so all of it must come.
+            assert missing == set()
+            said = of(bridge, "sink.failing", "sink.recovered")
+            assert said == ["sink.failing", "sink.recovered"], json.dumps(bridge.lines()[-20:])
+
+
+async def _drain(messages: Messages) -> list[int]:
+    taken: list[aio_pika.abc.AbstractIncomingMessage] = await messages.take_distinct(5995)
+    return [int(message.body) for message in taken]
