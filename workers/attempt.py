@@ -17,6 +17,7 @@ import structlog
 
 from bridge.errors import BrokerUnavailableError, PgbridgeError
 from bridge.event import Event, Malformed
+from bridge.observe.metrics import WORKER_EVENTS
 from bridge.settings import WorkerSettings
 from workers.effects import current_ledger
 from workers.handler import Reject, Result, Retry, Run
@@ -49,6 +50,11 @@ class Attempts:
         self._run = run
         self._inbox = inbox
         self._patience = Patience("database", worker, PgbridgeError)
+
+    @property
+    def problem(self) -> str | None:
+        """As `Patience.problem`, of the database."""
+        return self._patience.problem
 
     async def handle(self, delivery: Delivery) -> None:
         """Handles one delivery to its end. Cancelling it gives the delivery back, without counting an attempt.
@@ -93,6 +99,7 @@ class Attempts:
         known = {"attempt": claim.attempt, "duration_ms": round((time.perf_counter() - started) * 1000, 1)}
         if failed is None:
             await delivery.ack()
+            WORKER_EVENTS.labels(self._worker, "handled").inc()
             _log.info("event.handled", worker=self._worker, **_names(event), **known)
         elif failed.failure.code == "rejected" or claim.attempt >= self._settings.max_attempts:
             await self._patience(lambda: self._inbox.release(claim, counted=0))
@@ -137,6 +144,7 @@ class Attempts:
         delay = failed.after if failed.after is not None else backoff(self._settings, claim.attempt)
         await self._patience(lambda: self._inbox.release(claim, counted=claim.attempt))
         await delivery.retry(delay)
+        WORKER_EVENTS.labels(self._worker, "retried").inc()
         code = failed.failure.code
         _log.warning(
             "event.retried",
@@ -159,6 +167,7 @@ class Attempts:
 
     async def _dead_letter(self, delivery: Delivery, failure: Failure, **known: object) -> None:
         await delivery.dead_letter(failure)
+        WORKER_EVENTS.labels(self._worker, "dead_lettered").inc()
         _log.error(
             "event.dead_lettered",
             worker=self._worker,

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from bridge import __version__
 from bridge.errors import PgbridgeError, SettingsError, UsageError
+from bridge.observe.health import serving
 from bridge.observe.logs import configure
 from bridge.settings import Settings, SinkSettings, load
 from workers.handler import load_handler
@@ -119,7 +120,8 @@ def run_worker(name: str, config: Path | None) -> None:
 async def _run(name: str, settings: Settings) -> None:
     worker = build(name, settings)
     stop_on_signals(worker)
-    await worker.run()
+    with serving(f"workers.{name}.listen", settings.workers[name].listen, worker.health):
+        await worker.run()
 
 
 @main.command("list")

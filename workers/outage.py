@@ -49,6 +49,13 @@ class Patience:
 
         return await retrying(again)
 
+    @property
+    def problem(self) -> str | None:
+        """What `/health` says of the server while it is gone; None while it is not."""
+        if (lost_at := self._lost_at) is None:
+            return None
+        return f"the {self._server} is lost for {time.monotonic() - lost_at:.0f} s"
+
     def lost(self, error: BaseException) -> None:
         """Says that the server is gone, unless that has been said."""
         if self._lost_at is None:

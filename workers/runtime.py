@@ -14,7 +14,8 @@ from typing import Final
 import structlog
 
 from bridge.errors import BrokerUnavailableError, PgbridgeError
-from bridge.observe.systemd import notify, watchdog_interval
+from bridge.observe.health import Health
+from bridge.observe.systemd import notify, watchdog_for_ever
 from bridge.settings import WorkerSettings
 from workers.attempt import Attempts, retry_delays
 from workers.handler import Run
@@ -59,10 +60,19 @@ class Worker:
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._running: set[asyncio.Task[None]] = set()
         self._queue: Queue | None = None
+        self._started = False
 
     def stop(self) -> None:
         """Asks for an orderly stop: no new deliveries, running handlers may finish up to `shutdown_limit`."""
         self._stopping.set()
+
+    def health(self) -> Health:
+        """What `/health` says."""
+        problems = [each for each in (self._broker.problem, self._attempts.problem) if each is not None]
+        if not self._started:
+            problems.append("the start is not done")
+        role = "stopping" if self._stopping.is_set() else "working" if self._started else "starting"
+        return Health(self._name, role, tuple(problems))
 
     async def run(self) -> None:
         """Works until `stop`, or until something is wrong that only a person can mend.
@@ -75,10 +85,11 @@ class Worker:
             await self._inbox.open()
             self._queue = await self._open()
             stack.push_async_callback(self._close)
+            self._started = True
             notify("READY=1")
             _log.info("worker.started", worker=self._name, concurrency=self._settings.concurrency)
             consumer = asyncio.create_task(self._consume())
-            others = [asyncio.create_task(job) for job in (self._stopping.wait(), self._prune(), self._watchdog())]
+            others = [asyncio.create_task(job) for job in (self._stopping.wait(), self._prune(), watchdog_for_ever())]
             try:
                 done, _ = await asyncio.wait([consumer, *others], return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -174,13 +185,6 @@ class Worker:
             else:
                 _log.debug("inbox.pruned", worker=self._name, events=count)
             await asyncio.sleep(PRUNE_INTERVAL)
-
-    async def _watchdog(self) -> None:
-        interval = watchdog_interval()
-        while True:
-            if interval is not None:
-                notify("WATCHDOG=1")
-            await asyncio.sleep(interval or 3600.0)
 
 
 def subscription(name: str, settings: WorkerSettings, topics: Sequence[str]) -> Subscription:

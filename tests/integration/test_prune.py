@@ -19,7 +19,7 @@ async def pruned(dsn: str, *, after: int = 0, chunk: int = 10) -> tuple[int, int
         return await prune(connection, 86400.0, after, chunk)
 
 
-async def ids(dsn: str) -> list[int]:
+async def ids(dsn: str) -> list[object]:
     return [row[0] for row in await execute(dsn, "select id from bridge.outbox order by id")]
 
 

@@ -81,7 +81,7 @@ async def test_what_is_pruned_is_told(bridge_database: str, messages: Messages, 
     config = str(Daemon(tmp_path, settings(bridge_database, messages)).config)
     await execute(bridge_database, "select bridge.emit('a', 'x') from generate_series(1, 3)")
     await execute(bridge_database, "delete from bridge.outbox where id = 1")
-    out, said = await command("replay", "--from", "7d", "--dry-run", "--config", config)
+    _, said = await command("replay", "--from", "7d", "--dry-run", "--config", config)
     assert "The log begins at" in said
     assert "2 would be published" in said
     _, said = await command("replay", "--from", "yesterday", "--config", config, expect=2)

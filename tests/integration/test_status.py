@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psycopg
 
-from bridge.demo.servers import RabbitMQServer, free_port
+from bridge.demo.servers import NatsServer, RabbitMQServer, free_port
 from tests.integration.operating import command, eventually, json_of
 from tests.servers.daemons import Daemon
 from tests.servers.messages import Messages, execute, settings
@@ -168,3 +168,36 @@ async def test_a_taken_port_ends_the_start_with_the_settings_key(
     config = str(Daemon(tmp_path, text).config)
     _, said = await command("run", "--config", config, expect=78)
     assert f"observe.listen: cannot listen at 127.0.0.1:{rabbitmq.port}" in said
+
+
+async def test_a_worker_tells_its_health_and_counts_its_attempts(
+    bridge_database: str, server_folder: Path, unique: str, tmp_path: Path
+) -> None:
+    port = free_port()
+    with NatsServer(server_folder) as broker:
+        text = f"""
+name = "test"
+[postgres]
+dsn = "{bridge_database}"
+[sinks.events]
+type = "nats"
+stream = "{unique}"
+url = "{broker.url}"
+[[routes]]
+topic = "#"
+sink = "events"
+[workers.{unique}]
+handler = "tests.servers.worker_handlers:refuse"
+listen = "127.0.0.1:{port}"
+"""
+        bridge = Daemon(tmp_path / "bridge", text)
+        await command("topology", "--apply", "--config", str(bridge.config))
+        with bridge, Daemon(tmp_path / "worker", text, "run", unique, module="workers.cli") as worker:
+            worker.wait_for("worker.started")
+            await execute(bridge_database, "select bridge.emit('refuse.this', 'x')")
+            worker.wait_for("event.dead_lettered")
+            await until_health(port, 200, "working")
+            _, metrics = await get(port, "/metrics")
+            assert f'pgbridge_worker_events_total{{outcome="dead_lettered",worker="{unique}"}} 1.0' in metrics
+            await asyncio.to_thread(broker.kill)
+            assert "the queue is lost" in str((await until_health(port, 503, "working"))["problems"])
