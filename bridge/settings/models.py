@@ -51,7 +51,7 @@ class OutboxSettings(Model):
     retention: Duration = 7 * 86400.0
     """How long events stay in the log behind the slowest bridge; `pgbridge replay` reaches as far back."""
     page_size: int = Field(2000, ge=1, le=50_000)
-    """Most events read at once."""
+    """Most events read at once; over a slow connection up to four times as many."""
     page_bytes: Size = 8_000_000
     """Most payload bytes read at once; one larger event is still read, alone."""
     poll_interval: Duration = 1.0

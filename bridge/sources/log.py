@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from typing import Any, NamedTuple
 
 import psycopg
@@ -14,6 +15,12 @@ from bridge.errors import DatabaseUnavailableError
 from bridge.event import NO_HEADERS, Event, header_values
 from bridge.postgres import answered
 from bridge.sources.gaps import Gaps, Ranges
+
+
+_SLOW = 0.03
+"""Seconds; a page of the usual size takes a third of that from a database nearby."""
+_GROWTH = 4
+"""A page grows to so many times `outbox.page_size` at most."""
 
 
 class Position(NamedTuple):
@@ -30,7 +37,7 @@ class LogReader:
         self._connection = connection
         # Events name where they come from: the database and the bridge.
         self._source = f"/{connection.info.dbname}/{name}"
-        self._page_size = page_size
+        self._least = self._page_size = page_size
         self._page_bytes = page_bytes
         self._mark = 0
         self._gaps = Gaps()
@@ -45,6 +52,7 @@ class LogReader:
     async def read(self) -> tuple[list[Event], Position, int]:
         """The next events, none if there are none; the position behind them; the xmin of the snapshot that looked."""
         async with self._turn:
+            began = time.monotonic()
             rows = await self.fetch_all(
                 "select * from bridge.read_page(%s, %s, %s, %s)",
                 (self._mark, multirange(self._gaps.all()), self._page_size, self._page_bytes),
@@ -57,7 +65,14 @@ class LogReader:
             self._mark = self._gaps.saw(self._mark, ids)
             if looked_everywhere:
                 self._gaps.looked(xmin)
+            self._page_size = self._next_size(full, time.monotonic() - began)
             return events, Position(self._mark, self._gaps.all()), xmin
+
+    def _next_size(self, full: bool, seconds: float) -> int:
+        """Over a long way each page costs two round trips, so while it is full and slow, the next one is larger."""
+        if not full:
+            return self._least
+        return min(2 * self._page_size, _GROWTH * self._least) if seconds > _SLOW else self._page_size
 
     def _events(self, rows: list[TupleRow]) -> list[Event]:
         source = self._source
