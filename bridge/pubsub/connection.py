@@ -142,8 +142,8 @@ def _credentials(settings: PubSubSettings) -> Any:
         credentials, _ = google.auth.default(scopes=SCOPES)
     except GoogleAuthError as error:
         raise SettingsError(
-            f"no credentials for Pub/Sub: {error}. Set credentials_file to a service account key or a workload "
-            "identity configuration, or provide application default credentials; see docs/pubsub.md"
+            f"no credentials for Pub/Sub: {str(error).rstrip('. ')}. Set credentials_file to a service account key or "
+            "a workload identity configuration, or provide application default credentials; see docs/pubsub.md"
         ) from None
     return credentials
 

@@ -86,7 +86,9 @@ class PubSubDeadLetters:
             await connection.close()
 
     async def _pull(self, connection: Connection) -> Any:
-        request = types.PullRequest.pb()(subscription=self._names.dead_subscription, max_messages=_BATCH)
+        request = types.PullRequest.pb()(
+            subscription=self._names.dead_subscription, max_messages=_BATCH, return_immediately=connection.emulated
+        )
         try:
             response = await connection.call(connection.pull, request, limit=PULL_LIMIT)
         except BrokerUnavailableError as error:
