@@ -16,7 +16,6 @@ from bridge.event import NO_HEADERS, Event, header_values
 from bridge.postgres import answered
 from bridge.sources.gaps import Gaps, Ranges
 
-
 _SLOW = 0.03
 """Seconds; a page of the usual size takes a third of that from a database nearby."""
 _GROWTH = 4
