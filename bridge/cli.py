@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from bridge import __version__
-from bridge.cli_operate import dead, replay, status
+from bridge.cli_dead import dead
+from bridge.cli_operate import replay, status
 from bridge.daemon import run_until_signalled
 from bridge.errors import UsageError
 from bridge.event import Event

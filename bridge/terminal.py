@@ -24,6 +24,10 @@ config_option = click.option(
     help="The settings; default: $PGBRIDGE_CONFIG, bridge.toml or /etc/pgbridge/bridge.toml.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs: JSON.")
+rate_option = click.option(
+    "--rate", type=click.FloatRange(0.01), help="Most events a second; default: as fast as it goes."
+)
+dry_run_option = click.option("--dry-run", is_flag=True, help="Shows what would be done; does nothing.")
 
 
 class Moment(click.ParamType[datetime]):
