@@ -19,6 +19,9 @@ AMQP_PREFIX = "cloudEvents_"
 ATTRIBUTE_PREFIX = "ce-"
 """Prefix of CloudEvents attributes in Pub/Sub attributes and NATS headers."""
 
+REPLAYED = "replayed"
+"""The header that tells consumers of a replay. The event's id stays what it was, so an inbox recognises it."""
+
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 """What an event without headers of its own carries; one object, shared."""
 

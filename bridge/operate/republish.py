@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import asynccontextmanager
 
 from bridge.errors import about
-from bridge.event import Event
+from bridge.event import REPLAYED, Event
 from bridge.relay import Limits, Relay
 from bridge.routes import Routes
 from bridge.settings import RelaySettings, Settings
@@ -17,8 +17,8 @@ from bridge.sinks.registry import build_sink
 from bridge.sources import DeadLetter, Page
 from bridge.supervise import one_error
 
-MARK: Mapping[str, str] = {"replayed": "true"}
-"""The header that tells consumers of a replay; the event's id stays what it was."""
+MARK: Mapping[str, str] = {REPLAYED: "true"}
+"""What a replay adds to an event's headers."""
 
 
 class Pace:

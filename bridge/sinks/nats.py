@@ -17,7 +17,7 @@ from itertools import count
 import nats.errors
 from nats.aio.msg import Msg
 
-from bridge.event import Event, attributes
+from bridge.event import REPLAYED, Event, attributes
 from bridge.nats.connection import REQUEST_TIMEOUT, Client, address_of, asking, connect, disconnect, until_lost
 from bridge.nats.streams import require, stream
 from bridge.nats.wire import CONTENT_TYPE, ID_HEADER, headers_size, quote_headers, subject_of
@@ -158,7 +158,9 @@ class NatsSink:
         try:
             subject = subject_of(self._settings.stream, event.topic)
             headers = quote_headers(attributes(event))
-            headers[ID_HEADER] = event.id
+            if REPLAYED not in event.headers:
+                # A replay within the duplicate window would be confirmed and not stored.
+                headers[ID_HEADER] = event.id
             headers[CONTENT_TYPE] = event.content_type
         except UnicodeError as error:
             raise _Refused("malformed", f"the topic or a header of event {event.id} is no Unicode: {error}") from error

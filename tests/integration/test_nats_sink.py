@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from bridge.demo.servers import NatsServer
 from bridge.demo.servers.nats import MAX_PAYLOAD
-from bridge.event import Event
+from bridge.event import REPLAYED, Event
 from bridge.nats.wire import quote_headers, subject_of, topic_of, unquote_headers
 from bridge.settings import NatsSettings
 from bridge.sinks import CONFIRMED, Failed, Unknown
@@ -65,6 +65,14 @@ async def sink(nats_server: NatsServer, unique: str) -> AsyncIterator[NatsSink]:
 
 async def stored(jetstream: JetStreamContext, stream: str) -> int:
     return (await jetstream.stream_info(stream)).state.messages
+
+
+async def test_a_replayed_event_is_stored_again_although_its_id_is_known(
+    sink: NatsSink, jetstream: JetStreamContext, unique: str
+) -> None:
+    event = make_event()
+    assert await sink.publish([event, event._replace(headers={REPLAYED: "true"})]) == [CONFIRMED] * 2
+    assert await stored(jetstream, unique) == 2
 
 
 async def test_an_event_that_is_published_again_is_confirmed_and_stored_once(
