@@ -93,6 +93,17 @@ async def test_of_a_key_the_next_comes_once_the_one_before_is_settled(desk: Desk
     await last.ack()
 
 
+async def test_a_busy_key_leaves_room_for_others(desk: Desk, unique: str) -> None:
+    _, deliveries = await desk.queue(subscription(unique, prefetch=3))
+    await desk.publish(*(make_event("busy", b"%d" % n) for n in range(10)))
+    busy = await come(deliveries)
+    await desk.publish(make_event("a"), make_event("b"), make_event("c"))
+    others = {(await come(deliveries)).key, (await come(deliveries)).key}
+    assert others < {"a", "b", "c"}
+    (await nothing_comes(deliveries)).cancel()
+    await busy.ack()
+
+
 async def test_a_key_drains_at_once_while_a_pull_waits(desk: Desk, unique: str) -> None:
     _, deliveries = await desk.queue(subscription(unique, prefetch=2))
     await desk.publish(*(make_event("a", b"%d" % n) for n in range(30)))

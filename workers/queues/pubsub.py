@@ -18,10 +18,9 @@ from typing import Any, Final
 import grpc
 from google.pubsub_v1 import types
 
-from bridge.errors import BrokerUnavailableError, PgbridgeError, PrivilegeError, TopologyError
+from bridge.errors import BrokerUnavailableError, PgbridgeError
 from bridge.event import Event, Malformed
 from bridge.observe.topology import Declaration
-from bridge.pubsub import resources
 from bridge.pubsub.connection import Connection, connect, explained
 from bridge.pubsub.wire import from_message
 from bridge.settings import PubSubSettings
@@ -30,13 +29,15 @@ from workers.queues import Failure, Subscription
 from workers.queues.pubsub_dead import FOR_WORKER, marked
 from workers.queues.pubsub_lease import MAX_LEASE, Leases
 from workers.queues.pubsub_order import InOrder
-from workers.queues.pubsub_topology import Names, declarations, filter_of
+from workers.queues.pubsub_topology import Names, ack_deadline, declarations
 
 PULL_LIMIT: Final = 60.0
 """Seconds that one pull waits for messages."""
 
 EMULATOR_POLL: Final = 0.02
 """Seconds between two looks at the emulator, which goes on giving messages to a waiting pull that was cancelled."""
+MOST_HELD: Final = 10
+"""Times the prefetch: most messages in hand with those that wait behind one of their key."""
 PULL_GRACE: Final = 0.25
 """Seconds that a stop gives a pull to return by itself."""
 
@@ -88,38 +89,13 @@ class PubSubQueue:
         await self.close()
         connection = await connect(self._settings)
         try:
-            deadline = await self._check_subscription(connection)
+            deadline = await ack_deadline(connection, self._wanted, self._names)
         except BaseException:
             await connection.close()
             raise
         self._hand, self._lost, self._stopping, self._pulling = InOrder(), None, False, None
         self._connection = connection
         self._leases = Leases(connection, self._names.subscription, deadline, self._lose)
-
-    async def _check_subscription(self, connection: Connection) -> int:
-        """The subscription's ack deadline in seconds."""
-        permission = "pubsub.subscriptions.consume"
-        try:
-            found = await resources.find_subscription(connection, self._names.subscription)
-        except PrivilegeError:
-            # Who may only consume cannot look. Ten seconds are the shortest deadline that there is.
-            if permission in await connection.allowed(self._names.subscription, [permission]):
-                return 10
-            raise
-        what = f"subscription {self._wanted.worker!r} in project {self._settings.project!r}"
-        if found is None:
-            raise TopologyError(f"Pub/Sub at {connection.address} has no {what}: run `pgbridge topology --apply`")
-        if found.topic != self._names.topic:
-            raise TopologyError(
-                f"the {what} reads {found.topic}, not the topic {self._settings.topic!r}: delete it, then run "
-                "`pgbridge topology --apply`"
-            )
-        if found.filter not in ("", filter_of(self._wanted.topics)):
-            raise TopologyError(
-                f"the {what} has the filter {found.filter}, which may withhold what the worker wants: "
-                "`pgbridge topology` tells how to mend it"
-            )
-        return int(found.ack_deadline_seconds)
 
     async def deliveries(self) -> AsyncIterator[PubSubDelivery]:
         """As `Queue.deliveries`. Of one ordering key, the next comes once the one before is settled."""
@@ -210,10 +186,11 @@ class PubSubQueue:
             self._changed.set()
 
     async def _pull(self) -> None:
-        """Keeps up to `prefetch` messages in hand."""
+        """Keeps up to `prefetch` messages in hand, beside those that wait behind one of their key."""
         connection = self._open_connection()
         while self._lost is None and not self._stopping:
-            room = self._wanted.prefetch - self._open_leases().count
+            held, behind = self._open_leases().count, self._hand.behind
+            room = min(self._wanted.prefetch - (held - behind), MOST_HELD * self._wanted.prefetch - held)
             if room <= 0:
                 self._changed.clear()
                 await self._changed.wait()

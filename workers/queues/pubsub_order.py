@@ -25,6 +25,11 @@ class InOrder(Generic[D]):
         """Whether one is ready."""
         return bool(self._ready)
 
+    @property
+    def behind(self) -> int:
+        """How many wait behind another of their key."""
+        return sum(len(waiting) - 1 for waiting in self._of_key.values())
+
     def add(self, delivery: D) -> None:
         """Takes one that has come."""
         key = delivery.key

@@ -7,7 +7,7 @@ from typing import Any, Final
 from google.protobuf import duration_pb2
 from google.pubsub_v1 import types
 
-from bridge.errors import SettingsError
+from bridge.errors import PrivilegeError, SettingsError, TopologyError
 from bridge.observe.topology import Declaration
 from bridge.pubsub import resources
 from bridge.pubsub.connection import Connection
@@ -44,7 +44,7 @@ class Names:
                 f"workers.{worker}: Pub/Sub names its subscription after the worker, and takes no name shorter than "
                 "three characters or beginning with 'goog'; rename the worker"
             )
-        project = f"projects/{settings.project}"
+        self.project = project = f"projects/{settings.project}"
         self.topic = f"{project}/topics/{settings.topic}"
         self.subscription = f"{project}/subscriptions/{worker}"
         self.dead_topic = f"{project}/topics/{worker}.dead"
@@ -74,6 +74,34 @@ def filter_of(patterns: Sequence[str]) -> str:
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
+
+
+async def ack_deadline(connection: Connection, wanted: Subscription, names: Names) -> int:
+    """The subscription's ack deadline in seconds.
+
+    Raises TopologyError when it does not stand, or might withhold what the worker wants; PrivilegeError.
+    """
+    permission = "pubsub.subscriptions.consume"
+    try:
+        found = await resources.find_subscription(connection, names.subscription)
+    except PrivilegeError:
+        # Who may only consume cannot look. Ten seconds are the shortest deadline that there is.
+        if permission in await connection.allowed(names.subscription, [permission]):
+            return 10
+        raise
+    what = f"subscription {wanted.worker!r} in {names.project}"
+    if found is None:
+        raise TopologyError(f"Pub/Sub at {connection.address} has no {what}: run `pgbridge topology --apply`")
+    if found.topic != names.topic:
+        raise TopologyError(
+            f"the {what} reads {found.topic}, not {names.topic}: delete it, then run `pgbridge topology --apply`"
+        )
+    if found.filter not in ("", filter_of(wanted.topics)):
+        raise TopologyError(
+            f"the {what} has the filter {found.filter}, which may withhold what the worker wants: "
+            "`pgbridge topology` tells how to mend it"
+        )
+    return int(found.ack_deadline_seconds)
 
 
 async def declarations(
