@@ -1,0 +1,86 @@
+"""What can be set of each broker. Workers read these too, which is why they stand here and not beside the sinks."""
+
+import os
+from pathlib import Path
+
+from pydantic import Field, SecretStr, field_validator
+
+from bridge.settings.model import Model
+from bridge.settings.values import Duration, Secret, Size
+
+
+class TlsSettings(Model):
+    ca_file: Path | None = None
+    """Certificates to trust instead of the system's."""
+    cert_file: Path | None = None
+    """Client certificate."""
+    key_file: Path | None = None
+    """Its private key."""
+
+
+class SinkSettings(Model):
+    type: str
+    """The kind of broker; `pgbridge check` lists the kinds that are installed."""
+    publish_timeout: Duration = 30.0
+    """How long a confirm may take before the outcome is unknown and the message is sent again."""
+
+
+class RabbitMQSettings(SinkSettings):
+    url: Secret
+    """amqp:// or amqps:// URL with user, password and virtual host."""
+    exchange: str = Field("events", max_length=255)
+    """Topic exchange to publish to; the routing key is the event's topic."""
+    max_message_bytes: Size = 16_777_216
+    """Largest payload the broker takes: `max_message_size` of RabbitMQ (16 MiB since 4.0, 128 MiB before)."""
+    heartbeat: Duration = 30.0
+    """AMQP heartbeat; a peer silent for twice as long is dead."""
+    tls: TlsSettings = TlsSettings()
+    """Certificates for amqps://."""
+
+
+class NatsSettings(SinkSettings):
+    url: Secret
+    """nats:// or tls:// URL, or several with commas."""
+    stream: str = Field("events", pattern=r"^[A-Za-z0-9_-]{1,255}$")
+    """JetStream stream to publish to; the subject is the event's topic."""
+    max_message_bytes: Size = 8_388_608
+    """Largest message that the server takes (`max_payload`)."""
+    tls: TlsSettings = TlsSettings()
+    """Certificates for tls://."""
+
+
+class PubSubSettings(SinkSettings):
+    project: str = Field(pattern=r"^[a-z][a-z0-9.:-]{2,}$")
+    """Google Cloud project that holds topic and subscriptions."""
+    topic: str = Field("events", pattern=r"^[A-Za-z][A-Za-z0-9._~+%-]{2,254}$")
+    """Pub/Sub topic to publish to; the event's topic is the attribute `ce-type`, by which subscriptions filter."""
+    credentials: Secret = SecretStr("")
+    """JSON of a service account key or of a workload identity configuration. Empty: application default credentials."""
+    endpoint: str = Field("pubsub.googleapis.com:443", pattern=r"^[^/\s]+:\d+$")
+    """Host and port of the service; a regional one, as `europe-west1-pubsub.googleapis.com:443`, keeps a key's order
+    when bridges run in several regions."""
+    emulator_host: str = Field(
+        default_factory=lambda: os.environ.get("PUBSUB_EMULATOR_HOST", ""), pattern=r"^([^/\s]+:\d+)?$"
+    )
+    """Host and port of Google's emulator, spoken to without credentials. Default: the variable PUBSUB_EMULATOR_HOST."""
+    ordering: bool = True
+    """Whether the event's key becomes the ordering key. At most 1 MB a second per key; without it there is no order."""
+    max_message_bytes: Size = Field(9_800_000, le=9_800_000)
+    """Largest payload. Pub/Sub takes requests of 10 MB; the rest of them is room for attributes."""
+    batch_messages: int = Field(1000, ge=1, le=1000)
+    """Most messages in one request."""
+    batch_bytes: Size = Field(2_000_000, ge=1, le=10_000_000)
+    """Most bytes in one request; one larger message still goes, alone."""
+    batch_delay: Duration = 0.0
+    """How long a message may wait for others to share its request; every request is billed as 1 kB at least."""
+    requests_in_flight: int = Field(64, ge=1, le=1000)
+    """Most publish requests that wait for their confirm."""
+    retention: Duration = 7 * 86400.0
+    """How long the topic keeps messages for subscriptions yet to come; 0 keeps none, else 10 minutes to 31 days."""
+
+    @field_validator("retention")
+    @classmethod
+    def _retention_that_pubsub_offers(cls, retention: float) -> float:
+        if retention and not 600 <= retention <= 31 * 86400:
+            raise ValueError('is neither 0 nor between "10m" and "31d"')
+        return retention
