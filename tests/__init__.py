@@ -1,1 +1,1 @@
-"""Tests, on real servers: `unit/` needs none, `contract/` holds the suites of sinks and queues, `faults/` breaks things."""
+"""Tests, on real servers: `contract/` has the suites of sinks and queues, `faults/` breaks things."""

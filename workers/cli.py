@@ -3,9 +3,7 @@
 import asyncio
 import json
 import sys
-from collections.abc import Callable
 from datetime import timedelta
-from functools import wraps
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -16,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bridge import __version__
-from bridge.errors import PgbridgeError, SettingsError, UsageError
+from bridge.errors import SettingsError, UsageError
+from bridge.observe.exit_codes import exit_codes
 from bridge.observe.health import serving
 from bridge.observe.logs import configure
 from bridge.settings import Settings, SinkSettings, load
@@ -78,20 +77,6 @@ def build(name: str, settings: Settings) -> Worker:
     )
 
 
-def _exit_codes(command: Callable[..., None]) -> Callable[..., None]:
-    """Ends a command with the exit code of its error, and the error's message in place of a stack trace."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except PgbridgeError as error:
-            click.echo(f"pgbridge-worker: {error}", err=True)
-            sys.exit(error.exit_code)
-
-    return run
-
-
 _config = click.option(
     "--config",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -108,7 +93,7 @@ def main() -> None:
 @main.command("run")
 @click.argument("name")
 @_config
-@_exit_codes
+@exit_codes
 def run_worker(name: str, config: Path | None) -> None:
     """Runs one process of the worker NAME until SIGTERM or SIGINT; several may run side by side."""
     settings = load(config)
@@ -127,7 +112,7 @@ async def _run(name: str, settings: Settings) -> None:
 @main.command("list")
 @_config
 @click.option("--json", "as_json", is_flag=True, help="For programs: a JSON array.")
-@_exit_codes
+@exit_codes
 def list_workers(config: Path | None, as_json: bool) -> None:
     """Lists the workers that the settings define."""
     settings = load(config)

@@ -29,7 +29,7 @@ PRUNE_INTERVAL: Final = 3600.0
 """Seconds between two prunings of the inbox."""
 
 LEASE: Final = 30.0
-"""Seconds after which a crashed worker's deliveries go to another one; queues extend it while they have them in hand."""
+"""Seconds after which a crashed worker's deliveries go to another one; a living one's queue extends them."""
 
 _GIVE_BACK_LIMIT: Final = 5.0
 """Seconds that cancelled handlers have for giving their deliveries back."""

@@ -120,6 +120,8 @@ async def test_every_event_is_replied_exactly_once_although_workers_are_killed(
         victim.send_signal(signal.SIGKILL)
         processes.start()
     await until(lambda: len(set(replies(bridge_database))) == 400)
+    # A process that is still starting has no handler for the signal yet.
+    await until(lambda: processes.logs().count('"worker.started"') == 4)
 
     for process in processes.running[2:]:
         process.terminate()
@@ -168,7 +170,7 @@ def test_the_workers_are_listed_for_people_and_for_programs(shop: PostgresSettin
         (["run", "echo"], ("concurrency = 8", "options = {x = 1}"), 78, "workers.echo.options.x: unknown key"),
         (["run", "echo"], ("concurrency = 8", "concurency = 8"), 78, "did you mean concurrency?"),
         (["run", "echo"], None, 69, "127.0.0.1"),
-        (["run", "echo"], ("shop.rendered", "shop.missing"), 1, "there is no function shop.missing(uuid, jsonb)"),
+        (["run", "echo"], ("shop.rendered", "shop.missing"), 78, "there is no function shop.missing(uuid, jsonb)"),
     ],
 )
 def test_a_mistake_ends_with_its_exit_code_and_one_plain_message(

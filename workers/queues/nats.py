@@ -3,9 +3,8 @@
 ``<worker>``       consumer on the sink's stream, filtered by the subscription's topics
 ``<worker>_dead``  stream of dead letters; the subject is ``<worker>_dead.<topic>``, ``x-pgbridge-...`` headers tell why
 
-Messages that wait for another attempt stay with JetStream, so a retry takes any delay; they count as unsettled, which is
-why the consumer allows many more unsettled messages (MAX_UNSETTLED) than the prefetch. What is in hand is reported as in
-progress, so `ack_wait` passes only for a process that died.
+Messages that wait for another attempt stay with JetStream, so a retry takes any delay; they count as unsettled, hence
+MAX_UNSETTLED. What is in hand is reported as in progress, so `ack_wait` passes only for a process that died.
 
 `attempt` is how often JetStream has delivered the message, so a delivery that was given back counts too (the inbox,
 which decides when attempts are exhausted, does not count it). Nothing is dropped for its number of deliveries.
@@ -44,9 +43,8 @@ class NatsDelivery:
         self._queue = queue
         self._message = message
         self.event = event_of(message)
-        """As `Delivery.event`."""
+        # What was given back counts, see above.
         self.attempt = int(message.metadata.num_delivered)
-        """As `Delivery.attempt`, but see above for what was given back."""
 
     async def ack(self) -> None:
         """As `Delivery.ack`."""
@@ -74,23 +72,19 @@ class NatsQueue:
         self._settings = settings
         self._subscription = subscription
         self._address = address_of(settings)
+        self._dead_stream = f"{subscription.worker}_dead"
         self._client: Client | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._arrived: asyncio.Queue[Msg | None] = asyncio.Queue()
-        """Bounded by the prefetch; None wakes `deliveries` to look at what follows."""
+        # Bounded by the prefetch; None wakes `deliveries` to look at what follows.
         self._stopped = False
         self._lost = ""
         self._inbox: nats.aio.subscription.Subscription | None = None
         self._in_hand: set[str] = set()
-        """Reply subjects of the messages that arrived and are not settled."""
+        """Reply subjects of what arrived and is not settled."""
         self._requested = 0
         """Messages that the server may still send for the request that stands; there is one at a time."""
-        self._heard = 0.0
-        """When the server last gave a sign, by the loop's clock."""
-
-    @property
-    def _dead_stream(self) -> str:
-        return f"{self._subscription.worker}_dead"
+        self._heard = 0.0  # when the server last gave a sign, by the loop's clock
 
     async def open(self) -> None:
         """As `Queue.open`."""
