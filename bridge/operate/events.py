@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Mapping
 
 from bridge.event import Event
 from bridge.postgres import connect, database_errors
-from bridge.topics import matches
 from bridge.settings import PostgresSettings
 from bridge.sources.log import LogReader, Position
+from bridge.topics import matches
 
 _TAIL_POLL = 0.2
 """Seconds between two looks; a person watches."""

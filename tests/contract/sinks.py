@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from bridge.demo.servers import NatsServer, PubSubEmulator, RabbitMQServer
 from bridge.event import AMQP_PREFIX, Event, from_attributes
 from bridge.nats.wire import CONTENT_TYPE, unquote_headers
-from bridge.settings import NatsSettings, PubSubSettings, RabbitMQSettings
+from bridge.settings import NatsSettings, RabbitMQSettings
 from bridge.sinks import Sink
 from bridge.sinks.memory import MemorySettings, MemorySink
 from bridge.sinks.nats import NatsSink
