@@ -143,10 +143,12 @@ class Daemon:
             ):
                 with attempt, about("postgres.dsn"), one_error():
                     await unless_stopped(stop, session(), obeys=lambda: self._relaying)
-        except PgbridgeError as error:
+        except PgbridgeError:
             if not self._started or not stop.is_set():
                 raise
-            log.warning("bridge.stopped_in_outage", reason=str(error), hint="what was in flight is published again")
+            self._lost_at = time.monotonic()
+        if self._lost_at is not None:
+            log.warning("bridge.stopped_in_outage", hint="what was in flight is published again at the next start")
 
     async def _log_session(self, stop: asyncio.Event, intake: Intake | None) -> None:
         """One connection's life: stand by, lead, relay."""

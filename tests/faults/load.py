@@ -1,6 +1,7 @@
 """Sessions that emit events, and the ledger of what they know to be committed."""
 
 import asyncio
+import contextlib
 import random
 import time
 from dataclasses import dataclass, field
@@ -61,7 +62,6 @@ class Writer:
         chance = 0.5 if self._steady else self._random.random()
         keys = sorted(self._random.sample(self._keys, min(len(self._keys), self._random.choice((1, 1, 2, 3)))))
         await connection.execute("begin")
-        xid = await _value(connection, "select pg_current_xact_id()::text")
         emitted: dict[str, tuple[str, int]] = {}
         for key in keys:
             number = await _value(connection, "update shop.counter set n = n + 1 where name = %s returning n", key)
@@ -77,23 +77,24 @@ class Writer:
             await connection.execute("commit")
         except psycopg.OperationalError:
             self._ledger.unknown += 1
-            if not await self._committed_after_all(xid):
-                raise
-            self._ledger.committed.update(emitted)
+            if await self._committed_after_all(connection.info.backend_pid, list(emitted)):
+                self._ledger.committed.update(emitted)
             raise
         self._ledger.committed.update(emitted)
         return list(emitted)
 
-    async def _committed_after_all(self, xid: str) -> bool:
-        """What became of a commit whose answer was lost: asked until the transaction has ended."""
+    async def _committed_after_all(self, pid: int, event_ids: list[str]) -> bool:
+        """What became of a commit whose answer was lost: looked up once its session has ended.
+
+        By the rows, not by the transaction's id: a crash may forget an id, and give it to another transaction.
+        """
         while True:
-            try:
+            with contextlib.suppress(psycopg.OperationalError):
                 async with await AsyncConnection.connect(self._dsn, autocommit=True, connect_timeout=5) as connection:
-                    status = await _value(connection, "select pg_xact_status(%s::xid8)", xid)
-            except psycopg.OperationalError:
-                status = "in progress"
-            if status != "in progress":
-                return bool(status == "committed")
+                    alive = "select count(*) from pg_stat_activity where pid = %s and pid <> pg_backend_pid()"
+                    if await _value(connection, alive, pid) == "0":
+                        found = "select count(*) from bridge.outbox where event_id = any(%s::uuid[])"
+                        return await _value(connection, found, event_ids) == str(len(event_ids))
             await asyncio.sleep(0.05)
 
 

@@ -1,0 +1,192 @@
+"""Plain pg_notify: floods, gaps, and listeners that died half-open."""
+
+import asyncio
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import Notify
+from pydantic import SecretStr
+
+from bridge.demo.servers import PostgresServer, RabbitMQServer, free_port
+from bridge.errors import DatabaseUnavailableError
+from bridge.settings import PostgresSettings
+from bridge.sources import listener as listener_module
+from bridge.sources.listener import Listener
+from bridge.supervise import background, one_error
+from tests.servers.daemons import Daemon
+from tests.servers.messages import Messages, execute, settings
+from tests.servers.proxy import Proxy
+
+FLOOD = 100_000
+NOTIFY = "select pg_notify('Orders', n::text) from generate_series({}, {}) n order by n"
+
+
+async def until(condition: Callable[[], bool], limit: float = 20.0) -> None:
+    async with asyncio.timeout(limit):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def rss(bridge: Daemon) -> int:
+    assert bridge.process is not None
+    return int(Path(f"/proc/{bridge.process.pid}/statm").read_text().split()[1]) * 4096
+
+
+def one(dsn: str, query: str) -> object:
+    with psycopg.connect(dsn) as connection:
+        row = connection.execute(query).fetchone()
+    assert row is not None
+    return row[0]
+
+
+def scrape(address: str) -> str:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as response:
+        return str(response.read(), "utf-8")
+
+
+async def test_a_flood_of_100000_is_kept_in_order_in_bounded_memory_and_leaves_the_servers_queue_empty(
+    bridge_database: str, messages: Messages, tmp_path: Path
+) -> None:
+    more = "[channels]\nlisten = ['Orders']\nbuffer_events = 5000"
+    with Daemon(tmp_path, settings(bridge_database, messages, more)) as bridge:
+        await asyncio.to_thread(bridge.wait_for, "channels.listening")
+        before, most = rss(bridge), 0
+        flooding = asyncio.create_task(execute(bridge_database, NOTIFY.format(1, FLOOD)))
+        async with asyncio.timeout(60):
+            while one(bridge_database, "select count(*) from bridge.outbox") != FLOOD:
+                most = max(most, rss(bridge))
+                await asyncio.sleep(0.1)
+        await flooding
+        assert most - before < 60_000_000
+        stored = await execute(
+            bridge_database,
+            "select count(*) from (select payload::int as n, lag(payload::int, 1, 0) over (order by id) as before "
+            "from bridge.outbox) o where n <> before + 1",
+        )
+        assert stored == [(0,)]
+        await until(lambda: one(bridge_database, "select pg_notification_queue_usage()") == 0)
+        assert [line["action"] for line in bridge.lines() if line["action"].startswith("channels.")] == [
+            "channels.listening"
+        ]
+        assert await asyncio.to_thread(bridge.stop) == 0
+
+
+async def test_memory_drops_counts_and_says_what_it_cannot_hold_while_the_broker_is_down(
+    rabbitmq: RabbitMQServer, database: str, messages: Messages, tmp_path: Path
+) -> None:
+    more = "[channels]\nlisten = ['Orders']\nbuffer = 'memory'\nbuffer_events = 5000\n[relay]\nretry_max = 0.5"
+    async with Proxy(rabbitmq.host, rabbitmq.port) as wire:
+        text = settings(database, messages, more).replace(str(rabbitmq.port), str(wire.port))
+        with Daemon(tmp_path, text) as bridge:
+            await asyncio.to_thread(bridge.wait_for, "channels.listening")
+            wire.refuse = True
+            wire.cut()
+            before = rss(bridge)
+            await execute(database, NOTIFY.format(1, FLOOD))
+            await asyncio.to_thread(bridge.wait_for, "channels.dropping")
+            await until(lambda: one(database, "select pg_notification_queue_usage()") == 0)
+            assert rss(bridge) - before < 60_000_000
+            wire.refuse = False
+            await asyncio.to_thread(bridge.wait_for, "sink.recovered")
+            assert await asyncio.to_thread(bridge.stop) == 0
+            dropped = sum(line["events"] for line in bridge.lines() if line["action"] == "channels.dropped")
+            assert 0 < dropped < FLOOD
+            numbers = [int(message.body) for message in await messages.take(FLOOD - dropped)]
+            assert numbers == sorted(set(numbers))
+
+
+async def test_a_gap_in_listening_is_measured_and_told(
+    bridge_database: str, postgres: PostgresServer, messages: Messages, tmp_path: Path
+) -> None:
+    more = "[channels]\nlisten = ['Orders']"
+    async with Proxy(postgres.host, postgres.port) as wire:
+        dsn = bridge_database.replace(str(postgres.port), str(wire.port))
+        with Daemon(tmp_path, settings(dsn, messages, more)) as bridge:
+            await asyncio.to_thread(bridge.wait_for, "channels.listening")
+            began = time.monotonic()
+            wire.refuse = True
+            wire.cut()
+            await asyncio.to_thread(bridge.wait_for, "postgres.lost")
+            wire.refuse = False
+            gap = (await asyncio.to_thread(bridge.wait_for, "channels.gap"))["seconds"]
+            assert 0 < gap < time.monotonic() - began
+            await execute(bridge_database, NOTIFY.format(1, 1))
+            assert [message.body for message in await messages.take(1)] == [b"1"]
+
+
+async def test_a_listener_that_died_half_open_is_noticed_within_its_heartbeat(
+    database: str, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_PROBE_TIMEOUT", 0.5)
+    async with Proxy(postgres.host, postgres.port) as wire:
+        dsn = database.replace(str(postgres.port), str(wire.port))
+        listener = Listener(
+            PostgresSettings(dsn=SecretStr(dsn), connect_timeout=2), ["Orders"], lambda _: None, heartbeat=0.3
+        )
+        hears = asyncio.Event()
+        await listener.open()
+        try:
+            listening = asyncio.create_task(listener.run(hears.set))
+            await asyncio.wait_for(hears.wait(), 8)
+            wire.blackhole = True
+            with pytest.raises(DatabaseUnavailableError), one_error():
+                await asyncio.wait_for(listening, 8)
+        finally:
+            wire.blackhole = False
+            await listener.close()
+
+
+async def test_a_listener_that_has_no_room_is_not_taken_for_a_dead_one(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_PROBE_TIMEOUT", 0.2)
+    room, heard = asyncio.Event(), []
+    room.set()
+
+    def hear(notification: Notify) -> None:
+        heard.append(int(notification.payload))
+        room.clear()
+
+    listener = Listener(PostgresSettings(dsn=SecretStr(database)), ["Orders"], hear, room=room, heartbeat=0.1)
+    hears = asyncio.Event()
+    await listener.open()
+    try:
+        with one_error():
+            async with background(listener.run(hears.set)):
+                await hears.wait()
+                await execute(database, NOTIFY.format(1, 10_000))
+                await until(lambda: not room.is_set())
+                # Five times as long as silence is waited for.
+                await asyncio.sleep(1.0)
+                while len(heard) < 10_000:
+                    room.set()
+                    await asyncio.sleep(0.001)
+        assert heard == list(range(1, 10_001))
+    finally:
+        await listener.close()
+
+
+async def test_what_memory_holds_at_a_clean_stop_is_still_published(
+    rabbitmq: RabbitMQServer, database: str, messages: Messages, tmp_path: Path
+) -> None:
+    metrics = f"127.0.0.1:{free_port()}"
+    more = f"[channels]\nlisten = ['Orders']\nbuffer = 'memory'\n[observe]\nlisten = '{metrics}'"
+    async with Proxy(rabbitmq.host, rabbitmq.port) as wire:
+        text = settings(database, messages, more).replace(str(rabbitmq.port), str(wire.port))
+        with Daemon(tmp_path, text) as bridge:
+            await asyncio.to_thread(bridge.wait_for, "channels.listening")
+            wire.blackhole = True
+            await execute(database, NOTIFY.format(1, 10_000))
+            async with asyncio.timeout(20):
+                while "pgbridge_notifications_total 10000.0" not in await asyncio.to_thread(scrape, metrics):
+                    await asyncio.sleep(0.05)
+            stopping = asyncio.create_task(asyncio.to_thread(bridge.stop))
+            await asyncio.to_thread(bridge.wait_for, "bridge.stopping")
+            wire.blackhole = False
+            assert await stopping == 0
+            taken = await messages.take(10_000)
+            assert [int(message.body) for message in taken] == list(range(1, 10_001))
