@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
-import aio_pika
 import psycopg
 import pytest
 from psycopg import conninfo, sql
@@ -363,13 +362,10 @@ async def test_a_crash_of_the_broker_loses_nothing(
             await emit(bridge_database, 3001, 6000)
             await asyncio.to_thread(broker.start)
             await messages.open()
-            missing = set(range(6, 6001)) - set(await _drain(messages))
-            # What was taken from the queue before the crash was acknowledged by nobody, so all of it must come.
-            assert missing == set()
+            missing = set(range(6, 6001))
+            async with asyncio.timeout(60):
+                while missing:
+                    # The crash may also bring back the first five, whose acknowledgements it forgot.
+                    missing -= {int(message.body) for message in await messages.take(len(missing))}
             said = of(bridge, "sink.failing", "sink.recovered")
             assert said == ["sink.failing", "sink.recovered"], json.dumps(bridge.lines()[-20:])
-
-
-async def _drain(messages: Messages) -> list[int]:
-    taken: list[aio_pika.abc.AbstractIncomingMessage] = await messages.take_distinct(5995)
-    return [int(message.body) for message in taken]
