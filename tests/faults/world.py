@@ -118,6 +118,17 @@ async def _keep_running(daemon: Daemon, stop: asyncio.Event) -> None:
 
 
 @contextlib.asynccontextmanager
+async def _none_left_behind(*daemons: Daemon) -> AsyncIterator[None]:
+    """Whatever ends the body, no process outlives it."""
+    try:
+        yield
+    finally:
+        for daemon in daemons:
+            if daemon.process is not None and daemon.process.poll() is None:
+                daemon.kill()
+
+
+@contextlib.asynccontextmanager
 async def running(
     postgres: PostgresServer, rabbitmq: RabbitMQServer, folder: Path, seed: int, pause: float = 0.04
 ) -> AsyncIterator[tuple[World, Callable[[], None]]]:
@@ -158,7 +169,7 @@ async def running(
         )
         stop, load_ended = asyncio.Event(), asyncio.Event()
         writers = [Writer(dsn, ledger, KEYS, seed * 1000 + number, pause) for number in range(WRITERS)]
-        async with asyncio.TaskGroup() as tasks:
+        async with _none_left_behind(*bridges, *workers), asyncio.TaskGroup() as tasks:
             taking = tasks.create_task(audit.run())
             await audit.ready.wait()
             keeping = [tasks.create_task(_keep_running(daemon, stop)) for daemon in (*bridges, *workers)]
