@@ -5,8 +5,6 @@ in which one connection to PostgreSQL lives: stand by, lead, relay. Nothing in m
 """
 
 import asyncio
-import os
-import signal
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -25,6 +23,7 @@ from bridge.operate.status import sample_for_ever
 from bridge.relay import Limits, Relay
 from bridge.routes import Routes
 from bridge.settings import Settings
+from bridge.signals import stop_on_signals
 from bridge.sinks.registry import build_sink
 from bridge.sources import Source
 from bridge.sources.channels import ChannelSource
@@ -238,22 +237,5 @@ class Daemon:
 
 
 async def run_until_signalled(settings: Settings) -> None:
-    """Runs a daemon until SIGTERM or SIGINT; a second signal leaves at once, which loses nothing.
-
-    Raises PgbridgeError when the start fails.
-    """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def asked(number: signal.Signals) -> None:
-        if stop.is_set():
-            log.warning("bridge.stopped_at_once", signal=number.name)
-            # What is in flight was not settled, so the next start publishes it again.
-            os._exit(128 + number)
-        log.info("bridge.stopping", signal=number.name)
-        notify("STOPPING=1")
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked, number)
-    await Daemon(settings).run(stop)
+    """Runs a daemon until SIGTERM or SIGINT. Raises PgbridgeError when the start fails."""
+    await Daemon(settings).run(stop_on_signals())
