@@ -11,10 +11,11 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from bridge.demo.servers import NatsServer, RabbitMQServer
+from bridge.demo.servers import RabbitMQServer
 from tests.integration.operating import command, eventually, json_of
 from tests.servers.daemons import Daemon
 from tests.servers.messages import Messages, execute, settings
+from tests.servers.pubsub import PROJECT
 
 LETTER = """
 insert into bridge.dead_letter
@@ -144,17 +145,23 @@ max_attempts = 1
 """
 
 
-@pytest.fixture(params=["rabbitmq", "nats"])
+@pytest.fixture(params=["rabbitmq", "nats", "pubsub"])
 async def refusing(
     request: pytest.FixtureRequest, bridge_database: str, tmp_path: Path, unique: str
 ) -> AsyncIterator[tuple[Daemon, str]]:
     """A worker that refuses three events, on each broker; the bridge that brought them still runs."""
-    sink = {"rabbitmq": f'type = "rabbitmq"\nexchange = "{unique}"', "nats": f'type = "nats"\nstream = "{unique}"'}
-    fixture = {"rabbitmq": "rabbitmq", "nats": "nats_server"}[request.param]
-    server: RabbitMQServer | NatsServer = request.getfixturevalue(fixture)
+    fixture = {"rabbitmq": "rabbitmq", "nats": "nats_server", "pubsub": "pubsub_emulator"}[request.param]
+    server = request.getfixturevalue(fixture)
+    sink = {
+        "rabbitmq": lambda: f'type = "rabbitmq"\nexchange = "{unique}"\nurl = "{server.url}"',
+        "nats": lambda: f'type = "nats"\nstream = "{unique}"\nurl = "{server.url}"',
+        "pubsub": lambda: (
+            f'type = "pubsub"\nproject = "{PROJECT}"\ntopic = "{unique}"\nemulator_host = "{server.address}"'
+        ),
+    }[request.param]()
     text = with_worker(
-        f'name = "test"\n[postgres]\ndsn = "{bridge_database}"\n[sinks.events]\n{sink[request.param]}\n'
-        f'url = "{server.url}"\n[[routes]]\ntopic = "#"\nsink = "events"\n',
+        f'name = "test"\n[postgres]\ndsn = "{bridge_database}"\n[sinks.events]\n{sink}\n'
+        f'[[routes]]\ntopic = "#"\nsink = "events"\n',
         unique,
     )
     bridge = Daemon(tmp_path / "bridge", text)

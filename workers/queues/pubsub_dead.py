@@ -67,6 +67,7 @@ class PubSubDeadLetters:
         """As `LetterBox.walk`. A letter is in hand until the end, and cannot be seen by others meanwhile."""
         connection = await connect(self._settings)
         kept: dict[str, str] = {}
+        replayed: set[str] = set()
         empty = 0
         try:
             while empty < EMPTY_PULLS:
@@ -75,8 +76,11 @@ class PubSubDeadLetters:
                 kept |= {received.message.message_id: received.ack_id for received in batch}
                 empty = 0 if fresh else empty + 1
                 for received in fresh:
-                    verdict = await decide(self._letter(received.message))
+                    letter = self._letter(received.message)
+                    # One that was replayed may have been refused again by now: it is for the next walk.
+                    verdict = "keep" if letter.id in replayed else await decide(letter)
                     if verdict == "replay":
+                        replayed.add(letter.id)
                         await self._publish_again(connection, received.message)
                     if verdict != "keep":
                         await self._remove(connection, received.ack_id)
