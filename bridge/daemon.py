@@ -82,9 +82,10 @@ class Daemon:
         return Health(self._settings.name, self._role, tuple(problems))
 
     def _be(self, role: str) -> None:
-        self._role = role
-        LEADING.set(role == "leading")
-        notify(f"STATUS={role}")
+        if role != self._role:
+            self._role = role
+            LEADING.set(role == "leading")
+            notify(f"STATUS={role}")
 
     async def _open_sinks(self) -> None:
         for name, sink in self._sinks.items():
@@ -118,7 +119,7 @@ class Daemon:
         heard_all = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._relay(source, heard_all))
-            await self._keep(stop, lambda: source.session(self._say_up))
+            await self._keep(stop, lambda: source.session(lambda: self._say_up("running")))
             await source.drain(self._settings.relay.shutdown_limit)
             heard_all.set()
 
@@ -146,6 +147,7 @@ class Daemon:
             if not self._started or not stop.is_set():
                 raise
             self._lost_at = time.monotonic()
+        self._be("stopping")
         if self._lost_at is not None:
             log.warning("bridge.stopped_in_outage", hint="what was in flight is published again at the next start")
 
@@ -173,9 +175,8 @@ class Daemon:
                 session = await OutboxSource.connect(settings.name, settings.postgres)
                 await check_version(session)
                 source = OutboxSource(settings.name, session, outbox, doorbell)
-                self._be("standby")
                 async with background(self._keep_sinks_open()):
-                    await source.standby(left, self._say_up)
+                    await source.standby(left, lambda: self._say_up("standby"))
                 log.info("bridge.leading", name=settings.name)
                 self._be("leading")
                 self._relaying = True
@@ -184,7 +185,6 @@ class Daemon:
                 await source.leave()
         finally:
             self._relaying = False
-            self._be("stopping" if stop.is_set() else "waiting for PostgreSQL")
             await listener.close()
             if session is not None:
                 await session.close()
@@ -216,6 +216,7 @@ class Daemon:
 
     def _say_lost(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
+        self._be("waiting for PostgreSQL")
         if self._lost_at is None:
             self._lost_at = time.monotonic()
             log.warning("postgres.lost", reason=str(error))
@@ -224,10 +225,10 @@ class Daemon:
             log.warning("postgres.unreachable", reason=str(error))
         self._lost_to = type(error)
 
-    def _say_up(self) -> None:
+    def _say_up(self, role: str) -> None:
+        self._be(role)
         if not self._started:
             self._started = True
-            self._be("running")
             notify("READY=1")
             log.info("bridge.started", name=self._settings.name, sinks=sorted(self._sinks))
         elif self._lost_at is not None:

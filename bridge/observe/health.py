@@ -24,7 +24,8 @@ class Health:
 
     name: str
     role: str
-    """A word or two for a person: ``starting``, ``standby``, ``leading``, ``waiting for PostgreSQL``, ``stopping``."""
+    """A word or two for a person: ``starting``, ``standby``, ``leading``, ``running`` (where nobody need lead),
+    ``waiting for PostgreSQL``, ``stopping``."""
     problems: tuple[str, ...] = ()
     """What does not work, one sentence each; none means healthy."""
 

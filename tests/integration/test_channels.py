@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from bridge.sources.listener import Listener
 from bridge.supervise import background, one_error
 from tests.servers.daemons import Daemon
 from tests.servers.messages import Messages, execute, settings
+from tests.servers.metrics import MEMORY, metric
 from tests.servers.proxy import Proxy
 
 FLOOD = 100_000
@@ -31,11 +31,6 @@ async def until(condition: Callable[[], bool], limit: float = 20.0) -> None:
             await asyncio.sleep(0.02)
 
 
-def rss(bridge: Daemon) -> int:
-    assert bridge.process is not None
-    return int(Path(f"/proc/{bridge.process.pid}/statm").read_text().split()[1]) * 4096
-
-
 def one(dsn: str, query: str) -> object:
     with psycopg.connect(dsn) as connection:
         row = connection.execute(query).fetchone()
@@ -43,29 +38,25 @@ def one(dsn: str, query: str) -> object:
     return row[0]
 
 
-def scrape(address: str) -> str:
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as response:
-        return str(response.read(), "utf-8")
-
-
-async def heard(address: str, count: int) -> None:
+async def heard(port: int, count: int) -> None:
     """Waits until the bridge has heard so many notifications; the server cannot tell, since its sockets hold some."""
     async with asyncio.timeout(30):
-        while f"pgbridge_notifications_total {float(count)}\n" not in await asyncio.to_thread(scrape, address):
+        while await metric(port, "pgbridge_notifications_total") != count:
             await asyncio.sleep(0.05)
 
 
 async def test_a_flood_of_100000_is_kept_in_order_in_bounded_memory_and_leaves_the_servers_queue_empty(
     bridge_database: str, messages: Messages, tmp_path: Path
 ) -> None:
-    more = "[channels]\nlisten = ['Orders']\nbuffer_events = 5000"
+    port = free_port()
+    more = f"[channels]\nlisten = ['Orders']\nbuffer_events = 5000\n[observe]\nlisten = '127.0.0.1:{port}'"
     with Daemon(tmp_path, settings(bridge_database, messages, more)) as bridge:
         await asyncio.to_thread(bridge.wait_for, "channels.listening")
-        before, most = rss(bridge), 0
+        before, most = await metric(port, MEMORY), 0.0
         flooding = asyncio.create_task(execute(bridge_database, NOTIFY.format(1, FLOOD)))
         async with asyncio.timeout(60):
             while one(bridge_database, "select count(*) from bridge.outbox") != FLOOD:
-                most = max(most, rss(bridge))
+                most = max(most, await metric(port, MEMORY))
                 await asyncio.sleep(0.1)
         await flooding
         assert most - before < 60_000_000
@@ -85,10 +76,10 @@ async def test_a_flood_of_100000_is_kept_in_order_in_bounded_memory_and_leaves_t
 async def test_memory_drops_counts_and_says_what_it_cannot_hold_while_the_broker_is_down(
     rabbitmq: RabbitMQServer, database: str, messages: Messages, tmp_path: Path
 ) -> None:
-    metrics = f"127.0.0.1:{free_port()}"
+    port = free_port()
     more = (
         "[channels]\nlisten = ['Orders']\nbuffer = 'memory'\nbuffer_events = 5000\n[relay]\nretry_max = 0.5\n"
-        f"[observe]\nlisten = '{metrics}'"
+        f"[observe]\nlisten = '127.0.0.1:{port}'"
     )
     async with Proxy(rabbitmq.host, rabbitmq.port) as wire:
         text = settings(database, messages, more).replace(str(rabbitmq.port), str(wire.port))
@@ -96,12 +87,12 @@ async def test_memory_drops_counts_and_says_what_it_cannot_hold_while_the_broker
             await asyncio.to_thread(bridge.wait_for, "channels.listening")
             wire.refuse = True
             wire.cut()
-            before = rss(bridge)
+            before = await metric(port, MEMORY)
             await execute(database, NOTIFY.format(1, FLOOD))
             await asyncio.to_thread(bridge.wait_for, "channels.dropping")
-            await heard(metrics, FLOOD)
+            await heard(port, FLOOD)
             assert one(database, "select pg_notification_queue_usage()") == 0
-            assert rss(bridge) - before < 60_000_000
+            assert await metric(port, MEMORY) - before < 60_000_000
             wire.refuse = False
             await asyncio.to_thread(bridge.wait_for, "sink.recovered")
             assert await asyncio.to_thread(bridge.stop) == 0
@@ -185,15 +176,15 @@ async def test_a_listener_that_has_no_room_is_not_taken_for_a_dead_one(
 async def test_what_memory_holds_at_a_clean_stop_is_still_published(
     rabbitmq: RabbitMQServer, database: str, messages: Messages, tmp_path: Path
 ) -> None:
-    metrics = f"127.0.0.1:{free_port()}"
-    more = f"[channels]\nlisten = ['Orders']\nbuffer = 'memory'\n[observe]\nlisten = '{metrics}'"
+    port = free_port()
+    more = f"[channels]\nlisten = ['Orders']\nbuffer = 'memory'\n[observe]\nlisten = '127.0.0.1:{port}'"
     async with Proxy(rabbitmq.host, rabbitmq.port) as wire:
         text = settings(database, messages, more).replace(str(rabbitmq.port), str(wire.port))
         with Daemon(tmp_path, text) as bridge:
             await asyncio.to_thread(bridge.wait_for, "channels.listening")
             wire.blackhole = True
             await execute(database, NOTIFY.format(1, 10_000))
-            await heard(metrics, 10_000)
+            await heard(port, 10_000)
             stopping = asyncio.create_task(asyncio.to_thread(bridge.stop))
             await asyncio.to_thread(bridge.wait_for, "bridge.stopping")
             wire.blackhole = False

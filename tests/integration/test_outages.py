@@ -14,17 +14,19 @@ from pydantic import SecretStr
 
 import bridge.postgres
 from bridge.daemon import Daemon as InProcessDaemon
-from bridge.demo.servers import PostgresServer, RabbitMQServer
+from bridge.demo.servers import PostgresServer, RabbitMQServer, free_port
 from bridge.errors import DatabaseUnavailableError
 from bridge.operate.migrate import migrate
 from bridge.settings import PostgresSettings, load
 from bridge.sources.outbox import OutboxSource
 from tests.servers.daemons import Daemon
 from tests.servers.messages import Messages, execute, settings
+from tests.servers.metrics import MEMORY, metric
 from tests.servers.proxy import Proxy
 from tests.servers.standby import StandbyServer
 
 BRISK = "[relay]\nretry_max = 0.5"
+READ = "pgbridge_events_read_total"
 ORDER = "select bridge.emit('load', n::text, 'key-' || n %% 5) from generate_series({}, {}) n order by n"
 
 
@@ -219,9 +221,11 @@ async def test_a_changed_password_is_waited_out_and_told(
 
 
 @contextlib.asynccontextmanager
-async def carrying(dsn: str, messages: Messages, tmp_path: Path, url: str | None = None) -> AsyncIterator[Daemon]:
+async def carrying(
+    dsn: str, messages: Messages, tmp_path: Path, url: str | None = None, more: str = BRISK
+) -> AsyncIterator[Daemon]:
     """A bridge that has carried a first event and stops cleanly at the end."""
-    text = settings(dsn, messages, BRISK)
+    text = settings(dsn, messages, more)
     if url is not None:
         text = text.replace(messages.url, url)
     with Daemon(tmp_path, text) as bridge:
@@ -268,27 +272,24 @@ async def test_a_broker_that_refuses_connections_for_a_while_is_told_once(
 async def test_a_memory_alarm_stops_reading_and_loses_nothing(
     rabbitmq: RabbitMQServer, bridge_database: str, messages: Messages, tmp_path: Path
 ) -> None:
-    async with carrying(bridge_database, messages, tmp_path) as bridge:
+    port = free_port()
+    more = f'{BRISK}\npages_in_flight = 2\n[observe]\nlisten = "127.0.0.1:{port}"'
+    async with carrying(bridge_database, messages, tmp_path, more=more):
         await asyncio.to_thread(rabbitmq.alarm, True)
         try:
             await emit(bridge_database, 6, 12_000)
-            before = _rss(bridge)
-            await until(lambda: _rss(bridge) > before, 5)
-            held = [_rss(bridge)]
+            async with asyncio.timeout(20):
+                while await metric(port, "pgbridge_pages_in_flight") < 2:
+                    await asyncio.sleep(0.02)
+            read, memory = [await metric(port, name) for name in (READ, MEMORY)]
+            assert read < 12_000
             for _ in range(20):
                 await asyncio.sleep(0.05)
-                held.append(_rss(bridge))
-            assert max(held) - before < 60_000_000
+                assert await metric(port, READ) == read
+                assert await metric(port, MEMORY) < memory + 20_000_000
         finally:
             await asyncio.to_thread(rabbitmq.alarm, False)
         assert await take(messages, 11_995) == list(range(6, 12_001))
-
-
-def _rss(bridge: Daemon) -> int:
-    """Bytes of memory that the process holds."""
-    assert bridge.process is not None
-    pages = Path(f"/proc/{bridge.process.pid}/statm").read_text().split()[1]
-    return int(pages) * 4096
 
 
 async def test_a_deleted_exchange_is_waited_for(

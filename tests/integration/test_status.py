@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import psycopg
@@ -12,6 +10,7 @@ from bridge.demo.servers import NatsServer, RabbitMQServer, free_port
 from tests.integration.operating import command, eventually, json_of
 from tests.servers.daemons import Daemon
 from tests.servers.messages import Messages, execute, settings
+from tests.servers.metrics import get
 
 
 async def test_status_tells_of_the_leader_and_that_nothing_waits(
@@ -90,17 +89,6 @@ async def test_an_unreachable_database_ends_status_with_69(messages: Messages, t
     dsn = f"postgresql://nobody@127.0.0.1:{free_port()}/none"
     config = str(Daemon(tmp_path, settings(dsn, messages)).config)
     await command("status", "--config", config, expect=69)
-
-
-async def get(port: int, path: str) -> tuple[int, str]:
-    def look() -> tuple[int, str]:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    return await asyncio.to_thread(look)
 
 
 async def until_health(port: int, status: int, role: str) -> dict[str, object]:
