@@ -69,7 +69,13 @@ def header_values(headers: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def attributes(event: Event, prefix: str = ATTRIBUTE_PREFIX) -> dict[str, str]:
-    """Every attribute and header of an event but its payload, as flat strings."""
+    """Every attribute and header of an event but its payload, as flat strings.
+
+    Raises Malformed when a header has the name of one of the event's own attributes.
+    """
+    for name in event.headers:
+        if name.startswith(prefix):
+            raise Malformed(f"the header {name!r}: {prefix} is reserved for the event's own attributes")
     flat = {
         f"{prefix}specversion": SPECVERSION,
         f"{prefix}id": event.id,

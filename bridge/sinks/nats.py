@@ -17,7 +17,7 @@ from itertools import count
 import nats.errors
 from nats.aio.msg import Msg
 
-from bridge.event import REPLAYED, Event, attributes
+from bridge.event import REPLAYED, Event, Malformed, attributes
 from bridge.nats.connection import REQUEST_TIMEOUT, Client, address_of, asking, connect, disconnect, until_lost
 from bridge.nats.streams import require, stream
 from bridge.nats.wire import CONTENT_TYPE, ID_HEADER, headers_size, quote_headers, subject_of
@@ -162,6 +162,8 @@ class NatsSink:
                 # A replay within the duplicate window would be confirmed and not stored.
                 headers[ID_HEADER] = event.id
             headers[CONTENT_TYPE] = event.content_type
+        except Malformed as error:
+            raise _Refused("malformed", str(error)) from error
         except UnicodeError as error:
             raise _Refused("malformed", f"the topic or a header of event {event.id} is no Unicode: {error}") from error
         if len(subject) > MAX_SUBJECT:

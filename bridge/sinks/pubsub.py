@@ -1,6 +1,6 @@
 """Google Cloud Pub/Sub as a sink: one topic, the event's key as the ordering key, confirms by request.
 
-``pubsub_requests.py`` sends; ``bridge/pubsub/`` connects, writes messages, and looks at topics.
+``pubsub_requests.py`` sends; ``bridge/pubsub/`` connects, encodes messages, and looks at topics.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from bridge.event import Event
 from bridge.observe.topology import Declaration
 from bridge.pubsub import resources
 from bridge.pubsub.connection import Connection, connect
-from bridge.pubsub.wire import Unsendable, to_message
+from bridge.pubsub.encode import Encoder, Unsendable
 from bridge.settings import PubSubSettings
 from bridge.sinks import Failed, Outcome
 from bridge.sinks.pubsub_requests import Requests
@@ -35,6 +35,7 @@ class PubSubSink:
     def __init__(self, settings: PubSubSettings) -> None:
         self._settings = settings
         self._topic = f"projects/{settings.project}/topics/{settings.topic}"
+        self._encoder = Encoder(ordering=settings.ordering, max_payload=settings.max_message_bytes)
         self._requests: Requests | None = None
         self._watching: asyncio.Task[None] | None = None
 
@@ -81,13 +82,11 @@ class PubSubSink:
         with requests.call(len(events)) as call:
             for index, event in enumerate(events):
                 try:
-                    message = to_message(
-                        event, ordering=self._settings.ordering, max_payload=self._settings.max_message_bytes
-                    )
+                    key, message = self._encoder.encode(event)
                 except Unsendable as refused:
                     call.settle(index, Failed(False, refused.code, str(refused)))
                 else:
-                    requests.put(message, call, index)
+                    requests.put(key, message, call, index)
             requests.start()
             await call.done
             return cast("list[Outcome]", call.outcomes)

@@ -12,19 +12,20 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import grpc
-from google.pubsub_v1 import types
 
 from bridge.pubsub.connection import Connection, said_by
-from bridge.pubsub.wire import FRAME_BYTES
+from bridge.pubsub.encode import topic_field
 from bridge.settings import PubSubSettings
 from bridge.sinks import CONFIRMED, Failed, Outcome, Unknown
 
-_PublishRequest: Final = types.PublishRequest.pb()
-_Code: Final = grpc.StatusCode
 
-_THIS_KEY_LATER: Final = {_Code.RESOURCE_EXHAUSTED, _Code.ABORTED, _Code.FAILED_PRECONDITION}
+_THIS_KEY_LATER: Final = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+}
 """The service refused this request and may take it later: a quota, or a key's 1 MB a second."""
-_NOTHING_GOES: Final = {_Code.NOT_FOUND, _Code.PERMISSION_DENIED, _Code.UNAUTHENTICATED}
+_NOTHING_GOES: Final = {grpc.StatusCode.NOT_FOUND, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED}
 """Every request would be refused until a person acts."""
 
 
@@ -47,8 +48,8 @@ class Call:
             self.done.set_result(None)
 
 
-_Waiting = tuple[Any, int, Call, int]
-"""A protobuf message, its bytes in a request, and where its outcome goes."""
+_Waiting = tuple[bytes, Call, int]
+"""A message as a field of a request, and where its outcome goes."""
 
 
 class _KeyQueue:
@@ -73,6 +74,7 @@ class Requests:
         self._settings = settings
         self._connection = connection
         self._topic = topic
+        self._topic_field = topic_field(topic)
         self._queues: dict[str, _KeyQueue] = {}
         self._ready: deque[_KeyQueue] = deque()
         self._in_flight = 0
@@ -92,9 +94,8 @@ class Requests:
                 queue.unanswered -= 1
                 self._forget_if_idle(queue)
 
-    def put(self, message: Any, call: Call, index: int) -> None:
-        """Queues a message; `start` follows."""
-        key = message.ordering_key
+    def put(self, key: str, message: bytes, call: Call, index: int) -> None:
+        """Queues a message under its ordering key, empty for none; `start` follows."""
         if self.broken is not None:
             call.settle(index, Failed(True, "disconnected", self.broken))
             return
@@ -102,9 +103,9 @@ class Requests:
         if queue is None:
             queue = self._queues[key] = _KeyQueue(key)
         if queue.unanswered:
-            self._fail(queue, [(message, 0, call, index)], _behind(key))
+            self._fail(queue, [(message, call, index)], _behind(key))
         else:
-            queue.waiting.append((message, message.ByteSize() + FRAME_BYTES, call, index))
+            queue.waiting.append((message, call, index))
             self._offer(queue)
 
     def start(self) -> None:
@@ -147,8 +148,8 @@ class Requests:
         if not self._settings.batch_delay or len(queue.waiting) >= self._settings.batch_messages:
             self._make_ready(queue)
         elif queue.timer is None:
-            loop = asyncio.get_running_loop()
-            queue.timer = loop.call_later(self._settings.batch_delay, self._delay_is_over, queue)
+            delay = self._settings.batch_delay
+            queue.timer = asyncio.get_running_loop().call_later(delay, self._delay_is_over, queue)
 
     def _delay_is_over(self, queue: _KeyQueue) -> None:
         queue.timer = None
@@ -165,17 +166,17 @@ class Requests:
 
     def _take(self, queue: _KeyQueue) -> list[_Waiting]:
         batch = [queue.waiting.popleft()]
-        size = batch[0][1]
+        size = len(batch[0][0])
         while queue.waiting and len(batch) < self._settings.batch_messages:
-            size += queue.waiting[0][1]
+            size += len(queue.waiting[0][0])
             if size > self._settings.batch_bytes:
                 break
             batch.append(queue.waiting.popleft())
         return batch
 
     def _send(self, batch: Sequence[_Waiting]) -> Any:
-        request = _PublishRequest(topic=self._topic, messages=[message for message, *_ in batch])
-        return self._connection.publish(request, timeout=self._settings.publish_timeout)
+        request = b"".join([self._topic_field, *[message for message, _, _ in batch]])
+        return self._connection.publish_encoded(request, timeout=self._settings.publish_timeout)
 
     async def _finish(self, queue: _KeyQueue, batch: Sequence[_Waiting], response: Any) -> None:
         try:
@@ -198,17 +199,16 @@ class Requests:
             return await self._refused(queue, batch, error)
         except asyncio.CancelledError:
             self._fail(queue, batch, Unknown("the connection was closed before the confirm came"))
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise
             return False
-        for _, _, call, index in batch:
+        for _, call, index in batch:
             call.settle(index, CONFIRMED)
         return True
 
     async def _refused(self, queue: _KeyQueue, batch: Sequence[_Waiting], error: grpc.aio.AioRpcError) -> bool:
         said = f"Pub/Sub at {self._connection.address} says {said_by(error)}"
-        if error.code() is _Code.INVALID_ARGUMENT:
+        if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
             return await self._single_out(queue, batch, said)
         if error.code() in _THIS_KEY_LATER:
             first, behind = batch[:1], batch[1:]
@@ -225,7 +225,7 @@ class Requests:
     async def _single_out(self, queue: _KeyQueue, batch: Sequence[_Waiting], said: str) -> bool:
         """Finds, by halves and in order, the messages for which the service refuses a whole request."""
         if len(batch) == 1:
-            _, _, call, index = batch[0]
+            _, call, index = batch[0]
             call.settle(index, Failed(False, "refused", said))
             return True
         middle = len(batch) // 2
@@ -239,7 +239,7 @@ class Requests:
         return True
 
     def _fail(self, queue: _KeyQueue, batch: Iterable[_Waiting], outcome: Outcome) -> None:
-        for _, _, call, index in batch:
+        for _, call, index in batch:
             call.settle(index, outcome)
             if queue.key and queue not in call.failed and not call.returned:
                 call.failed.add(queue)

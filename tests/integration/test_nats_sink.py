@@ -128,6 +128,14 @@ async def test_a_topic_too_long_for_a_subject_fails_and_the_connection_stays(sin
     assert others == [CONFIRMED] * 2
 
 
+async def test_a_header_in_the_name_of_an_own_attribute_is_refused(sink: NatsSink) -> None:
+    refused, other = await sink.publish([make_event(headers={"ce-id": "another"}), make_event()])
+    assert isinstance(refused, Failed)
+    assert (refused.retryable, refused.code) == (False, "malformed")
+    assert "'ce-id'" in refused.reason
+    assert other is CONFIRMED
+
+
 async def test_batches_beyond_the_room_for_writing_wait_and_keep_their_order(
     sink: NatsSink, jetstream: JetStreamContext, unique: str
 ) -> None:

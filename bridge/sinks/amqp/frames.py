@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from bridge.event import AMQP_PREFIX, SPECVERSION, Event
 from bridge.sinks import Failed
-from bridge.sinks.amqp.times import TimeWriter
+from bridge.times import TimeWriter
 
 CHANNEL = 1
 """The channel that publishes."""
