@@ -18,7 +18,6 @@ from bridge.pubsub.encode import topic_field
 from bridge.settings import PubSubSettings
 from bridge.sinks import CONFIRMED, Failed, Outcome, Unknown
 
-
 _THIS_KEY_LATER: Final = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.ABORTED,

@@ -109,7 +109,8 @@ async def test_the_event_arrives_as_it_was_published(harness: QueueHarness, even
 
 
 async def test_no_more_than_the_prefetch_is_in_hand_and_settling_makes_room(harness: QueueHarness) -> None:
-    await harness.publish(*[make_event(number) for number in range(8)])
+    # A key each: one behind another of its key would rightly wait for it.
+    await harness.publish(*[make_event(number, key=f"key-{number}") for number in range(8)])
     async with consuming(harness, prefetch=3) as (_, deliveries):
         in_hand = [await take(deliveries) for _ in range(3)]
         following = asyncio.ensure_future(anext(deliveries))
