@@ -742,35 +742,43 @@ create index inbox_started on bridge.inbox (worker, started_at);
 comment on table bridge.inbox is
     'Events that workers have claimed or finished; makes the database effects of a worker exactly-once.';
 
--- Claims an event. A process never asks for one that it has in hand, so a claim under its own token is one whose
--- answer it did not get. `state` is
---   claimed   it is ours: run it; `attempts` says which run this is
+-- Claims events, and says of each how it stands. A process never asks for one that it has in hand, so a claim under
+-- its own token is one whose answer it did not get. Give them in the order of their ids: then no two callers wait for
+-- each other. `state` is
+--   claimed   it is ours: run it; `attempt` says which run this is
 --   finished  it was handled before: acknowledge it
 --   busy      a living process has it: come back later
 --   unheld    nobody holds the lock of the token that was given: take a new one first
-create function bridge.inbox_claim(worker_name text, event uuid, token bigint, out state text, out attempt integer)
+create function bridge.inbox_claim(worker_name text, events uuid[], token bigint)
+returns table (event uuid, state text, attempt integer)
 language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp as $$
 declare
+    unheld boolean := pg_try_advisory_xact_lock_shared(token);
     finished timestamptz;
 begin
-    if pg_try_advisory_xact_lock_shared(token) then
-        state := 'unheld';
-        return;
-    end if;
-    -- A crash of the server that forgets this claim ends the session that holds its token as well; so nobody need
-    -- wait for the disk before the handler runs. What finishes or begins an effect does wait.
+    -- A crash of the server that forgets these claims ends the session that holds their token as well; so nobody
+    -- need wait for the disk before the handler runs. What finishes or begins an effect does wait.
     perform set_config('synchronous_commit', 'off', true);
-    insert into bridge.inbox as i (worker, event_id, claim) values (worker_name, event, token)
-    on conflict (worker, event_id) do update set claim = excluded.claim, attempts = i.attempts + 1
-        where i.finished_at is null
-          and (i.claim is null or i.claim = excluded.claim or pg_try_advisory_xact_lock_shared(i.claim))
-    returning i.attempts into attempt;
-    if found then
-        state := 'claimed';
-        return;
-    end if;
-    select i.finished_at into finished from bridge.inbox i where i.worker = worker_name and i.event_id = event;
-    state := case when finished is null then 'busy' else 'finished' end;
+    foreach event in array events loop
+        attempt := null;
+        if unheld then
+            state := 'unheld';
+            return next;
+            continue;
+        end if;
+        insert into bridge.inbox as i (worker, event_id, claim) values (worker_name, event, token)
+        on conflict (worker, event_id) do update set claim = excluded.claim, attempts = i.attempts + 1
+            where i.finished_at is null
+              and (i.claim is null or i.claim = excluded.claim or pg_try_advisory_xact_lock_shared(i.claim))
+        returning i.attempts into attempt;
+        if found then
+            state := 'claimed';
+        else
+            select i.finished_at into finished from bridge.inbox i where i.worker = worker_name and i.event_id = event;
+            state := case when finished is null then 'busy' else 'finished' end;
+        end if;
+        return next;
+    end loop;
 end $$;
 
 -- Finishes a claimed event; false when the claim is no longer ours. Call it in the transaction of the reply.
@@ -782,6 +790,20 @@ begin
     where i.worker = worker_name and i.event_id = event and i.claim = token and i.attempts = attempt
       and i.finished_at is null;
     return found;
+end $$;
+
+-- Finishes claimed events of a worker without a reply; the arrays go together, in the order of the ids. Returns those
+-- whose claims were still ours.
+create function bridge.inbox_finish_all(
+    worker_name text, events uuid[], tokens bigint[], attempts integer[], outcomes jsonb[])
+returns setof uuid
+language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp as $$
+begin
+    for n in 1 .. cardinality(events) loop
+        if bridge.inbox_finish(worker_name, events[n], tokens[n], attempts[n], outcomes[n]) then
+            return next events[n];
+        end if;
+    end loop;
 end $$;
 
 -- Gives a claim up, so that any process may claim the event at once. `counted` is the number of attempts that
@@ -1118,8 +1140,9 @@ to bridge_relay;
 -- A reply function is its author's to grant: `grant execute on function shop.invoice_rendered to bridge_worker`.
 
 grant execute on function
-  bridge.inbox_claim(text, uuid, bigint),
+  bridge.inbox_claim(text, uuid[], bigint),
   bridge.inbox_finish(text, uuid, bigint, int, jsonb),
+  bridge.inbox_finish_all(text, uuid[], bigint[], int[], jsonb[]),
   bridge.inbox_release(text, uuid, bigint, int, int),
   bridge.inbox_effect_begin(text, uuid, bigint, int, text),
   bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb),

@@ -2,9 +2,11 @@
 
 Claims carry the process' token (``token.py``): they die with its session, so after a crash another process takes
 over at once. A claim is made only while the token's lock is held, and finishing one checks that it is still ours.
+Claims, and ends without a reply, that are asked for at the same time share a query: a query each was half of what a
+worker cost.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, LiteralString
 
@@ -17,55 +19,16 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from bridge.errors import DatabaseUnavailableError, PrivilegeError, SchemaError
 from bridge.postgres import connection_parameters, database_errors, translated
 from bridge.settings import PostgresSettings
-from workers.effects import Effect
+from workers.claim import Claim, ClaimLostError, ReplyError
+from workers.gathering import Gathering
 from workers.handler import Result
 from workers.token import Token
 
 _SERIALIZATION_ATTEMPTS: Final = 5
+_TOGETHER: Final = 100
+"""Most events in one query."""
 _UNAVAILABLE_CLASSES: Final = ("08", "53", "57P", "58", "25006")
 """SQLSTATEs that speak of the server and not of the reply: connection, resources, shutdown, system, read-only."""
-
-
-class ClaimLostError(Exception):
-    """Another process took the event over, because our session with PostgreSQL had ended."""
-
-
-class ReplyError(Exception):
-    """The reply function, or the conversion of the result, raised. The message is PostgreSQL's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """An event that is ours to handle, and the ledger of its outside effects."""
-
-    inbox: "Inbox"
-    event_id: str
-    token: int
-    attempt: int
-    """Which run of the handler this is, from 1."""
-
-    @property
-    def fence(self) -> tuple[str, str, int, int]:
-        return (self.inbox.worker, self.event_id, self.token, self.attempt)
-
-    async def begin_effect(self, operation: str) -> Effect:
-        """See `effects.Ledger`. Raises ClaimLostError, DatabaseUnavailableError."""
-        entry = await self.inbox.value("SELECT bridge.inbox_effect_begin(%s, %s, %s, %s, %s)", *self.fence, operation)
-        if entry is None:
-            raise ClaimLostError
-        return Effect(
-            operation, entry["idempotency_key"], datetime.fromisoformat(entry["started_at"]), entry.get("result")
-        )
-
-    async def end_effect(self, effect: Effect) -> None:
-        """See `effects.Ledger`. Raises ClaimLostError, DatabaseUnavailableError."""
-        if not await self.inbox.value(
-            "SELECT bridge.inbox_effect_end(%s, %s, %s, %s, %s, %s)",
-            *self.fence,
-            effect.operation,
-            Jsonb(effect.result),
-        ):
-            raise ClaimLostError
 
 
 class Inbox:
@@ -85,6 +48,8 @@ class Inbox:
         )
         self._token = Token(settings, application_name)
         self._in_hand: set[str] = set()
+        self._claims = Gathering(self._claim_together, _TOGETHER)
+        self._ends = Gathering(self._finish_together, _TOGETHER)
 
     async def open(self) -> None:
         """Connects, and checks that the schema and the reply function are there and may be used.
@@ -107,24 +72,34 @@ class Inbox:
         if event_id in self._in_hand:
             return "busy"
         self._in_hand.add(event_id)
-        claimed = False
+        claim: Claim | Literal["finished", "busy"] = "busy"
         try:
-            while True:
-                token = self._token.value
-                state, attempt = await self.row(
-                    "SELECT state, attempt FROM bridge.inbox_claim(%s, %s, %s)", self.worker, event_id, token
-                )
-                if state == "unheld":
-                    # Our session ended unnoticed, and its claims with it.
-                    await self._token.take(instead_of=token)
-                    continue
-                if state != "claimed":
-                    return "finished" if state == "finished" else "busy"
-                claimed = True
-                return Claim(self, event_id, token, attempt)
+            claim = await self._claims(event_id)
         finally:
-            if not claimed:
+            if not isinstance(claim, Claim):
                 self._in_hand.discard(event_id)
+        return claim
+
+    async def _claim_together(self, events: Sequence[str]) -> Sequence[Claim | Literal["finished", "busy"]]:
+        while True:
+            token = self._token.value
+            rows = await self._rows(
+                "SELECT event, state, attempt FROM bridge.inbox_claim(%s, %s::uuid[], %s)",
+                self.worker,
+                # In one order in every process, so that no two wait for each other.
+                sorted(events),
+                token,
+            )
+            if rows[0][1] != "unheld":
+                break
+            # Our session ended unnoticed, and its claims with it.
+            await self._token.take(instead_of=token)
+        claims: dict[str, Claim | Literal["finished", "busy"]] = {}
+        for event, state, attempt in rows:
+            event_id = str(event)
+            claimed = Claim(self, event_id, token, attempt) if state == "claimed" else None
+            claims[event_id] = claimed or ("finished" if state == "finished" else "busy")
+        return [claims[event_id] for event_id in events]
 
     async def finish(self, claim: Claim, result: Result) -> None:
         """Records the result and hands it to the reply function, in one transaction.
@@ -134,9 +109,10 @@ class Inbox:
         transaction been committed after all, it raises ClaimLostError, and the next claim says "finished".
         """
         outcome = None if result is None else Jsonb(result)
+        alone = self._reply_name is not None
         for remaining in reversed(range(_SERIALIZATION_ATTEMPTS)):
             try:
-                await self._finish(claim, outcome)
+                ours = await (self._finish_alone(claim, outcome) if alone else self._ends((claim, outcome)))
             except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected) as error:
                 if not remaining:
                     raise self._refused(error) from error
@@ -147,10 +123,15 @@ class Inbox:
                     raise translated(error) from error
                 raise self._refused(error) from error
             except psycopg.Error as error:
-                raise self._refused(error) from error
+                if alone:
+                    raise self._refused(error) from error
+                # It may be another one's result that was refused.
+                alone = True
             else:
                 break
         self._in_hand.discard(claim.event_id)
+        if not ours:
+            raise ClaimLostError
 
     async def release(self, claim: Claim, *, counted: int) -> None:
         """Gives the claim up with `counted` attempts on record; one that was lost is gone already.
@@ -172,26 +153,36 @@ class Inbox:
 
     async def value(self, query: LiteralString, *parameters: object) -> Any:
         """The first column of a query's one row. Raises DatabaseUnavailableError and other PgbridgeErrors."""
-        return (await self.row(query, *parameters))[0]
+        [row] = await self._rows(query, *parameters)
+        return row[0]
 
-    async def row(self, query: LiteralString, *parameters: object) -> TupleRow:
-        """A query's one row. Raises as `value` does."""
+    async def _rows(self, query: LiteralString, *parameters: object) -> list[TupleRow]:
         try:
             with database_errors():
                 async with self._pool.connection() as connection:
-                    [row] = await (await connection.execute(query, parameters, prepare=True)).fetchall()
+                    return await (await connection.execute(query, parameters, prepare=True)).fetchall()
         except PoolTimeout as error:
             raise DatabaseUnavailableError("PostgreSQL gave no connection in time") from error
-        return row
 
-    async def _finish(self, claim: Claim, outcome: Jsonb | None) -> None:
+    async def _finish_alone(self, claim: Claim, outcome: Jsonb | None) -> bool:
+        """With the reply, if there is one. Whether the claim was still ours."""
         parameters = [*claim.fence, outcome, *([] if self._reply_name is None else [claim.event_id, outcome])]
         async with self._pool.connection() as connection:
-            cursor = await connection.execute(self._finishing, parameters, prepare=True)
-            row = await cursor.fetchone()
-        if row is None or not row[0]:
-            self._in_hand.discard(claim.event_id)
-            raise ClaimLostError
+            row = await (await connection.execute(self._finishing, parameters, prepare=True)).fetchone()
+        return row is not None and bool(row[0])
+
+    async def _finish_together(self, ends: Sequence[tuple[Claim, Jsonb | None]]) -> Sequence[bool]:
+        ends_by_id = sorted(ends, key=lambda end: end[0].event_id)
+        columns = (
+            [claim.event_id for claim, _ in ends_by_id],
+            [claim.token for claim, _ in ends_by_id],
+            [claim.attempt for claim, _ in ends_by_id],
+            [outcome for _, outcome in ends_by_id],
+        )
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(_FINISH_TOGETHER, (self.worker, *columns), prepare=True)
+            finished = {str(event) for (event,) in await cursor.fetchall()}
+        return [claim.event_id in finished for claim, _ in ends]
 
     def _refused(self, error: psycopg.Error) -> ReplyError:
         said = " ".join((error.diag.message_primary or str(error)).split())
@@ -216,6 +207,9 @@ class Inbox:
                 f"workers.{self.worker}.reply: this role may not call {reply}. "
                 f"GRANT USAGE ON SCHEMA {schema} and GRANT EXECUTE ON FUNCTION {reply}(uuid, jsonb) to it"
             )
+
+
+_FINISH_TOGETHER: Final = "SELECT bridge.inbox_finish_all(%s, %s::uuid[], %s::bigint[], %s::int[], %s::jsonb[])"
 
 
 def _finishing(reply: str | None) -> sql.Composed:

@@ -14,7 +14,8 @@ from pydantic import SecretStr
 
 from bridge.errors import DatabaseUnavailableError, PgbridgeError, PrivilegeError, RefusedError, SchemaError
 from bridge.settings import PostgresSettings
-from workers.inbox import Claim, ClaimLostError, Inbox, ReplyError
+from workers.claim import Claim, ClaimLostError, ReplyError
+from workers.inbox import Inbox
 from workers.token import Token
 
 

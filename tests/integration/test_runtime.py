@@ -18,9 +18,10 @@ from bridge.event import Event, Malformed
 from bridge.settings import PostgresSettings, WorkerSettings
 from tests.servers.proxy import Proxy
 from tests.servers.scripted_queue import ScriptedQueue, event_of
+from workers.claim import Claim
 from workers.effects import effect
 from workers.handler import Reject, Result, Retry, Run
-from workers.inbox import Claim, Inbox
+from workers.inbox import Inbox
 from workers.queues import Failure
 from workers.runtime import Worker
 

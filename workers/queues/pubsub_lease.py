@@ -9,6 +9,7 @@ from google.pubsub_v1 import types
 
 from bridge.errors import PgbridgeError
 from bridge.pubsub.connection import Connection
+from workers.gathering import Gathering
 
 log = structlog.get_logger("workers")
 
@@ -37,8 +38,7 @@ class Leases:
         self._deadline = deadline
         self._lost = lost
         self._held: dict[str, None] = {}
-        self._acks: dict[str, asyncio.Future[None]] = {}
-        self._acknowledging: asyncio.Task[None] | None = None
+        self._acks = Gathering(self._acknowledge, IDS_IN_REQUEST)
         self._extending = asyncio.create_task(self._extend())
 
     def hold(self, ack_id: str) -> None:
@@ -48,12 +48,7 @@ class Leases:
     async def acknowledge(self, ack_id: str) -> None:
         """Returns once the service has taken it. Raises BrokerUnavailableError or RefusedError."""
         self._held.pop(ack_id, None)
-        future = self._acks.get(ack_id)
-        if future is None:
-            future = self._acks[ack_id] = asyncio.get_running_loop().create_future()
-        if self._acknowledging is None:
-            self._acknowledging = asyncio.create_task(self._acknowledge_all())
-        await asyncio.shield(future)
+        await self._acks(ack_id)
 
     @property
     def count(self) -> int:
@@ -76,32 +71,16 @@ class Leases:
         await asyncio.wait([self._extending])
         held = list(self._held)
         self._held.clear()
-        if self._acknowledging is not None:
-            await asyncio.wait([self._acknowledging], timeout=CLOSE_LIMIT)
+        await self._acks.drain(CLOSE_LIMIT)
         try:
             await self._modify(held, 0, limit=CLOSE_LIMIT)
         except PgbridgeError as error:
             log.debug("pubsub.leases_run_out", messages=len(held), seconds=self._deadline, reason=str(error))
 
-    async def _acknowledge_all(self) -> None:
-        """While one request is on its way, others gather for the next."""
-        try:
-            while self._acks:
-                batch = dict(list(self._acks.items())[:IDS_IN_REQUEST])
-                for ack_id in batch:
-                    del self._acks[ack_id]
-                request = _Acknowledge(subscription=self._subscription, ack_ids=list(batch))
-                try:
-                    await self._connection.call(self._connection.acknowledge, request)
-                except PgbridgeError as error:
-                    for future in batch.values():
-                        future.set_exception(error)
-                        future.exception()  # seen, also when nobody waits any more
-                else:
-                    for future in batch.values():
-                        future.set_result(None)
-        finally:
-            self._acknowledging = None
+    async def _acknowledge(self, ack_ids: Sequence[str]) -> Sequence[None]:
+        request = _Acknowledge(subscription=self._subscription, ack_ids=ack_ids)
+        await self._connection.call(self._connection.acknowledge, request)
+        return [None] * len(ack_ids)
 
     async def _extend(self) -> None:
         """Extends every lease three times in its length, so that one lost request does no harm."""
