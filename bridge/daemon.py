@@ -180,7 +180,7 @@ class Daemon:
                 log.info("bridge.leading", name=settings.name)
                 self._be("leading")
                 self._relaying = True
-                async with background(source.pulse(), *self._beside(intake)):
+                async with background(source.keep(), *self._beside(intake)):
                     await self._relay(source, stop)
                 await source.leave()
         finally:

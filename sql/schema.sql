@@ -739,6 +739,9 @@ with (fillfactor = 80);
 
 create index inbox_started on bridge.inbox (worker, started_at);
 
+-- The functions below keep their plans. One made while the table is nearly empty would scan it, and go on to do so
+-- while it grows: hence enable_seqscan = off.
+
 comment on table bridge.inbox is
     'Events that workers have claimed or finished; makes the database effects of a worker exactly-once.';
 
@@ -751,7 +754,7 @@ comment on table bridge.inbox is
 --   unheld    nobody holds the lock of the token that was given: take a new one first
 create function bridge.inbox_claim(worker_name text, events uuid[], token bigint)
 returns table (event uuid, state text, attempt integer)
-language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp set enable_seqscan = off as $$
 declare
     unheld boolean := pg_try_advisory_xact_lock_shared(token);
     finished timestamptz;
@@ -784,7 +787,7 @@ end $$;
 -- Finishes a claimed event; false when the claim is no longer ours. Call it in the transaction of the reply.
 create function bridge.inbox_finish(worker_name text, event uuid, token bigint, attempt integer, outcome jsonb)
 returns boolean
-language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp set enable_seqscan = off as $$
 begin
     update bridge.inbox i set finished_at = clock_timestamp(), result = outcome, claim = null
     where i.worker = worker_name and i.event_id = event and i.claim = token and i.attempts = attempt
@@ -811,7 +814,7 @@ end $$;
 -- that its replay starts afresh. False when the claim is no longer ours.
 create function bridge.inbox_release(worker_name text, event uuid, token bigint, attempt integer, counted integer)
 returns boolean
-language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp set enable_seqscan = off as $$
 begin
     update bridge.inbox i set claim = null, attempts = counted
     where i.worker = worker_name and i.event_id = event and i.claim = token and i.attempts = attempt
@@ -824,7 +827,7 @@ end $$;
 -- A second attempt gets the record of the first, so its key and its start never change.
 create function bridge.inbox_effect_begin(worker_name text, event uuid, token bigint, attempt integer, operation text)
 returns jsonb
-language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp set enable_seqscan = off as $$
 declare
     entry jsonb;
 begin
@@ -840,7 +843,7 @@ end $$;
 create function bridge.inbox_effect_end(
     worker_name text, event uuid, token bigint, attempt integer, operation text, outcome jsonb)
 returns boolean
-language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp set enable_seqscan = off as $$
 begin
     update bridge.inbox i set effects = jsonb_set(i.effects, array[operation, 'result'], outcome)
     where i.worker = worker_name and i.event_id = event and i.claim = token and i.attempts = attempt

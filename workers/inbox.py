@@ -84,7 +84,7 @@ class Inbox:
         while True:
             token = self._token.value
             rows = await self._rows(
-                "SELECT event, state, attempt FROM bridge.inbox_claim(%s, %s::uuid[], %s)",
+                "SELECT event::text, state, attempt FROM bridge.inbox_claim(%s, %s::uuid[], %s)",
                 self.worker,
                 # In one order in every process, so that no two wait for each other.
                 sorted(events),
@@ -95,8 +95,7 @@ class Inbox:
             # Our session ended unnoticed, and its claims with it.
             await self._token.take(instead_of=token)
         claims: dict[str, Claim | Literal["finished", "busy"]] = {}
-        for event, state, attempt in rows:
-            event_id = str(event)
+        for event_id, state, attempt in rows:
             claimed = Claim(self, event_id, token, attempt) if state == "claimed" else None
             claims[event_id] = claimed or ("finished" if state == "finished" else "busy")
         return [claims[event_id] for event_id in events]
@@ -181,7 +180,7 @@ class Inbox:
         )
         async with self._pool.connection() as connection:
             cursor = await connection.execute(_FINISH_TOGETHER, (self.worker, *columns), prepare=True)
-            finished = {str(event) for (event,) in await cursor.fetchall()}
+            finished = {event for (event,) in await cursor.fetchall()}
         return [claim.event_id in finished for claim, _ in ends]
 
     def _refused(self, error: psycopg.Error) -> ReplyError:
@@ -209,7 +208,9 @@ class Inbox:
             )
 
 
-_FINISH_TOGETHER: Final = "SELECT bridge.inbox_finish_all(%s, %s::uuid[], %s::bigint[], %s::int[], %s::jsonb[])"
+_FINISH_TOGETHER: Final = (
+    "SELECT event::text FROM bridge.inbox_finish_all(%s, %s::uuid[], %s::bigint[], %s::int[], %s::jsonb[]) AS event"
+)
 
 
 def _finishing(reply: str | None) -> sql.Composed:

@@ -38,4 +38,7 @@ class Source(Protocol):
         """Keeps events that cannot be published; returns when they are stored durably enough to settle."""
 
     async def settle(self, page: Page) -> None:
-        """Every event of this page, and of every page read before it, is confirmed or dead-lettered."""
+        """Every event of this page, and of every page read before it, is confirmed or dead-lettered.
+
+        A source that remembers so durably may do it a little later, for several pages at once.
+        """

@@ -25,6 +25,8 @@ _FROZEN_AFTER = "15s"
 """The server ends a session that is silent for so long: its bridge is frozen, and another one may lead."""
 _PULSE = 2.0
 """Seconds between two signs of life while the relay has no room for another page."""
+_STORE_PAUSE = 0.05
+"""Seconds between two stores of the cursor. What was settled since the last one is published again after a crash."""
 
 _BURY = """
 insert into bridge.dead_letter
@@ -44,6 +46,9 @@ class OutboxSource:
         self._connection = connection
         self._log = LogReader(connection, name, page_size=outbox.page_size, page_bytes=outbox.page_bytes)
         self._doorbell = doorbell
+        self._settled: Position | None = None
+        """Where everything is settled, and the cursor is not stored yet."""
+        self._news = asyncio.Event()
 
     @staticmethod
     async def connect(name: str, postgres: PostgresSettings) -> AsyncConnection[TupleRow]:
@@ -103,19 +108,37 @@ class OutboxSource:
                 await self._doorbell.wait(xmin)
 
     async def settle(self, page: Page) -> None:
-        await self._log.store(self._name, cast(Position, page.position))
+        self._settled = cast(Position, page.position)
+        self._news.set()
+
+    async def store(self) -> None:
+        """Stores the cursor behind what is settled."""
+        settled, self._settled = self._settled, None
+        self._news.clear()
+        if settled is not None:
+            await self._log.store(self._name, settled)
 
     async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
         await bury(self._connection, self._name, letters)
 
-    async def pulse(self) -> None:
-        """Shows the server that this bridge is not frozen; runs until it is cancelled or the session is lost."""
+    async def keep(self) -> None:
+        """Stores the cursor as it moves, at once if it rested, and shows the server that this bridge is not frozen.
+
+        Runs until it is cancelled or the session is lost.
+        """
         while True:
-            await asyncio.sleep(_PULSE)
-            await self._log.fetch_all("select 1", ())
+            try:
+                async with asyncio.timeout(_PULSE):
+                    await self._news.wait()
+            except TimeoutError:
+                await self._log.fetch_all("select 1", ())
+            else:
+                await self.store()
+                await asyncio.sleep(_STORE_PAUSE)
 
     async def leave(self) -> None:
-        """Hands the lead over, so that a standby need not wait for this session's end."""
+        """Stores the cursor and hands the lead over, so that a standby need not wait for this session's end."""
+        await self.store()
         await self._log.fetch_all("select bridge.leave_lead(%s)", (self._name,))
 
     async def _set_asleep(self, sleeps: bool) -> None:

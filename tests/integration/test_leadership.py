@@ -169,8 +169,9 @@ async def test_a_session_that_lost_the_lead_can_store_nothing(bridge_database: s
         await execute(bridge_database, TERMINATE_LEADER)
         async with asyncio.timeout(5):
             await sources[1].standby(asyncio.Event(), lambda: None)
+        await sources[0].settle(page)
         with pytest.raises(DatabaseUnavailableError):
-            await sources[0].settle(page)
+            await sources[0].store()
         assert stored_mark(bridge_database) == 0
     finally:
         await old.close()

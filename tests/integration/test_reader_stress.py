@@ -182,6 +182,7 @@ class Reader:
             if ahead:
                 done = ahead[: self.random.randrange(1, len(ahead) + 1)]
                 await source.settle(done[-1])
+                await source.store()
                 self.settled += [event for page in done for event in page.events]
                 del ahead[: len(done)]
 
