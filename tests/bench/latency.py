@@ -166,7 +166,7 @@ def latency(world: World) -> Sequence[Row]:
     The emit rate is pgbench's; arrivals are those of a Poisson process.
     """
     rows: list[Row] = []
-    seconds = 3.0 if world.quick else 15.0
+    seconds = 3.0 if world.quick else 8.0
     for rate in (10, 1000):
         handler, consumer = partial(to_handler, world, rate, seconds), partial(to_consumer, world, rate, seconds)
         rows += _compare(world, rate, {"ours": handler, BARE: consumer})

@@ -76,7 +76,7 @@ def backlog(world: World) -> Sequence[Row]:
 @theme("distance")
 def distance(world: World) -> Sequence[Row]:
     """50 ms to the database. The same proxy without delay is the peer, so that only the distance differs."""
-    log = world.log(20_000 if world.quick else 200_000)
+    log = world.log(10_000 if world.quick else 100_000)
 
     def through(seconds: float) -> float:
         with quorum_queue(world) as target, delayed(log.dsn, seconds) as dsn:
@@ -91,7 +91,7 @@ def distance(world: World) -> Sequence[Row]:
 def payload(world: World) -> Sequence[Row]:
     """200 B, 10 kB and 1 MB, each beside the broker's limit at that size."""
     rows: list[Row] = []
-    sizes = {200: 200_000, 10_000: 20_000, 1_000_000: 300}
+    sizes = {200: 100_000, 10_000: 20_000, 1_000_000: 300}
     if world.quick:
         sizes = {10_000: 2_000, 1_000_000: 30}
     for size, events in sizes.items():
@@ -104,7 +104,7 @@ def payload(world: World) -> Sequence[Row]:
 @theme("topics")
 def topics(world: World) -> Sequence[Row]:
     """100 and 10,000 topics and keys beside one of each."""
-    events = 20_000 if world.quick else 200_000
+    events = 10_000 if world.quick else 100_000
     logs = {count: world.log(events, topics=count, keys=count) for count in (1, 100, 10_000)}
     names = {count: f"{count} topics and keys" for count in logs}
     found = interleave(world.rounds, {names[count]: partial(ours, world, log) for count, log in logs.items()})
