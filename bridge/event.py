@@ -102,7 +102,7 @@ def from_attributes(
 
     try:
         time = datetime.fromisoformat(required("time")).astimezone(UTC)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise Malformed(f"{prefix}time is no RFC 3339 time: {error}") from error
     return Event(
         id=required("id"),

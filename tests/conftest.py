@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import hypothesis
 import pytest
 
 from bridge.demo.servers import (
@@ -26,6 +27,12 @@ from bridge.operate.migrate import migrate
 from tests.servers.postgres15 import Postgres15Server
 
 S = TypeVar("S", bound=Server)
+
+# The same examples in every run, so that a change passes or fails for its own sake; and no deadline, which would test
+# the machine. `HYPOTHESIS_PROFILE=search` looks for new examples, and for longer.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("search", max_examples=5000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 NOT_DURABLE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 """Faster, and enough here: only a crash of the machine could tell. A test that kills a server starts a durable one."""

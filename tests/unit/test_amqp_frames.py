@@ -67,6 +67,8 @@ events = st.builds(
     source=at_most(255, alphabet=text, max_size=60),
     time=st.datetimes(
         min_value=datetime(1970, 1, 2),
+        # pamqp counts in floating point, which rounds later times up to the next second.
+        max_value=datetime(2200, 1, 1),
         timezones=st.sampled_from([UTC, timezone(timedelta(hours=2)), timezone(-timedelta(hours=5, minutes=30))]),
     ),
     content_type=st.sampled_from(["application/json", "text/plain", ""]),

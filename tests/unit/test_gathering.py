@@ -1,0 +1,90 @@
+"""Requests that are shared by whoever asks while another is on its way."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from workers.gathering import Gathering
+
+
+class Server:
+    """Doubles numbers once it is let; a negative one is an error for all that came with it."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+        self.open = asyncio.Event()
+
+    async def double(self, numbers: Sequence[int]) -> Sequence[int]:
+        self.asked.append(list(numbers))
+        await self.open.wait()
+        if min(numbers) < 0:
+            raise ValueError("negative")
+        return [2 * number for number in numbers]
+
+
+async def begun(gathering: Gathering[int, int], *numbers: int) -> list[asyncio.Task[int]]:
+    async def ask(number: int) -> int:
+        return await gathering(number)
+
+    tasks = [asyncio.create_task(ask(number)) for number in numbers]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def test_one_alone_goes_at_once_and_what_comes_meanwhile_goes_together() -> None:
+    server = Server()
+    gathering = Gathering(server.double, 3)
+    tasks = await begun(gathering, 1)
+    assert server.asked == [[1]]
+    tasks += await begun(gathering, 2, 3, 4, 5)
+    server.open.set()
+    assert await asyncio.gather(*tasks) == [2, 4, 6, 8, 10]
+    assert server.asked == [[1], [2, 3, 4], [5]]
+
+
+async def test_an_error_goes_to_those_who_asked_together_and_the_next_are_asked() -> None:
+    server = Server()
+    gathering = Gathering(server.double, 2)
+    tasks = await begun(gathering, 1, -2, 3, 4)
+    server.open.set()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [ValueError, ValueError, int, int]
+
+
+async def test_who_gives_up_while_waiting_is_not_asked_for() -> None:
+    server = Server()
+    gathering = Gathering(server.double, 1)
+    tasks = await begun(gathering, 1)
+    tasks += await begun(gathering, 2, 3)
+    tasks[1].cancel()
+    await asyncio.sleep(0)
+    server.open.set()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert (answers[0], answers[2]) == (2, 6)
+    assert isinstance(answers[1], asyncio.CancelledError)
+    assert server.asked == [[1], [3]]
+
+
+async def test_draining_waits_for_what_is_on_its_way() -> None:
+    server = Server()
+    gathering = Gathering(server.double, 10)
+    await gathering.drain(1.0)
+    (task,) = await begun(gathering, 1)
+    asyncio.get_running_loop().call_later(0.01, server.open.set)
+    await gathering.drain(10.0)
+    assert task.done() or await asyncio.wait_for(task, 1) == 2
+
+
+async def test_a_stop_while_asking_leaves_nobody_waiting() -> None:
+    server = Server()
+    gathering = Gathering(server.double, 1)
+    tasks = await begun(gathering, 1, 2)
+    asking = gathering._asking
+    assert asking is not None
+    asking.cancel()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(answer, asyncio.CancelledError) for answer in answers)
+    with pytest.raises(asyncio.CancelledError):
+        await asking
