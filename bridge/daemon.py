@@ -94,13 +94,20 @@ class Daemon:
                     await sink.open()
 
     async def _keep_sinks_open(self) -> None:
-        """While standing by, when no relay does."""
+        """While standing by, when no relay does; tells an outage at its begin and at its end."""
+        lost_at: float | None = None
         while True:
             await asyncio.sleep(_SINKS_LOOK)
             try:
                 await self._open_sinks()
             except PgbridgeError as error:
-                log.warning("sink.unreachable", reason=str(error))
+                if lost_at is None:
+                    lost_at = time.monotonic()
+                    log.warning("sink.unreachable", reason=str(error))
+            else:
+                if lost_at is not None:
+                    log.info("sink.recovered", seconds=round(time.monotonic() - lost_at, 3))
+                lost_at = None
 
     async def _carry_log(self, stop: asyncio.Event) -> None:
         """The outbox; with `channels`, what plain pg_notify says is first written into it."""

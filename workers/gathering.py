@@ -33,9 +33,11 @@ class Gathering(Generic[Q, A]):
 
     async def _ask_all(self) -> None:
         try:
-            while batch := [each for each in self._waiting[: self._most] if not each[1].done()]:
+            while self._waiting:
+                batch = [each for each in self._waiting[: self._most] if not each[1].done()]
                 del self._waiting[: self._most]
-                await self._ask_together(batch)
+                if batch:
+                    await self._ask_together(batch)
         finally:
             self._asking = None
             for _, answer in self._waiting:

@@ -27,8 +27,8 @@ from workers.token import Token
 _SERIALIZATION_ATTEMPTS: Final = 5
 _TOGETHER: Final = 100
 """Most events in one query."""
-_UNAVAILABLE_CLASSES: Final = ("08", "53", "57P", "58", "25006")
-"""SQLSTATEs that speak of the server and not of the reply: connection, resources, shutdown, system, read-only."""
+_UNAVAILABLE_CLASSES: Final = ("08", "53", "57P", "58")
+"""SQLSTATEs that speak of the server and not of the reply: connection, resources, shutdown, system."""
 
 
 class Inbox:
@@ -109,25 +109,24 @@ class Inbox:
         """
         outcome = None if result is None else Jsonb(result)
         alone = self._reply_name is not None
-        for remaining in reversed(range(_SERIALIZATION_ATTEMPTS)):
+        conflicts = 0
+        while True:
             try:
                 ours = await (self._finish_alone(claim, outcome) if alone else self._ends((claim, outcome)))
+                break
             except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected) as error:
-                if not remaining:
+                conflicts += 1
+                if conflicts == _SERIALIZATION_ATTEMPTS:
                     raise self._refused(error) from error
             except PoolTimeout as error:
                 raise DatabaseUnavailableError("PostgreSQL gave no connection in time") from error
-            except (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction) as error:
-                if error.sqlstate is None or error.sqlstate.startswith(_UNAVAILABLE_CLASSES):
-                    raise translated(error) from error
-                raise self._refused(error) from error
             except psycopg.Error as error:
+                if _is_the_servers(error):
+                    raise translated(error) from error
                 if alone:
                     raise self._refused(error) from error
-                # It may be another one's result that was refused.
+                # Of those that went together it may be another one's result that was refused.
                 alone = True
-            else:
-                break
         self._in_hand.discard(claim.event_id)
         if not ours:
             raise ClaimLostError
@@ -206,6 +205,14 @@ class Inbox:
                 f"workers.{self.worker}.reply: this role may not call {reply}. "
                 f"GRANT USAGE ON SCHEMA {schema} and GRANT EXECUTE ON FUNCTION {reply}(uuid, jsonb) to it"
             )
+
+
+def _is_the_servers(error: psycopg.Error) -> bool:
+    """Whether it speaks of the server or the connection, and not of the result."""
+    if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
+        return True
+    operational = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+    return operational and (error.sqlstate is None or error.sqlstate.startswith(_UNAVAILABLE_CLASSES))
 
 
 _FINISH_TOGETHER: Final = (

@@ -17,6 +17,7 @@ from bridge.pubsub.connection import Connection, said_by
 from bridge.pubsub.encode import topic_field
 from bridge.settings import PubSubSettings
 from bridge.sinks import CONFIRMED, Failed, Outcome, Unknown
+from bridge.sinks.pubsub_waiting import Call, KeyQueue, Waiting
 
 _THIS_KEY_LATER: Final = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -28,44 +29,6 @@ _NOTHING_GOES: Final = {grpc.StatusCode.NOT_FOUND, grpc.StatusCode.PERMISSION_DE
 """Every request would be refused until a person acts."""
 
 
-class Call:
-    """One call of `publish`: its outcomes, and the keys that it has news about which the relay must hear first."""
-
-    def __init__(self, count: int) -> None:
-        self.outcomes: list[Outcome | None] = [None] * count
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.failed: set[_KeyQueue] = set()
-        self.returned = False
-        self._open = count
-        if not count:
-            self.done.set_result(None)
-
-    def settle(self, index: int, outcome: Outcome) -> None:
-        self.outcomes[index] = outcome
-        self._open -= 1
-        if not self._open and not self.done.done():
-            self.done.set_result(None)
-
-
-_Waiting = tuple[bytes, Call, int]
-"""A message as a field of a request, and where its outcome goes."""
-
-
-class _KeyQueue:
-    """What waits to be published with one key; that without a key needs no order, so it has many requests in flight."""
-
-    __slots__ = ("in_flight", "key", "ready", "timer", "unanswered", "waiting")
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.waiting: deque[_Waiting] = deque()
-        self.ready = False
-        self.in_flight = 0
-        self.unanswered = 0
-        """Calls that had messages of this key fail and have not returned yet."""
-        self.timer: asyncio.TimerHandle | None = None
-
-
 class Requests:
     """Publishes over one connection until a failure that concerns every key, or `close`."""
 
@@ -74,8 +37,8 @@ class Requests:
         self._connection = connection
         self._topic = topic
         self._topic_field = topic_field(topic)
-        self._queues: dict[str, _KeyQueue] = {}
-        self._ready: deque[_KeyQueue] = deque()
+        self._queues: dict[str, KeyQueue] = {}
+        self._ready: deque[KeyQueue] = deque()
         self._in_flight = 0
         self._finishing: set[asyncio.Task[None]] = set()
         self.broken: str | None = None
@@ -100,7 +63,7 @@ class Requests:
             return
         queue = self._queues.get(key)
         if queue is None:
-            queue = self._queues[key] = _KeyQueue(key)
+            queue = self._queues[key] = KeyQueue(key)
         if queue.unanswered:
             self._fail(queue, [(message, call, index)], _behind(key))
         else:
@@ -140,7 +103,7 @@ class Requests:
         if self._finishing:
             await asyncio.wait(self._finishing)
 
-    def _offer(self, queue: _KeyQueue) -> None:
+    def _offer(self, queue: KeyQueue) -> None:
         """Lets a queue send, at once or after the delay in which others may join; a full request waits for none."""
         if queue.ready or (queue.key and queue.in_flight):
             return
@@ -150,20 +113,20 @@ class Requests:
             delay = self._settings.batch_delay
             queue.timer = asyncio.get_running_loop().call_later(delay, self._delay_is_over, queue)
 
-    def _delay_is_over(self, queue: _KeyQueue) -> None:
+    def _delay_is_over(self, queue: KeyQueue) -> None:
         queue.timer = None
         if queue.waiting and not queue.ready and not (queue.key and queue.in_flight):
             self._make_ready(queue)
             self.start()
 
-    def _make_ready(self, queue: _KeyQueue) -> None:
+    def _make_ready(self, queue: KeyQueue) -> None:
         if queue.timer is not None:
             queue.timer.cancel()
             queue.timer = None
         queue.ready = True
         self._ready.append(queue)
 
-    def _take(self, queue: _KeyQueue) -> list[_Waiting]:
+    def _take(self, queue: KeyQueue) -> list[Waiting]:
         batch = [queue.waiting.popleft()]
         size = len(batch[0][0])
         while queue.waiting and len(batch) < self._settings.batch_messages:
@@ -173,11 +136,11 @@ class Requests:
             batch.append(queue.waiting.popleft())
         return batch
 
-    def _send(self, batch: Sequence[_Waiting]) -> Any:
+    def _send(self, batch: Sequence[Waiting]) -> Any:
         request = b"".join([self._topic_field, *[message for message, _, _ in batch]])
         return self._connection.publish_encoded(request, timeout=self._settings.publish_timeout)
 
-    async def _finish(self, queue: _KeyQueue, batch: Sequence[_Waiting], response: Any) -> None:
+    async def _finish(self, queue: KeyQueue, batch: Sequence[Waiting], response: Any) -> None:
         try:
             if not await self._answered(queue, batch, response) and queue.key:
                 self._fail(queue, queue.waiting, _behind(queue.key))
@@ -190,7 +153,7 @@ class Requests:
         self._forget_if_idle(queue)
         self.start()
 
-    async def _answered(self, queue: _KeyQueue, batch: Sequence[_Waiting], response: Any) -> bool:
+    async def _answered(self, queue: KeyQueue, batch: Sequence[Waiting], response: Any) -> bool:
         """Waits for the response and settles the batch. Whether what waits behind it may go."""
         try:
             await response
@@ -205,7 +168,7 @@ class Requests:
             call.settle(index, CONFIRMED)
         return True
 
-    async def _refused(self, queue: _KeyQueue, batch: Sequence[_Waiting], error: grpc.aio.AioRpcError) -> bool:
+    async def _refused(self, queue: KeyQueue, batch: Sequence[Waiting], error: grpc.aio.AioRpcError) -> bool:
         said = f"Pub/Sub at {self._connection.address} says {said_by(error)}"
         if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
             return await self._single_out(queue, batch, said)
@@ -221,7 +184,7 @@ class Requests:
             self._fail(queue, batch, Unknown(said))
         return False
 
-    async def _single_out(self, queue: _KeyQueue, batch: Sequence[_Waiting], said: str) -> bool:
+    async def _single_out(self, queue: KeyQueue, batch: Sequence[Waiting], said: str) -> bool:
         """Finds, by halves and in order, the messages for which the service refuses a whole request."""
         if len(batch) == 1:
             _, call, index = batch[0]
@@ -237,14 +200,14 @@ class Requests:
                 return False
         return True
 
-    def _fail(self, queue: _KeyQueue, batch: Iterable[_Waiting], outcome: Outcome) -> None:
+    def _fail(self, queue: KeyQueue, batch: Iterable[Waiting], outcome: Outcome) -> None:
         for _, call, index in batch:
             call.settle(index, outcome)
             if queue.key and queue not in call.failed and not call.returned:
                 call.failed.add(queue)
                 queue.unanswered += 1
 
-    def _forget_if_idle(self, queue: _KeyQueue) -> None:
+    def _forget_if_idle(self, queue: KeyQueue) -> None:
         if not (queue.waiting or queue.in_flight or queue.unanswered) and self._queues.get(queue.key) is queue:
             del self._queues[queue.key]
 

@@ -313,3 +313,30 @@ async def test_a_token_behind_a_pooler_is_refused(shop: PostgresSettings, monkey
     with pytest.raises(RefusedError, match="connection pooler"):
         await token.take(instead_of=0)
     assert token.value == 0
+
+
+async def test_of_ends_that_share_a_query_only_the_refused_one_fails(
+    shop: PostgresSettings, bridge_database: str
+) -> None:
+    async with opened(shop, reply=None) as inbox:
+        events = [str(uuid.uuid4()) for _ in range(8)]
+        claims = await asyncio.gather(*(claimed(inbox, event) for event in events))
+        # PostgreSQL's jsonb holds no NUL.
+        results: list[dict[str, str]] = [{"n": "\0" if n == 5 else "x"} for n in range(8)]
+        ends = await asyncio.gather(
+            *(inbox.finish(claim, result) for claim, result in zip(claims, results, strict=True)),
+            return_exceptions=True,
+        )
+        assert [type(end) for end in ends] == [ReplyError if n == 5 else type(None) for n in range(8)]
+        await inbox.release(claims[5], counted=1)
+        assert (await claimed(inbox, events[5])).attempt == 2
+        assert [await inbox.claim(event) for event in events[:5]] == ["finished"] * 5
+
+
+async def test_claims_of_many_at_once_by_two_processes_give_each_event_to_one(shop: PostgresSettings) -> None:
+    events = [str(uuid.uuid4()) for _ in range(300)]
+    async with opened(shop, reply=None) as one, opened(shop, reply=None) as other:
+        claims = await asyncio.gather(*(inbox.claim(event) for event in events for inbox in (one, other)))
+    for first, second in zip(claims[::2], claims[1::2], strict=True):
+        assert {type(first), type(second)} == {Claim, str}
+        assert "busy" in (first, second)

@@ -11,13 +11,16 @@ import psycopg
 import pytest
 from psycopg import conninfo, sql
 from pydantic import SecretStr
+from structlog.testing import capture_logs
 
+import bridge.daemon
 import bridge.postgres
 from bridge.daemon import Daemon as InProcessDaemon
 from bridge.demo.servers import PostgresServer, RabbitMQServer, free_port
 from bridge.errors import DatabaseUnavailableError
 from bridge.operate.migrate import migrate
-from bridge.settings import PostgresSettings, load
+from bridge.settings import OutboxSettings, PostgresSettings, load
+from bridge.sources.doorbell import Doorbell
 from bridge.sources.outbox import OutboxSource
 from tests.servers.daemons import Daemon
 from tests.servers.messages import Messages, execute, settings
@@ -133,6 +136,38 @@ async def test_a_wire_that_swallows_everything_is_noticed_by_the_missing_answer(
         finally:
             stop.set()
             await asyncio.wait_for(running, 20)
+
+
+async def test_a_standby_tells_an_outage_of_the_broker_once_and_its_end(
+    rabbitmq: RabbitMQServer,
+    bridge_database: str,
+    messages: Messages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge.daemon, "_SINKS_LOOK", 0.05)
+    leader = await OutboxSource.connect("test", PostgresSettings(dsn=SecretStr(bridge_database)))
+    assert await OutboxSource("test", leader, OutboxSettings(), Doorbell(1.0)).try_to_lead()
+    async with Proxy(rabbitmq.host, rabbitmq.port) as wire:
+        config = tmp_path / "bridge.toml"
+        config.write_text(settings(bridge_database, messages).replace(str(rabbitmq.port), str(wire.port)))
+        daemon, stop = InProcessDaemon(load(config)), asyncio.Event()
+        with capture_logs() as lines:
+            running = asyncio.create_task(daemon.run(stop))
+            try:
+                await until(lambda: daemon.health().role == "standby")
+                wire.refuse = True
+                wire.cut()
+                await until(lambda: wire.refused >= 3)
+                wire.refuse = False
+                await until(lambda: not daemon.health().problems)
+                await until(lambda: lines[-1]["event"] == "sink.recovered")
+            finally:
+                stop.set()
+                await asyncio.wait_for(running, 20)
+                await leader.close()
+        told = [line["event"] for line in lines if line["event"].startswith("sink.")]
+        assert told == ["sink.unreachable", "sink.recovered"]
 
 
 async def test_a_statement_without_an_answer_is_given_up(

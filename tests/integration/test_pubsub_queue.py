@@ -18,8 +18,9 @@ from bridge.sinks.pubsub import PubSubSink
 from tests.integration.test_pubsub import make_event
 from tests.servers.pubsub import PROJECT, pubsub_settings
 from workers.queues import Failure, Subscription
-from workers.queues.pubsub import PubSubDelivery, PubSubQueue
+from workers.queues.pubsub import PubSubQueue
 from workers.queues.pubsub_dead import PubSubDeadLetters
+from workers.queues.pubsub_delivery import PubSubDelivery
 from workers.queues.pubsub_topology import filter_of
 
 

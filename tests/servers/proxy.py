@@ -37,6 +37,8 @@ class Proxy:
         """Whether new connections are reset as soon as they are made."""
         self.accepted = 0
         """Connections accepted so far, refused ones left out."""
+        self.refused = 0
+        """Connections refused so far."""
         self._passing = asyncio.Event()
         self._passing.set()
         self._listener: asyncio.Server | None = None
@@ -76,6 +78,7 @@ class Proxy:
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.refuse:
+            self.refused += 1
             _reset(writer)
             return
         self.accepted += 1

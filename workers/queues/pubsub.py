@@ -11,7 +11,6 @@
 
 import asyncio
 import contextlib
-import math
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
@@ -19,7 +18,7 @@ import grpc
 from google.pubsub_v1 import types
 
 from bridge.errors import BrokerUnavailableError, PgbridgeError
-from bridge.event import Event, Malformed
+from bridge.event import Event
 from bridge.observe.topology import Declaration
 from bridge.pubsub.connection import Connection, connect, explained
 from bridge.pubsub.wire import from_message
@@ -27,7 +26,8 @@ from bridge.settings import PubSubSettings
 from bridge.topics import matches
 from workers.queues import Failure, Subscription
 from workers.queues.pubsub_dead import FOR_WORKER, marked
-from workers.queues.pubsub_lease import MAX_LEASE, Leases
+from workers.queues.pubsub_delivery import PubSubDelivery
+from workers.queues.pubsub_lease import Leases
 from workers.queues.pubsub_order import InOrder
 from workers.queues.pubsub_topology import Names, ack_deadline, declarations
 
@@ -43,30 +43,6 @@ PULL_GRACE: Final = 0.25
 
 _Publish: Final = types.PublishRequest.pb()
 _Pull: Final = types.PullRequest.pb()
-
-
-class PubSubDelivery:
-    """One message in hand; see `workers.queues.Delivery`."""
-
-    def __init__(self, queue: "PubSubQueue", received: Any, event: Event | Malformed) -> None:
-        self._queue = queue
-        self.event = event
-        self.message = received.message
-        self.key: str = received.message.ordering_key
-        self.ack_id: str = received.ack_id
-        self.attempt: int = received.delivery_attempt or 1
-
-    async def ack(self) -> None:
-        await self._queue.ack(self)
-
-    async def retry(self, delay: float) -> None:
-        await self._queue.postpone(self, min(MAX_LEASE, math.ceil(delay)))
-
-    async def dead_letter(self, failure: Failure) -> None:
-        await self._queue.dead_letter(self, failure)
-
-    async def give_back(self) -> None:
-        await self._queue.give_back(self)
 
 
 class PubSubQueue:
