@@ -16,8 +16,6 @@ QUIET = 1.0
 """Seconds without an event after which the bridge falls asleep."""
 BUSY_PAGES = 20
 """So many pages within one second of sleep show a load that is cheaper to poll for than to be rung for."""
-AWAKE_POLL = 0.001
-"""Seconds between two looks at the log while awake."""
 UNCERTAIN_POLL = 0.02
 """Seconds between two looks while a transaction from before the sleep may still commit unheard."""
 
@@ -57,9 +55,8 @@ class Doorbell:
         self._certain_at = horizon
 
     async def wait(self, xmin: int) -> None:
-        """Waits until it is worth to look again. `xmin` is that of the snapshot that found nothing."""
+        """Waits until it is worth to look again; not while awake. `xmin` is that of the snapshot that found nothing."""
         if not self.asleep:
-            await asyncio.sleep(AWAKE_POLL)
             return
         if self._certain_at is not None and xmin >= self._certain_at:
             self._certain_at = None

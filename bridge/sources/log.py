@@ -20,6 +20,9 @@ _SLOW = 0.03
 """Seconds; a page of the usual size takes a third of that from a database nearby."""
 _GROWTH = 4
 """A page grows to so many times `outbox.page_size` at most."""
+_REST = 3
+"""Times the duration of the last read: a trickle is read in pages of a few, for a quarter of the time at most."""
+_SHORTEST_REST, _LONGEST_REST = 0.001, 0.005
 
 
 class Position(NamedTuple):
@@ -40,6 +43,8 @@ class LogReader:
         self._page_bytes = page_bytes
         self._mark = 0
         self._gaps = Gaps()
+        self.rest = 0.0
+        """Seconds to let pass before the next read while events are coming; 0 behind a full page."""
         # A page and a store never overlap: a horizon must not cover a gap that was found after it was taken.
         self._turn = asyncio.Lock()
 
@@ -64,7 +69,9 @@ class LogReader:
             self._mark = self._gaps.saw(self._mark, ids)
             if looked_everywhere:
                 self._gaps.looked(xmin)
-            self._page_size = self._next_size(full, time.monotonic() - began)
+            took = time.monotonic() - began
+            self._page_size = self._next_size(full, took)
+            self.rest = 0.0 if full else min(max(_REST * took, _SHORTEST_REST), _LONGEST_REST)
             return events, Position(self._mark, self._gaps.all()), xmin
 
     def _next_size(self, full: bool, seconds: float) -> int:

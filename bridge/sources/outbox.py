@@ -95,6 +95,8 @@ class OutboxSource:
 
     async def read(self) -> Page:
         while True:
+            if not self._doorbell.asleep:
+                await asyncio.sleep(self._log.rest)
             events, position, xmin = await self._log.read()
             if events:
                 if self._doorbell.answered():

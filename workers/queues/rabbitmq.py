@@ -18,6 +18,7 @@ headers.
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange, AbstractIncomingMessage
@@ -31,6 +32,7 @@ from bridge.settings import RabbitMQSettings
 from bridge.tls import tls_context
 from workers.queues import Failure, Subscription
 from workers.queues.letters import ATTEMPTS, letter_headers
+from workers.queues.rabbitmq_acks import Acks
 from workers.queues.rabbitmq_message import copy_of, count_of, event_of
 from workers.queues.rabbitmq_topology import Layout, survey
 
@@ -59,8 +61,9 @@ async def connect(settings: RabbitMQSettings) -> AbstractConnection:
 class RabbitMQDelivery:
     """See `workers.queues.Delivery`."""
 
-    def __init__(self, queue: "RabbitMQQueue", message: AbstractIncomingMessage) -> None:
+    def __init__(self, queue: "RabbitMQQueue", acks: Acks, message: AbstractIncomingMessage) -> None:
         self._queue = queue
+        self._acks = acks
         self._message = message
         self._retries = count_of(message, ATTEMPTS)
         self.event = event_of(message)
@@ -71,7 +74,7 @@ class RabbitMQDelivery:
     async def ack(self) -> None:
         """As `Delivery.ack`."""
         async with self._queue.settling():
-            await self._message.ack()
+            await self._acks.ack(self._message)
 
     async def retry(self, delay: float) -> None:
         """As `Delivery.retry`."""
@@ -87,7 +90,7 @@ class RabbitMQDelivery:
     async def give_back(self) -> None:
         """As `Delivery.give_back`, but RabbitMQ counts it."""
         async with self._queue.settling():
-            await self._message.nack(requeue=True)
+            await self._acks.give_back(self._message)
 
 
 class RabbitMQQueue:
@@ -103,7 +106,7 @@ class RabbitMQQueue:
         self._channel: AbstractChannel | None = None
         self._default: AbstractExchange | None = None
         self._consumer = ""
-        self._arrived: asyncio.Queue[AbstractIncomingMessage | None] = asyncio.Queue()
+        self._arrived: asyncio.Queue[RabbitMQDelivery | None] = asyncio.Queue()
         """Bounded by the prefetch; None wakes `deliveries` to look at what follows."""
         self._stopped = False
         self._lost = ""
@@ -126,10 +129,14 @@ class RabbitMQQueue:
             self._channel.close_callbacks.add(self._closed)
             underlay = await self._channel.get_underlay_channel()
             underlay.on_consumer_cancel_callbacks.add(self._cancelled)
+            acks = Acks(underlay)
             self._default = self._channel.default_exchange
             await self._channel.set_qos(prefetch_count=self._prefetch)
             queue = await self._channel.get_queue(self.layout.worker, ensure=False)
-            self._consumer = await queue.consume(self._arrived.put)
+            self._consumer = await queue.consume(partial(self._arrive, acks))
+
+    async def _arrive(self, acks: Acks, message: AbstractIncomingMessage) -> None:
+        self._arrived.put_nowait(RabbitMQDelivery(self, acks, message))
 
     def _closed(self, _: object, error: BaseException | None) -> None:
         self._lose(str(error or "closed"))
@@ -144,13 +151,13 @@ class RabbitMQQueue:
     async def deliveries(self) -> AsyncIterator[RabbitMQDelivery]:
         """As `Queue.deliveries`."""
         while True:
-            message = await self._arrived.get()
+            delivery = await self._arrived.get()
             if self._lost:
                 raise BrokerUnavailableError(f"RabbitMQ closed the connection: {self._lost}")
             if self._stopped:
                 return
-            if message is not None:
-                yield RabbitMQDelivery(self, message)
+            if delivery is not None:
+                yield delivery
 
     async def stop(self) -> None:
         """As `Queue.stop`. What has arrived and was not delivered goes back at once."""
@@ -161,9 +168,9 @@ class RabbitMQQueue:
             await underlay.basic_cancel(self._consumer)
             self._stopped = True
             while not self._arrived.empty():
-                message = self._arrived.get_nowait()
-                if message is not None:
-                    await message.nack(requeue=True)
+                delivery = self._arrived.get_nowait()
+                if delivery is not None:
+                    await delivery.give_back()
         self._arrived.put_nowait(None)
 
     async def publish(self, queue: str, message: AbstractIncomingMessage, headers: dict[str, str]) -> None:

@@ -1,0 +1,81 @@
+"""Acknowledgements over one channel, against what RabbitMQ would have settled."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from aio_pika.exceptions import ChannelInvalidStateError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workers.queues.rabbitmq_acks import Acks
+
+
+class Channel:
+    """Keeps the account that RabbitMQ keeps: which deliveries are open, and what each frame settled."""
+
+    def __init__(self, deliveries: int) -> None:
+        self.open = set(range(1, deliveries + 1))
+        self.acked: set[int] = set()
+        self.frames = 0
+        self.gone = False
+
+    async def basic_ack(self, tag: int, *, multiple: bool, wait: bool) -> None:
+        if self.gone:
+            raise ChannelInvalidStateError("closed")
+        assert tag in self.open, "RabbitMQ closes the channel for a tag that it does not know"
+        settled = {each for each in self.open if each <= tag} if multiple else {tag}
+        self.open -= settled
+        self.acked |= settled
+        self.frames += 1
+        await asyncio.sleep(0)
+
+    async def basic_nack(self, tag: int, *, requeue: bool) -> None:
+        assert requeue
+        self.open.remove(tag)
+        await asyncio.sleep(0)
+
+
+def message(tag: int) -> Any:
+    return SimpleNamespace(delivery_tag=tag)
+
+
+@given(st.permutations(range(1, 13)), st.sets(st.integers(1, 12)), st.sets(st.integers(1, 12)), st.data())
+def test_exactly_what_was_acknowledged_is_settled(
+    order: list[int], returned: set[int], kept: set[int], data: st.DataObject
+) -> None:
+    async def run() -> Channel:
+        channel = Channel(12)
+        acks = Acks(channel)  # type: ignore[arg-type]
+        tasks = []
+        for tag in order:
+            if tag in kept:
+                continue
+            settle = acks.give_back if tag in returned else acks.ack
+            tasks.append(asyncio.create_task(settle(message(tag))))
+            for _ in range(data.draw(st.integers(0, 3))):
+                await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        return channel
+
+    channel = asyncio.run(run())
+    assert channel.open == kept
+    assert channel.acked == set(order) - kept - returned
+
+
+async def test_those_that_end_together_share_a_frame() -> None:
+    channel = Channel(100)
+    acks = Acks(channel)  # type: ignore[arg-type]
+    await asyncio.gather(*(acks.ack(message(tag)) for tag in range(100, 0, -1)))
+    assert (channel.frames, channel.open) == (1, set())
+
+
+async def test_a_channel_that_is_gone_is_told_to_each_who_asked() -> None:
+    channel = Channel(3)
+    channel.gone = True
+    acks = Acks(channel)  # type: ignore[arg-type]
+    told = await asyncio.gather(*(acks.ack(message(tag)) for tag in (1, 2, 3)), return_exceptions=True)
+    assert [type(each) for each in told] == [ChannelInvalidStateError] * 3
+    with pytest.raises(ChannelInvalidStateError):
+        await acks.ack(message(3))
