@@ -68,6 +68,31 @@ create table bridge.bell (
 ) with (fillfactor = 10, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 100);
 comment on table bridge.bell is 'Which bridges sleep: only while one does, emit() sends a NOTIFY.';
 
+-- How many bridges sleep, where every emit() looks: an expression that reads a sequence costs a tenth of a query.
+create sequence bridge.sleepers as bigint minvalue 0;
+comment on sequence bridge.sleepers is 'How many rows of bridge.bell say asleep; kept by its trigger.';
+
+create function bridge.somebody_sleeps() returns boolean
+  language sql volatile
+  return coalesce(pg_sequence_last_value('bridge.sleepers'), 0) > 0;
+
+-- A sequence takes part in no transaction: hence at the end of the one that changes the bell, when little can roll it
+-- back. The new value is seen at once, so whoever takes a transaction id afterwards rings.
+create function bridge.count_sleepers() returns trigger
+  language plpgsql volatile security definer
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+begin
+  -- One at a time, so that each sees what the one before has committed.
+  perform pg_advisory_xact_lock(hashtextextended('pgbridge sleepers', 0));
+  perform setval('bridge.sleepers', (select count(*) from bridge.bell where asleep));
+  return null;
+end
+$$;
+
+create constraint trigger count_sleepers after insert or update or delete on bridge.bell
+  deferrable initially deferred for each row execute function bridge.count_sleepers();
+
 create table bridge.dead_letter (
   id           bigint generated always as identity primary key,
   bridge       text not null,
@@ -100,7 +125,7 @@ comment on table bridge.migration is 'Which migrations of pgbridge this database
 -- migrations/0002_emit.sql ------------------------------------------------------------
 
 -- Recording events in the caller's transaction. What append_event() costs, every such transaction pays:
--- one INSERT, one look at the bell, and for the rest only expressions that PL/pgSQL evaluates without a query.
+-- one INSERT, and for the rest only expressions that PL/pgSQL evaluates without a query.
 
 -- The JSON object in a setting that others write; null when it holds anything else.
 create function bridge.json_object(value text) returns jsonb
@@ -278,7 +303,7 @@ begin
     values (next_id, event, topic, key, payload, content_type, headers);
 
   -- NOTIFY takes a lock that serialises all commits of the cluster, so it is sent only to a bridge that sleeps.
-  if exists (select from bridge.bell where asleep) then
+  if bridge.somebody_sleeps() then
     perform bridge.ring();
   end if;
   return event;
@@ -334,7 +359,7 @@ begin
       order by n.position
     ) as heard;
   get diagnostics stored = row_count;
-  if exists (select from bridge.bell where asleep) then
+  if bridge.somebody_sleeps() then
     perform bridge.ring();
   end if;
   return stored;
@@ -482,7 +507,7 @@ begin
       where c.new <> c.old;
   end if;
   get diagnostics stored = row_count;
-  if stored > 0 and exists (select from bridge.bell where asleep) then
+  if stored > 0 and bridge.somebody_sleeps() then
     perform bridge.ring();
   end if;
   return null;
@@ -668,7 +693,7 @@ begin
         horizon = case when c.system_identifier = cluster then c.horizon else pg_current_xact_id() end,
         system_identifier = cluster, leader = who, leader_since = now();
     insert into bridge.bell (name, asleep) values (bridge_name, true)
-    on conflict (name) do update set asleep = true where not bell.asleep;
+    on conflict (name) do update set asleep = true;
     return query select c.mark, c.gaps, c.horizon::text::bigint from bridge.cursor c where c.name = bridge_name;
 end $$;
 

@@ -63,6 +63,31 @@ create table bridge.bell (
 ) with (fillfactor = 10, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 100);
 comment on table bridge.bell is 'Which bridges sleep: only while one does, emit() sends a NOTIFY.';
 
+-- How many bridges sleep, where every emit() looks: an expression that reads a sequence costs a tenth of a query.
+create sequence bridge.sleepers as bigint minvalue 0;
+comment on sequence bridge.sleepers is 'How many rows of bridge.bell say asleep; kept by its trigger.';
+
+create function bridge.somebody_sleeps() returns boolean
+  language sql volatile
+  return coalesce(pg_sequence_last_value('bridge.sleepers'), 0) > 0;
+
+-- A sequence takes part in no transaction: hence at the end of the one that changes the bell, when little can roll it
+-- back. The new value is seen at once, so whoever takes a transaction id afterwards rings.
+create function bridge.count_sleepers() returns trigger
+  language plpgsql volatile security definer
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+begin
+  -- One at a time, so that each sees what the one before has committed.
+  perform pg_advisory_xact_lock(hashtextextended('pgbridge sleepers', 0));
+  perform setval('bridge.sleepers', (select count(*) from bridge.bell where asleep));
+  return null;
+end
+$$;
+
+create constraint trigger count_sleepers after insert or update or delete on bridge.bell
+  deferrable initially deferred for each row execute function bridge.count_sleepers();
+
 create table bridge.dead_letter (
   id           bigint generated always as identity primary key,
   bridge       text not null,

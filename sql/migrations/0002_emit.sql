@@ -1,5 +1,5 @@
 -- Recording events in the caller's transaction. What append_event() costs, every such transaction pays:
--- one INSERT, one look at the bell, and for the rest only expressions that PL/pgSQL evaluates without a query.
+-- one INSERT, and for the rest only expressions that PL/pgSQL evaluates without a query.
 
 -- The JSON object in a setting that others write; null when it holds anything else.
 create function bridge.json_object(value text) returns jsonb
@@ -177,7 +177,7 @@ begin
     values (next_id, event, topic, key, payload, content_type, headers);
 
   -- NOTIFY takes a lock that serialises all commits of the cluster, so it is sent only to a bridge that sleeps.
-  if exists (select from bridge.bell where asleep) then
+  if bridge.somebody_sleeps() then
     perform bridge.ring();
   end if;
   return event;
@@ -233,7 +233,7 @@ begin
       order by n.position
     ) as heard;
   get diagnostics stored = row_count;
-  if exists (select from bridge.bell where asleep) then
+  if bridge.somebody_sleeps() then
     perform bridge.ring();
   end if;
   return stored;

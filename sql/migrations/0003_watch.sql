@@ -102,7 +102,7 @@ begin
       where c.new <> c.old;
   end if;
   get diagnostics stored = row_count;
-  if stored > 0 and exists (select from bridge.bell where asleep) then
+  if stored > 0 and bridge.somebody_sleeps() then
     perform bridge.ring();
   end if;
   return null;

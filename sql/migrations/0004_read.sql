@@ -75,7 +75,7 @@ begin
         horizon = case when c.system_identifier = cluster then c.horizon else pg_current_xact_id() end,
         system_identifier = cluster, leader = who, leader_since = now();
     insert into bridge.bell (name, asleep) values (bridge_name, true)
-    on conflict (name) do update set asleep = true where not bell.asleep;
+    on conflict (name) do update set asleep = true;
     return query select c.mark, c.gaps, c.horizon::text::bigint from bridge.cursor c where c.name = bridge_name;
 end $$;
 

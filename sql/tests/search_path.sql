@@ -9,6 +9,7 @@ create domain evil.jsonb as text;
 create function evil.trap() returns boolean language plpgsql as 'begin raise exception ''trapped as %'', current_user; end';
 create function evil.trap(text, text) returns boolean language sql as 'select evil.trap()';
 create function evil.trap(int, int) returns boolean language sql as 'select evil.trap()';
+create function evil.trap(bigint, int) returns boolean language sql as 'select evil.trap()';
 create function evil.trap(pg_catalog.jsonb, pg_catalog.jsonb) returns boolean language sql as 'select evil.trap()';
 create function evil.merge(pg_catalog.jsonb, pg_catalog.jsonb) returns pg_catalog.jsonb language sql as 'select to_jsonb(evil.trap())';
 create operator evil.= (leftarg = text, rightarg = text, function = evil.trap);
@@ -21,10 +22,14 @@ create function evil.pg_current_xact_id() returns pg_catalog.xid8 language sql a
 create function evil.gen_random_uuid() returns pg_catalog.uuid language sql as 'select evil.trap()::text::pg_catalog.uuid';
 create function evil.octet_length(text) returns int language sql as 'select evil.trap()::int';
 create function evil.current_setting(text, boolean) returns text language sql as 'select evil.trap()::text';
+create operator evil.> (leftarg = bigint, rightarg = int, function = evil.trap);
+create function evil.pg_sequence_last_value(regclass) returns bigint language sql as 'select evil.trap()::int::bigint';
 create function evil.pg_notify(text, text) returns void language plpgsql as 'begin perform evil.trap(); end';
 create temp table bell (asleep boolean);
+create temp sequence sleepers;
 reset role;
 insert into bridge.bell values ('asleep', true);
+set constraints all immediate;
 grant select on all tables in schema pg_temp to pgbridge_test_evil;
 create function pg_temp.attempt(statement text) returns text language plpgsql as $$
 begin

@@ -95,6 +95,42 @@ def test_the_bell_rings_once_a_transaction_and_only_while_a_bridge_sleeps(bridge
         assert rung_by_a_transaction() == 0
 
 
+def sleepers(connection: psycopg.Connection[tuple[int, ...]]) -> tuple[int, int]:
+    """How many bridges sleep: as the bell's rows say, and as emit() sees it."""
+    row = connection.execute(
+        "select (select count(*) from bridge.bell where asleep), coalesce(pg_sequence_last_value('bridge.sleepers'), 0)"
+    ).fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
+def test_a_change_of_the_bell_that_is_rolled_back_changes_nothing_for_emit(bridge_database: str) -> None:
+    with psycopg.connect(bridge_database, autocommit=True) as connection:
+        connection.execute("insert into bridge.bell values ('one', true)")
+        with connection.transaction(force_rollback=True):
+            connection.execute("update bridge.bell set asleep = false")
+        assert sleepers(connection) == (1, 1)
+        connection.execute("delete from bridge.bell")
+        assert sleepers(connection) == (0, 0)
+
+
+def test_bridges_that_fall_asleep_and_wake_at_the_same_time_are_counted_right(bridge_database: str) -> None:
+    def toggle(name: str) -> None:
+        with psycopg.connect(bridge_database, autocommit=True) as connection:
+            connection.execute("insert into bridge.bell values (%s, false)", (name,))
+            for _ in range(200):
+                connection.execute("select bridge.set_asleep(%s, true)", (name,))
+                # Whatever the others do, somebody sleeps, and every emit() must see it.
+                assert connection.execute("select bridge.somebody_sleeps()").fetchone() == (True,)
+                connection.execute("select bridge.set_asleep(%s, false)", (name,))
+
+    with ThreadPoolExecutor(4) as bridges:
+        for done in [bridges.submit(toggle, f"bridge{n}") for n in range(4)]:
+            done.result(timeout=60)
+    with psycopg.connect(bridge_database, autocommit=True) as connection:
+        assert sleepers(connection) == (0, 0)
+
+
 def test_a_plan_made_for_one_row_serves_a_bulk_update(bridge_database: str) -> None:
     with psycopg.connect(bridge_database, autocommit=True) as connection:
         connection.execute("create table bulk (id int primary key, v int); select bridge.watch('bulk')")
