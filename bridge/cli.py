@@ -12,6 +12,8 @@ from bridge.cli_operate import replay, status
 from bridge.daemon import run_until_signalled
 from bridge.errors import UsageError
 from bridge.event import Event
+from bridge.loop import run as _run
+from bridge.loop import run_daemon
 from bridge.observe.exit_codes import exit_codes
 from bridge.observe.logs import configure
 from bridge.operate import migrate as migration
@@ -22,7 +24,6 @@ from bridge.operate.topology import topology as topologies
 from bridge.settings import load
 from bridge.terminal import config_option as _config
 from bridge.terminal import json_option as _json
-from bridge.terminal import run as _run
 from bridge.terminal import table as _table
 
 
@@ -43,7 +44,7 @@ def run(config: Path | None) -> None:
     """Runs the bridge until SIGTERM or SIGINT. Several of one name stand by for each other."""
     settings = load(config)
     configure(settings.observe)
-    _run(run_until_signalled(settings))
+    run_daemon(run_until_signalled(settings))
 
 
 @main.command()

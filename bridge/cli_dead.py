@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import click
 
 from bridge.errors import PgbridgeError, UsageError
+from bridge.loop import run
 from bridge.observe.exit_codes import exit_codes
 from bridge.observe.letters import Letter
 from bridge.observe.logs import configure
@@ -24,7 +25,6 @@ from bridge.terminal import (
     dry_run_option,
     json_option,
     rate_option,
-    run,
     stop_on_interrupt,
     table,
 )

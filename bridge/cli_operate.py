@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from bridge.errors import UsageError
+from bridge.loop import run
 from bridge.observe.exit_codes import exit_codes
 from bridge.observe.logs import configure
 from bridge.operate.replay import Part, Replayed
@@ -26,7 +27,6 @@ from bridge.terminal import (
     dry_run_option,
     json_option,
     rate_option,
-    run,
     stop_on_interrupt,
     table,
 )

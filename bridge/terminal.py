@@ -4,19 +4,16 @@ import asyncio
 import re
 import signal
 import sys
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-import uvloop
 from rich.console import Console
 from rich.table import Table
 
 from bridge.settings.values import parse_duration
-
-T = TypeVar("T")
 
 config_option = click.option(
     "--config",
@@ -51,12 +48,6 @@ class Moment(click.ParamType[datetime]):
                 param,
                 ctx,
             )
-
-
-def run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs it on uvloop."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work)
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> None:

@@ -1,6 +1,5 @@
 """`pgbridge-worker`: runs one worker process, or lists the workers that the settings define."""
 
-import asyncio
 import json
 import sys
 from datetime import timedelta
@@ -9,12 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import click
-import uvloop
 from rich.console import Console
 from rich.table import Table
 
 from bridge import __version__
 from bridge.errors import SettingsError, UsageError
+from bridge.loop import run_daemon
 from bridge.observe.exit_codes import exit_codes
 from bridge.observe.health import serving
 from bridge.observe.logs import configure
@@ -98,8 +97,7 @@ def run_worker(name: str, config: Path | None) -> None:
     """Runs one process of the worker NAME until SIGTERM or SIGINT; several may run side by side."""
     settings = load(config)
     configure(settings.observe)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_run(name, settings))
+    run_daemon(_run(name, settings))
 
 
 async def _run(name: str, settings: Settings) -> None:

@@ -161,13 +161,13 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 @theme("latency")
 def latency(world: World) -> Sequence[Row]:
-    """At 10 and 1,000 events a second to the handler; at 10,000, beyond one worker process, to the bare consumer.
+    """At 10, 300 and 1,000 events a second to the handler; at 10,000, beyond one worker process, to the bare consumer.
 
     The emit rate is pgbench's; arrivals are those of a Poisson process.
     """
     rows: list[Row] = []
-    seconds = 3.0 if world.quick else 8.0
-    for rate in (10, 1000):
+    seconds = 2.0 if world.quick else 8.0
+    for rate in (10, 1000) if world.quick else (10, 300, 1000):
         handler, consumer = partial(to_handler, world, rate, seconds), partial(to_consumer, world, rate, seconds)
         rows += _compare(world, rate, {"ours": handler, BARE: consumer})
     rows += _compare(world, 10_000, {"ours": partial(to_consumer, world, 10_000, seconds)})

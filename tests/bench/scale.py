@@ -44,7 +44,7 @@ def old_transaction(dsn: str) -> Iterator[None]:
 @theme("backlog")
 def backlog(world: World) -> Sequence[Row]:
     """The last tenth of a long backlog beside the first, while an old transaction is held open."""
-    log = world.log(50_000 if world.quick else 1_000_000)
+    log = world.log(100_000 if world.quick else 1_000_000)
     tenth = log.events // 10
     # At the very end all is read and encoded and only confirms are awaited, which would flatter the last tenth.
     end = log.last - log.events // 50
