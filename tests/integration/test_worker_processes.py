@@ -114,6 +114,8 @@ async def test_every_event_is_replied_exactly_once_although_workers_are_killed(
     await queue.topology(apply=True)
 
     victims = [processes.start(), processes.start()]
+    # Else the first might do it all before the second has started.
+    await until(lambda: processes.logs().count('"worker.started"') == 2)
     await publish(rabbitmq.url, unique, [event_of(number) for number in range(400)])
     for number, victim in enumerate(victims, 1):
         await until(lambda least=100 * number: len(replies(bridge_database)) >= least)  # type: ignore[misc]
