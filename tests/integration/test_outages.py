@@ -170,6 +170,40 @@ async def test_a_standby_tells_an_outage_of_the_broker_once_and_its_end(
         assert told == ["sink.unreachable", "sink.recovered"]
 
 
+async def test_a_cancelled_statement_does_not_wait_for_a_server_that_swallows_everything(
+    bridge_database: str, postgres: PostgresServer
+) -> None:
+    async with Proxy(postgres.host, postgres.port) as wire:
+        dsn = bridge_database.replace(str(postgres.port), str(wire.port))
+        session = await bridge.postgres.connect(PostgresSettings(dsn=SecretStr(dsn)), "test")
+        waiting = asyncio.create_task(session.execute("select pg_sleep(120)"))
+        with psycopg.connect(bridge_database, autocommit=True) as other:
+            running = "select count(*) from pg_stat_activity where query like 'select pg_sleep%' and state = 'active'"
+            await until(lambda: other.execute(running).fetchone() == (1,))
+            wire.blackhole = True
+            waiting.cancel()
+            # psycopg by itself waits ten seconds.
+            done, _ = await asyncio.wait([waiting], timeout=5)
+            assert done
+            assert waiting.cancelled()
+            assert session.closed
+            wire.cut()
+            other.execute("select pg_terminate_backend(pid) from pg_stat_activity where query like 'select pg_sleep%'")
+
+
+async def test_a_cancelled_statement_leaves_a_connection_that_can_be_used(bridge_database: str) -> None:
+    session = await bridge.postgres.connect(PostgresSettings(dsn=SecretStr(bridge_database)), "test")
+    async with session:
+        waiting = asyncio.create_task(session.execute("select pg_sleep(120)"))
+        with psycopg.connect(bridge_database, autocommit=True) as other:
+            running = "select count(*) from pg_stat_activity where query like 'select pg_sleep%' and state = 'active'"
+            await until(lambda: other.execute(running).fetchone() == (1,))
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+        assert await (await session.execute("select 1")).fetchone() == (1,)
+
+
 async def test_a_statement_without_an_answer_is_given_up(
     bridge_database: str, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
