@@ -68,7 +68,7 @@ create table bridge.bell (
 ) with (fillfactor = 10, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 100);
 comment on table bridge.bell is 'Which bridges sleep: only while one does, emit() sends a NOTIFY.';
 
--- How many bridges sleep, where every emit() looks: an expression that reads a sequence costs a tenth of a query.
+-- How many bridges sleep, where every emit() looks: an expression that reads a sequence costs a fraction of a query.
 create sequence bridge.sleepers as bigint minvalue 0;
 comment on sequence bridge.sleepers is 'How many rows of bridge.bell say asleep; kept by its trigger.';
 

@@ -115,10 +115,13 @@ class OutboxSource:
 
     async def store(self) -> None:
         """Stores the cursor behind what is settled."""
-        settled, self._settled = self._settled, None
         self._news.clear()
-        if settled is not None:
-            await self._log.store(self._name, settled)
+        if (settled := self._settled) is None:
+            return
+        await self._log.store(self._name, settled)
+        # Not before: a stop may interrupt the store, and leave() makes up for it.
+        if self._settled is settled:
+            self._settled = None
 
     async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
         await bury(self._connection, self._name, letters)

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import LiteralString
 
 import psycopg
 import pytest
@@ -176,6 +177,34 @@ async def test_a_session_that_lost_the_lead_can_store_nothing(bridge_database: s
     finally:
         await old.close()
         await new.close()
+
+
+async def test_a_store_that_is_interrupted_by_the_stop_is_made_up_for_when_leaving(bridge_database: str) -> None:
+    session = await OutboxSource.connect("test", PostgresSettings(dsn=SecretStr(bridge_database)))
+    source = OutboxSource("test", session, OutboxSettings(), Doorbell(1.0))
+    waits = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%store_cursor%'"
+    try:
+        assert await source.try_to_lead()
+        await execute(bridge_database, LOAD.format(1, 10))
+        page = await source.read()
+        with psycopg.connect(bridge_database) as other, psycopg.connect(bridge_database, autocommit=True) as looking:
+            other.execute("select from bridge.cursor for update")
+            keeping = asyncio.create_task(source.keep())
+            await source.settle(page)
+            await until_waiting(looking, waits)
+            keeping.cancel()
+            await asyncio.wait([keeping])
+            other.rollback()
+        await source.leave()
+        assert stored_mark(bridge_database) == 10
+    finally:
+        await session.close()
+
+
+async def until_waiting(connection: psycopg.Connection[tuple[int]], count: LiteralString) -> None:
+    async with asyncio.timeout(20):
+        while connection.execute(count).fetchone() != (1,):
+            await asyncio.sleep(0.01)
 
 
 async def test_a_page_in_flight_is_read_again_by_the_next_leader(bridge_database: str) -> None:
