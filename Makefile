@@ -35,7 +35,7 @@ faults: $(STAMP) servers ## Kills, freezes and cuts everything under load, and c
 	$(VENV)/bin/python -m tests.faults $(if $(FAULTS),--faults $(FAULTS)) $(if $(SEED),--seed $(SEED))
 
 schema: $(STAMP) ## Writes sql/schema.sql from the migrations.
-	$(VENV)/bin/python -m bridge.operate.migrate > sql/schema.sql
+	$(VENV)/bin/python -m bridge.postgres.schema > sql/schema.sql
 
 .PHONY: servers
 servers:

@@ -9,22 +9,22 @@ import click
 from bridge import __version__
 from bridge.cli_dead import dead
 from bridge.cli_operate import replay, status
+from bridge.commands.check import check as checks
+from bridge.commands.events import emit as emit_event
+from bridge.commands.events import tail as tail_events
+from bridge.commands.topology import topology as topologies
 from bridge.daemon import run_until_signalled
 from bridge.errors import UsageError
 from bridge.event import Event
-from bridge.loop import run as _run
-from bridge.loop import run_daemon
 from bridge.observe.exit_codes import exit_codes
-from bridge.observe.logs import configure
-from bridge.operate import migrate as migration
-from bridge.operate.check import check as checks
-from bridge.operate.events import emit as emit_event
-from bridge.operate.events import tail as tail_events
-from bridge.operate.topology import topology as topologies
+from bridge.postgres import schema as migration
+from bridge.process.logs import configure
+from bridge.process.tasks import run as _run
+from bridge.process.tasks import run_daemon
+from bridge.process.terminal import config_option as _config
+from bridge.process.terminal import json_option as _json
+from bridge.process.terminal import table as _table
 from bridge.settings import load
-from bridge.terminal import config_option as _config
-from bridge.terminal import json_option as _json
-from bridge.terminal import table as _table
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

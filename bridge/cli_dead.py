@@ -11,15 +11,14 @@ from typing import Any, Literal, TypeVar
 
 import click
 
+from bridge.commands import dead as letters
+from bridge.commands.dead import Choice
 from bridge.errors import PgbridgeError, UsageError
-from bridge.loop import run
 from bridge.observe.exit_codes import exit_codes
 from bridge.observe.letters import Letter
-from bridge.observe.logs import configure
-from bridge.operate import dead as letters
-from bridge.operate.dead import Choice
-from bridge.settings import load
-from bridge.terminal import (
+from bridge.process.logs import configure
+from bridge.process.tasks import run
+from bridge.process.terminal import (
     Moment,
     config_option,
     dry_run_option,
@@ -28,6 +27,7 @@ from bridge.terminal import (
     stop_on_interrupt,
     table,
 )
+from bridge.settings import load
 
 C = TypeVar("C", bound=Callable[..., Any])
 

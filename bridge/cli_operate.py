@@ -12,16 +12,15 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from bridge.commands.replay import Part, Replayed
+from bridge.commands.replay import replay as replay_log
+from bridge.commands.status import status_text
 from bridge.errors import UsageError
-from bridge.loop import run
 from bridge.observe.exit_codes import exit_codes
-from bridge.observe.logs import configure
-from bridge.operate.replay import Part, Replayed
-from bridge.operate.replay import replay as replay_log
-from bridge.operate.status import Status, rates, watch
-from bridge.operate.status_text import status_text
-from bridge.settings import load
-from bridge.terminal import (
+from bridge.postgres.status import Status, rates, watch
+from bridge.process.logs import configure
+from bridge.process.tasks import run
+from bridge.process.terminal import (
     Moment,
     config_option,
     dry_run_option,
@@ -30,6 +29,7 @@ from bridge.terminal import (
     stop_on_interrupt,
     table,
 )
+from bridge.settings import load
 
 
 @click.command()

@@ -13,18 +13,18 @@ import structlog
 from psycopg import Notify
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
 
+from bridge.brokers.registry import build_sink
 from bridge.errors import PgbridgeError, about
-from bridge.observe.health import Health, serving
-from bridge.observe.metrics import DATABASE_UP, LEADING, SINK_UP
 from bridge.observe.systemd import notify, watchdog_for_ever
-from bridge.operate.migrate import check_version
-from bridge.operate.prune import prune_for_ever
-from bridge.operate.status import sample_for_ever
+from bridge.postgres.prune import prune_for_ever
+from bridge.postgres.schema import check_version
+from bridge.postgres.status import sample_for_ever
+from bridge.process.health import Health, serving
+from bridge.process.metrics import DATABASE_UP, LEADING, SINK_UP
 from bridge.relay import Limits, Relay
 from bridge.routes import Routes
 from bridge.settings import Settings
 from bridge.signals import stop_on_signals
-from bridge.sinks.registry import build_sink
 from bridge.sources import Source
 from bridge.sources.channels import ChannelSource
 from bridge.sources.doorbell import Doorbell

@@ -15,10 +15,10 @@ from typing import Protocol
 import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential_jitter
 
+from bridge.brokers.contract import CONFIRMED, Confirmed, Failed, Sink, Unknown
 from bridge.errors import PgbridgeError
 from bridge.event import Event
-from bridge.observe.metrics import EVENTS_CONFIRMED, EVENTS_RETRIED
-from bridge.sinks import CONFIRMED, Confirmed, Failed, Sink, Unknown
+from bridge.process.metrics import EVENTS_CONFIRMED, EVENTS_RETRIED
 
 log = structlog.get_logger()
 

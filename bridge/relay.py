@@ -14,11 +14,11 @@ from itertools import takewhile
 
 import structlog
 
+from bridge.brokers.contract import Failed, Sink
 from bridge.event import Event
 from bridge.lane import Lane
-from bridge.observe.metrics import BYTES_IN_FLIGHT, EVENTS_DEAD, EVENTS_READ, PAGES_IN_FLIGHT, SETTLE_SECONDS
+from bridge.process.metrics import BYTES_IN_FLIGHT, EVENTS_DEAD, EVENTS_READ, PAGES_IN_FLIGHT, SETTLE_SECONDS
 from bridge.routes import Routes
-from bridge.sinks import Failed, Sink
 from bridge.sources import DeadLetter, Page, Source
 
 log = structlog.get_logger()

@@ -1,5 +1,5 @@
 -- The whole schema of pgbridge, for reading. Generated from sql/migrations/ and sql/roles.sql by
--- python -m bridge.operate.migrate > sql/schema.sql; change those, never this file.
+-- python -m bridge.postgres.schema > sql/schema.sql; change those, never this file.
 
 -- migrations/0001_tables.sql ------------------------------------------------------------
 

@@ -23,8 +23,8 @@ from bridge.demo.servers import (
     RabbitMQServer,
     Server,
 )
-from bridge.operate.migrate import migrate
-from tests.servers.postgres15 import Postgres15Server
+from bridge.postgres.schema import migrate
+from tests.support.postgres15 import Postgres15Server
 
 S = TypeVar("S", bound=Server)
 

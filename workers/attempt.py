@@ -17,13 +17,13 @@ import structlog
 
 from bridge.errors import BrokerUnavailableError, PgbridgeError
 from bridge.event import Event, Malformed
-from bridge.observe.metrics import WORKER_EVENTS
+from bridge.process.metrics import WORKER_EVENTS
+from bridge.process.outage import Patience
 from bridge.settings import WorkerSettings
 from workers.claim import Claim, ClaimLostError, ReplyError
 from workers.effects import current_ledger
 from workers.handler import Reject, Result, Retry, Run
 from workers.inbox import Inbox
-from workers.outage import Patience
 from workers.queues import Delivery, Failure
 
 _log = structlog.get_logger("workers")

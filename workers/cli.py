@@ -13,15 +13,15 @@ from rich.table import Table
 
 from bridge import __version__
 from bridge.errors import SettingsError, UsageError
-from bridge.loop import run_daemon
 from bridge.observe.exit_codes import exit_codes
-from bridge.observe.health import serving
-from bridge.observe.logs import configure
+from bridge.process.health import serving
+from bridge.process.logs import configure
+from bridge.process.tasks import run_daemon
 from bridge.settings import Settings, SinkSettings, load
 from workers.handler import load_handler
 from workers.inbox import Inbox
 from workers.queues import Queue, Subscription
-from workers.runtime import Worker, stop_on_signals, subscription
+from workers.worker import Worker, stop_on_signals, subscription
 
 _REMEMBERED = timedelta(days=30)
 """How long finished events are remembered at least."""

@@ -6,11 +6,11 @@ Registered under the entry point group ``pgbridge.dead_letters``.
 from collections.abc import Collection, Mapping
 from datetime import datetime
 
+from bridge.brokers.letters import PREFIX
 from bridge.errors import SettingsError
 from bridge.event import Event, Malformed
 from bridge.observe.letters import Letter, LetterBox
 from bridge.settings import NatsSettings, PubSubSettings, RabbitMQSettings, Settings, SinkSettings
-from workers.queues.letters import PREFIX
 
 
 def of_workers(settings: Settings, names: Collection[str]) -> Mapping[str, LetterBox]:
@@ -32,15 +32,15 @@ def _box(settings: SinkSettings, worker: str, sink: str) -> LetterBox | None:
     # Imported here, since each needs its broker's package.
     match settings:
         case RabbitMQSettings():
-            from workers.queues.rabbitmq_dead import RabbitMQDeadLetters
+            from bridge.brokers.rabbitmq.dead import RabbitMQDeadLetters
 
             return RabbitMQDeadLetters(settings, worker, sink)
         case NatsSettings():
-            from workers.queues.nats_dead import NatsDeadLetters
+            from bridge.brokers.nats.dead import NatsDeadLetters
 
             return NatsDeadLetters(settings, worker, sink)
         case PubSubSettings():
-            from workers.queues.pubsub_dead import PubSubDeadLetters
+            from bridge.brokers.pubsub.dead import PubSubDeadLetters
 
             return PubSubDeadLetters(settings, worker, sink)
         case _:

@@ -17,12 +17,12 @@ from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from bridge.errors import DatabaseUnavailableError, PrivilegeError, SchemaError
-from bridge.postgres import connection_parameters, database_errors, translated
+from bridge.postgres.connection import connection_parameters, database_errors, translated
+from bridge.process.batching import Gathering
 from bridge.settings import PostgresSettings
 from workers.claim import Claim, ClaimLostError, ReplyError
-from workers.gathering import Gathering
 from workers.handler import Result
-from workers.token import Token
+from workers.session import Token
 
 _SERIALIZATION_ATTEMPTS: Final = 5
 _TOGETHER: Final = 100

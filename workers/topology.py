@@ -10,7 +10,7 @@ from bridge.observe.topology import Declaration
 from bridge.settings import Settings
 from workers.cli import queue_class
 from workers.handler import load_handler
-from workers.runtime import subscription
+from workers.worker import subscription
 
 
 async def of_workers(settings: Settings, *, apply: bool) -> Sequence[tuple[str, Sequence[Declaration]]]:

@@ -4,7 +4,7 @@ import asyncio
 import random
 from collections.abc import Callable
 
-from bridge.demo.till import Till
+from bridge.demo.orders import Till
 from bridge.demo.world import World
 
 FIRST, LAST = 0.1, 0.9

@@ -16,9 +16,9 @@ from rich.console import Console
 from bridge.demo.audit import Arrivals
 from bridge.demo.figures import Ledger
 from bridge.demo.kills import Kills
+from bridge.demo.orders import Till
 from bridge.demo.screen import Screen, State
 from bridge.demo.services import Service
-from bridge.demo.till import Till
 from bridge.demo.verdict import Verdict, count
 from bridge.demo.world import World
 from bridge.errors import UsageError

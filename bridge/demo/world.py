@@ -16,7 +16,7 @@ from bridge.demo.brokers import make_broker, require
 from bridge.demo.servers import PostgresServer
 from bridge.demo.services import Service, inherited_environment
 from bridge.errors import RefusedError
-from bridge.operate.migrate import migrate, sql_folder
+from bridge.postgres.schema import migrate, sql_folder
 
 DATABASE = "shop"
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections import deque
 
-from bridge.sinks import Outcome
+from bridge.brokers.contract import Outcome
 
 
 class Call:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from bridge.brokers.contract import Failed
 from bridge.event import Event
-from bridge.sinks import Failed
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from psycopg.rows import TupleRow
 
 from bridge.errors import PgbridgeError
 from bridge.event import NO_HEADERS, Event
-from bridge.observe.metrics import NOTIFICATIONS, NOTIFICATIONS_DROPPED
-from bridge.postgres import answered, connect
+from bridge.postgres.connection import answered, connect
+from bridge.process.metrics import NOTIFICATIONS, NOTIFICATIONS_DROPPED
 from bridge.settings import ChannelsSettings, PostgresSettings
 from bridge.sources import DeadLetter, Page
 from bridge.sources.deafness import GapWatch

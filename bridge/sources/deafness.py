@@ -4,7 +4,7 @@ import time
 
 import structlog
 
-from bridge.observe.metrics import DEAF_SECONDS
+from bridge.process.metrics import DEAF_SECONDS
 
 log = structlog.get_logger()
 

@@ -11,8 +11,8 @@ from psycopg import AsyncConnection, Notify
 from psycopg.rows import TupleRow
 
 from bridge.errors import PgbridgeError
-from bridge.observe.metrics import NOTIFICATIONS, NOTIFICATIONS_DROPPED
-from bridge.postgres import answered, connect
+from bridge.postgres.connection import answered, connect
+from bridge.process.metrics import NOTIFICATIONS, NOTIFICATIONS_DROPPED
 from bridge.settings import ChannelsSettings, PostgresSettings
 from bridge.sources.deafness import GapWatch
 from bridge.sources.listener import Listener

@@ -14,7 +14,7 @@ from psycopg import AsyncConnection, Notify, sql
 from psycopg.rows import TupleRow
 
 from bridge.errors import DatabaseUnavailableError, ListenError
-from bridge.postgres import answered, connect, database_errors
+from bridge.postgres.connection import answered, connect, database_errors
 from bridge.settings import PostgresSettings
 
 _SLICE = 0.5

@@ -13,7 +13,7 @@ from psycopg.types.range import Range
 
 from bridge.errors import DatabaseUnavailableError
 from bridge.event import NO_HEADERS, Event, header_values
-from bridge.postgres import answered
+from bridge.postgres.connection import answered
 from bridge.sources.gaps import Gaps, Ranges
 
 _SLOW = 0.03

@@ -15,7 +15,7 @@ from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 from psycopg.types.json import Jsonb
 
-from bridge.postgres import answered, connect
+from bridge.postgres.connection import answered, connect
 from bridge.settings import OutboxSettings, PostgresSettings
 from bridge.sources import DeadLetter, Page
 from bridge.sources.doorbell import Doorbell

@@ -10,7 +10,7 @@ from pathlib import Path
 import psycopg
 
 from tests.bench.world import TOPIC, Log, World
-from tests.servers.daemons import Daemon
+from tests.support.daemons import Daemon
 
 
 @dataclass(frozen=True, slots=True)

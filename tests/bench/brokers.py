@@ -12,7 +12,7 @@ from tests.bench.registry import theme
 from tests.bench.results import Row, at_least
 from tests.bench.rounds import interleave
 from tests.bench.world import Log, World
-from tests.servers.daemons import run_command
+from tests.support.daemons import run_command
 
 STREAM = "events"
 PROJECT = "bench-project"

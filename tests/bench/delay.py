@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import uvloop
 
-from tests.servers.proxy import Proxy
+from tests.support.proxy import Proxy
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from tests.bench.results import Row, Target, at_most
 from tests.bench.rounds import interleave, say
 from tests.bench.sql import PGBENCH, prepare
 from tests.bench.world import TOPIC, World
-from tests.servers.daemons import Daemon
+from tests.support.daemons import Daemon
 
 BARE = "a bare consumer"
 WARM_UP = 1.0

@@ -15,7 +15,7 @@ from typing import Self, TypeVar
 import psycopg
 
 from bridge.demo.servers import NatsServer, PostgresServer, PubSubEmulator, RabbitMQServer, Server
-from bridge.operate.migrate import migrate
+from bridge.postgres.schema import migrate
 from tests.bench.rounds import say
 
 S = TypeVar("S", bound=Server)

@@ -10,25 +10,25 @@ import nats
 from google.pubsub_v1 import types
 from pydantic import SecretStr
 
+from bridge.brokers.contract import CONFIRMED, Sink
+from bridge.brokers.letters import PREFIX, letter_headers
+from bridge.brokers.memory import MemorySettings
+from bridge.brokers.nats.message import unquote_headers
+from bridge.brokers.nats.queue import NatsQueue
+from bridge.brokers.nats.sink import NatsSink
+from bridge.brokers.pubsub.connection import connect
+from bridge.brokers.pubsub.queue import PubSubQueue
+from bridge.brokers.pubsub.sink import PubSubSink
+from bridge.brokers.rabbitmq.queue import RabbitMQQueue
+from bridge.brokers.rabbitmq.sink import RabbitMQSink
 from bridge.demo.servers import NatsServer, PubSubEmulator, RabbitMQServer
 from bridge.event import Event, Malformed
-from bridge.nats.wire import unquote_headers
-from bridge.pubsub.connection import connect
 from bridge.settings import NatsSettings, PubSubSettings, RabbitMQSettings
-from bridge.sinks import CONFIRMED, Sink
-from bridge.sinks.memory import MemorySettings
-from bridge.sinks.nats import NatsSink
-from bridge.sinks.pubsub import PubSubSink
-from bridge.sinks.rabbitmq import RabbitMQSink
 from tests.contract.sinks import eventually
-from tests.servers.proxy import Proxy
-from tests.servers.pubsub import PROJECT, PubSubReader, pubsub_settings
+from tests.support.proxy import Proxy
+from tests.support.pubsub import PROJECT, PubSubReader, pubsub_settings
 from workers.queues import Queue, Subscription
-from workers.queues.letters import PREFIX, letter_headers
 from workers.queues.memory import MemoryBroker, MemoryQueue
-from workers.queues.nats import NatsQueue
-from workers.queues.pubsub import PubSubQueue
-from workers.queues.rabbitmq import RabbitMQQueue
 
 DEADLINE = 20.0
 """Seconds after which what a test waits for counts as never coming."""

@@ -10,17 +10,17 @@ import aio_pika
 import nats
 from pydantic import SecretStr
 
+from bridge.brokers.contract import Sink
+from bridge.brokers.memory import MemorySettings, MemorySink
+from bridge.brokers.nats.message import CONTENT_TYPE, unquote_headers
+from bridge.brokers.nats.sink import NatsSink
+from bridge.brokers.pubsub.sink import PubSubSink
+from bridge.brokers.rabbitmq.sink import RabbitMQSink
 from bridge.demo.servers import NatsServer, PubSubEmulator, RabbitMQServer
 from bridge.event import AMQP_PREFIX, Event, from_attributes
-from bridge.nats.wire import CONTENT_TYPE, unquote_headers
 from bridge.settings import NatsSettings, RabbitMQSettings
-from bridge.sinks import Sink
-from bridge.sinks.memory import MemorySettings, MemorySink
-from bridge.sinks.nats import NatsSink
-from bridge.sinks.pubsub import PubSubSink
-from bridge.sinks.rabbitmq import RabbitMQSink
-from tests.servers.proxy import Proxy
-from tests.servers.pubsub import PubSubReader, pubsub_settings
+from tests.support.proxy import Proxy
+from tests.support.pubsub import PubSubReader, pubsub_settings
 
 DEADLINE = 30.0
 """Seconds after which a condition that a test waits for counts as never met."""

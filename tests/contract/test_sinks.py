@@ -1,4 +1,4 @@
-"""Every claim that `bridge.sinks.Sink` makes, for every sink. Each broker's own ways are in tests/integration/."""
+"""Every claim that `bridge.brokers.contract.Sink` makes, for every sink. Each broker's own: tests/integration/."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
@@ -7,9 +7,9 @@ from uuid import uuid4
 
 import pytest
 
+from bridge.brokers.contract import CONFIRMED, Failed, Unknown
 from bridge.errors import BrokerUnavailableError, TopologyError
 from bridge.event import Event
-from bridge.sinks import CONFIRMED, Failed, Unknown
 from tests.contract.sinks import HARNESSES, SinkHarness
 
 

@@ -17,15 +17,15 @@ from uuid import UUID
 
 import pytest
 
+from bridge.brokers.contract import CONFIRMED, Outcome
+from bridge.brokers.pubsub.sink import PubSubSink
 from bridge.demo.servers import MissingProgramError, PubSubEmulator, free_port
 from bridge.errors import BrokerUnavailableError
 from bridge.event import Event
 from bridge.relay import Limits, Relay
 from bridge.routes import Routes
-from bridge.sinks import CONFIRMED, Outcome
-from bridge.sinks.pubsub import PubSubSink
 from bridge.sources import DeadLetter, Page
-from tests.servers.pubsub import PubSubReader, pubsub_settings
+from tests.support.pubsub import PubSubReader, pubsub_settings
 
 EVENTS = int(os.environ.get("PGBRIDGE_ORDER_EVENTS", "5000"))
 KEYS = int(os.environ.get("PGBRIDGE_ORDER_KEYS", "100"))

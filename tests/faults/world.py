@@ -12,11 +12,11 @@ from pathlib import Path
 import psycopg
 
 from bridge.demo.servers import PostgresServer, RabbitMQServer
-from bridge.operate.migrate import migrate
+from bridge.postgres.schema import migrate
 from tests.faults.audit import EXCHANGE, Audit
 from tests.faults.load import SCHEMA, Ledger, Writer
-from tests.servers.daemons import Daemon, run_command
-from tests.servers.proxy import Proxy
+from tests.support.daemons import Daemon, run_command
+from tests.support.proxy import Proxy
 
 KEYS = [f"key-{number}" for number in range(20)]
 WRITERS = 5

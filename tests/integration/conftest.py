@@ -10,7 +10,7 @@ from pydantic import SecretStr
 
 from bridge.demo.servers import RabbitMQServer
 from bridge.settings import PostgresSettings
-from tests.servers.messages import Messages
+from tests.support.messages import Messages
 
 SHOP = """
 CREATE SCHEMA shop;

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers.daemons import Daemon, run_command
-from tests.servers.messages import Messages, execute, settings
+from tests.support.daemons import Daemon, run_command
+from tests.support.messages import Messages, execute, settings
 
 PAYLOADS = [
     "{}",

@@ -16,10 +16,10 @@ from bridge.settings import PostgresSettings
 from bridge.sources import listener as listener_module
 from bridge.sources.listener import Listener
 from bridge.supervise import background, one_error
-from tests.servers.daemons import Daemon
-from tests.servers.messages import Messages, execute, settings
-from tests.servers.metrics import MEMORY, metric
-from tests.servers.proxy import Proxy
+from tests.support.daemons import Daemon
+from tests.support.messages import Messages, execute, settings
+from tests.support.metrics import MEMORY, metric
+from tests.support.proxy import Proxy
 
 FLOOD = 100_000
 NOTIFY = "select pg_notify('Orders', n::text) from generate_series({}, {}) n order by n"

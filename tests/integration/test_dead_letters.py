@@ -12,10 +12,10 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from bridge.demo.servers import RabbitMQServer
-from tests.integration.operating import command, eventually, json_of
-from tests.servers.daemons import Daemon
-from tests.servers.messages import Messages, execute, settings
-from tests.servers.pubsub import PROJECT
+from tests.support.commands import command, eventually, json_of
+from tests.support.daemons import Daemon
+from tests.support.messages import Messages, execute, settings
+from tests.support.pubsub import PROJECT
 
 LETTER = """
 insert into bridge.dead_letter
@@ -140,7 +140,7 @@ async def test_a_login_of_the_operators_role_may_do_all_of_it(
 def with_worker(text: str, worker: str) -> str:
     return f"""{text}
 [workers.{worker}]
-handler = "tests.servers.worker_handlers:refuse"
+handler = "tests.support.worker_handlers:refuse"
 max_attempts = 1
 """
 

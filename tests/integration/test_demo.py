@@ -24,7 +24,7 @@ from bridge.demo.figures import Figures
 from bridge.demo.servers import MissingProgramError, RabbitMQServer
 from bridge.demo.servers.guard import tree
 from bridge.demo.verdict import Verdict
-from bridge.operate.migrate import sql_folder
+from bridge.postgres.schema import sql_folder
 
 LIMIT = 170.0
 ORDERS = 60

@@ -13,8 +13,8 @@ from bridge.settings import OutboxSettings, PostgresSettings
 from bridge.sources import doorbell as doorbell_module
 from bridge.sources.doorbell import BUSY_PAGES, Doorbell
 from bridge.sources.outbox import OutboxSource
-from tests.servers.daemons import Daemon
-from tests.servers.messages import Messages, execute, settings
+from tests.support.daemons import Daemon
+from tests.support.messages import Messages, execute, settings
 
 
 def asleep(dsn: str) -> bool:

@@ -16,7 +16,7 @@ from bridge.errors import DatabaseUnavailableError, PgbridgeError, PrivilegeErro
 from bridge.settings import PostgresSettings
 from workers.claim import Claim, ClaimLostError, ReplyError
 from workers.inbox import Inbox
-from workers.token import Token
+from workers.session import Token
 
 
 @contextlib.asynccontextmanager

@@ -16,8 +16,8 @@ from bridge.settings import OutboxSettings, PostgresSettings
 from bridge.sources import outbox as outbox_module
 from bridge.sources.doorbell import Doorbell
 from bridge.sources.outbox import OutboxSource
-from tests.servers.daemons import Daemon
-from tests.servers.messages import Messages, execute, settings
+from tests.support.daemons import Daemon
+from tests.support.messages import Messages, execute, settings
 
 TERMINATE_LEADER = """
 select pg_terminate_backend(pid) from pg_locks

@@ -11,8 +11,8 @@ from psycopg import AsyncConnection, sql
 
 from bridge.demo.servers import PostgresServer
 from bridge.errors import DatabaseUnavailableError, PrivilegeError, RefusedError, SchemaError, SettingsError
-from bridge.operate import migrate as module
-from bridge.operate.migrate import Migration, check_version, migrate, migrate_sql, migrations, pending, schema_version
+from bridge.postgres import schema as module
+from bridge.postgres.schema import Migration, check_version, migrate, migrate_sql, migrations, pending, schema_version
 
 PSQL = Path("/usr/lib/postgresql/15/bin/psql")
 

@@ -7,7 +7,7 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
-from tests.servers.daemons import run_command
+from tests.support.daemons import run_command
 
 BASE = """
 name = "test"

@@ -14,16 +14,16 @@ from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig, StreamConfig
 from pydantic import SecretStr
 
+from bridge.brokers.contract import CONFIRMED, Failed, Unknown
+from bridge.brokers.nats.message import quote_headers, subject_of, topic_of, unquote_headers
+from bridge.brokers.nats.queue import NatsQueue
+from bridge.brokers.nats.sink import DEAD_LETTER_ROOM, NatsSink
 from bridge.demo.servers import NatsServer
 from bridge.demo.servers.nats import MAX_PAYLOAD
 from bridge.event import REPLAYED, Event
-from bridge.nats.wire import quote_headers, subject_of, topic_of, unquote_headers
 from bridge.settings import NatsSettings
-from bridge.sinks import CONFIRMED, Failed, Unknown
-from bridge.sinks.nats import DEAD_LETTER_ROOM, NatsSink
 from bridge.topics import matches
 from workers.queues import Failure, Subscription
-from workers.queues.nats import NatsQueue
 from workers.queues.nats_consumer import filters
 
 DEADLINE = 20.0

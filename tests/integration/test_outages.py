@@ -14,19 +14,19 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 import bridge.daemon
-import bridge.postgres
+import bridge.postgres.connection
 from bridge.daemon import Daemon as InProcessDaemon
 from bridge.demo.servers import PostgresServer, RabbitMQServer, free_port
 from bridge.errors import DatabaseUnavailableError
-from bridge.operate.migrate import migrate
+from bridge.postgres.schema import migrate
 from bridge.settings import OutboxSettings, PostgresSettings, load
 from bridge.sources.doorbell import Doorbell
 from bridge.sources.outbox import OutboxSource
-from tests.servers.daemons import Daemon
-from tests.servers.messages import Messages, execute, settings
-from tests.servers.metrics import MEMORY, metric
-from tests.servers.proxy import Proxy
-from tests.servers.standby import StandbyServer
+from tests.support.daemons import Daemon
+from tests.support.messages import Messages, execute, settings
+from tests.support.metrics import MEMORY, metric
+from tests.support.proxy import Proxy
+from tests.support.standby import StandbyServer
 
 BRISK = "[relay]\nretry_max = 0.5"
 READ = "pgbridge_events_read_total"
@@ -115,7 +115,7 @@ async def test_a_wire_that_swallows_everything_is_noticed_by_the_missing_answer(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bridge.postgres, "ANSWER_LIMIT", 1.0)
+    monkeypatch.setattr(bridge.postgres.connection, "ANSWER_LIMIT", 1.0)
     async with Proxy(postgres.host, postgres.port) as wire:
         config = tmp_path / "bridge.toml"
         config.write_text(settings(bridge_database.replace(str(postgres.port), str(wire.port)), messages))
@@ -175,7 +175,7 @@ async def test_a_cancelled_statement_does_not_wait_for_a_server_that_swallows_ev
 ) -> None:
     async with Proxy(postgres.host, postgres.port) as wire:
         dsn = bridge_database.replace(str(postgres.port), str(wire.port))
-        session = await bridge.postgres.connect(PostgresSettings(dsn=SecretStr(dsn)), "test")
+        session = await bridge.postgres.connection.connect(PostgresSettings(dsn=SecretStr(dsn)), "test")
         waiting = asyncio.create_task(session.execute("select pg_sleep(120)"))
         with psycopg.connect(bridge_database, autocommit=True) as other:
             running = "select count(*) from pg_stat_activity where query like 'select pg_sleep%' and state = 'active'"
@@ -192,7 +192,7 @@ async def test_a_cancelled_statement_does_not_wait_for_a_server_that_swallows_ev
 
 
 async def test_a_cancelled_statement_leaves_a_connection_that_can_be_used(bridge_database: str) -> None:
-    session = await bridge.postgres.connect(PostgresSettings(dsn=SecretStr(bridge_database)), "test")
+    session = await bridge.postgres.connection.connect(PostgresSettings(dsn=SecretStr(bridge_database)), "test")
     async with session:
         waiting = asyncio.create_task(session.execute("select pg_sleep(120)"))
         with psycopg.connect(bridge_database, autocommit=True) as other:
@@ -207,7 +207,7 @@ async def test_a_cancelled_statement_leaves_a_connection_that_can_be_used(bridge
 async def test_a_statement_without_an_answer_is_given_up(
     bridge_database: str, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bridge.postgres, "ANSWER_LIMIT", 0.2)
+    monkeypatch.setattr(bridge.postgres.connection, "ANSWER_LIMIT", 0.2)
     async with Proxy(postgres.host, postgres.port) as wire:
         dsn = bridge_database.replace(str(postgres.port), str(wire.port))
         session = await OutboxSource.connect("test", PostgresSettings(dsn=SecretStr(dsn)))
@@ -215,7 +215,7 @@ async def test_a_statement_without_an_answer_is_given_up(
         began = time.monotonic()
         with (
             pytest.raises(DatabaseUnavailableError, match="did not answer within"),
-            bridge.postgres.answered(session),
+            bridge.postgres.connection.answered(session),
         ):
             await session.execute("select 1")
         assert time.monotonic() - began < 2

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import psycopg
 
-from bridge.operate.prune import prune
-from tests.integration.operating import eventually
-from tests.servers.daemons import Daemon
-from tests.servers.messages import Messages, execute, settings
+from bridge.postgres.prune import prune
+from tests.support.commands import eventually
+from tests.support.daemons import Daemon
+from tests.support.messages import Messages, execute, settings
 
 OLD = "update bridge.outbox set created_at = now() - interval '2 days'"
 CURSOR = "insert into bridge.cursor (name, mark, gaps, horizon, system_identifier) values (%s, %s, %s, '3', 1)"

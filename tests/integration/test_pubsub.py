@@ -14,15 +14,15 @@ import grpc
 import pytest
 from google.pubsub_v1 import types
 
+from bridge.brokers.contract import CONFIRMED, Failed, Outcome, Unknown
+from bridge.brokers.pubsub.connection import connect
+from bridge.brokers.pubsub.sink import PubSubSink
 from bridge.demo.servers import PubSubEmulator
 from bridge.errors import SettingsError, TopologyError
 from bridge.event import Event
-from bridge.pubsub.connection import connect
 from bridge.settings import PubSubSettings
-from bridge.sinks import CONFIRMED, Failed, Outcome, Unknown
-from bridge.sinks.pubsub import PubSubSink
-from tests.servers.pubsub import PROJECT, PubSubReader, pubsub_settings
-from tests.servers.scripted_pubsub import ScriptedPubSub
+from tests.support.pubsub import PROJECT, PubSubReader, pubsub_settings
+from tests.support.scripted_pubsub import ScriptedPubSub
 
 
 def make_event(key: str | None = None, payload: bytes = b"{}", **changes: Any) -> Event:

@@ -7,21 +7,21 @@ from typing import Any
 import pytest
 from google.pubsub_v1 import types
 
+from bridge.brokers.contract import CONFIRMED
+from bridge.brokers.pubsub.connection import connect
+from bridge.brokers.pubsub.dead import PubSubDeadLetters
+from bridge.brokers.pubsub.queue import PubSubQueue
+from bridge.brokers.pubsub.sink import PubSubSink
+from bridge.brokers.pubsub.topology import filter_of
 from bridge.demo.servers import PubSubEmulator
 from bridge.errors import SettingsError, TopologyError
 from bridge.event import Event, Malformed
 from bridge.observe.letters import Letter, Verdict
-from bridge.pubsub.connection import connect
 from bridge.settings import PubSubSettings
-from bridge.sinks import CONFIRMED
-from bridge.sinks.pubsub import PubSubSink
 from tests.integration.test_pubsub import make_event
-from tests.servers.pubsub import PROJECT, pubsub_settings
+from tests.support.pubsub import PROJECT, pubsub_settings
 from workers.queues import Failure, Subscription
-from workers.queues.pubsub import PubSubQueue
-from workers.queues.pubsub_dead import PubSubDeadLetters
 from workers.queues.pubsub_delivery import PubSubDelivery
-from workers.queues.pubsub_topology import filter_of
 
 
 def subscription(worker: str, *topics: str, prefetch: int = 20, ack_wait: float = 30.0) -> Subscription:

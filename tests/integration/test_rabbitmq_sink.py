@@ -12,16 +12,16 @@ import pytest
 import uvloop
 from pydantic import SecretStr
 
+from bridge.brokers.contract import CONFIRMED, Failed, Unknown
+from bridge.brokers.rabbitmq import publisher
+from bridge.brokers.rabbitmq.sink import RabbitMQSink
 from bridge.demo.servers import RabbitMQServer, free_port
 from bridge.errors import BrokerUnavailableError, RefusedError, SettingsError, TopologyError
 from bridge.event import Event
 from bridge.settings import RabbitMQSettings, TlsSettings
-from bridge.sinks import CONFIRMED, Failed, Unknown
-from bridge.sinks.amqp import publisher
-from bridge.sinks.rabbitmq import RabbitMQSink
 from tests.contract.sinks import drain, eventually
 from tests.contract.test_sinks import ids, make_event, make_events
-from tests.servers.proxy import Proxy
+from tests.support.proxy import Proxy
 
 pytestmark = pytest.mark.rabbitmq
 

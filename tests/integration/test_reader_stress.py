@@ -17,7 +17,7 @@ import pytest
 from psycopg import AsyncConnection
 
 from bridge.event import Event
-from bridge.postgres import connect
+from bridge.postgres.connection import connect
 from bridge.settings import OutboxSettings, PostgresSettings
 from bridge.sources import Page
 from bridge.sources.doorbell import Doorbell

@@ -6,9 +6,9 @@ import signal
 import time
 from pathlib import Path
 
-from tests.integration.operating import command, json_of
-from tests.servers.daemons import Daemon
-from tests.servers.messages import Messages, execute, settings
+from tests.support.commands import command, json_of
+from tests.support.daemons import Daemon
+from tests.support.messages import Messages, execute, settings
 
 
 async def at(dsn: str) -> str:

@@ -16,14 +16,14 @@ from bridge.demo.servers import PostgresServer
 from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError
 from bridge.event import Event, Malformed
 from bridge.settings import PostgresSettings, WorkerSettings
-from tests.servers.proxy import Proxy
-from tests.servers.scripted_queue import ScriptedQueue, event_of
+from tests.support.proxy import Proxy
+from tests.support.scripted_queue import ScriptedQueue, event_of
 from workers.claim import Claim
 from workers.effects import effect
 from workers.handler import Reject, Result, Retry, Run
 from workers.inbox import Inbox
 from workers.queues import Failure
-from workers.runtime import Worker
+from workers.worker import Worker
 
 
 def settings_of(**values: Any) -> WorkerSettings:

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from bridge.demo.servers import PostgresServer
-from bridge.operate.migrate import migrate, schema_sql
+from bridge.postgres.schema import migrate, schema_sql
 
 ROOT = Path(__file__).parents[2]
 TESTS = sorted((ROOT / "sql" / "tests").glob("*.sql"))
@@ -56,7 +56,7 @@ def tap_lines(cursor: psycopg.Cursor[tuple[object, ...]]) -> list[str]:
 
 def test_schema_sql_is_what_the_migrations_make() -> None:
     assert (ROOT / "sql" / "schema.sql").read_text(encoding="utf-8") == schema_sql(), (
-        "run: python -m bridge.operate.migrate > sql/schema.sql"
+        "run: python -m bridge.postgres.schema > sql/schema.sql"
     )
 
 

@@ -19,7 +19,7 @@ import pytest
 from bridge.demo.servers import NatsServer, PostgresServer, PubSubEmulator, RabbitMQServer, Server, free_port
 from bridge.demo.servers.guard import tree
 from bridge.errors import UnavailableError
-from tests.servers.proxy import Proxy
+from tests.support.proxy import Proxy
 
 
 async def until(condition: Callable[[], bool], limit: float = 10.0) -> None:

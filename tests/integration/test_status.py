@@ -7,10 +7,10 @@ from pathlib import Path
 import psycopg
 
 from bridge.demo.servers import NatsServer, RabbitMQServer, free_port
-from tests.integration.operating import command, eventually, json_of
-from tests.servers.daemons import Daemon
-from tests.servers.messages import Messages, execute, settings
-from tests.servers.metrics import get
+from tests.support.commands import command, eventually, json_of
+from tests.support.daemons import Daemon
+from tests.support.messages import Messages, execute, settings
+from tests.support.metrics import get
 
 
 async def test_status_tells_of_the_leader_and_that_nothing_waits(
@@ -175,7 +175,7 @@ url = "{broker.url}"
 topic = "#"
 sink = "events"
 [workers.{unique}]
-handler = "tests.servers.worker_handlers:refuse"
+handler = "tests.support.worker_handlers:refuse"
 listen = "127.0.0.1:{port}"
 """
         bridge = Daemon(tmp_path / "bridge", text)

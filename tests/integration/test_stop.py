@@ -8,9 +8,9 @@ from pathlib import Path
 import psycopg
 
 from bridge.demo.servers import PostgresServer, RabbitMQServer
-from tests.servers.daemons import Daemon
-from tests.servers.messages import Messages, execute, settings
-from tests.servers.proxy import Proxy
+from tests.support.daemons import Daemon
+from tests.support.messages import Messages, execute, settings
+from tests.support.proxy import Proxy
 
 COUNT = 20_000
 LOAD = f"select bridge.emit('load', n::text, 'key-' || n %% 50) from generate_series(1, {COUNT}) n order by n"

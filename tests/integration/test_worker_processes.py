@@ -18,9 +18,9 @@ import pytest
 from bridge.demo.servers import RabbitMQServer
 from bridge.event import AMQP_PREFIX, Event, attributes
 from bridge.settings import PostgresSettings, Settings, load
-from tests.servers.scripted_queue import event_of
+from tests.support.scripted_queue import event_of
 from workers.cli import queue_class
-from workers.runtime import subscription
+from workers.worker import subscription
 
 
 class Processes:
@@ -64,7 +64,7 @@ def write_settings(path: Path, shop: PostgresSettings, url: str, exchange: str) 
         url = {json.dumps(url)}
         exchange = "{exchange}"
         [workers.echo]
-        handler = "tests.servers.worker_handlers:echo"
+        handler = "tests.support.worker_handlers:echo"
         concurrency = 8
         prefetch = 16
         reply = "shop.rendered"
@@ -150,11 +150,11 @@ def test_the_workers_are_listed_for_people_and_for_programs(shop: PostgresSettin
     write_settings(tmp_path / "bridge.toml", shop, "amqp://127.0.0.1:1", "events")
     listed = run_command("list", cwd=tmp_path)
     assert listed.returncode == 0, listed.stderr
-    assert "tests.servers.worker_handlers:echo" in listed.stdout
+    assert "tests.support.worker_handlers:echo" in listed.stdout
     assert json.loads(run_command("list", "--json", cwd=tmp_path).stdout) == [
         {
             "name": "echo",
-            "handler": "tests.servers.worker_handlers:echo",
+            "handler": "tests.support.worker_handlers:echo",
             "topics": ["shop.order.placed"],
             "sink": "events",
             "concurrency": 8,

@@ -15,8 +15,8 @@ from psycopg import conninfo, sql
 
 from bridge.demo.servers import PostgresServer, free_port
 from tests.conftest import NOT_DURABLE
-from tests.servers.daemons import run_command
-from tests.servers.standby import StandbyServer
+from tests.support.daemons import run_command
+from tests.support.standby import StandbyServer
 
 SETTINGS = """
 name = "test"

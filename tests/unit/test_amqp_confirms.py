@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pamqp import body, commands, frame, header
 
+from bridge.brokers.contract import CONFIRMED, Failed, Unknown
+from bridge.brokers.rabbitmq.confirms import NACKED, Batch, Ledger
+from bridge.brokers.rabbitmq.reader import BrokenStreamError, FrameReader
 from bridge.event import Event
-from bridge.sinks import CONFIRMED, Failed, Unknown
-from bridge.sinks.amqp.confirms import NACKED, Batch, Ledger
-from bridge.sinks.amqp.reader import BrokenStreamError, FrameReader
 from tests.contract.test_sinks import make_event
 
 REFUSED = Failed(False, "too_large", "refused before sending")

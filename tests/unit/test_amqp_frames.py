@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pamqp import body, commands, frame, header
 
+from bridge.brokers.rabbitmq.frames import CHANNEL, Encoder, RefusedEvent
 from bridge.event import AMQP_PREFIX, Event, attributes
-from bridge.sinks.amqp.frames import CHANNEL, Encoder, RefusedEvent
 
 FRAME_MAX = 4096
 EVENT = Event(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from workers.gathering import Gathering
+from bridge.process.batching import Gathering
 
 
 class Server:

@@ -13,7 +13,7 @@ from workers import Effect, Event, Options, effect, handler
 from workers.attempt import backoff, retry_delays
 from workers.effects import current_ledger
 from workers.handler import load_handler
-from workers.runtime import subscription
+from workers.worker import subscription
 
 EVENT = Event(
     id="5f2b9c1e-7f7b-4a55-9d5b-3f1c2d1e0a01",

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from workers.documents import file_name, write_whole
+from workers.invoices.files import file_name, write_whole
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=200)
 AWKWARD = st.text("./~+%-_aA\u0301á\x00 ", min_size=1, max_size=6)

@@ -5,7 +5,7 @@ from decimal import Decimal, localcontext
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.money import CURRENCIES, minor_unit, rounded, total, totals
+from workers.invoices.money import CURRENCIES, minor_unit, rounded, total, totals
 
 AMOUNTS = st.decimals(allow_nan=False, allow_infinity=False, min_value=-(10**12), max_value=10**12, places=6)
 RATES = st.none() | st.decimals(allow_nan=False, min_value=0, max_value=100, places=2)

@@ -9,8 +9,8 @@ from google.pubsub_v1 import types
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.brokers.pubsub.message import REQUEST_BYTES, Encoder, Unsendable, topic_field
 from bridge.event import Event, attributes
-from bridge.pubsub.encode import REQUEST_BYTES, Encoder, Unsendable, topic_field
 from bridge.pubsub.wire import CONTENT_TYPE, GOOGLE_TRACE, from_message
 
 TOPIC = "projects/test/topics/events"

@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 
 import pytest
 
+from bridge.brokers.contract import CONFIRMED, Failed, Outcome, Unknown
 from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError
 from bridge.event import NO_HEADERS, Event
 from bridge.observe.topology import Declaration
 from bridge.relay import Limits, Relay
 from bridge.routes import Routes
-from bridge.sinks import CONFIRMED, Failed, Outcome, Unknown
 from bridge.sources import DeadLetter, Page
 from bridge.supervise import one_error
 

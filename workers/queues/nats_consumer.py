@@ -8,7 +8,7 @@ from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import NotFoundError
 
-from bridge.nats.wire import quote_word
+from bridge.brokers.nats.message import quote_word
 from bridge.observe.topology import Declaration
 from workers.queues import Subscription
 

@@ -2,9 +2,9 @@
 
 from nats.aio.msg import Msg
 
+from bridge.brokers.letters import PREFIX
+from bridge.brokers.nats.message import CONTENT_TYPE, ID_HEADER, headers_size, quote_headers, unquote_headers
 from bridge.event import Event, Malformed, from_attributes
-from bridge.nats.wire import CONTENT_TYPE, ID_HEADER, headers_size, quote_headers, unquote_headers
-from workers.queues.letters import PREFIX
 
 _HEADERS_LIMIT = 60_000
 """Bytes; JetStream stores no more than 65535 of headers."""

@@ -3,12 +3,12 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+from bridge.brokers.pubsub.lease import MAX_LEASE
 from bridge.event import Event, Malformed
 from workers.queues import Failure
-from workers.queues.pubsub_lease import MAX_LEASE
 
 if TYPE_CHECKING:
-    from workers.queues.pubsub import PubSubQueue
+    from bridge.brokers.pubsub.queue import PubSubQueue
 
 
 class PubSubDelivery:

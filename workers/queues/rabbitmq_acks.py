@@ -10,7 +10,7 @@ from typing import Final
 from aio_pika.abc import AbstractIncomingMessage
 from aiormq.abc import AbstractChannel
 
-from workers.gathering import Gathering
+from bridge.process.batching import Gathering
 
 _TOGETHER: Final = 1000
 """Most acknowledgements that are sent at once."""

@@ -16,7 +16,7 @@ from pamqp import commands, frame
 from pamqp.base import Frame
 from pamqp.header import ProtocolHeader
 
-from bridge.sinks.amqp.frames import Encoder
+from bridge.brokers.rabbitmq.frames import Encoder
 from tests.bench.peers.log import events
 
 FRAME_MAX = 131_072

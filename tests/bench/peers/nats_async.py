@@ -8,8 +8,8 @@ import time
 import nats
 import uvloop
 
+from bridge.brokers.nats.message import subject_of
 from bridge.event import attributes
-from bridge.nats.wire import subject_of
 from tests.bench.peers.log import events
 
 PENDING = 4_000

@@ -1,0 +1,94 @@
+"""The dead letters of a worker on NATS: the stream ``<worker>_dead``, read by a consumer that settles nothing."""
+
+from urllib.parse import unquote
+
+import nats.errors
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext
+from nats.js.api import AckPolicy, ConsumerConfig
+from nats.js.errors import NotFoundError
+
+from bridge.brokers.letters import PREFIX
+from bridge.brokers.nats.connection import REQUEST_TIMEOUT, address_of, asking, connect, disconnect
+from bridge.brokers.nats.message import ID_HEADER, quote_headers, unquote_headers
+from bridge.errors import TopologyError
+from bridge.observe.letters import Decide, Letter
+from bridge.settings import NatsSettings
+from workers.dead_letters import letter_of
+from workers.queues.nats_message import event_of
+
+_BATCH = 100
+
+
+class NatsDeadLetters:
+    """See `bridge.observe.letters.LetterBox`.
+
+    A replayed letter goes back to the sink's stream, since a consumer takes from nowhere else: other workers that
+    subscribe to its topic see the event again too, and their inbox tells them that it was handled.
+    """
+
+    def __init__(self, settings: NatsSettings, worker: str, sink: str) -> None:
+        self._settings = settings
+        self._worker = worker
+        self._sink = sink
+        self._stream = f"{worker}_dead"
+        self._address = address_of(settings)
+
+    async def walk(self, decide: Decide) -> None:
+        """As `LetterBox.walk`."""
+        client = await connect(self._settings)
+        try:
+            jetstream = client.jetstream(timeout=REQUEST_TIMEOUT)
+            async with asking(self._address):
+                try:
+                    state = (await jetstream.stream_info(self._stream)).state
+                except NotFoundError:
+                    raise TopologyError(
+                        f"NATS at {self._address} has no stream {self._stream}. Run `pgbridge topology --apply`"
+                    ) from None
+            if state.messages:
+                await self._walk(jetstream, state.messages, state.last_seq, decide)
+        finally:
+            await disconnect(client)
+
+    async def _walk(self, jetstream: JetStreamContext, count: int, last: int, decide: Decide) -> None:
+        async with asking(self._address):
+            reader = await jetstream.pull_subscribe(
+                f"{self._stream}.>", stream=self._stream, config=ConsumerConfig(ack_policy=AckPolicy.NONE)
+            )
+        while count > 0:
+            async with asking(self._address):
+                try:
+                    messages = await reader.fetch(min(_BATCH, count), timeout=1.0)
+                except nats.errors.TimeoutError:
+                    return  # the last ones were deleted meanwhile
+            count -= len(messages)
+            for message in messages:
+                sequence = message.metadata.sequence.stream
+                if sequence > last:
+                    return  # came meanwhile, perhaps from a replay of ours
+                verdict = await decide(self._letter(message))
+                async with asking(self._address):
+                    if verdict == "replay":
+                        await self._publish(jetstream, message, sequence)
+                    if verdict != "keep":
+                        await jetstream.delete_msg(self._stream, sequence)
+
+    async def _publish(self, jetstream: JetStreamContext, message: Msg, sequence: int) -> None:
+        kept = {
+            name: value
+            for name, value in (message.headers or {}).items()
+            if not unquote(name).startswith(PREFIX) and not name.lower().startswith("nats-")
+        }
+        kept |= quote_headers({"replayed": "true"})
+        # Under the event's id the stream would drop it, had the event come within the duplicate window.
+        kept[ID_HEADER] = f"{self._stream}:{sequence}"
+        subject = f"{self._settings.stream}.{message.subject.partition('.')[2]}"
+        await jetstream.publish(subject, message.data, stream=self._settings.stream, headers=kept)
+
+    def _letter(self, message: Msg) -> Letter:
+        flat = unquote_headers(message.headers or {})
+        marks = {name: value for name, value in flat.items() if name.startswith(PREFIX)}
+        sequence = str(message.metadata.sequence.stream)
+        content_type = (message.headers or {}).get("content-type")
+        return letter_of(self._worker, self._sink, event_of(message), sequence, marks, message.data, content_type)

@@ -1,0 +1,136 @@
+"""Dead letters of a worker on Pub/Sub: how they are marked, shown, replayed and discarded.
+
+They stand in the topic ``<worker>.dead``, whose subscription of the same name keeps them for 31 days.
+"""
+
+from typing import Any, Final
+
+from google.pubsub_v1 import types
+
+from bridge.brokers.letters import ATTEMPTS, PREFIX, letter_headers
+from bridge.brokers.pubsub.connection import Connection, connect
+from bridge.brokers.pubsub.lease import MAX_LEASE
+from bridge.brokers.pubsub.topology import Names
+from bridge.errors import BrokerUnavailableError
+from bridge.observe.letters import Decide, Letter
+from bridge.pubsub.wire import CONTENT_TYPE, MAX_ATTRIBUTES, NOT_THE_EVENTS, VALUE_BYTES, from_message
+from bridge.settings import PubSubSettings
+from workers.dead_letters import letter_of
+from workers.queues import Failure
+
+FOR_WORKER: Final = f"{PREFIX}for"
+"""Names the one worker that a replayed message is meant for; the queues of others pass over it."""
+FORWARDED_COUNT: Final = "CloudPubSubDeadLetterSourceDeliveryCount"
+"""Marks a message that the service itself forwarded, after so many deliveries."""
+
+PULL_LIMIT: Final = 1.0
+"""Seconds that a pull waits for dead letters."""
+EMPTY_PULLS: Final = 2
+"""Pulls without a new message after which there is none; the service may answer with fewer than it has."""
+_BATCH: Final = 100
+
+_Message: Final = types.PubsubMessage.pb()
+_Modify: Final = types.ModifyAckDeadlineRequest.pb()
+
+
+def marked(message: Any, failure: Failure, worker: str, attempts: int) -> Any:
+    """The message, with why it failed; texts are cut to what an attribute holds, the trace at its beginning."""
+    marks = {
+        name: _cut(value, keep_end=name.endswith("trace"))
+        for name, value in letter_headers(worker, failure, attempts).items()
+    }
+    kept = {name: value for name, value in message.attributes.items() if not name.startswith(PREFIX)}
+    # A message of ours has room for the marks; a stranger's that has none loses its last attributes.
+    kept = dict(sorted(kept.items(), key=lambda item: not item[0].startswith("ce-"))[: MAX_ATTRIBUTES - len(marks)])
+    return _Message(data=message.data, attributes=kept | marks)
+
+
+def _cut(text: str, *, keep_end: bool) -> str:
+    cut = text.encode()[-VALUE_BYTES:] if keep_end else text.encode()[:VALUE_BYTES]
+    return cut.decode(errors="ignore")
+
+
+class PubSubDeadLetters:
+    """See `bridge.observe.letters.LetterBox`.
+
+    A replayed letter goes to the sink's topic, since no message can be given to one subscription; the queues of other
+    workers pass over it. Subscriptions that are not ours see it again, under the same `ce-id`.
+    """
+
+    def __init__(self, settings: PubSubSettings, worker: str, sink: str) -> None:
+        self._settings = settings
+        self._worker = worker
+        self._sink = sink
+        self._names = Names(settings, worker)
+
+    async def walk(self, decide: Decide) -> None:
+        """As `LetterBox.walk`. A letter is in hand until the end, and cannot be seen by others meanwhile."""
+        connection = await connect(self._settings)
+        kept: dict[str, str] = {}
+        replayed: set[str] = set()
+        empty = 0
+        try:
+            while empty < EMPTY_PULLS:
+                batch = await self._pull(connection)
+                fresh = [received for received in batch if received.message.message_id not in kept]
+                kept |= {received.message.message_id: received.ack_id for received in batch}
+                empty = 0 if fresh else empty + 1
+                for received in fresh:
+                    letter = self._letter(received.message)
+                    # One that was replayed may have been refused again by now: it is for the next walk.
+                    verdict = "keep" if letter.id in replayed else await decide(letter)
+                    if verdict == "replay":
+                        replayed.add(letter.id)
+                        await self._publish_again(connection, received.message)
+                    if verdict != "keep":
+                        await self._remove(connection, received.ack_id)
+                        del kept[received.message.message_id]
+        finally:
+            await self._extend(connection, list(kept.values()), 0)
+            await connection.close()
+
+    async def _pull(self, connection: Connection) -> Any:
+        request = types.PullRequest.pb()(
+            subscription=self._names.dead_subscription, max_messages=_BATCH, return_immediately=connection.emulated
+        )
+        try:
+            response = await connection.call(connection.pull, request, limit=PULL_LIMIT)
+        except BrokerUnavailableError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                return []
+            raise
+        await self._extend(connection, [each.ack_id for each in response.received_messages], MAX_LEASE)
+        return response.received_messages
+
+    def _letter(self, message: Any) -> Letter:
+        flat = dict(message.attributes)
+        if f"{PREFIX}code" not in flat:
+            count = flat.get(FORWARDED_COUNT, "0")
+            flat |= {
+                f"{PREFIX}code": "delivery_limit",
+                f"{PREFIX}reason": f"Pub/Sub delivered it {count} times, and no worker settled it",
+                f"{PREFIX}failed-at": message.publish_time.ToDatetime().isoformat() + "+00:00",
+                ATTEMPTS: count,
+            }
+        return letter_of(
+            self._worker, self._sink, from_message(message), message.message_id, flat,
+            bytes(message.data), flat.get(CONTENT_TYPE),
+        )  # fmt: skip
+
+    async def _publish_again(self, connection: Connection, message: Any) -> None:
+        flat = {name: value for name, value in message.attributes.items() if not name.startswith(NOT_THE_EVENTS)}
+        key = flat.get("ce-subject", "") if self._settings.ordering else ""
+        flat |= {FOR_WORKER: self._worker, "replayed": "true"}
+        again = _Message(data=message.data, attributes=flat, ordering_key=key)
+        request = types.PublishRequest.pb()(topic=self._names.topic, messages=[again])
+        await connection.call(connection.publish, request, limit=self._settings.publish_timeout)
+
+    async def _remove(self, connection: Connection, ack_id: str) -> None:
+        request = types.AcknowledgeRequest.pb()(subscription=self._names.dead_subscription, ack_ids=[ack_id])
+        await connection.call(connection.acknowledge, request)
+
+    async def _extend(self, connection: Connection, ack_ids: list[str], seconds: int) -> None:
+        for start in range(0, len(ack_ids), _BATCH):
+            part = ack_ids[start : start + _BATCH]
+            request = _Modify(subscription=self._names.dead_subscription, ack_ids=part, ack_deadline_seconds=seconds)
+            await connection.call(connection.modify_ack_deadline, request)

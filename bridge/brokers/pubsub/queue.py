@@ -1,0 +1,228 @@
+"""A worker's queue on Google Cloud Pub/Sub: the subscription ``<worker>`` of the sink's topic, read by unary pulls.
+
+- Unary pull, since the flow control of streaming pull counts messages that wait for their next attempt, so that a
+  few of them would stop a worker.
+- Leases are extended while a message is in hand. A retry lets the lease run for the delay instead of sending a nack,
+  which knows no delay of its own. One of an ordered key takes along what is in hand behind it, so order is kept.
+- `attempt` is what the service counts: a delivery that was given back counts too, and one that waited in hand behind
+  another. The inbox, which decides when attempts are exhausted, does not count those.
+- ``pubsub_lease.py`` keeps leases and order, ``pubsub_topology.py`` knows subscription and dead-letter topic.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final
+
+import grpc
+from google.pubsub_v1 import types
+
+from bridge.brokers.order import InOrder
+from bridge.brokers.pubsub.connection import Connection, connect, explained
+from bridge.brokers.pubsub.dead import FOR_WORKER, marked
+from bridge.brokers.pubsub.lease import Leases
+from bridge.brokers.pubsub.topology import Names, ack_deadline, declarations
+from bridge.errors import BrokerUnavailableError, PgbridgeError
+from bridge.event import Event
+from bridge.observe.topology import Declaration
+from bridge.pubsub.wire import from_message
+from bridge.settings import PubSubSettings
+from bridge.topics import matches
+from workers.queues import Failure, Subscription
+from workers.queues.pubsub_delivery import PubSubDelivery
+
+PULL_LIMIT: Final = 60.0
+"""Seconds that one pull waits for messages."""
+
+EMULATOR_POLL: Final = 0.02
+"""Seconds between two looks at the emulator, which goes on giving messages to a waiting pull that was cancelled."""
+MOST_HELD: Final = 10
+"""Times the prefetch: most messages in hand with those that wait behind one of their key."""
+PULL_GRACE: Final = 0.25
+"""Seconds that a stop gives a pull to return by itself."""
+
+_Publish: Final = types.PublishRequest.pb()
+_Pull: Final = types.PullRequest.pb()
+
+
+class PubSubQueue:
+    """One worker's subscription. Its settings are those of the sink whose topic it reads."""
+
+    def __init__(self, settings: PubSubSettings, subscription: Subscription) -> None:
+        self._settings = settings
+        self._wanted = subscription
+        self._names = Names(settings, subscription.worker)
+        self._connection: Connection | None = None
+        self._leases: Leases | None = None
+        self._hand: InOrder[PubSubDelivery] = InOrder()
+        self._changed = asyncio.Event()
+        self._pulling: asyncio.Task[None] | None = None
+        self._lost: BaseException | None = None
+        self._stopping = False
+
+    async def open(self) -> None:
+        """As `Queue.open`. Without credentials it raises SettingsError, where they do not suffice PrivilegeError."""
+        await self.close()
+        connection = await connect(self._settings)
+        try:
+            deadline = await ack_deadline(connection, self._wanted, self._names)
+        except BaseException:
+            await connection.close()
+            raise
+        self._hand, self._lost, self._stopping, self._pulling = InOrder(), None, False, None
+        self._connection = connection
+        self._leases = Leases(connection, self._names.subscription, deadline, self._lose)
+
+    async def deliveries(self) -> AsyncIterator[PubSubDelivery]:
+        """As `Queue.deliveries`. Of one ordering key, the next comes once the one before is settled."""
+        if self._pulling is None and not self._stopping:
+            self._pulling = asyncio.create_task(self._pull())
+            self._pulling.add_done_callback(self._pull_ended)
+        while True:
+            while not self._hand and self._lost is None and not self._stopping:
+                self._changed.clear()
+                await self._changed.wait()
+            if self._lost is not None:
+                raise self._lost
+            if self._stopping:
+                return
+            yield self._hand.hand_out()
+
+    async def stop(self) -> None:
+        """As `Queue.stop`; what was not handed out is given back at once."""
+        await self._end_pulling()
+        if unseen := self._hand.take_back_ready():
+            await self._release(unseen, 0)
+
+    async def _end_pulling(self) -> None:
+        self._stopping = True
+        self._changed.set()
+        if self._pulling is None:
+            return
+        # Under load the pull returns soon, and what it brings is given back, too. An idle one is cancelled; what
+        # such a pull was given just then comes again when its lease has run out.
+        await asyncio.wait([self._pulling], timeout=PULL_GRACE)
+        if self._pulling.cancel():
+            await asyncio.wait([self._pulling])
+            # After one more answer the service has seen the cancellation, and hands what we give back to others.
+            with contextlib.suppress(PgbridgeError):
+                await self._open_leases().extend(limit=PULL_GRACE)
+
+    def _pull_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._lose(error)
+
+    async def topology(self, *, apply: bool) -> Sequence[Declaration]:
+        """As `Queue.topology`: topic, subscription, dead-letter topic and its subscription, and permissions."""
+        connection = await connect(self._settings)
+        try:
+            return await declarations(connection, self._settings, self._wanted, self._names, apply=apply)
+        finally:
+            await connection.close()
+
+    async def close(self) -> None:
+        """As `Queue.close`. While the service answers, what is in hand comes again at once; else its lease runs out."""
+        await self._end_pulling()
+        connection, self._connection = self._connection, None
+        leases, self._leases = self._leases, None
+        if leases is not None:
+            await leases.close()
+        if connection is not None:
+            await connection.close()
+        self._lose(BrokerUnavailableError("the queue was closed"))
+
+    async def ack(self, delivery: PubSubDelivery) -> None:
+        """Settles one delivery for ever."""
+        await self._open_leases().acknowledge(delivery.ack_id)
+        self._hand.settled(delivery)
+        self._changed.set()
+        if self._stopping and (unseen := self._hand.take_back_ready()):
+            await self._release(unseen, 0)
+
+    async def postpone(self, delivery: PubSubDelivery, seconds: int) -> None:
+        """Lets a delivery, and what is in hand behind it, come again after this time."""
+        await self._release(self._hand.take_back(delivery), seconds)
+
+    async def give_back(self, delivery: PubSubDelivery) -> None:
+        """Lets it, and what is in hand behind it, come again at once."""
+        await self._release(self._hand.take_back(delivery), 0)
+
+    async def dead_letter(self, delivery: PubSubDelivery, failure: Failure) -> None:
+        """Publishes it to the dead-letter topic, then settles it."""
+        connection = self._open_connection()
+        message = marked(delivery.message, failure, self._wanted.worker, delivery.attempt)
+        request = _Publish(topic=self._names.dead_topic, messages=[message])
+        await connection.call(connection.publish, request, limit=self._settings.publish_timeout)
+        await self.ack(delivery)
+
+    async def _release(self, deliveries: Sequence[PubSubDelivery], seconds: int) -> None:
+        try:
+            await self._open_leases().release([delivery.ack_id for delivery in deliveries], seconds)
+        finally:
+            self._changed.set()
+
+    async def _pull(self) -> None:
+        """Keeps up to `prefetch` messages in hand, beside those that wait behind one of their key."""
+        connection = self._open_connection()
+        while self._lost is None and not self._stopping:
+            held, behind = self._open_leases().count, self._hand.behind
+            room = min(self._wanted.prefetch - (held - behind), MOST_HELD * self._wanted.prefetch - held)
+            if room <= 0:
+                self._changed.clear()
+                await self._changed.wait()
+                continue
+            request = _Pull(
+                subscription=self._names.subscription, max_messages=room, return_immediately=connection.emulated
+            )
+            try:
+                response = await connection.pull(request, timeout=PULL_LIMIT)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    self._lose(explained(error, connection.address))
+            else:
+                await self._take(response.received_messages)
+                if connection.emulated and not response.received_messages:
+                    await asyncio.sleep(EMULATOR_POLL)
+
+    async def _take(self, received: Sequence[Any]) -> None:
+        leases = self._open_leases()
+        unwanted = []
+        for each in received:
+            event = from_message(each.message)
+            if isinstance(event, Event) and not self._wants(event, each.message):
+                unwanted.append(each.ack_id)
+                continue
+            leases.hold(each.ack_id)
+            self._hand.add(PubSubDelivery(self, each, event))
+        self._changed.set()
+        await asyncio.gather(*map(leases.acknowledge, unwanted))
+
+    def _wants(self, event: Event, message: Any) -> bool:
+        """What a filter cannot say exactly, or the emulator does not obey; and replays meant for another worker."""
+        if message.attributes.get(FOR_WORKER, self._wanted.worker) != self._wanted.worker:
+            return False
+        return any(matches(pattern, event.topic) for pattern in self._wanted.topics)
+
+    def _lose(self, error: BaseException) -> None:
+        if self._lost is None:
+            self._lost = error
+        self._changed.set()
+
+    @property
+    def lost(self) -> bool:
+        """Whether nothing can be received or settled until `open` is called again."""
+        return self._lost is not None
+
+    def _open_connection(self) -> Connection:
+        if isinstance(self._lost, BrokerUnavailableError):
+            raise self._lost
+        if self._connection is None:
+            raise BrokerUnavailableError("the queue is not open")
+        return self._connection
+
+    def _open_leases(self) -> Leases:
+        if isinstance(self._lost, BrokerUnavailableError):
+            raise self._lost
+        if self._leases is None:
+            raise BrokerUnavailableError("the queue is not open")
+        return self._leases

@@ -1,0 +1,216 @@
+"""Messages on their way to Pub/Sub: per key a queue, one ordering key a request, one request in flight per key.
+
+Many keys travel side by side, up to a limit of requests; while it is reached, waiting messages gather and share
+requests. A request that fails takes along what waits behind it with the same key, and the key takes nothing more
+until every `publish` call that had a part in it has been answered: only then does the relay know what to send first.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import grpc
+
+from bridge.brokers.contract import CONFIRMED, Failed, Outcome, Unknown
+from bridge.brokers.pubsub.connection import Connection, said_by
+from bridge.brokers.pubsub.message import topic_field
+from bridge.settings import PubSubSettings
+from bridge.sinks.pubsub_waiting import Call, KeyQueue, Waiting
+
+_THIS_KEY_LATER: Final = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+}
+"""The service refused this request and may take it later: a quota, or a key's 1 MB a second."""
+_NOTHING_GOES: Final = {grpc.StatusCode.NOT_FOUND, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED}
+"""Every request would be refused until a person acts."""
+
+
+class Requests:
+    """Publishes over one connection until a failure that concerns every key, or `close`."""
+
+    def __init__(self, settings: PubSubSettings, connection: Connection, topic: str) -> None:
+        self._settings = settings
+        self._connection = connection
+        self._topic = topic
+        self._topic_field = topic_field(topic)
+        self._queues: dict[str, KeyQueue] = {}
+        self._ready: deque[KeyQueue] = deque()
+        self._in_flight = 0
+        self._finishing: set[asyncio.Task[None]] = set()
+        self.broken: str | None = None
+        """Why nothing can be published any more; None while it can."""
+
+    @contextmanager
+    def call(self, count: int) -> Iterator[Call]:
+        """A call for that many messages; the end of the block is the moment in which the relay knows its outcomes."""
+        call = Call(count)
+        try:
+            yield call
+        finally:
+            call.returned = True
+            for queue in call.failed:
+                queue.unanswered -= 1
+                self._forget_if_idle(queue)
+
+    def put(self, key: str, message: bytes, call: Call, index: int) -> None:
+        """Queues a message under its ordering key, empty for none; `start` follows."""
+        if self.broken is not None:
+            call.settle(index, Failed(True, "disconnected", self.broken))
+            return
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = KeyQueue(key)
+        if queue.unanswered:
+            self._fail(queue, [(message, call, index)], _behind(key))
+        else:
+            queue.waiting.append((message, call, index))
+            self._offer(queue)
+
+    def start(self) -> None:
+        """Sends what may go now. The calls are made before this returns."""
+        while self._ready and self._in_flight < self._settings.requests_in_flight and self.broken is None:
+            queue = self._ready.popleft()
+            queue.ready = False
+            batch = self._take(queue)
+            if queue.waiting and not queue.key:
+                self._make_ready(queue)
+            self._in_flight += 1
+            queue.in_flight += 1
+            response = self._send(batch)
+            task = asyncio.create_task(self._finish(queue, batch, response))
+            self._finishing.add(task)
+            task.add_done_callback(self._finishing.discard)
+
+    def give_up(self, reason: str) -> None:
+        """Fails what waits and takes no more; requests in flight still report."""
+        if self.broken is not None:
+            return
+        self.broken = reason
+        self._ready.clear()
+        for queue in list(self._queues.values()):
+            queue.ready = False
+            self._fail(queue, queue.waiting, Failed(True, "disconnected", reason))
+            queue.waiting.clear()
+
+    async def close(self) -> None:
+        """Ends the connection; what is in flight becomes Unknown."""
+        self.give_up("the sink was closed")
+        await self._connection.close()
+        if self._finishing:
+            await asyncio.wait(self._finishing)
+
+    def _offer(self, queue: KeyQueue) -> None:
+        """Lets a queue send, at once or after the delay in which others may join; a full request waits for none."""
+        if queue.ready or (queue.key and queue.in_flight):
+            return
+        if not self._settings.batch_delay or len(queue.waiting) >= self._settings.batch_messages:
+            self._make_ready(queue)
+        elif queue.timer is None:
+            delay = self._settings.batch_delay
+            queue.timer = asyncio.get_running_loop().call_later(delay, self._delay_is_over, queue)
+
+    def _delay_is_over(self, queue: KeyQueue) -> None:
+        queue.timer = None
+        if queue.waiting and not queue.ready and not (queue.key and queue.in_flight):
+            self._make_ready(queue)
+            self.start()
+
+    def _make_ready(self, queue: KeyQueue) -> None:
+        if queue.timer is not None:
+            queue.timer.cancel()
+            queue.timer = None
+        queue.ready = True
+        self._ready.append(queue)
+
+    def _take(self, queue: KeyQueue) -> list[Waiting]:
+        batch = [queue.waiting.popleft()]
+        size = len(batch[0][0])
+        while queue.waiting and len(batch) < self._settings.batch_messages:
+            size += len(queue.waiting[0][0])
+            if size > self._settings.batch_bytes:
+                break
+            batch.append(queue.waiting.popleft())
+        return batch
+
+    def _send(self, batch: Sequence[Waiting]) -> Any:
+        request = b"".join([self._topic_field, *[message for message, _, _ in batch]])
+        return self._connection.publish_encoded(request, timeout=self._settings.publish_timeout)
+
+    async def _finish(self, queue: KeyQueue, batch: Sequence[Waiting], response: Any) -> None:
+        try:
+            if not await self._answered(queue, batch, response) and queue.key:
+                self._fail(queue, queue.waiting, _behind(queue.key))
+                queue.waiting.clear()
+        finally:
+            self._in_flight -= 1
+            queue.in_flight -= 1
+        if queue.waiting:
+            self._offer(queue)
+        self._forget_if_idle(queue)
+        self.start()
+
+    async def _answered(self, queue: KeyQueue, batch: Sequence[Waiting], response: Any) -> bool:
+        """Waits for the response and settles the batch. Whether what waits behind it may go."""
+        try:
+            await response
+        except grpc.aio.AioRpcError as error:
+            return await self._refused(queue, batch, error)
+        except asyncio.CancelledError:
+            self._fail(queue, batch, Unknown("the connection was closed before the confirm came"))
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            return False
+        for _, call, index in batch:
+            call.settle(index, CONFIRMED)
+        return True
+
+    async def _refused(self, queue: KeyQueue, batch: Sequence[Waiting], error: grpc.aio.AioRpcError) -> bool:
+        said = f"Pub/Sub at {self._connection.address} says {said_by(error)}"
+        if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+            return await self._single_out(queue, batch, said)
+        if error.code() in _THIS_KEY_LATER:
+            first, behind = batch[:1], batch[1:]
+            self._fail(queue, first, Failed(True, error.code().name.lower(), said))
+            self._fail(queue, behind, _behind(queue.key) if queue.key else Failed(True, "behind", said))
+        elif error.code() in _NOTHING_GOES:
+            self.give_up(f"{said} (topic {self._topic})")
+            self._fail(queue, batch, Failed(True, "disconnected", f"{said} (topic {self._topic})"))
+        else:
+            self.give_up(said)
+            self._fail(queue, batch, Unknown(said))
+        return False
+
+    async def _single_out(self, queue: KeyQueue, batch: Sequence[Waiting], said: str) -> bool:
+        """Finds, by halves and in order, the messages for which the service refuses a whole request."""
+        if len(batch) == 1:
+            _, call, index = batch[0]
+            call.settle(index, Failed(False, "refused", said))
+            return True
+        middle = len(batch) // 2
+        for start, part in ((0, batch[:middle]), (middle, batch[middle:])):
+            if self.broken is not None:
+                self._fail(queue, batch[start:], Failed(True, "disconnected", self.broken))
+                return False
+            if not await self._answered(queue, part, self._send(part)):
+                self._fail(queue, batch[start + len(part) :], Failed(True, "behind", said))
+                return False
+        return True
+
+    def _fail(self, queue: KeyQueue, batch: Iterable[Waiting], outcome: Outcome) -> None:
+        for _, call, index in batch:
+            call.settle(index, outcome)
+            if queue.key and queue not in call.failed and not call.returned:
+                call.failed.add(queue)
+                queue.unanswered += 1
+
+    def _forget_if_idle(self, queue: KeyQueue) -> None:
+        if not (queue.waiting or queue.in_flight or queue.unanswered) and self._queues.get(queue.key) is queue:
+            del self._queues[queue.key]
+
+
+def _behind(key: str) -> Failed:
+    return Failed(True, "behind", f"an earlier event with the key {key[:80]!r} failed, and must be published first")

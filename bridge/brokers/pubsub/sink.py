@@ -1,0 +1,129 @@
+"""Google Cloud Pub/Sub as a sink: one topic, the event's key as the ordering key, confirms by request.
+
+``pubsub_requests.py`` sends; ``bridge/pubsub/`` connects, encodes messages, and looks at topics.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import Final, cast
+
+import grpc
+import structlog
+
+from bridge.brokers.contract import Failed, Outcome
+from bridge.brokers.pubsub import resources
+from bridge.brokers.pubsub.connection import Connection, connect
+from bridge.brokers.pubsub.message import Encoder, Unsendable
+from bridge.brokers.pubsub.requests import Requests
+from bridge.errors import PrivilegeError, TopologyError
+from bridge.event import Event
+from bridge.observe.topology import Declaration
+from bridge.settings import PubSubSettings
+
+log = structlog.get_logger()
+
+PERMISSION: Final = "pubsub.topics.publish"
+ROLE: Final = "roles/pubsub.publisher"
+
+
+class PubSubSink:
+    """Publishes to one Pub/Sub topic."""
+
+    Settings = PubSubSettings
+
+    def __init__(self, settings: PubSubSettings) -> None:
+        self._settings = settings
+        self._topic = f"projects/{settings.project}/topics/{settings.topic}"
+        self._encoder = Encoder(ordering=settings.ordering, max_payload=settings.max_message_bytes)
+        self._requests: Requests | None = None
+        self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """As `Sink.is_open`."""
+        return self._requests is not None and self._requests.broken is None
+
+    async def open(self) -> None:
+        """As `Sink.open`. Without credentials it raises SettingsError, where they do not suffice PrivilegeError."""
+        if self.is_open:
+            return
+        await self.close()
+        connection = await connect(self._settings)
+        try:
+            await self._check_topic(connection)
+        except BaseException:
+            await connection.close()
+            raise
+        self._requests = Requests(self._settings, connection, self._topic)
+        self._watching = asyncio.create_task(_watch(connection, self._requests))
+
+    async def _check_topic(self, connection: Connection) -> None:
+        try:
+            topic = await resources.find_topic(connection, self._topic)
+        except PrivilegeError:
+            # Who may only publish cannot look, and needs not to.
+            if PERMISSION in await connection.allowed(self._topic, [PERMISSION]):
+                return
+            raise
+        if topic is None:
+            raise TopologyError(
+                f"Pub/Sub at {connection.address} has no topic {self._settings.topic!r} in project "
+                f"{self._settings.project!r}: run `pgbridge topology --apply`"
+            )
+        if not await resources.keeps_messages(connection, topic):
+            log.warning("pubsub.messages_not_kept", topic=self._settings.topic, reason=resources.NOT_KEPT)
+
+    async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
+        """As `Sink.publish`; order is kept per key, and only there."""
+        requests = self._requests
+        if requests is None:
+            return [Failed(True, "disconnected", "the sink is not open")] * len(events)
+        with requests.call(len(events)) as call:
+            for index, event in enumerate(events):
+                try:
+                    key, message = self._encoder.encode(event)
+                except Unsendable as refused:
+                    call.settle(index, Failed(False, refused.code, str(refused)))
+                else:
+                    requests.put(key, message, call, index)
+            requests.start()
+            await call.done
+            return cast("list[Outcome]", call.outcomes)
+
+    async def topology(self, *, apply: bool) -> Sequence[Declaration]:
+        """As `Sink.topology`: the topic, and on the real service the permission to publish to it."""
+        connection = await connect(self._settings)
+        try:
+            topic = await resources.topic_declaration(connection, self._topic, self._settings.retention, apply=apply)
+            if topic.state == "missing":
+                return [topic]
+            permissions = await resources.permission_declaration(
+                connection, "topic", self._topic, PERMISSION, ROLE, "the bridge's service account"
+            )
+            return [topic, *permissions]
+        finally:
+            await connection.close()
+
+    async def close(self) -> None:
+        """As `Sink.close`."""
+        requests, self._requests = self._requests, None
+        if self._watching is not None:
+            self._watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watching
+            self._watching = None
+        if requests is not None:
+            await requests.close()
+
+
+async def _watch(connection: Connection, requests: Requests) -> None:
+    """Notices that the service cannot be reached while nothing is in flight that would tell.
+
+    A connection that the service ends in order, as it does now and then, is made anew without a word.
+    """
+    state = connection.channel.get_state(try_to_connect=True)
+    while state not in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
+        await connection.channel.wait_for_state_change(state)
+        state = connection.channel.get_state(try_to_connect=True)
+    requests.give_up(f"Pub/Sub at {connection.address} cannot be reached")

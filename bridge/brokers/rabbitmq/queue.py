@@ -1,0 +1,219 @@
+"""RabbitMQ as a worker's queue: quorum queues, one for each delay between attempts, and one for dead letters.
+
+``<worker>``                bound to the topic exchange, once for each pattern
+``<worker>.retry.<delay>``  its messages expire back into ``<worker>``; one queue a delay, since a quorum queue
+                            expires only at its head
+``<worker>.dead``           dead letters, with ``x-pgbridge-...`` headers that tell why
+
+A retry or a dead letter is published, persistent and mandatory, and the original is acknowledged only once the broker
+has confirmed the copy: a crash in between repeats a message, and none is lost.
+
+`attempt` is 1, plus the retries that the message's own header counts, plus the ``x-delivery-count`` of the quorum queue
+since it was last published. RabbitMQ counts there whatever was delivered and not acknowledged, so a delivery that was
+given back counts too (the inbox, which decides when attempts are exhausted, does not count it).
+Beyond DELIVERY_LIMIT of those RabbitMQ itself moves the message to ``<worker>.dead``, with ``x-death`` in place of our
+headers.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+
+import aio_pika
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange, AbstractIncomingMessage
+from aio_pika.exceptions import AMQPError, ChannelInvalidStateError, DeliveryError, PublishError
+from pamqp import commands
+from yarl import URL
+
+from bridge.brokers.letters import ATTEMPTS, letter_headers
+from bridge.brokers.rabbitmq.message import copy_of, count_of, event_of
+from bridge.brokers.rabbitmq.topology import Layout, survey
+from bridge.brokers.tls import tls_context
+from bridge.errors import BrokerUnavailableError, TopologyError
+from bridge.observe.topology import Declaration
+from bridge.settings import RabbitMQSettings
+from workers.queues import Failure, Subscription
+from workers.queues.rabbitmq_acks import Acks
+
+CONNECT_TIMEOUT = 10.0
+CONFIRM_TIMEOUT = 30.0
+"""Seconds for the confirm of a retry or a dead letter."""
+
+_LOST = (AMQPError, ChannelInvalidStateError, ConnectionError, OSError, RuntimeError, TimeoutError)
+"""What aio-pika raises when the connection, or the channel, is gone."""
+
+
+async def connect(settings: RabbitMQSettings) -> AbstractConnection:
+    """A connection that stays lost once it is lost. Raises BrokerUnavailableError."""
+    url = URL(settings.url.get_secret_value())
+    address = f"RabbitMQ at {url.host}:{url.port or (5671 if url.scheme == 'amqps' else 5672)}"
+    try:
+        return await aio_pika.connect(
+            url.update_query(heartbeat=str(max(1, int(settings.heartbeat)))),
+            ssl_context=tls_context(settings.tls) if url.scheme == "amqps" else None,
+            timeout=CONNECT_TIMEOUT,
+        )
+    except _LOST as error:
+        raise BrokerUnavailableError(f"{address} cannot be reached: {error or type(error).__name__}") from None
+
+
+class RabbitMQDelivery:
+    """See `workers.queues.Delivery`."""
+
+    def __init__(self, queue: "RabbitMQQueue", acks: Acks, message: AbstractIncomingMessage) -> None:
+        self._queue = queue
+        self._acks = acks
+        self._message = message
+        self._retries = count_of(message, ATTEMPTS)
+        self.event = event_of(message)
+        """As `Delivery.event`."""
+        self.attempt = 1 + self._retries + count_of(message, "x-delivery-count")
+        """As `Delivery.attempt`, but see above for what was given back."""
+
+    async def ack(self) -> None:
+        """As `Delivery.ack`."""
+        async with self._queue.settling():
+            await self._acks.ack(self._message)
+
+    async def retry(self, delay: float) -> None:
+        """As `Delivery.retry`."""
+        await self._queue.publish(self._queue.layout.retry_queue(delay), self._message, {ATTEMPTS: str(self.attempt)})
+        await self.ack()
+
+    async def dead_letter(self, failure: Failure) -> None:
+        """As `Delivery.dead_letter`."""
+        layout = self._queue.layout
+        await self._queue.publish(layout.dead, self._message, letter_headers(layout.worker, failure, self.attempt))
+        await self.ack()
+
+    async def give_back(self) -> None:
+        """As `Delivery.give_back`, but RabbitMQ counts it."""
+        async with self._queue.settling():
+            await self._acks.give_back(self._message)
+
+
+class RabbitMQQueue:
+    """See `workers.queues.Queue`."""
+
+    def __init__(self, settings: RabbitMQSettings, subscription: Subscription) -> None:
+        # A worker with one attempt has no ladder, and still asks again while another worker has its event.
+        delays = subscription.retry_delays or [1.0]
+        self.layout = Layout(settings.exchange, subscription.worker, subscription.topics, delays)
+        self._settings = settings
+        self._prefetch = subscription.prefetch
+        self._connection: AbstractConnection | None = None
+        self._channel: AbstractChannel | None = None
+        self._default: AbstractExchange | None = None
+        self._consumer = ""
+        self._arrived: asyncio.Queue[RabbitMQDelivery | None] = asyncio.Queue()
+        """Bounded by the prefetch; None wakes `deliveries` to look at what follows."""
+        self._stopped = False
+        self._lost = ""
+        self._publishing = asyncio.Lock()
+
+    async def open(self) -> None:
+        """As `Queue.open`."""
+        await self.close()
+        self._stopped, self._lost, self._arrived = False, "", asyncio.Queue()
+        self._connection = await connect(self._settings)
+        async with self.settling():
+            missing = [each for each in await survey(self._connection, self.layout) if each.state == "missing"]
+        if missing:
+            names = ", ".join(f"{each.kind} {each.name}" for each in missing)
+            await self.close()
+            raise TopologyError(f"RabbitMQ lacks {names}. Run `pgbridge topology --apply`")
+        async with self.settling():
+            self._connection.close_callbacks.add(self._closed)
+            self._channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+            self._channel.close_callbacks.add(self._closed)
+            underlay = await self._channel.get_underlay_channel()
+            underlay.on_consumer_cancel_callbacks.add(self._cancelled)
+            acks = Acks(underlay)
+            self._default = self._channel.default_exchange
+            await self._channel.set_qos(prefetch_count=self._prefetch)
+            queue = await self._channel.get_queue(self.layout.worker, ensure=False)
+            self._consumer = await queue.consume(partial(self._arrive, acks))
+
+    async def _arrive(self, acks: Acks, message: AbstractIncomingMessage) -> None:
+        self._arrived.put_nowait(RabbitMQDelivery(self, acks, message))
+
+    def _closed(self, _: object, error: BaseException | None) -> None:
+        self._lose(str(error or "closed"))
+
+    def _cancelled(self, *_: object) -> None:
+        self._lose(f"it cancelled the consumer: queue {self.layout.worker} was deleted, or its leader moved")
+
+    def _lose(self, reason: str) -> None:
+        self._lost = self._lost or reason
+        self._arrived.put_nowait(None)
+
+    async def deliveries(self) -> AsyncIterator[RabbitMQDelivery]:
+        """As `Queue.deliveries`."""
+        while True:
+            delivery = await self._arrived.get()
+            if self._lost:
+                raise BrokerUnavailableError(f"RabbitMQ closed the connection: {self._lost}")
+            if self._stopped:
+                return
+            if delivery is not None:
+                yield delivery
+
+    async def stop(self) -> None:
+        """As `Queue.stop`. What has arrived and was not delivered goes back at once."""
+        if self._stopped or self._channel is None:
+            return
+        async with self.settling():
+            underlay = await self._channel.get_underlay_channel()
+            await underlay.basic_cancel(self._consumer)
+            self._stopped = True
+            while not self._arrived.empty():
+                delivery = self._arrived.get_nowait()
+                if delivery is not None:
+                    await delivery.give_back()
+        self._arrived.put_nowait(None)
+
+    async def publish(self, queue: str, message: AbstractIncomingMessage, headers: dict[str, str]) -> None:
+        """Copies a message to another queue, byte for byte, with headers beside its own; returns once confirmed.
+
+        Raises BrokerUnavailableError, or TopologyError when the queue is gone.
+        """
+        copy = copy_of(message, headers)
+        # One at a time: aiormq tells returned messages apart by their message id, which two deliveries may share.
+        async with self._publishing, self.settling():
+            if self._default is None:
+                raise BrokerUnavailableError(f"RabbitMQ is gone: {self._lost or 'the queue is not open'}")
+            try:
+                result = await self._default.publish(copy, queue, mandatory=True, timeout=CONFIRM_TIMEOUT)
+            except PublishError as error:
+                raise TopologyError(f"RabbitMQ has no queue {queue}. Run `pgbridge topology --apply`") from error
+            except DeliveryError as error:
+                raise BrokerUnavailableError(f"RabbitMQ refused a message for queue {queue}: {error}") from error
+            if not isinstance(result, commands.Basic.Ack):
+                raise BrokerUnavailableError(f"RabbitMQ did not confirm a message for queue {queue}: {result}")
+
+    @contextlib.asynccontextmanager
+    async def settling(self) -> AsyncIterator[None]:
+        """Turns what aio-pika raises for a connection that is gone into BrokerUnavailableError."""
+        try:
+            yield
+        except _LOST as error:
+            raise BrokerUnavailableError(f"RabbitMQ is gone: {self._lost or error or type(error).__name__}") from error
+
+    async def topology(self, *, apply: bool) -> Sequence[Declaration]:
+        """As `Queue.topology`."""
+        connection = await connect(self._settings)
+        try:
+            async with self.settling():
+                return await survey(connection, self.layout, apply=apply, look_closely=True)
+        finally:
+            await connection.close()
+
+    async def close(self) -> None:
+        """As `Queue.close`."""
+        connection, self._connection, self._channel, self._default = self._connection, None, None, None
+        if connection is not None:
+            self._lose("closed by this worker")
+            with contextlib.suppress(*_LOST):
+                async with asyncio.timeout(CONNECT_TIMEOUT):
+                    await connection.close()

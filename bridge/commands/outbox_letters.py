@@ -1,0 +1,169 @@
+"""The dead letters of the log: read, published again to the sink that had refused them, or discarded.
+
+A replay goes straight to that sink, and not through the log: other sinks and other bridges have the event already.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from psycopg import AsyncConnection
+
+from bridge.commands.republish import Pace, opened, republish
+from bridge.errors import UsageError
+from bridge.event import Event, header_values
+from bridge.observe.letters import Letter
+from bridge.postgres.connection import database_errors
+from bridge.routes import Routes
+from bridge.settings import Settings
+from bridge.sources import DeadLetter
+
+BOX = "outbox"
+
+Connection = AsyncConnection[tuple[Any, ...]]
+Replayed = Callable[[Letter, str | None], None]
+"""Is told of each letter, and why its replay was refused; None when it was published."""
+
+_COLUMNS = (
+    "select id, event_id::text, topic, key, sink, code, reason, attempts, failed_at, content_type, created_at, "
+    "headers::text, {payload} from bridge.dead_letter where {which} order by id"
+)
+_LIST = _COLUMNS.format(payload="null::bytea", which="bridge = %s")
+_READ = _COLUMNS.format(payload="convert_to(payload, 'UTF8')", which="bridge = %s and id = any(%s)")
+
+
+async def list_letters(connection: Connection, name: str) -> list[Letter]:
+    """Every dead letter of the bridge `name`, oldest first, without payloads."""
+    return await _fetch(connection, _LIST, name)
+
+
+async def read_letters(connection: Connection, name: str, ids: Sequence[str]) -> list[Letter]:
+    """These, with payloads; those that are gone are left out. Raises UsageError for an id that is none."""
+    return await _fetch(connection, _READ, name, [number(id_) for id_ in ids])
+
+
+def number(id_: str) -> int:
+    """The row's id in ``outbox:<number>``. Raises UsageError."""
+    box, _, digits = id_.partition(":")
+    if box != BOX or not digits.isdecimal():
+        raise UsageError(f"{id_!r} is no id of a dead letter of the outbox; it looks like {BOX}:12")
+    return int(digits)
+
+
+async def _fetch(connection: Connection, query: str, *values: object) -> list[Letter]:
+    with database_errors():
+        cursor = await connection.execute(query, values)
+        rows = await cursor.fetchall()
+    return [
+        Letter(
+            id=f"{BOX}:{row[0]}",
+            box=BOX,
+            event_id=row[1],
+            topic=row[2],
+            key=row[3],
+            sink=row[4],
+            code=row[5],
+            reason=row[6],
+            attempts=row[7],
+            failed_at=row[8],
+            content_type=row[9],
+            created_at=row[10],
+            headers=header_values(json.loads(row[11])),
+            payload=row[12],
+        )
+        for row in rows
+    ]
+
+
+async def discard_letters(connection: Connection, letters: Sequence[Letter], person: str, why: str) -> None:
+    """Deletes them, with an audit."""
+    await _end(connection, letters, "discarded", person, why)
+
+
+async def replay_letters(
+    settings: Settings,
+    connection: Connection,
+    letters: Sequence[Letter],
+    pace: Pace,
+    person: str,
+    *,
+    told: Replayed,
+    stop: asyncio.Event,
+) -> None:
+    """Publishes them again; those that are confirmed leave, with an audit, the others get the new reason.
+
+    A letter that no route had taken goes where today's routes say. Raises UsageError for a letter whose sink is no
+    longer in the settings, and what sinks and database raise.
+    """
+    sinks = {letter.sink for letter in letters}
+    if unknown := sorted(sink for sink in sinks if sink is not None and sink not in settings.sinks):
+        raise UsageError(
+            f"letters were refused by the sinks {', '.join(unknown)}, which are not in the settings. "
+            "Name the sink there again, choose others with --sink, or discard them"
+        )
+    for sink in sorted(sinks, key=lambda name: name or ""):
+        if stop.is_set():
+            return
+        of_sink = {letter.id: letter for letter in letters if letter.sink == sink}
+        routes = Routes([("#", sink)]) if sink else Routes([(route.topic, route.sink) for route in settings.routes])
+
+        async def settled(
+            events: Sequence[Event], refused: Sequence[DeadLetter], of_sink: dict[str, Letter] = of_sink
+        ) -> None:
+            await _settle(connection, of_sink, events, refused, person, told)
+
+        async with opened(settings, [sink] if sink else settings.sinks) as open_sinks:
+            pages = _pages(settings.name, connection, list(of_sink), pace.chunk)
+            await republish(settings.relay, open_sinks, routes, pages, pace, settled, stop)
+
+
+async def _settle(
+    connection: Connection,
+    letters: dict[str, Letter],
+    events: Sequence[Event],
+    refused: Sequence[DeadLetter],
+    person: str,
+    told: Replayed,
+) -> None:
+    again = {f"{BOX}:{letter.event.sequence}": letter for letter in refused}
+    for id_, letter in again.items():
+        with database_errors():
+            await connection.execute(
+                "select bridge.refuse_dead_letter(%s, %s, %s, %s)",
+                (number(id_), letter.failure.code, letter.failure.reason, max(1, letter.attempts)),
+            )
+    gone = [letters[f"{BOX}:{event.sequence}"] for event in events if f"{BOX}:{event.sequence}" not in again]
+    await _end(connection, gone, "replayed", person, "")
+    for event in events:
+        id_ = f"{BOX}:{event.sequence}"
+        told(letters[id_], again[id_].failure.reason if id_ in again else None)
+
+
+async def _end(connection: Connection, letters: Sequence[Letter], action: str, person: str, why: str) -> None:
+    with database_errors():
+        await connection.execute(
+            "select bridge.end_dead_letters(%s, %s, %s, %s)",
+            ([number(letter.id) for letter in letters], action, person, why),
+        )
+
+
+async def _pages(name: str, connection: Connection, ids: Sequence[str], chunk: int) -> AsyncIterator[Sequence[Event]]:
+    source = f"/{connection.info.dbname}/{name}"
+    for start in range(0, len(ids), chunk):
+        letters = await read_letters(connection, name, ids[start : start + chunk])
+        yield [
+            Event(
+                id=letter.event_id or "",
+                topic=letter.topic or "",
+                payload=letter.payload or b"",
+                key=letter.key,
+                source=source,
+                time=letter.created_at,  # type: ignore[arg-type]  # the table's columns are not null
+                content_type=letter.content_type or "",
+                headers=letter.headers,
+                # Tells the letters apart on their way: one event may have several, of different sinks.
+                sequence=number(letter.id),
+            )
+            for letter in letters
+        ]

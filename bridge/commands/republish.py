@@ -1,0 +1,141 @@
+"""Publishing events again through the relay, marked as a replay, at a chosen rate: the engine of both replays."""
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+from bridge.brokers.contract import Sink
+from bridge.brokers.registry import build_sink
+from bridge.errors import about
+from bridge.event import REPLAYED, Event
+from bridge.relay import Limits, Relay
+from bridge.routes import Routes
+from bridge.settings import RelaySettings, Settings
+from bridge.sources import DeadLetter, Page
+from bridge.supervise import one_error
+
+MARK: Mapping[str, str] = {REPLAYED: "true"}
+"""What a replay adds to an event's headers."""
+
+
+class Pace:
+    """At most `rate` events a second, in chunks of a tenth of a second; None: as fast as it goes."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._rate = rate
+        self._next = time.monotonic()
+
+    @property
+    def chunk(self) -> int:
+        """How many events to ask for at once."""
+        return 500 if self._rate is None else max(1, min(500, math.ceil(self._rate / 10)))
+
+    async def wait(self, count: int) -> None:
+        """Waits until `count` more events may go."""
+        if self._rate is not None:
+            now = time.monotonic()
+            # What was not used while somebody else was slow is not made up for.
+            self._next = max(self._next, now)
+            await asyncio.sleep(self._next - now)
+            self._next += count / self._rate
+
+
+Settled = Callable[[Sequence[Event], Sequence[DeadLetter]], Awaitable[None]]
+"""Gets the events of each page in their order, once each is confirmed or refused, and those that were refused."""
+
+
+class _Finite:
+    """A source that ends: it sets `stop` once its last page is settled."""
+
+    def __init__(
+        self, pages: AsyncIterator[Sequence[Event]], pace: Pace, settled: Settled, stop: asyncio.Event
+    ) -> None:
+        self._pages = pages
+        self._pace = pace
+        self._settled = settled
+        self._stop = stop
+        self._open: deque[Page] = deque()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._refused: list[DeadLetter] = []
+
+    async def read(self) -> Page:
+        events = [event async for event in _first(self._pages)]
+        if not events:
+            await self._idle.wait()
+            self._stop.set()
+            await asyncio.Event().wait()
+        await self._pace.wait(len(events))
+        page = Page([event._replace(headers={**event.headers, **MARK}) for event in events], None)
+        self._open.append(page)
+        self._idle.clear()
+        return page
+
+    async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
+        self._refused += letters
+
+    async def settle(self, page: Page) -> None:
+        events: list[Event] = []
+        while self._open:
+            done = self._open.popleft()
+            events += done.events
+            if done is page:
+                break
+        refused, self._refused = self._refused, []
+        await self._settled(events, refused)
+        if not self._open:
+            self._idle.set()
+
+
+async def _first(pages: AsyncIterator[Sequence[Event]]) -> AsyncIterator[Event]:
+    """The events of the next page that has any; none at the end."""
+    async for page in pages:
+        if page:
+            for event in page:
+                yield event
+            return
+
+
+async def republish(
+    settings: RelaySettings,
+    sinks: Mapping[str, Sink],
+    routes: Routes,
+    pages: AsyncIterator[Sequence[Event]],
+    pace: Pace,
+    settled: Settled,
+    stop: asyncio.Event,
+) -> None:
+    """Publishes every page, in order; returns when all is settled, or soon after `stop` is set.
+
+    Refusals that may pass are tried again for ever. Raises what `pages` and `settled` raise.
+    """
+    ended = asyncio.Event()
+
+    async def stopped() -> None:
+        await stop.wait()
+        ended.set()
+
+    watching = asyncio.create_task(stopped())
+    limits = Limits(**settings.model_dump())
+    try:
+        with one_error():
+            await Relay(_Finite(pages, pace, settled, ended), sinks, routes, limits=limits).run(ended)
+    finally:
+        watching.cancel()
+
+
+@asynccontextmanager
+async def opened(settings: Settings, names: Iterable[str]) -> AsyncIterator[Mapping[str, Sink]]:
+    """These sinks, open. Raises BrokerUnavailableError, RefusedError, SettingsError."""
+    sinks = {name: build_sink(settings.sinks[name]) for name in names}
+    try:
+        for name, sink in sinks.items():
+            with about(f"sinks.{name}"):
+                await sink.open()
+        yield sinks
+    finally:
+        for sink in sinks.values():
+            await sink.close()

@@ -1,0 +1,80 @@
+"""The status, for people."""
+
+from datetime import timedelta
+
+import click
+
+from bridge.postgres.status import Bridge, Guards, Rates, Status, rates
+from bridge.process.terminal import age
+from bridge.settings import Settings
+
+_LONG_TRANSACTION = 3600.0
+_FULL_QUEUE = 0.5
+
+
+def status_text(settings: Settings, before: Status | None, now: Status) -> str:
+    """Everything that a look found; with the look before, rates too.
+
+    It holds colours, which `click.echo` drops where there is no terminal.
+    """
+    parts = [_bridge(bridge, rates(before, now, bridge.name) if before else None, now) for bridge in now.bridges]
+    if not parts:
+        parts = ["No bridge has run on this database yet."]
+    return "\n\n".join([*parts, _guards(now.guards, now, settings)])
+
+
+def _bridge(bridge: Bridge, rate: Rates | None, now: Status) -> str:
+    leads = bridge.leader is not None
+    since = age((now.at - bridge.leader_since).total_seconds()) if bridge.leader_since else ""
+    lines = [
+        click.style(f"bridge {bridge.name}", bold=True),
+        _line(
+            "leader", f"{bridge.leader}, for {since}" if leads else _bad("nobody; no bridge of this name is running")
+        ),
+        _line(
+            "position",
+            f"{bridge.mark} of {bridge.last_id}, {bridge.gaps} in gaps, stored {age(bridge.stored_seconds)} ago",
+        ),
+        _line("backlog", f"{'' if bridge.backlog_exact else 'about '}{bridge.backlog} events"),
+        _line("oldest unsent", age(bridge.oldest_unsent_seconds)),
+        _line("doorbell", "asleep: rung for" if bridge.asleep else "awake: polls"),
+        _line("dead letters", _bad(str(bridge.dead_letters)) if bridge.dead_letters else "0"),
+    ]
+    if rate is not None:
+        lines.append(_line("rates", f"{rate.emitted:.0f} emitted, {rate.settled:.0f} settled a second"))
+    return "\n".join(lines)
+
+
+def _guards(guards: Guards, now: Status, settings: Settings) -> str:
+    if not guards.sees_sessions:
+        oldest = "not known: grant pg_read_all_stats to the owner of schema bridge"
+    elif guards.oldest_transaction_seconds is None:
+        oldest = "-"
+    else:
+        oldest = f"{age(guards.oldest_transaction_seconds)}: {guards.oldest_transaction}"
+        oldest = _bad(oldest) if guards.oldest_transaction_seconds > _LONG_TRANSACTION else oldest
+    queue = f"{guards.notification_queue_usage:.1%} used"
+    lines = [
+        click.style("database", bold=True),
+        _line("oldest transaction", oldest),
+        _line("NOTIFY queue", _bad(queue) if guards.notification_queue_usage > _FULL_QUEUE else queue),
+        _line("log", f"{guards.outbox_bytes / 1e6:.1f} MB"),
+    ]
+    if guards.oldest_event_at is not None and guards.next_prune_at is not None:
+        lines.append(_line("oldest event", f"{guards.oldest_event_at.isoformat(timespec='seconds')}"))
+        wait = guards.next_prune_at - now.at
+        due = f"in {age(wait.total_seconds())}" if wait > timedelta() else "due"
+        kept = age(settings.outbox_or_default.retention)
+        lines.append(_line("next prune", f"{due} (retention {kept})"))
+    for name in guards.held_back_by:
+        text = f"bridge {name} has not settled it; run it again, or forget it (docs/operations.md)"
+        lines.append(_line("held back", _bad(text)))
+    return "\n".join(lines)
+
+
+def _line(name: str, text: str) -> str:
+    return f"  {name:<20}{text}"
+
+
+def _bad(text: str) -> str:
+    return click.style(text, fg="red")

@@ -1,0 +1,90 @@
+"""The shop's till: places orders by SQL, as a login that may do nothing else, and is open through outages."""
+
+import asyncio
+import json
+import random
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg import AsyncConnection
+from psycopg.rows import TupleRow
+
+from bridge.postgres.connection import database_errors
+
+_RECONNECT_DELAY = 0.1
+_ORDERS_A_RESTOCK = 20
+_MOST_LINES = 4
+_MOST_OF_A_PRODUCT = 5
+
+T = TypeVar("T")
+
+
+class Till:
+    """Places a number of orders at a rate, each exactly once."""
+
+    def __init__(self, dsn: str, orders: int, rate: float) -> None:
+        """`rate` is in orders a second."""
+        self.placed = 0
+        self.orders = orders
+        self._dsn = dsn
+        self._rate = rate
+        self._connection: AsyncConnection[TupleRow] | None = None
+        self._random = random.Random()  # noqa: S311 - chooses tea, not keys
+
+    async def run(self) -> None:
+        """Places all orders. Raises PgbridgeError when the shop refuses one for another reason than an empty shelf."""
+        with database_errors():
+            await self._run()
+
+    async def _run(self) -> None:
+        try:
+            customers, products = await self._through_outages(_catalogue)
+            start = time.monotonic()
+            for number in range(self.orders):
+                await asyncio.sleep(start + number / self._rate - time.monotonic())
+                # The same reference at every try: after a lost connection nobody knows whether it was committed.
+                order = (uuid.uuid4(), self._random.choice(customers), json.dumps(self._items(products)))
+                await self._through_outages(lambda connection, order=order: _place(connection, order))  # type: ignore[misc]
+                self.placed += 1
+                if self.placed % _ORDERS_A_RESTOCK == 0:
+                    await self._through_outages(_restock)
+        finally:
+            if self._connection is not None:
+                await self._connection.close()
+
+    def _items(self, products: list[str]) -> list[dict[str, Any]]:
+        chosen = self._random.sample(products, self._random.randint(1, min(_MOST_LINES, len(products))))
+        return [{"sku": sku, "quantity": self._random.randint(1, _MOST_OF_A_PRODUCT)} for sku in chosen]
+
+    async def _through_outages(self, work: Callable[[AsyncConnection[TupleRow]], Awaitable[T]]) -> T:
+        while True:
+            try:
+                if self._connection is None or self._connection.closed:
+                    self._connection = await AsyncConnection.connect(self._dsn, autocommit=True, connect_timeout=5)
+                return await work(self._connection)
+            except psycopg.OperationalError:
+                if self._connection is not None:
+                    await self._connection.close()
+                await asyncio.sleep(_RECONNECT_DELAY)
+
+
+async def _catalogue(connection: AsyncConnection[TupleRow]) -> tuple[list[int], list[str]]:
+    customers = await (await connection.execute("select id from shop.customers order by id")).fetchall()
+    products = await (await connection.execute("select sku from shop.products order by sku")).fetchall()
+    return [row[0] for row in customers], [row[0] for row in products]
+
+
+async def _place(connection: AsyncConnection[TupleRow], order: tuple[uuid.UUID, int, str]) -> None:
+    try:
+        await connection.execute("select shop.place_order(%s, %s, %s)", order)
+    except psycopg.errors.CheckViolation:
+        # The stock does not suffice.
+        await _restock(connection)
+        await connection.execute("select shop.place_order(%s, %s, %s)", order)
+
+
+async def _restock(connection: AsyncConnection[TupleRow]) -> None:
+    await connection.execute("select shop.restock()")

@@ -1,0 +1,1 @@
+"""PostgreSQL as the daemons and commands see it: connections, the schema, status, pruning."""

@@ -1,0 +1,172 @@
+"""How things stand: what `pgbridge status` shows, and what the leader's gauges say."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import structlog
+from psycopg import AsyncConnection
+
+from bridge.errors import PgbridgeError, UsageError
+from bridge.postgres.connection import connect, database_errors
+from bridge.process import metrics
+from bridge.settings import Settings
+
+log = structlog.get_logger()
+
+_SAMPLE_INTERVAL = 15.0
+
+Connection = AsyncConnection[tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Bridge:
+    """One bridge's place in the log. Ages in seconds; None where there is nothing."""
+
+    name: str
+    leader: str | None
+    """``host:pid`` of the process that leads; None while nobody does."""
+    leader_since: datetime | None
+    mark: int
+    last_id: int
+    gaps: int
+    """Ids below the mark that may still appear."""
+    backlog: int
+    """Events that are not settled."""
+    backlog_exact: bool
+    """False for a backlog above 100,000, which is then told by the distance of ids: a little too large."""
+    oldest_unsent_seconds: float | None
+    stored_seconds: float
+    """Since the cursor was stored; it is stored only when something was settled."""
+    asleep: bool
+    dead_letters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Guards:
+    """What in the database endangers the log."""
+
+    notification_queue_usage: float
+    """Used part of the server's queue, 0 to 1; when it is full, every NOTIFY fails."""
+    oldest_transaction_seconds: float | None
+    oldest_transaction: str | None
+    """Who holds the oldest transaction or snapshot; it stops vacuum and keeps gaps open."""
+    sees_sessions: bool
+    """Whether the schema's owner may see other sessions; if not, the oldest transaction is not known."""
+    outbox_bytes: int
+    oldest_event_at: datetime | None
+    next_prune_at: datetime | None
+    """When the oldest event is due to be deleted, if every bridge has settled it by then."""
+    held_back_by: tuple[str, ...]
+    """Bridges whose unsettled events are past the retention, so that nothing behind them is deleted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A look at everything."""
+
+    at: datetime
+    bridges: tuple[Bridge, ...]
+    guards: Guards
+
+
+async def look(connection: Connection, retention: float) -> Status:
+    """Looks once; `retention` in seconds. Raises DatabaseUnavailableError, PrivilegeError, SchemaError."""
+    with database_errors():
+        cursor = await connection.execute(
+            "select clock_timestamp(), name, leader, leader_since, mark, last_id, gaps, backlog, backlog_exact, "
+            "oldest_unsent_at, stored_at, asleep, dead_letters from bridge.status()"
+        )
+        rows = await cursor.fetchall()
+        cursor = await connection.execute(
+            "select clock_timestamp(), notification_queue_usage, oldest_transaction_at, oldest_transaction, "
+            "sees_sessions, outbox_bytes, oldest_event_at from bridge.guards()"
+        )
+        [(now, queue, transaction_at, transaction, sees, size, oldest)] = await cursor.fetchall()
+    bridges = tuple(
+        Bridge(*[*known, _age(at, unsent_at), _age(at, stored_at) or 0.0, asleep, letters])
+        for at, *known, unsent_at, stored_at, asleep, letters in rows
+    )
+    return Status(
+        now,
+        bridges,
+        Guards(
+            queue,
+            _age(now, transaction_at),
+            transaction,
+            sees,
+            size,
+            oldest,
+            oldest + timedelta(seconds=retention) if oldest else None,
+            tuple(b.name for b in bridges if (b.oldest_unsent_seconds or 0.0) > retention),
+        ),
+    )
+
+
+def _age(now: datetime, then: datetime | None) -> float | None:
+    return max(0.0, (now - then).total_seconds()) if then is not None else None
+
+
+async def watch(settings: Settings, interval: float | None) -> AsyncIterator[Status]:
+    """A look, and with `interval` (seconds) another one each time, for ever. Raises as `look`, and UsageError."""
+    if not settings.reads_outbox:
+        raise UsageError(
+            'with channels.buffer = "memory" nothing is kept in the database, so it has no status; '
+            "set observe.listen and look at /health and /metrics"
+        )
+    connection = await connect(settings.postgres, "pgbridge status", options="-c timezone=UTC")
+    async with connection:
+        while True:
+            yield await look(connection, settings.outbox_or_default.retention)
+            if interval is None:
+                return
+            await asyncio.sleep(interval)
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Events a second between two looks, by the distance of ids; rolled back ones count."""
+
+    emitted: float
+    settled: float
+
+
+def rates(before: Status, after: Status, name: str) -> Rates | None:
+    """Of one bridge; None when either look lacks it."""
+    seconds = (after.at - before.at).total_seconds()
+    old = {bridge.name: bridge for bridge in before.bridges}.get(name)
+    new = {bridge.name: bridge for bridge in after.bridges}.get(name)
+    if old is None or new is None or seconds <= 0:
+        return None
+    return Rates(max(0, new.last_id - old.last_id) / seconds, max(0, new.mark - old.mark) / seconds)
+
+
+async def sample_for_ever(settings: Settings, interval: float = _SAMPLE_INTERVAL) -> None:
+    """Sets the gauges that only the database knows, until it is cancelled; a failure is logged, and tried again."""
+    while True:
+        began = time.monotonic()
+        try:
+            async for status in watch(settings, None):
+                _set_gauges(status)
+        except PgbridgeError as error:
+            log.warning("status.not_sampled", reason=str(error))
+        await asyncio.sleep(max(0.0, interval - (time.monotonic() - began)))
+
+
+def _set_gauges(status: Status) -> None:
+    for gauge in (metrics.BACKLOG, metrics.OLDEST_UNSENT, metrics.DEAD_LETTERS):
+        gauge.clear()
+    for bridge in status.bridges:
+        metrics.BACKLOG.labels(bridge.name).set(bridge.backlog)
+        metrics.OLDEST_UNSENT.labels(bridge.name).set(bridge.oldest_unsent_seconds or 0.0)
+        metrics.DEAD_LETTERS.labels(bridge.name).set(bridge.dead_letters)
+    guards = status.guards
+    metrics.NOTIFICATION_QUEUE.set(guards.notification_queue_usage)
+    metrics.OLDEST_TRANSACTION.set(guards.oldest_transaction_seconds or 0.0)
+    metrics.OUTBOX_BYTES.set(guards.outbox_bytes)
+    metrics.OLDEST_EVENT.set(
+        (datetime.now(UTC) - guards.oldest_event_at).total_seconds() if guards.oldest_event_at else 0.0
+    )

@@ -1,0 +1,69 @@
+"""What tests need of Pub/Sub beside the sink and the queue: settings for the emulator, and a plain reader."""
+
+import asyncio
+import time
+from typing import Any
+
+from google.pubsub_v1 import types
+
+from bridge.brokers.pubsub.connection import connect
+from bridge.event import Event
+from bridge.pubsub.wire import from_message
+from bridge.settings import PubSubSettings
+
+PROJECT = "pgbridge-tests"
+
+
+def pubsub_settings(address: str, topic: str, **changes: Any) -> PubSubSettings:
+    """Settings of a sink on the emulator at this address."""
+    values = {"type": "pubsub", "project": PROJECT, "topic": topic, "emulator_host": address}
+    return PubSubSettings(**(values | {"max_message_bytes": 100_000} | changes))
+
+
+class PubSubReader:
+    """Reads all that a topic was given since `subscribe`, in the order of each key."""
+
+    def __init__(self, address: str, topic: str, *, subscription: str | None = None) -> None:
+        self._settings = pubsub_settings(address, topic)
+        self._topic = f"projects/{PROJECT}/topics/{topic}"
+        self._subscription = f"projects/{PROJECT}/subscriptions/{subscription or topic + '-reader'}"
+
+    async def subscribe(self) -> None:
+        """From now on the topic's messages are kept for this reader."""
+        connection = await connect(self._settings)
+        wanted = types.Subscription.pb()(
+            name=self._subscription, topic=self._topic, ack_deadline_seconds=600, enable_message_ordering=True
+        )
+        await connection.call(connection.create_subscription, wanted)
+        await connection.close()
+
+    async def messages(self, *, quiet: float = 0.5, into: list[Any] | None = None) -> list[Any]:
+        """Takes protobuf messages until none has come for `quiet` seconds.
+
+        With `into` they are added there as they come, so that they are known when the emulator goes meanwhile.
+        """
+        connection = await connect(self._settings)
+        taken = [] if into is None else into
+        last = time.monotonic()
+        # Never a pull that waits: the emulator goes on giving messages to one that was cancelled.
+        pull = types.PullRequest.pb()(subscription=self._subscription, max_messages=1000, return_immediately=True)
+        try:
+            while time.monotonic() - last < quiet:
+                batch = (await connection.call(connection.pull, pull)).received_messages
+                if not batch:
+                    await asyncio.sleep(0.01)
+                    continue
+                last = time.monotonic()
+                taken += [received.message for received in batch]
+                ids = [received.ack_id for received in batch]
+                acknowledge = types.AcknowledgeRequest.pb()(subscription=self._subscription, ack_ids=ids)
+                await connection.call(connection.acknowledge, acknowledge)
+        finally:
+            await connection.close()
+        return taken
+
+    async def drain(self) -> list[Event]:
+        """Takes all events."""
+        events = [from_message(message) for message in await self.messages()]
+        assert all(isinstance(event, Event) for event in events), events
+        return [event for event in events if isinstance(event, Event)]

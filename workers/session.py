@@ -1,0 +1,71 @@
+"""The token of a worker process: a random number under a session advisory lock, on a connection of its own.
+
+The claims of the inbox carry it. PostgreSQL releases the lock when the session ends, however the process died, and
+so frees the claims. Nothing else runs on the connection.
+"""
+
+import asyncio
+import secrets
+from typing import Final, LiteralString
+
+from psycopg import AsyncConnection
+from psycopg.rows import TupleRow
+
+from bridge.errors import DatabaseUnavailableError, RefusedError
+from bridge.postgres.connection import connect, database_errors
+from bridge.settings import PostgresSettings
+
+_SETTINGS: Final[tuple[LiteralString, ...]] = (
+    # The server must notice within seconds that our machine is gone, and never end us for being idle.
+    "SET tcp_keepalives_idle = 10",
+    "SET tcp_keepalives_interval = 5",
+    "SET tcp_keepalives_count = 3",
+    "SET idle_session_timeout = 0",
+)
+
+
+class Token:
+    """The number that a process' claims carry; a new one for every session."""
+
+    def __init__(self, settings: PostgresSettings, application_name: str) -> None:
+        self._settings = settings
+        self._application_name = application_name
+        self._connection: AsyncConnection[TupleRow] | None = None
+        self._taking = asyncio.Lock()
+        self.value = 0
+        """0 until the first `take`; no lock is ever held on 0."""
+
+    async def take(self, instead_of: int) -> None:
+        """Takes a new token and its lock; does nothing when another task has replaced `instead_of` already.
+
+        Raises DatabaseUnavailableError, PrivilegeError, and RefusedError behind a connection pooler, where a session
+        lock stays with a server connection that outlives this process.
+        """
+        async with self._taking:
+            if self.value != instead_of:
+                return
+            await self.close()
+            self._connection = connection = await connect(self._settings, self._application_name)
+            token = secrets.randbits(62) + 1
+            with database_errors():
+                for setting in _SETTINGS:
+                    await connection.execute(setting)
+                rows = await (
+                    await connection.execute("SELECT pg_backend_pid(), pg_try_advisory_lock(%s)", [token])
+                ).fetchall()
+            [(backend, locked)] = rows
+            if backend != connection.info.backend_pid:
+                await self.close()
+                raise RefusedError(
+                    "a connection pooler stands between this worker and PostgreSQL, where session locks get lost. "
+                    "Connect directly: set postgres.dsn to the server's own host and port"
+                )
+            if not locked:
+                raise DatabaseUnavailableError("another process holds the same token; taking a new one")
+            self.value = token
+
+    async def close(self) -> None:
+        """Ends the session; its claims become free for other processes."""
+        if self._connection is not None:
+            await self._connection.close()
+            self._connection = None

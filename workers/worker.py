@@ -1,0 +1,216 @@
+"""A worker process: consume, handle with bounded concurrency, reconnect, and stop in order.
+
+open inbox and queue (fails fast) -> deliveries -> `attempt.Attempts` -> ... -> stop -> drain -> close
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import timedelta
+from typing import Final
+
+import structlog
+
+from bridge.errors import BrokerUnavailableError, PgbridgeError
+from bridge.observe.systemd import notify, watchdog_for_ever
+from bridge.process.health import Health
+from bridge.process.outage import Patience
+from bridge.settings import WorkerSettings
+from workers.attempt import Attempts, retry_delays
+from workers.handler import Run
+from workers.inbox import Inbox
+from workers.queues import Delivery, Queue, Subscription
+
+_log = structlog.get_logger("workers")
+
+PRUNE_INTERVAL: Final = 3600.0
+"""Seconds between two prunings of the inbox."""
+
+LEASE: Final = 30.0
+"""Seconds after which a crashed worker's deliveries go to another one; a living one's queue extends them."""
+
+_GIVE_BACK_LIMIT: Final = 5.0
+"""Seconds that cancelled handlers have for giving their deliveries back."""
+
+
+class Worker:
+    """One process of one worker. `make_queue` builds an unopened queue, anew after every loss of the broker."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: WorkerSettings,
+        run: Run,
+        make_queue: Callable[[], Queue],
+        inbox: Inbox,
+        *,
+        keep_finished: timedelta = timedelta(days=30),
+    ) -> None:
+        """`keep_finished`: how long the inbox remembers; longer than any event may be delivered again."""
+        self._name = name
+        self._settings = settings
+        self._make_queue = make_queue
+        self._inbox = inbox
+        self._keep_finished = keep_finished
+        self._attempts = Attempts(name, settings, run, inbox)
+        self._broker = Patience("queue", name, BrokerUnavailableError)
+        self._stopping = asyncio.Event()
+        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._running: set[asyncio.Task[None]] = set()
+        self._queue: Queue | None = None
+        self._started = False
+
+    def stop(self) -> None:
+        """Asks for an orderly stop: no new deliveries, running handlers may finish up to `shutdown_limit`."""
+        self._stopping.set()
+
+    def health(self) -> Health:
+        """What `/health` says."""
+        problems = [each for each in (self._broker.problem, self._attempts.problem) if each is not None]
+        if not self._started:
+            problems.append("the start is not done")
+        role = "stopping" if self._stopping.is_set() else "working" if self._started else "starting"
+        return Health(self._name, role, tuple(problems))
+
+    async def run(self) -> None:
+        """Works until `stop`, or until something is wrong that only a person can mend.
+
+        Raises PgbridgeError at the start when database or broker cannot be used, and later when the broker
+        refuses; while they merely do not answer, it waits.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self._inbox.close)
+            await self._inbox.open()
+            self._queue = await self._open()
+            stack.push_async_callback(self._close)
+            self._started = True
+            notify("READY=1")
+            _log.info("worker.started", worker=self._name, concurrency=self._settings.concurrency)
+            consumer = asyncio.create_task(self._consume())
+            others = [asyncio.create_task(job) for job in (self._stopping.wait(), self._prune(), watchdog_for_ever())]
+            try:
+                done, _ = await asyncio.wait([consumer, *others], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                self._stopping.set()
+                notify("STOPPING=1")
+                await self._drain(consumer)
+                for task in others:
+                    task.cancel()
+                await asyncio.wait(others)
+            for task in done:
+                task.result()
+        _log.info("worker.stopped", worker=self._name)
+
+    async def _open(self) -> Queue:
+        queue = self._make_queue()
+        try:
+            await queue.open()
+        except BaseException:
+            await queue.close()
+            raise
+        return queue
+
+    async def _close(self) -> None:
+        if self._queue is not None:
+            await self._queue.close()
+            self._queue = None
+
+    async def _consume(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                if self._queue is None:
+                    self._queue = await self._broker(self._open)
+                await self._take(self._queue.deliveries())
+            except BrokerUnavailableError as error:
+                self._broker.lost(error)
+                await self._close()
+            else:
+                if not self._stopping.is_set():
+                    raise RuntimeError("the queue ended its deliveries although nobody had stopped it")
+
+    async def _take(self, deliveries: AsyncIterator[Delivery]) -> None:
+        """Starts a task for every delivery. A slot comes first, so that none waits in hand for one."""
+        while True:
+            await self._slots.acquire()
+            try:
+                delivery = await anext(deliveries)
+            except StopAsyncIteration:
+                self._slots.release()
+                return
+            except BaseException:
+                self._slots.release()
+                raise
+            if self._stopping.is_set():
+                self._slots.release()
+                await delivery.give_back()
+                continue
+            task = asyncio.create_task(self._attempts.handle(delivery))
+            self._running.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._slots.release()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # A mistake of ours. The delivery is unsettled and comes again, to this process or to another.
+            _log.error("event.crashed", worker=self._name, exc_info=error)
+
+    async def _drain(self, consumer: asyncio.Task[None]) -> None:
+        if self._queue is not None:
+            with contextlib.suppress(BrokerUnavailableError):  # gone already: nothing comes any more
+                await self._queue.stop()
+        if self._running:
+            _log.info("worker.draining", worker=self._name, running=len(self._running))
+            await asyncio.wait(self._running, timeout=self._settings.shutdown_limit)
+        for task in self._running:
+            task.cancel()
+        if self._running:
+            _, stuck = await asyncio.wait(self._running, timeout=_GIVE_BACK_LIMIT)
+            if stuck:
+                _log.error("worker.stuck", worker=self._name, running=len(stuck))
+        if not consumer.done():
+            # It ends by itself once the queue has ended its deliveries, unless it waits for a broker.
+            await asyncio.wait([consumer], timeout=0.5)
+            consumer.cancel()
+            await asyncio.wait([consumer])
+
+    async def _prune(self) -> None:
+        while True:
+            try:
+                count = await self._inbox.prune(self._keep_finished)
+            except PgbridgeError as error:
+                _log.warning("inbox.prune_failed", worker=self._name, error=str(error))
+            else:
+                _log.debug("inbox.pruned", worker=self._name, events=count)
+            await asyncio.sleep(PRUNE_INTERVAL)
+
+
+def subscription(name: str, settings: WorkerSettings, topics: Sequence[str]) -> Subscription:
+    """What a worker with these settings wants of its broker; `topics` are those of its handler."""
+    prefetch = settings.prefetch or 2 * settings.concurrency
+    return Subscription(
+        worker=name,
+        topics=settings.subscribe or list(topics),
+        prefetch=prefetch,
+        retry_delays=retry_delays(settings),
+        max_attempts=settings.max_attempts,
+        ack_wait=LEASE,
+    )
+
+
+def stop_on_signals(worker: Worker) -> None:
+    """SIGTERM and SIGINT stop the worker in order; a second one leaves at once."""
+    loop = asyncio.get_running_loop()
+    seen: list[signal.Signals] = []
+
+    def on_signal(number: signal.Signals) -> None:
+        if seen:
+            os._exit(128 + number)
+        seen.append(number)
+        _log.info("worker.stopping", signal=number.name)
+        worker.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
