@@ -16,12 +16,12 @@ from bridge.commands.topology import topology as topologies
 from bridge.daemon import run_until_signalled
 from bridge.errors import UsageError
 from bridge.event import Event
-from bridge.observe.exit_codes import exit_codes
 from bridge.postgres import schema as migration
 from bridge.process.logs import configure
 from bridge.process.tasks import run as _run
 from bridge.process.tasks import run_daemon
 from bridge.process.terminal import config_option as _config
+from bridge.process.terminal import exit_codes
 from bridge.process.terminal import json_option as _json
 from bridge.process.terminal import table as _table
 from bridge.settings import load

@@ -11,17 +11,17 @@ from typing import Any, Literal, TypeVar
 
 import click
 
+from bridge.brokers.contract import Letter
 from bridge.commands import dead as letters
 from bridge.commands.dead import Choice
 from bridge.errors import PgbridgeError, UsageError
-from bridge.observe.exit_codes import exit_codes
-from bridge.observe.letters import Letter
 from bridge.process.logs import configure
 from bridge.process.tasks import run
 from bridge.process.terminal import (
     Moment,
     config_option,
     dry_run_option,
+    exit_codes,
     json_option,
     rate_option,
     stop_on_interrupt,

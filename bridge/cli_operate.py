@@ -16,7 +16,6 @@ from bridge.commands.replay import Part, Replayed
 from bridge.commands.replay import replay as replay_log
 from bridge.commands.status import status_text
 from bridge.errors import UsageError
-from bridge.observe.exit_codes import exit_codes
 from bridge.postgres.status import Status, rates, watch
 from bridge.process.logs import configure
 from bridge.process.tasks import run
@@ -24,6 +23,7 @@ from bridge.process.terminal import (
     Moment,
     config_option,
     dry_run_option,
+    exit_codes,
     json_option,
     rate_option,
     stop_on_interrupt,

@@ -15,23 +15,19 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from bridge.brokers.registry import build_sink
 from bridge.errors import PgbridgeError, about
-from bridge.observe.systemd import notify, watchdog_for_ever
 from bridge.postgres.prune import prune_for_ever
 from bridge.postgres.schema import check_version
 from bridge.postgres.status import sample_for_ever
-from bridge.process.health import Health, serving
+from bridge.process.health import Health, notify, serving, watchdog_for_ever
 from bridge.process.metrics import DATABASE_UP, LEADING, SINK_UP
-from bridge.relay import Limits, Relay
-from bridge.routes import Routes
+from bridge.process.tasks import background, one_error, stop_on_signals, unless_stopped
+from bridge.relay import Limits, Relay, Routes
 from bridge.settings import Settings
-from bridge.signals import stop_on_signals
 from bridge.sources import Source
-from bridge.sources.channels import ChannelSource
+from bridge.sources.channels import ChannelSource, Intake
 from bridge.sources.doorbell import Doorbell
-from bridge.sources.intake import Intake
 from bridge.sources.listener import Listener
 from bridge.sources.outbox import OutboxSource
-from bridge.supervise import background, one_error, unless_stopped
 
 log = structlog.get_logger()
 

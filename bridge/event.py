@@ -6,7 +6,7 @@ never parsed or changed on the way.
 
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -114,3 +114,44 @@ def from_attributes(
         content_type=content_type or "application/json",
         headers={name: value for name, value in flat.items() if not name.startswith(prefix)},
     )
+
+
+def matches(pattern: str, topic: str) -> bool:
+    """Whether the pattern takes the topic."""
+    return _words_match(pattern.split("."), topic.split("."))
+
+
+def _words_match(pattern: list[str], words: list[str]) -> bool:
+    if not pattern:
+        return not words
+    head, rest = pattern[0], pattern[1:]
+    if head == "#":
+        return any(_words_match(rest, words[taken:]) for taken in range(len(words) + 1))
+    return bool(words) and head in ("*", words[0]) and _words_match(rest, words[1:])
+
+
+_ONE_SECOND = timedelta(seconds=1)
+_ZERO = timedelta(0)
+
+
+class TimeWriter:
+    """Events come nearly in order, so most share their second with the one before; `isoformat()` costs 1.2 us."""
+
+    def __init__(self) -> None:
+        self._set_second(datetime(1970, 1, 1, tzinfo=UTC))
+
+    def _set_second(self, time: datetime) -> None:
+        self._second = second = time.replace(microsecond=0)
+        self._zone, self._fold = time.tzinfo, time.fold
+        text = second.isoformat()
+        self._whole = text.encode()
+        self._date, self._offset = self._whole[:19], self._whole[19:]
+        self.timestamp = int(second.timestamp())
+
+    def iso(self, time: datetime) -> bytes:
+        """As `time.isoformat()`. Afterwards `timestamp` holds its whole seconds since 1970."""
+        # The zone first: two zones write one time differently. The same zone may, when clocks are set back (fold).
+        if time.tzinfo is not self._zone or time.fold != self._fold or not _ZERO <= time - self._second < _ONE_SECOND:
+            self._set_second(time)
+        microsecond = time.microsecond
+        return b"%b.%06d%b" % (self._date, microsecond, self._offset) if microsecond else self._whole

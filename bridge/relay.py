@@ -7,7 +7,7 @@ What is in flight is bounded in pages and in bytes: while a broker blocks, readi
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import takewhile
@@ -15,11 +15,32 @@ from itertools import takewhile
 import structlog
 
 from bridge.brokers.contract import Failed, Sink
-from bridge.event import Event
+from bridge.event import Event, matches
 from bridge.lane import Lane
 from bridge.process.metrics import BYTES_IN_FLIGHT, EVENTS_DEAD, EVENTS_READ, PAGES_IN_FLIGHT, SETTLE_SECONDS
-from bridge.routes import Routes
 from bridge.sources import DeadLetter, Page, Source
+
+_CACHED_TOPICS = 65_536
+
+
+class Routes:
+    """The routing table; answers are kept per topic, since an application has few topics and many events."""
+
+    def __init__(self, routes: Sequence[tuple[str, str]]) -> None:
+        """`routes`: pairs of pattern and sink."""
+        self._routes = tuple(routes)
+        self._sinks_of: dict[str, tuple[str, ...]] = {}
+
+    def sinks_of(self, topic: str) -> tuple[str, ...]:
+        """The sinks of every route that matches, each once, in the order of the routes."""
+        found = self._sinks_of.get(topic)
+        if found is None:
+            found = tuple(dict.fromkeys(sink for pattern, sink in self._routes if matches(pattern, topic)))
+            if len(self._sinks_of) >= _CACHED_TOPICS:
+                self._sinks_of.clear()
+            self._sinks_of[topic] = found
+        return found
+
 
 log = structlog.get_logger()
 

@@ -15,16 +15,15 @@ from typing import Final
 
 import structlog
 
+from bridge.brokers.contract import Delivery, Failure
 from bridge.errors import BrokerUnavailableError, PgbridgeError
 from bridge.event import Event, Malformed
 from bridge.process.metrics import WORKER_EVENTS
 from bridge.process.outage import Patience
 from bridge.settings import WorkerSettings
-from workers.claim import Claim, ClaimLostError, ReplyError
 from workers.effects import current_ledger
 from workers.handler import Reject, Result, Retry, Run
-from workers.inbox import Inbox
-from workers.queues import Delivery, Failure
+from workers.inbox import Claim, ClaimLostError, Inbox, ReplyError
 
 _log = structlog.get_logger("workers")
 

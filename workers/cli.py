@@ -2,79 +2,22 @@
 
 import json
 import sys
-from datetime import timedelta
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from bridge import __version__
-from bridge.errors import SettingsError, UsageError
-from bridge.observe.exit_codes import exit_codes
+from bridge.errors import SettingsError
 from bridge.process.health import serving
 from bridge.process.logs import configure
 from bridge.process.tasks import run_daemon
-from bridge.settings import Settings, SinkSettings, load
+from bridge.process.terminal import exit_codes
+from bridge.settings import Settings, load
 from workers.handler import load_handler
-from workers.inbox import Inbox
-from workers.queues import Queue, Subscription
-from workers.worker import Worker, stop_on_signals, subscription
-
-_REMEMBERED = timedelta(days=30)
-"""How long finished events are remembered at least."""
-
-
-class QueueClass(Protocol):
-    """What an entry point of the group `pgbridge.queues` names."""
-
-    def __call__(self, settings: SinkSettings, subscription: Subscription, /) -> Queue: ...
-
-
-def queue_class(sink: str, settings: SinkSettings) -> QueueClass:
-    """The class that consumes from a sink's broker. Raises SettingsError when there is none, or its package lacks."""
-    kinds = {point.name: point for point in entry_points(group="pgbridge.queues")}
-    if settings.type not in kinds:
-        raise SettingsError(
-            f"sinks.{sink}.type: workers cannot consume from {settings.type!r}; installed: {', '.join(sorted(kinds))}"
-        )
-    try:
-        return cast("QueueClass", kinds[settings.type].load())
-    except ImportError as error:
-        raise SettingsError(
-            f"sinks.{sink}.type: {settings.type!r} lacks the package {error.name!r}: "
-            f"pip install 'pgbridge[{settings.type}]'"
-        ) from None
-
-
-def build(name: str, settings: Settings) -> Worker:
-    """The worker `name`, ready to run. Raises UsageError for an unknown name, SettingsError for wrong settings."""
-    if name not in settings.workers:
-        known = ", ".join(sorted(settings.workers)) or "none"
-        raise UsageError(f"there is no worker {name!r} in the settings; known: {known}")
-    own = settings.workers[name]
-    try:
-        handler = load_handler(own.handler)
-        sink = settings.sink_of(name)
-    except (SettingsError, ValueError) as error:
-        raise SettingsError(str(error) if str(error).startswith("workers.") else f"workers.{name}.{error}") from error
-    run = handler.configured(own.options, name)
-    if not (own.subscribe or handler.topics):
-        raise SettingsError(f"workers.{name}.subscribe: the handler names no topics, so the settings must")
-    make = queue_class(sink, settings.sinks[sink])
-    wanted = subscription(name, own, handler.topics)
-    kept = timedelta(seconds=2 * settings.outbox.retention) if settings.outbox else _REMEMBERED
-    return Worker(
-        name,
-        own,
-        run,
-        lambda: make(settings.sinks[sink], wanted),
-        Inbox(name, settings.postgres, concurrency=own.concurrency, reply=own.reply),
-        keep_finished=max(kept, _REMEMBERED),
-    )
-
+from workers.worker import build, stop_on_signals
 
 _config = click.option(
     "--config",

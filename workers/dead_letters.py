@@ -4,13 +4,13 @@ Registered under the entry point group ``pgbridge.dead_letters``.
 """
 
 from collections.abc import Collection, Mapping
-from datetime import datetime
 
-from bridge.brokers.letters import PREFIX
+from bridge.brokers.contract import LetterBox
+from bridge.brokers.nats.settings import NatsSettings
+from bridge.brokers.pubsub.settings import PubSubSettings
+from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.errors import SettingsError
-from bridge.event import Event, Malformed
-from bridge.observe.letters import Letter, LetterBox
-from bridge.settings import NatsSettings, PubSubSettings, RabbitMQSettings, Settings, SinkSettings
+from bridge.settings import Settings, SinkSettings
 
 
 def of_workers(settings: Settings, names: Collection[str]) -> Mapping[str, LetterBox]:
@@ -45,41 +45,3 @@ def _box(settings: SinkSettings, worker: str, sink: str) -> LetterBox | None:
             return PubSubDeadLetters(settings, worker, sink)
         case _:
             return None
-
-
-def letter_of(
-    worker: str,
-    sink: str,
-    event: Event | Malformed,
-    message_id: str,
-    marks: Mapping[str, str],
-    payload: bytes,
-    content_type: str | None,
-) -> Letter:
-    """A letter from a message and its ``x-pgbridge-...`` headers; `message_id` names one that is no event."""
-    known = event if isinstance(event, Event) else None
-    attempts = marks.get(f"{PREFIX}attempts", "0")
-    return Letter(
-        id=f"{worker}:{known.id if known else message_id}",
-        box=worker,
-        event_id=known.id if known else None,
-        topic=known.topic if known else None,
-        key=known.key if known else None,
-        sink=sink,
-        code=marks.get(f"{PREFIX}code", "unknown"),
-        reason=marks.get(f"{PREFIX}reason", ""),
-        attempts=int(attempts) if attempts.isdecimal() else 0,
-        failed_at=_time(marks.get(f"{PREFIX}failed-at")),
-        payload=payload,
-        content_type=known.content_type if known else content_type,
-        created_at=known.time if known else None,
-        headers=known.headers if known else {},
-        trace=marks.get(f"{PREFIX}trace", ""),
-    )
-
-
-def _time(text: str | None) -> datetime | None:
-    try:
-        return datetime.fromisoformat(text) if text else None
-    except ValueError:
-        return None

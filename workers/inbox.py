@@ -7,8 +7,9 @@ worker cost.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Literal, LiteralString
+from typing import Any, Final, Literal, LiteralString, Protocol
 
 import psycopg
 from psycopg import sql
@@ -20,9 +21,61 @@ from bridge.errors import DatabaseUnavailableError, PrivilegeError, SchemaError
 from bridge.postgres.connection import connection_parameters, database_errors, translated
 from bridge.process.batching import Gathering
 from bridge.settings import PostgresSettings
-from workers.claim import Claim, ClaimLostError, ReplyError
+from workers.effects import Effect
 from workers.handler import Result
 from workers.session import Token
+
+
+class ClaimLostError(Exception):
+    """Another process took the event over, because our session with PostgreSQL had ended."""
+
+
+class ReplyError(Exception):
+    """The reply function, or the conversion of the result, raised. The message is PostgreSQL's."""
+
+
+class Database(Protocol):
+    """What a claim needs of the inbox."""
+
+    worker: str
+
+    async def value(self, query: LiteralString, *parameters: object) -> Any:
+        """The first column of a query's one row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """An event that is ours to handle; the `Ledger` of its effects."""
+
+    inbox: Database
+    event_id: str
+    token: int
+    attempt: int
+    """Which run of the handler this is, from 1."""
+
+    @property
+    def fence(self) -> tuple[str, str, int, int]:
+        return (self.inbox.worker, self.event_id, self.token, self.attempt)
+
+    async def begin_effect(self, operation: str) -> Effect:
+        """See `effects.Ledger`. Raises ClaimLostError, DatabaseUnavailableError."""
+        entry = await self.inbox.value("SELECT bridge.inbox_effect_begin(%s, %s, %s, %s, %s)", *self.fence, operation)
+        if entry is None:
+            raise ClaimLostError
+        return Effect(
+            operation, entry["idempotency_key"], datetime.fromisoformat(entry["started_at"]), entry.get("result")
+        )
+
+    async def end_effect(self, effect: Effect) -> None:
+        """See `effects.Ledger`. Raises ClaimLostError, DatabaseUnavailableError."""
+        if not await self.inbox.value(
+            "SELECT bridge.inbox_effect_end(%s, %s, %s, %s, %s, %s)",
+            *self.fence,
+            effect.operation,
+            Jsonb(effect.result),
+        ):
+            raise ClaimLostError
+
 
 _SERIALIZATION_ATTEMPTS: Final = 5
 _TOGETHER: Final = 100

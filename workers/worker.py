@@ -13,15 +13,15 @@ from typing import Final
 
 import structlog
 
-from bridge.errors import BrokerUnavailableError, PgbridgeError
-from bridge.observe.systemd import notify, watchdog_for_ever
-from bridge.process.health import Health
+from bridge.brokers.contract import Declaration, Delivery, Queue, Subscription
+from bridge.brokers.registry import queue_class
+from bridge.errors import BrokerUnavailableError, PgbridgeError, SettingsError, UsageError
+from bridge.process.health import Health, notify, watchdog_for_ever
 from bridge.process.outage import Patience
-from bridge.settings import WorkerSettings
+from bridge.settings import Settings, WorkerSettings
 from workers.attempt import Attempts, retry_delays
-from workers.handler import Run
+from workers.handler import Run, load_handler
 from workers.inbox import Inbox
-from workers.queues import Delivery, Queue, Subscription
 
 _log = structlog.get_logger("workers")
 
@@ -33,6 +33,10 @@ LEASE: Final = 30.0
 
 _GIVE_BACK_LIMIT: Final = 5.0
 """Seconds that cancelled handlers have for giving their deliveries back."""
+
+
+_REMEMBERED = timedelta(days=30)
+"""How long finished events are remembered at least."""
 
 
 class Worker:
@@ -214,3 +218,46 @@ def stop_on_signals(worker: Worker) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+
+
+async def of_workers(settings: Settings, *, apply: bool) -> Sequence[tuple[str, Sequence[Declaration]]]:
+    """Pairs of ``worker <name>`` and its declarations. Raises SettingsError, BrokerUnavailableError."""
+    found = []
+    for name, worker in settings.workers.items():
+        try:
+            sink = settings.sink_of(name)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+        handler = load_handler(worker.handler)
+        queue = queue_class(sink, settings.sinks[sink])(
+            settings.sinks[sink], subscription(name, worker, handler.topics)
+        )
+        found.append((f"worker {name}", await queue.topology(apply=apply)))
+    return found
+
+
+def build(name: str, settings: Settings) -> Worker:
+    """The worker `name`, ready to run. Raises UsageError for an unknown name, SettingsError for wrong settings."""
+    if name not in settings.workers:
+        known = ", ".join(sorted(settings.workers)) or "none"
+        raise UsageError(f"there is no worker {name!r} in the settings; known: {known}")
+    own = settings.workers[name]
+    try:
+        handler = load_handler(own.handler)
+        sink = settings.sink_of(name)
+    except (SettingsError, ValueError) as error:
+        raise SettingsError(str(error) if str(error).startswith("workers.") else f"workers.{name}.{error}") from error
+    run = handler.configured(own.options, name)
+    if not (own.subscribe or handler.topics):
+        raise SettingsError(f"workers.{name}.subscribe: the handler names no topics, so the settings must")
+    make = queue_class(sink, settings.sinks[sink])
+    wanted = subscription(name, own, handler.topics)
+    kept = timedelta(seconds=2 * settings.outbox.retention) if settings.outbox else _REMEMBERED
+    return Worker(
+        name,
+        own,
+        run,
+        lambda: make(settings.sinks[sink], wanted),
+        Inbox(name, settings.postgres, concurrency=own.concurrency, reply=own.reply),
+        keep_finished=max(kept, _REMEMBERED),
+    )

@@ -5,12 +5,24 @@ the relay decides, since only the relay knows the order in which keys must trave
 is lost, every `publish` answers with retryable failures until `open` is called again.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Final, Literal, Protocol
 
-from bridge.event import Event
-from bridge.observe.topology import Declaration
+from bridge.event import Event, Malformed
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """One thing that must stand on a broker."""
+
+    kind: str
+    """``exchange``, ``queue``, ``binding``, ``stream``, ``consumer``, ``topic``, ``subscription``."""
+    name: str
+    state: Literal["present", "missing", "declared", "differs"]
+    detail: str = ""
+    """What it is declared with; for ``differs``, what is in the way and how to mend it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +88,124 @@ class Sink(Protocol):
 
     async def close(self) -> None:
         """Disconnects. What is in flight becomes Unknown."""
+
+
+Verdict = Literal["keep", "replay", "discard"]
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """An event that was given up, and why."""
+
+    id: str
+    """``outbox:<number>``, or ``<worker>:<event id>``; a message that is no event has another id behind the colon."""
+    box: str
+    """``outbox``, or the worker's name."""
+    event_id: str | None
+    topic: str | None
+    """Event id and topic are None for a message that is no event."""
+    key: str | None
+    sink: str | None
+    """The sink that refused it (None: no route took it), or whose broker holds the worker's queue."""
+    code: str
+    reason: str
+    attempts: int
+    failed_at: datetime | None
+    payload: bytes | None = None
+    """None where it was not asked for."""
+    content_type: str | None = None
+    created_at: datetime | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    trace: str = ""
+    """The worker's traceback, where there is one."""
+
+
+Decide = Callable[[Letter], Awaitable[Verdict]]
+
+
+class LetterBox(Protocol):
+    """The dead letters of one worker. An entry point of the group ``pgbridge.dead_letters`` gives them by name."""
+
+    async def walk(self, decide: Decide) -> None:
+        """Shows `decide` every letter that stands there now, once; does what it says, and leaves the others.
+
+        A replayed letter is first confirmed in the worker's queue, and then removed: after a crash in between it may
+        stand in both. Raises BrokerUnavailableError, TopologyError, RefusedError.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a delivery was not handled; it travels with a dead letter."""
+
+    code: str
+    """``rejected``, ``malformed``, ``attempts_exhausted``, ``timeout``, ``error``."""
+    reason: str
+    """One sentence."""
+    trace: str = ""
+    """The traceback, where there is one."""
+
+
+class Delivery(Protocol):
+    """One message in hand. Exactly one of its four verbs ends it; each returns once the broker has taken it."""
+
+    @property
+    def event(self) -> Event | Malformed:
+        """The event, or why the message is none."""
+
+    @property
+    def attempt(self) -> int:
+        """1 at the first delivery; counts attempts that ended in `retry` or in a crash, not in `give_back`."""
+
+    async def ack(self) -> None:
+        """Handled: never deliver it again."""
+
+    async def retry(self, delay: float) -> None:
+        """Deliver it again after about `delay` seconds (rounded up to a delay that the queue offers)."""
+
+    async def dead_letter(self, failure: Failure) -> None:
+        """Move it, with the failure and its attempts, to the worker's dead-letter queue."""
+
+    async def give_back(self) -> None:
+        """Not tried: deliver it again at once, to anyone, without counting an attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """What a worker wants of a broker."""
+
+    worker: str
+    """Names the queue: ``<worker>``, ``<worker>.retry.<delay>``, ``<worker>.dead``."""
+    topics: Sequence[str]
+    prefetch: int
+    """Most deliveries in hand at once."""
+    retry_delays: Sequence[float]
+    """Seconds; the ladder of delays between attempts, ascending."""
+    max_attempts: int
+    ack_wait: float
+    """Seconds after which a delivery goes to another worker, unless its queue, alive, extends that: a crash's delay."""
+
+
+class Queue(Protocol):
+    """One worker's queue on one broker: built as ``Queue(settings of the sink, subscription)``."""
+
+    async def open(self) -> None:
+        """Connects, and checks that its queue exists; declares nothing.
+
+        Raises BrokerUnavailableError, or TopologyError that points to `pgbridge topology --apply`.
+        """
+
+    def deliveries(self) -> AsyncIterator[Delivery]:
+        """Messages as they come; ends after `stop`. Raises BrokerUnavailableError when the connection is lost."""
+
+    async def stop(self) -> None:
+        """No new deliveries; those in hand can still be settled."""
+
+    async def topology(self, *, apply: bool) -> Sequence[Declaration]:
+        """What the broker has of what this worker needs; with `apply`, what is missing is declared first.
+
+        Needs no `open`; raises BrokerUnavailableError.
+        """
+
+    async def close(self) -> None:
+        """Disconnects; the broker redelivers what was not settled."""

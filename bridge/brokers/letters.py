@@ -1,8 +1,10 @@
 """What a dead letter carries beside the message: why it was given up, as headers."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
-from workers.queues import Failure
+from bridge.brokers.contract import Failure, Letter
+from bridge.event import Event, Malformed
 
 PREFIX = "x-pgbridge-"
 """Begins every header that a queue writes; they are no part of the event."""
@@ -28,3 +30,41 @@ def letter_headers(worker: str, failure: Failure, attempts: int) -> dict[str, st
     if failure.trace:
         headers[f"{PREFIX}trace"] = failure.trace[-MAX_TRACE:]
     return headers
+
+
+def letter_of(
+    worker: str,
+    sink: str,
+    event: Event | Malformed,
+    message_id: str,
+    marks: Mapping[str, str],
+    payload: bytes,
+    content_type: str | None,
+) -> Letter:
+    """A letter from a message and its ``x-pgbridge-...`` headers; `message_id` names one that is no event."""
+    known = event if isinstance(event, Event) else None
+    attempts = marks.get(f"{PREFIX}attempts", "0")
+    return Letter(
+        id=f"{worker}:{known.id if known else message_id}",
+        box=worker,
+        event_id=known.id if known else None,
+        topic=known.topic if known else None,
+        key=known.key if known else None,
+        sink=sink,
+        code=marks.get(f"{PREFIX}code", "unknown"),
+        reason=marks.get(f"{PREFIX}reason", ""),
+        attempts=int(attempts) if attempts.isdecimal() else 0,
+        failed_at=_time(marks.get(f"{PREFIX}failed-at")),
+        payload=payload,
+        content_type=known.content_type if known else content_type,
+        created_at=known.time if known else None,
+        headers=known.headers if known else {},
+        trace=marks.get(f"{PREFIX}trace", ""),
+    )
+
+
+def _time(text: str | None) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text) if text else None
+    except ValueError:
+        return None

@@ -1,10 +1,12 @@
-"""A sink in this process: for dry runs, and for tests that need no broker."""
+"""A broker in this process, sink and queue: for dry runs, and for tests that need no broker."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
 
-from bridge.brokers.contract import CONFIRMED, Confirmed, Failed, Outcome, Unknown
-from bridge.event import Event
-from bridge.observe.topology import Declaration
+from bridge.brokers.contract import CONFIRMED, Confirmed, Declaration, Failed, Failure, Outcome, Subscription, Unknown
+from bridge.event import Event, Malformed
 from bridge.settings import SinkSettings
 
 _NOT_OPEN = Failed(True, "disconnected", "the sink is not open")
@@ -64,3 +66,149 @@ class MemorySink:
     async def close(self) -> None:
         """As `Sink.close`."""
         self._open = False
+
+
+@dataclass(slots=True, eq=False)
+class Message:
+    """What the broker holds of one message."""
+
+    event: Event | Malformed
+    attempt: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """What became of a message that was given up."""
+
+    event: Event | Malformed
+    failure: Failure
+    attempts: int
+
+
+@dataclass(slots=True)
+class MemoryBroker:
+    """The messages of one worker's queue; queues that share a broker compete for them."""
+
+    waiting: deque[Message] = field(default_factory=deque)
+    dead: list[DeadLetter] = field(default_factory=list)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    timers: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def put(self, event: Event | Malformed) -> None:
+        """Publishes an event, or a message that is none."""
+        await self.append(Message(event))
+
+    async def append(self, message: Message) -> None:
+        """Behind all that waits."""
+        async with self.changed:
+            self.waiting.append(message)
+            self.changed.notify_all()
+
+    async def put_back(self, messages: Sequence[Message]) -> None:
+        """Before all that waits, in their order."""
+        async with self.changed:
+            self.waiting.extendleft(reversed(messages))
+            self.changed.notify_all()
+
+    def append_later(self, message: Message, delay: float) -> None:
+        """Behind all that waits once `delay` seconds have passed."""
+
+        async def later() -> None:
+            await asyncio.sleep(delay)
+            await self.append(message)
+
+        timer = asyncio.create_task(later())
+        self.timers.add(timer)
+        timer.add_done_callback(self.timers.discard)
+
+
+class MemoryDelivery:
+    """See `bridge.brokers.contract.Delivery`."""
+
+    def __init__(self, queue: "MemoryQueue", message: Message) -> None:
+        self._queue = queue
+        self._message = message
+
+    @property
+    def event(self) -> Event | Malformed:
+        """As `Delivery.event`."""
+        return self._message.event
+
+    @property
+    def attempt(self) -> int:
+        """As `Delivery.attempt`."""
+        return self._message.attempt
+
+    async def ack(self) -> None:
+        """As `Delivery.ack`."""
+        await self._queue.settled(self._message)
+
+    async def retry(self, delay: float) -> None:
+        """As `Delivery.retry`, after exactly `delay`."""
+        await self._queue.settled(self._message)
+        self._message.attempt += 1
+        self._queue.broker.append_later(self._message, delay)
+
+    async def dead_letter(self, failure: Failure) -> None:
+        """As `Delivery.dead_letter`: appended to `MemoryBroker.dead`."""
+        await self._queue.settled(self._message)
+        self._queue.broker.dead.append(DeadLetter(self.event, failure, self.attempt))
+
+    async def give_back(self) -> None:
+        """As `Delivery.give_back`."""
+        await self._queue.settled(self._message)
+        await self._queue.broker.put_back([self._message])
+
+
+class MemoryQueue:
+    """See `contract.Queue`. Takes every message of its broker, whatever the topics of the subscription."""
+
+    def __init__(self, settings: SinkSettings, subscription: Subscription, broker: MemoryBroker | None = None) -> None:
+        """`broker` is one of its own unless given."""
+        self.settings = settings
+        self.broker = broker or MemoryBroker()
+        self._prefetch = subscription.prefetch
+        self._in_hand: list[Message] = []
+        self._stopped = True
+
+    async def open(self) -> None:
+        """As `Queue.open`; nothing can be missing."""
+        self._stopped = False
+
+    async def deliveries(self) -> AsyncIterator[MemoryDelivery]:
+        """As `Queue.deliveries`."""
+        while True:
+            async with self.broker.changed:
+                await self.broker.changed.wait_for(self._may_go_on)
+                if self._stopped:
+                    return
+                message = self.broker.waiting.popleft()
+                self._in_hand.append(message)
+            yield MemoryDelivery(self, message)
+
+    def _may_go_on(self) -> bool:
+        return self._stopped or (bool(self.broker.waiting) and len(self._in_hand) < self._prefetch)
+
+    async def settled(self, message: Message) -> None:
+        """Makes room for the next delivery. Raises ValueError when the message is not in hand."""
+        async with self.broker.changed:
+            self._in_hand.remove(message)
+            self.broker.changed.notify_all()
+
+    async def stop(self) -> None:
+        """As `Queue.stop`."""
+        async with self.broker.changed:
+            self._stopped = True
+            self.broker.changed.notify_all()
+
+    async def topology(self, *, apply: bool) -> Sequence[Declaration]:
+        """As `Queue.topology`: nothing is needed."""
+        return []
+
+    async def close(self) -> None:
+        """As `Queue.close`; like a crash, it counts an attempt for what was in hand."""
+        await self.stop()
+        in_hand, self._in_hand = self._in_hand, []
+        for message in in_hand:
+            message.attempt += 1
+        await self.broker.put_back(in_hand)

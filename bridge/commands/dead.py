@@ -10,13 +10,13 @@ from datetime import datetime
 from importlib.metadata import entry_points
 from typing import Literal
 
+from bridge.brokers.contract import Letter, LetterBox, Verdict
 from bridge.commands.outbox_letters import BOX, Connection, discard_letters, list_letters, read_letters, replay_letters
 from bridge.commands.republish import Pace
 from bridge.errors import PgbridgeError, UsageError
-from bridge.observe.letters import Letter, LetterBox, Verdict
+from bridge.event import matches
 from bridge.postgres.connection import connect, database_errors
 from bridge.settings import Settings
-from bridge.topics import matches
 
 
 @dataclass(frozen=True, slots=True)

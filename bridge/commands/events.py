@@ -4,11 +4,10 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 
-from bridge.event import Event
+from bridge.event import Event, matches
 from bridge.postgres.connection import connect, database_errors
 from bridge.settings import PostgresSettings
 from bridge.sources.log import LogReader, Position
-from bridge.topics import matches
 
 _TAIL_POLL = 0.2
 """Seconds between two looks; a person watches."""

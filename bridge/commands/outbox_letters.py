@@ -10,12 +10,12 @@ from typing import Any
 
 from psycopg import AsyncConnection
 
+from bridge.brokers.contract import Letter
 from bridge.commands.republish import Pace, opened, republish
 from bridge.errors import UsageError
 from bridge.event import Event, header_values
-from bridge.observe.letters import Letter
 from bridge.postgres.connection import database_errors
-from bridge.routes import Routes
+from bridge.relay import Routes
 from bridge.settings import Settings
 from bridge.sources import DeadLetter
 

@@ -10,14 +10,13 @@ from typing import Any
 from psycopg import AsyncConnection
 
 from bridge.commands.republish import Pace, opened, republish
-from bridge.event import Event
+from bridge.event import Event, matches
 from bridge.postgres.connection import connect
-from bridge.routes import Routes
+from bridge.relay import Routes
 from bridge.settings import Settings
 from bridge.sources import DeadLetter
 from bridge.sources.log import LogReader, Position
 from bridge.sources.outbox import bury
-from bridge.topics import matches
 
 _SLACK = timedelta(minutes=1)
 """Ids and times rise together, but for transactions side by side and clocks that are set: so far is looked around."""

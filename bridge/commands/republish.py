@@ -11,11 +11,10 @@ from bridge.brokers.contract import Sink
 from bridge.brokers.registry import build_sink
 from bridge.errors import about
 from bridge.event import REPLAYED, Event
-from bridge.relay import Limits, Relay
-from bridge.routes import Routes
+from bridge.process.tasks import one_error
+from bridge.relay import Limits, Relay, Routes
 from bridge.settings import RelaySettings, Settings
 from bridge.sources import DeadLetter, Page
-from bridge.supervise import one_error
 
 MARK: Mapping[str, str] = {REPLAYED: "true"}
 """What a replay adds to an event's headers."""

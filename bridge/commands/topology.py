@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
+from bridge.brokers.contract import Declaration
 from bridge.brokers.registry import build_sink
-from bridge.observe.topology import Declaration
 from bridge.settings import Settings
 
 

@@ -13,16 +13,15 @@ from pathlib import Path
 import psycopg
 from rich.console import Console
 
-from bridge.demo.audit import Arrivals
+from bridge.demo.brokers import Arrivals
 from bridge.demo.figures import Ledger
-from bridge.demo.kills import Kills
-from bridge.demo.orders import Till
+from bridge.demo.orders import Kills, Till
 from bridge.demo.screen import Screen, State
 from bridge.demo.services import Service
 from bridge.demo.verdict import Verdict, count
 from bridge.demo.world import World
 from bridge.errors import UsageError
-from bridge.supervise import background, one_error
+from bridge.process.tasks import background, one_error
 
 STALL_LIMIT = 90.0
 """Seconds without any progress after which what has not arrived counts as lost. Longer than any redelivery takes."""

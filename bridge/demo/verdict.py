@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from bridge.demo.audit import Arrivals
+from bridge.demo.brokers import Arrivals
 from bridge.demo.figures import Figures, Ledger
 from bridge.demo.screen import milliseconds
 

@@ -4,16 +4,18 @@ import asyncio
 import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from bridge.settings.values import parse_duration
+from bridge.errors import PgbridgeError
+from bridge.settings.models import parse_duration
 
 config_option = click.option(
     "--config",
@@ -84,3 +86,20 @@ def stop_on_interrupt(stop: asyncio.Event) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked, number)
+
+
+P = ParamSpec("P")
+
+
+def exit_codes(command: Callable[P, None]) -> Callable[P, None]:
+    """For click commands: a PgbridgeError becomes one message on standard error, and its `exit_code`."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except PgbridgeError as error:
+            print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+
+    return run

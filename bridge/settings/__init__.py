@@ -13,18 +13,16 @@ from bridge.settings.models import (
     RelaySettings,
     RouteSettings,
     Settings,
+    SinkSettings,
+    TlsSettings,
     WorkerSettings,
 )
-from bridge.settings.sinks import NatsSettings, PubSubSettings, RabbitMQSettings, SinkSettings, TlsSettings
 
 __all__ = [
     "ChannelsSettings",
-    "NatsSettings",
     "ObserveSettings",
     "OutboxSettings",
     "PostgresSettings",
-    "PubSubSettings",
-    "RabbitMQSettings",
     "RelaySettings",
     "RouteSettings",
     "Settings",

@@ -16,9 +16,7 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from bridge.settings.models import Settings
-from bridge.settings.sinks import SinkSettings
-from bridge.settings.values import parse_duration, parse_size
+from bridge.settings.models import Settings, SinkSettings, parse_duration, parse_size
 
 _INTRODUCTION = """\
 # Settings

@@ -16,8 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from bridge.errors import SettingsError
-from bridge.settings.models import Settings
-from bridge.settings.sinks import SinkSettings
+from bridge.settings.models import Settings, SinkSettings
 
 ENVIRONMENT_PREFIX = "PGBRIDGE_"
 CONFIG_VARIABLE = "PGBRIDGE_CONFIG"

@@ -1,12 +1,103 @@
 """What can be set. Every field's description is its documentation (docs/settings.md is checked against it)."""
 
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SecretStr,
+    WithJsonSchema,
+    model_validator,
+)
 
-from bridge.settings.model import Model
-from bridge.settings.sinks import SinkSettings
-from bridge.settings.values import Duration, Secret, Size
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_BYTES = {"B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|MB|GB|KiB|MiB|GiB)")
+
+
+def parse_duration(value: object) -> float:
+    """Seconds of ``"500ms"``, ``"30s"``, ``"5m"``, ``"2h"``, ``"7d"`` or a number. Raises ValueError."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value)
+    elif isinstance(value, str) and (match := _DURATION.fullmatch(value.strip())):
+        seconds = float(match[1]) * _SECONDS[match[2]]
+    else:
+        raise ValueError('is no duration; write a number and a unit, as in "500ms", "30s", "5m", "2h", "7d"')
+    if seconds < 0:
+        raise ValueError("is negative; a duration is zero or more")
+    return seconds
+
+
+def parse_size(value: object) -> int:
+    """Bytes of ``"64MB"``, ``"1MiB"`` or a whole number. Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
+        return int(float(match[1]) * _BYTES[match[2]])
+    raise ValueError('is no size; write a number and a unit, as in "10MB" or "64MiB"')
+
+
+Duration = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    WithJsonSchema({"type": ["string", "number"], "examples": ["500ms", "30s", "7d"]}),
+]
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    WithJsonSchema({"type": ["string", "integer"], "examples": ["10MB", "64MiB"]}),
+]
+Secret = Annotated[SecretStr, PlainSerializer(lambda _: "**********", return_type=str)]
+"""Shown as stars wherever it is printed; `get_secret_value()` gives it."""
+
+
+class Model(BaseModel):
+    """Frozen, and an unknown key is an error: a typing mistake must never be a silent default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_secret_files(cls, data: Any) -> Any:
+        """Every secret `x` may be given as `x_file`, the path of a file that holds it."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        for name, field in cls.model_fields.items():
+            if field.annotation is not SecretStr or f"{name}_file" not in data:
+                continue
+            if name in data:
+                raise ValueError(f"{name}_file: is given beside {name}; keep one of the two")
+            path = data.pop(f"{name}_file")
+            try:
+                data[name] = Path(path).read_text(encoding="utf-8").rstrip("\n")
+            except (OSError, TypeError) as error:
+                said = error.strerror if isinstance(error, OSError) else "is no path"
+                raise ValueError(f"{name}_file: the secret file {path!r} cannot be read: {said}") from None
+        return data
+
+
+class TlsSettings(Model):
+    ca_file: Path | None = None
+    """Certificates to trust instead of the system's."""
+    cert_file: Path | None = None
+    """Client certificate."""
+    key_file: Path | None = None
+    """Its private key."""
+
+
+class SinkSettings(Model):
+    type: str
+    """The kind of broker; `pgbridge check` lists the kinds that are installed."""
+    publish_timeout: Duration = 30.0
+    """How long a confirm may take before the outcome is unknown and the message is sent again."""
+
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 TopicPattern = Annotated[str, Field(min_length=1, max_length=255)]

@@ -10,25 +10,25 @@ import nats
 from google.pubsub_v1 import types
 from pydantic import SecretStr
 
-from bridge.brokers.contract import CONFIRMED, Sink
+from bridge.brokers.contract import CONFIRMED, Queue, Sink, Subscription
 from bridge.brokers.letters import PREFIX, letter_headers
-from bridge.brokers.memory import MemorySettings
+from bridge.brokers.memory import MemoryBroker, MemoryQueue, MemorySettings
 from bridge.brokers.nats.message import unquote_headers
 from bridge.brokers.nats.queue import NatsQueue
+from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.sink import NatsSink
 from bridge.brokers.pubsub.connection import connect
 from bridge.brokers.pubsub.queue import PubSubQueue
+from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.sink import PubSubSink
 from bridge.brokers.rabbitmq.queue import RabbitMQQueue
+from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
 from bridge.demo.servers import NatsServer, PubSubEmulator, RabbitMQServer
 from bridge.event import Event, Malformed
-from bridge.settings import NatsSettings, PubSubSettings, RabbitMQSettings
 from tests.contract.sinks import eventually
 from tests.support.proxy import Proxy
 from tests.support.pubsub import PROJECT, PubSubReader, pubsub_settings
-from workers.queues import Queue, Subscription
-from workers.queues.memory import MemoryBroker, MemoryQueue
 
 DEADLINE = 20.0
 """Seconds after which what a test waits for counts as never coming."""

@@ -13,12 +13,13 @@ from pydantic import SecretStr
 from bridge.brokers.contract import Sink
 from bridge.brokers.memory import MemorySettings, MemorySink
 from bridge.brokers.nats.message import CONTENT_TYPE, unquote_headers
+from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.sink import NatsSink
 from bridge.brokers.pubsub.sink import PubSubSink
+from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
 from bridge.demo.servers import NatsServer, PubSubEmulator, RabbitMQServer
 from bridge.event import AMQP_PREFIX, Event, from_attributes
-from bridge.settings import NatsSettings, RabbitMQSettings
 from tests.support.proxy import Proxy
 from tests.support.pubsub import PubSubReader, pubsub_settings
 

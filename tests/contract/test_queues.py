@@ -1,4 +1,4 @@
-"""Every claim that `workers.queues` makes, for every queue. Each broker's own ways are in tests/integration/."""
+"""Every claim that `bridge.brokers.contract.Queue` makes, for every queue. Each broker's own: tests/integration/."""
 
 import asyncio
 import time
@@ -9,10 +9,10 @@ from uuid import uuid4
 
 import pytest
 
+from bridge.brokers.contract import Delivery, Failure, Queue
 from bridge.errors import BrokerUnavailableError, TopologyError
 from bridge.event import Event, Malformed
 from tests.contract.queues import ACK_WAIT, DEADLINE, HARNESSES, RETRY_DELAYS, QueueHarness
-from workers.queues import Delivery, Failure, Queue
 
 FAILURE = Failure("error", "ValueError: kein Betrag für »A-1«\r\nzweite Zeile", "Traceback: \n  füür 🎉\n  ValueError")
 

@@ -22,8 +22,7 @@ from bridge.brokers.pubsub.sink import PubSubSink
 from bridge.demo.servers import MissingProgramError, PubSubEmulator, free_port
 from bridge.errors import BrokerUnavailableError
 from bridge.event import Event
-from bridge.relay import Limits, Relay
-from bridge.routes import Routes
+from bridge.relay import Limits, Relay, Routes
 from bridge.sources import DeadLetter, Page
 from tests.support.pubsub import PubSubReader, pubsub_settings
 

@@ -12,10 +12,10 @@ from pydantic import SecretStr
 
 from bridge.demo.servers import PostgresServer, RabbitMQServer, free_port
 from bridge.errors import DatabaseUnavailableError
+from bridge.process.tasks import background, one_error
 from bridge.settings import PostgresSettings
 from bridge.sources import listener as listener_module
 from bridge.sources.listener import Listener
-from bridge.supervise import background, one_error
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.metrics import MEMORY, metric

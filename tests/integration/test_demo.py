@@ -19,7 +19,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import TupleRow
 from pypdf import PdfReader
 
-from bridge.demo.audit import Arrivals
+from bridge.demo.brokers import Arrivals
 from bridge.demo.figures import Figures
 from bridge.demo.servers import MissingProgramError, RabbitMQServer
 from bridge.demo.servers.guard import tree

@@ -14,8 +14,7 @@ from pydantic import SecretStr
 
 from bridge.errors import DatabaseUnavailableError, PgbridgeError, PrivilegeError, RefusedError, SchemaError
 from bridge.settings import PostgresSettings
-from workers.claim import Claim, ClaimLostError, ReplyError
-from workers.inbox import Inbox
+from workers.inbox import Claim, ClaimLostError, Inbox, ReplyError
 from workers.session import Token
 
 

@@ -14,17 +14,15 @@ from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig, StreamConfig
 from pydantic import SecretStr
 
-from bridge.brokers.contract import CONFIRMED, Failed, Unknown
+from bridge.brokers.contract import CONFIRMED, Failed, Failure, Subscription, Unknown
 from bridge.brokers.nats.message import quote_headers, subject_of, topic_of, unquote_headers
 from bridge.brokers.nats.queue import NatsQueue
+from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.sink import DEAD_LETTER_ROOM, NatsSink
+from bridge.brokers.nats.topology import filters
 from bridge.demo.servers import NatsServer
 from bridge.demo.servers.nats import MAX_PAYLOAD
-from bridge.event import REPLAYED, Event
-from bridge.settings import NatsSettings
-from bridge.topics import matches
-from workers.queues import Failure, Subscription
-from workers.queues.nats_consumer import filters
+from bridge.event import REPLAYED, Event, matches
 
 DEADLINE = 20.0
 

@@ -16,11 +16,11 @@ from google.pubsub_v1 import types
 
 from bridge.brokers.contract import CONFIRMED, Failed, Outcome, Unknown
 from bridge.brokers.pubsub.connection import connect
+from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.sink import PubSubSink
 from bridge.demo.servers import PubSubEmulator
 from bridge.errors import SettingsError, TopologyError
 from bridge.event import Event
-from bridge.settings import PubSubSettings
 from tests.support.pubsub import PROJECT, PubSubReader, pubsub_settings
 from tests.support.scripted_pubsub import ScriptedPubSub
 

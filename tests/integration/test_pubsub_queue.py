@@ -7,21 +7,18 @@ from typing import Any
 import pytest
 from google.pubsub_v1 import types
 
-from bridge.brokers.contract import CONFIRMED
+from bridge.brokers.contract import CONFIRMED, Failure, Letter, Subscription, Verdict
 from bridge.brokers.pubsub.connection import connect
 from bridge.brokers.pubsub.dead import PubSubDeadLetters
-from bridge.brokers.pubsub.queue import PubSubQueue
+from bridge.brokers.pubsub.queue import PubSubDelivery, PubSubQueue
+from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.sink import PubSubSink
 from bridge.brokers.pubsub.topology import filter_of
 from bridge.demo.servers import PubSubEmulator
 from bridge.errors import SettingsError, TopologyError
 from bridge.event import Event, Malformed
-from bridge.observe.letters import Letter, Verdict
-from bridge.settings import PubSubSettings
 from tests.integration.test_pubsub import make_event
 from tests.support.pubsub import PROJECT, pubsub_settings
-from workers.queues import Failure, Subscription
-from workers.queues.pubsub_delivery import PubSubDelivery
 
 
 def subscription(worker: str, *topics: str, prefetch: int = 20, ack_wait: float = 30.0) -> Subscription:

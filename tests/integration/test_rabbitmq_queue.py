@@ -8,13 +8,13 @@ import pytest
 from aio_pika.abc import AbstractChannel
 from pydantic import SecretStr
 
+from bridge.brokers.contract import Subscription
 from bridge.brokers.rabbitmq.queue import RabbitMQQueue
+from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.topology import DELIVERY_LIMIT, duration
 from bridge.demo.servers import RabbitMQServer
 from bridge.errors import BrokerUnavailableError, TopologyError
 from bridge.event import Malformed
-from bridge.settings import RabbitMQSettings
-from workers.queues import Subscription
 
 DEADLINE = 20.0
 

@@ -14,11 +14,12 @@ from pydantic import SecretStr
 
 from bridge.brokers.contract import CONFIRMED, Failed, Unknown
 from bridge.brokers.rabbitmq import publisher
+from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
 from bridge.demo.servers import RabbitMQServer, free_port
 from bridge.errors import BrokerUnavailableError, RefusedError, SettingsError, TopologyError
 from bridge.event import Event
-from bridge.settings import RabbitMQSettings, TlsSettings
+from bridge.settings import TlsSettings
 from tests.contract.sinks import drain, eventually
 from tests.contract.test_sinks import ids, make_event, make_events
 from tests.support.proxy import Proxy

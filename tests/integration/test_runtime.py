@@ -12,17 +12,16 @@ from psycopg.conninfo import make_conninfo
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
+from bridge.brokers.contract import Failure
 from bridge.demo.servers import PostgresServer
 from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError
 from bridge.event import Event, Malformed
 from bridge.settings import PostgresSettings, WorkerSettings
 from tests.support.proxy import Proxy
 from tests.support.scripted_queue import ScriptedQueue, event_of
-from workers.claim import Claim
 from workers.effects import effect
 from workers.handler import Reject, Result, Retry, Run
-from workers.inbox import Inbox
-from workers.queues import Failure
+from workers.inbox import Claim, Inbox
 from workers.worker import Worker
 
 

@@ -15,11 +15,11 @@ import aio_pika
 import psycopg
 import pytest
 
+from bridge.brokers.registry import queue_class
 from bridge.demo.servers import RabbitMQServer
 from bridge.event import AMQP_PREFIX, Event, attributes
 from bridge.settings import PostgresSettings, Settings, load
 from tests.support.scripted_queue import event_of
-from workers.cli import queue_class
 from workers.worker import subscription
 
 

@@ -7,9 +7,9 @@ from typing import Any
 from google.pubsub_v1 import types
 
 from bridge.brokers.pubsub.connection import connect
+from bridge.brokers.pubsub.message import from_message
+from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.event import Event
-from bridge.pubsub.wire import from_message
-from bridge.settings import PubSubSettings
 
 PROJECT = "pgbridge-tests"
 

@@ -7,10 +7,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from bridge.brokers.contract import Declaration, Failure
 from bridge.errors import BrokerUnavailableError
 from bridge.event import Event, Malformed
-from bridge.observe.topology import Declaration
-from workers.queues import Failure
 
 
 def event_of(payload: object = None, event_id: str | None = None) -> Event:

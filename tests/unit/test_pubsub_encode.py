@@ -9,9 +9,16 @@ from google.pubsub_v1 import types
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.brokers.pubsub.message import REQUEST_BYTES, Encoder, Unsendable, topic_field
+from bridge.brokers.pubsub.message import (
+    CONTENT_TYPE,
+    GOOGLE_TRACE,
+    REQUEST_BYTES,
+    Encoder,
+    Unsendable,
+    from_message,
+    topic_field,
+)
 from bridge.event import Event, attributes
-from bridge.pubsub.wire import CONTENT_TYPE, GOOGLE_TRACE, from_message
 
 TOPIC = "projects/test/topics/events"
 EVENT = Event(

@@ -9,7 +9,7 @@ from aio_pika.exceptions import ChannelInvalidStateError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.queues.rabbitmq_acks import Acks
+from bridge.brokers.rabbitmq.queue import Acks
 
 
 class Channel:

@@ -8,14 +8,12 @@ from datetime import UTC, datetime
 
 import pytest
 
-from bridge.brokers.contract import CONFIRMED, Failed, Outcome, Unknown
+from bridge.brokers.contract import CONFIRMED, Declaration, Failed, Outcome, Unknown
 from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError
 from bridge.event import NO_HEADERS, Event
-from bridge.observe.topology import Declaration
-from bridge.relay import Limits, Relay
-from bridge.routes import Routes
+from bridge.process.tasks import one_error
+from bridge.relay import Limits, Relay, Routes
 from bridge.sources import DeadLetter, Page
-from bridge.supervise import one_error
 
 LIMITS = Limits(pages_in_flight=4, retry_initial=0.001, retry_max=0.01, shutdown_limit=5.0)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from bridge.routes import Routes
-from bridge.topics import matches
+from bridge.event import matches
+from bridge.relay import Routes
 
 
 @pytest.mark.parametrize(

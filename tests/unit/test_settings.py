@@ -9,7 +9,7 @@ import pytest
 from bridge.errors import SettingsError
 from bridge.settings import Settings, load
 from bridge.settings.document import json_schema, settings_page
-from bridge.settings.values import parse_duration, parse_size
+from bridge.settings.models import parse_duration, parse_size
 
 FILE = """
 name = "shop"

@@ -10,9 +10,9 @@ import nats.errors
 from nats.js.errors import APIError
 
 import bridge
+from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.tls import tls_context
 from bridge.errors import BrokerUnavailableError, SettingsError
-from bridge.settings import NatsSettings
 
 CONNECT_TIMEOUT = 10.0
 """Seconds."""

@@ -8,20 +8,18 @@ from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig
 from nats.js.errors import NotFoundError
 
-from bridge.brokers.letters import PREFIX
+from bridge.brokers.contract import Decide, Letter
+from bridge.brokers.letters import PREFIX, letter_of
 from bridge.brokers.nats.connection import REQUEST_TIMEOUT, address_of, asking, connect, disconnect
-from bridge.brokers.nats.message import ID_HEADER, quote_headers, unquote_headers
+from bridge.brokers.nats.message import ID_HEADER, event_of, quote_headers, unquote_headers
+from bridge.brokers.nats.settings import NatsSettings
 from bridge.errors import TopologyError
-from bridge.observe.letters import Decide, Letter
-from bridge.settings import NatsSettings
-from workers.dead_letters import letter_of
-from workers.queues.nats_message import event_of
 
 _BATCH = 100
 
 
 class NatsDeadLetters:
-    """See `bridge.observe.letters.LetterBox`.
+    """See `bridge.brokers.contract.LetterBox`.
 
     A replayed letter goes back to the sink's stream, since a consumer takes from nowhere else: other workers that
     subscribe to its topic see the event again too, and their inbox tells them that it was handled.

@@ -17,17 +17,14 @@ from collections.abc import AsyncIterator, Sequence
 import nats.aio.subscription
 from nats.aio.msg import Msg
 
+from bridge.brokers.contract import Declaration, Failure, Subscription
 from bridge.brokers.letters import letter_headers
 from bridge.brokers.nats.connection import REQUEST_TIMEOUT, Client, address_of, asking, connect, disconnect, until_lost
-from bridge.brokers.nats.message import topic_of
-from bridge.brokers.nats.topology import require, stream
+from bridge.brokers.nats.message import dead_headers, event_of, topic_of
+from bridge.brokers.nats.settings import NatsSettings
+from bridge.brokers.nats.topology import HEARTBEAT, NANOSECONDS, consumer, request_for, require, stream
 from bridge.errors import BrokerUnavailableError
-from bridge.observe.topology import Declaration
-from bridge.settings import NatsSettings
-from bridge.topics import matches
-from workers.queues import Failure, Subscription
-from workers.queues.nats_consumer import HEARTBEAT, NANOSECONDS, consumer, request_for
-from workers.queues.nats_message import dead_headers, event_of
+from bridge.event import matches
 
 _SILENCE = 3 * HEARTBEAT
 """Seconds without a sign of the server, after which a request for messages counts as lost."""
@@ -37,7 +34,7 @@ _CLOSE_LIMIT = 3.0
 
 
 class NatsDelivery:
-    """See `workers.queues.Delivery`."""
+    """See `bridge.brokers.contract.Delivery`."""
 
     def __init__(self, queue: "NatsQueue", message: Msg) -> None:
         self._queue = queue
@@ -65,7 +62,7 @@ class NatsDelivery:
 
 
 class NatsQueue:
-    """See `workers.queues.Queue`."""
+    """See `bridge.brokers.contract.Queue`."""
 
     def __init__(self, settings: NatsSettings, subscription: Subscription) -> None:
         """Raises SettingsError when the URL is none."""

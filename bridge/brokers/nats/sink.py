@@ -17,13 +17,12 @@ from itertools import count
 import nats.errors
 from nats.aio.msg import Msg
 
-from bridge.brokers.contract import CONFIRMED, Failed, Outcome, Unknown
+from bridge.brokers.contract import CONFIRMED, Declaration, Failed, Outcome, Unknown
 from bridge.brokers.nats.connection import REQUEST_TIMEOUT, Client, address_of, asking, connect, disconnect, until_lost
 from bridge.brokers.nats.message import CONTENT_TYPE, ID_HEADER, headers_size, quote_headers, subject_of
+from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.topology import require, stream
 from bridge.event import REPLAYED, Event, Malformed, attributes
-from bridge.observe.topology import Declaration
-from bridge.settings import NatsSettings
 
 ROOM = 16_000_000
 """Bytes queued for the connection beyond which a batch waits."""

@@ -1,13 +1,24 @@
 """The streams that hold events and dead letters."""
 
+import json
 from collections.abc import Sequence
+from itertools import combinations, takewhile
 
 from nats.js import JetStreamContext
-from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
+from nats.js.api import (
+    AckPolicy,
+    ConsumerConfig,
+    DeliverPolicy,
+    DiscardPolicy,
+    RetentionPolicy,
+    StorageType,
+    StreamConfig,
+)
 from nats.js.errors import NotFoundError
 
+from bridge.brokers.contract import Declaration, Subscription
+from bridge.brokers.nats.message import quote_word
 from bridge.errors import TopologyError
-from bridge.observe.topology import Declaration
 
 DUPLICATE_WINDOW = 120.0
 """Seconds within which a message that is published again is stored once."""
@@ -66,3 +77,115 @@ def require(found: Sequence[Declaration], address: str) -> None:
             + "; ".join(f"{each.kind} {each.name} {each.state}: {each.detail}" for each in lacking)
             + ". Run `pgbridge topology --apply`"
         )
+
+
+MAX_UNSETTLED = 10_000
+"""Messages that all processes of a worker have in hand, or that wait for another attempt; beyond, no more are given."""
+
+NANOSECONDS = 1_000_000_000
+"""In one second: how JetStream writes durations."""
+
+HEARTBEAT = 5.0
+"""Seconds between the signs of life that the server gives while a request for messages stands."""
+
+_REQUEST_STANDS = 30.0
+"""Seconds after which such a request ends; the next follows."""
+
+Words = tuple[str, ...]
+
+
+def filters(stream: str, patterns: Sequence[str]) -> list[str]:
+    """Subjects that take whatever the patterns take; where NATS cannot say it exactly, they take more.
+
+    A `#` at the end is `>` and, since `>` needs a word, the subject without it. A `#` elsewhere becomes `>` there.
+    NATS forbids filters of one consumer that overlap, so one that another covers is left out, and two that overlap
+    in part become one that covers both. The queue leaves out what no pattern takes.
+    """
+    found: set[Words] = set()
+    for pattern in patterns:
+        words = pattern.split(".")
+        fixed = list(takewhile(lambda word: word != "#", words))
+        quoted = [word if word == "*" else quote_word(word) for word in fixed]
+        if len(fixed) < len(words):
+            found.add((stream, *quoted, ">"))
+        if fixed and all(word == "#" for word in words[len(fixed) :]):
+            found.add((stream, *quoted))
+    while pair := next((pair for pair in combinations(sorted(found), 2) if _overlap(*pair)), None):
+        found.difference_update(pair)
+        found.add(_cover(*pair))
+    return [".".join(words) for words in sorted(found)]
+
+
+def _overlap(one: Words, other: Words) -> bool:
+    """Whether some subject is taken by both."""
+    for ours, theirs in zip(one, other, strict=False):
+        if ">" in (ours, theirs):
+            return True
+        if ours != theirs and "*" not in (ours, theirs):
+            return False
+    return len(one) == len(other)
+
+
+def _cover(one: Words, other: Words) -> Words:
+    """The narrowest single filter that takes what both take."""
+    merged: list[str] = []
+    for ours, theirs in zip(one, other, strict=False):
+        if ">" in (ours, theirs):
+            break
+        merged.append(ours if ours == theirs else "*")
+    else:
+        if len(one) == len(other):
+            return tuple(merged)
+    return (*merged, ">")
+
+
+async def consumer(jetstream: JetStreamContext, stream: str, subscription: Subscription, *, apply: bool) -> Declaration:
+    """The state of the worker's consumer; with `apply`, it is declared, or brought to these settings."""
+    wanted = ConsumerConfig(
+        durable_name=subscription.worker,
+        description="pgbridge",
+        deliver_policy=DeliverPolicy.ALL,
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=subscription.ack_wait,
+        # Dropping a message for its deliveries is not JetStream's to decide: the worker dead-letters it.
+        max_deliver=-1,
+        max_ack_pending=MAX_UNSETTLED,
+        filter_subjects=filters(stream, subscription.topics),
+    )
+    name = f"{stream} -> {subscription.worker}"
+    detail = f"subjects {', '.join(wanted.filter_subjects or [])}; ack_wait {subscription.ack_wait:g} s"
+    try:
+        found = (await jetstream.consumer_info(stream, subscription.worker)).config
+    except NotFoundError:
+        problem = None
+        if not apply:
+            return Declaration("consumer", name, "missing", detail)
+    else:
+        problem = _consumer_problem(found, wanted)
+        if problem is None:
+            return Declaration("consumer", name, "present", detail)
+        if not apply:
+            mend = "`pgbridge topology --apply` changes it"
+            return Declaration("consumer", name, "differs", f"{problem}; {mend}")
+    await jetstream.add_consumer(stream, wanted)
+    return Declaration("consumer", name, "declared", f"{detail}{'; before: ' + problem if problem else ''}")
+
+
+def request_for(stream: str, worker: str, count: int) -> tuple[str, bytes]:
+    """Subject and payload that ask the consumer for `count` messages."""
+    request = {
+        "batch": count,
+        "expires": int(_REQUEST_STANDS * NANOSECONDS),
+        "idle_heartbeat": int(HEARTBEAT * NANOSECONDS),
+    }
+    return f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{worker}", json.dumps(request).encode()
+
+
+def _consumer_problem(found: ConsumerConfig, wanted: ConsumerConfig) -> str | None:
+    subjects = sorted(found.filter_subjects or ([found.filter_subject] if found.filter_subject else []))
+    if subjects != wanted.filter_subjects:
+        return f"it takes {', '.join(subjects) or 'everything'}"
+    for name in ("ack_policy", "ack_wait", "max_deliver", "max_ack_pending"):
+        if getattr(found, name) != getattr(wanted, name):
+            return f"its {name} is {getattr(found, name)}, not {getattr(wanted, name)}"
+    return None

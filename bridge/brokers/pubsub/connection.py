@@ -17,6 +17,7 @@ from google.oauth2 import service_account
 from google.protobuf import empty_pb2
 from google.pubsub_v1 import types
 
+from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.errors import (
     BrokerUnavailableError,
     PgbridgeError,
@@ -24,7 +25,6 @@ from bridge.errors import (
     SettingsError,
     TopologyError,
 )
-from bridge.settings import PubSubSettings
 
 CALL_LIMIT: Final = 30.0
 """Seconds that one call may take, publishing and pulling aside."""

@@ -7,16 +7,14 @@ from typing import Any, Final
 
 from google.pubsub_v1 import types
 
-from bridge.brokers.letters import ATTEMPTS, PREFIX, letter_headers
+from bridge.brokers.contract import Decide, Failure, Letter
+from bridge.brokers.letters import ATTEMPTS, PREFIX, letter_headers, letter_of
 from bridge.brokers.pubsub.connection import Connection, connect
 from bridge.brokers.pubsub.lease import MAX_LEASE
+from bridge.brokers.pubsub.message import CONTENT_TYPE, MAX_ATTRIBUTES, NOT_THE_EVENTS, VALUE_BYTES, from_message
+from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.topology import Names
 from bridge.errors import BrokerUnavailableError
-from bridge.observe.letters import Decide, Letter
-from bridge.pubsub.wire import CONTENT_TYPE, MAX_ATTRIBUTES, NOT_THE_EVENTS, VALUE_BYTES, from_message
-from bridge.settings import PubSubSettings
-from workers.dead_letters import letter_of
-from workers.queues import Failure
 
 FOR_WORKER: Final = f"{PREFIX}for"
 """Names the one worker that a replayed message is meant for; the queues of others pass over it."""
@@ -51,7 +49,7 @@ def _cut(text: str, *, keep_end: bool) -> str:
 
 
 class PubSubDeadLetters:
-    """See `bridge.observe.letters.LetterBox`.
+    """See `bridge.brokers.contract.LetterBox`.
 
     A replayed letter goes to the sink's topic, since no message can be given to one subscription; the queues of other
     workers pass over it. Subscriptions that are not ours see it again, under the same `ce-id`.

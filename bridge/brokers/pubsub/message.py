@@ -6,11 +6,28 @@ their form that of https://protobuf.dev/programming-guides/encoding/; limits: ht
 """
 
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
-from bridge.event import ATTRIBUTE_PREFIX, SPECVERSION, Event
-from bridge.pubsub.wire import CONTENT_TYPE, GOOGLE_TRACE, MAX_ATTRIBUTES, VALUE_BYTES
-from bridge.times import TimeWriter
+from bridge.event import ATTRIBUTE_PREFIX, SPECVERSION, Event, Malformed, TimeWriter, from_attributes
+
+MAX_ATTRIBUTES: Final = 100
+VALUE_BYTES: Final = 1024
+
+NOT_THE_EVENTS: Final = ("goog", "x-pgbridge-", "CloudPubSubDeadLetterSource")
+"""Begin the names of attributes that Google's clients, our queues and the service add on the way."""
+CONTENT_TYPE: Final = "content-type"
+GOOGLE_TRACE: Final = "googclient_traceparent"
+
+
+def from_message(message: Any) -> Event | Malformed:
+    """The event that a protobuf PubsubMessage carries, or why it carries none."""
+    flat = {name: value for name, value in message.attributes.items() if not name.startswith(NOT_THE_EVENTS)}
+    content_type = flat.pop(CONTENT_TYPE, None)
+    try:
+        return from_attributes(flat, bytes(message.data), content_type)
+    except Malformed as malformed:
+        return malformed
+
 
 REQUEST_BYTES: Final = 10_000_000
 """Most bytes of a publish request, and so of a message."""

@@ -11,25 +11,48 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
 import grpc
 from google.pubsub_v1 import types
 
+from bridge.brokers.contract import Declaration, Failure, Subscription
 from bridge.brokers.order import InOrder
 from bridge.brokers.pubsub.connection import Connection, connect, explained
 from bridge.brokers.pubsub.dead import FOR_WORKER, marked
-from bridge.brokers.pubsub.lease import Leases
+from bridge.brokers.pubsub.lease import MAX_LEASE, Leases
+from bridge.brokers.pubsub.message import from_message
+from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.topology import Names, ack_deadline, declarations
 from bridge.errors import BrokerUnavailableError, PgbridgeError
-from bridge.event import Event
-from bridge.observe.topology import Declaration
-from bridge.pubsub.wire import from_message
-from bridge.settings import PubSubSettings
-from bridge.topics import matches
-from workers.queues import Failure, Subscription
-from workers.queues.pubsub_delivery import PubSubDelivery
+from bridge.event import Event, Malformed, matches
+
+
+class PubSubDelivery:
+    """One message in hand; see `bridge.brokers.contract.Delivery`."""
+
+    def __init__(self, queue: "PubSubQueue", received: Any, event: Event | Malformed) -> None:
+        self._queue = queue
+        self.event = event
+        self.message = received.message
+        self.key: str = received.message.ordering_key
+        self.ack_id: str = received.ack_id
+        self.attempt: int = received.delivery_attempt or 1
+
+    async def ack(self) -> None:
+        await self._queue.ack(self)
+
+    async def retry(self, delay: float) -> None:
+        await self._queue.postpone(self, min(MAX_LEASE, math.ceil(delay)))
+
+    async def dead_letter(self, failure: Failure) -> None:
+        await self._queue.dead_letter(self, failure)
+
+    async def give_back(self) -> None:
+        await self._queue.give_back(self)
+
 
 PULL_LIMIT: Final = 60.0
 """Seconds that one pull waits for messages."""

@@ -9,9 +9,9 @@ from typing import Any, Final, Literal
 from google.protobuf import duration_pb2, field_mask_pb2
 from google.pubsub_v1 import types
 
+from bridge.brokers.contract import Declaration
 from bridge.brokers.pubsub.connection import Connection
 from bridge.errors import TopologyError
-from bridge.observe.topology import Declaration
 
 NOT_KEPT: Final = (
     "WARNING: no subscription and no retention: the service confirms what is published here and keeps none of it. "

@@ -11,15 +11,14 @@ from typing import Final, cast
 import grpc
 import structlog
 
-from bridge.brokers.contract import Failed, Outcome
+from bridge.brokers.contract import Declaration, Failed, Outcome
 from bridge.brokers.pubsub import resources
 from bridge.brokers.pubsub.connection import Connection, connect
 from bridge.brokers.pubsub.message import Encoder, Unsendable
 from bridge.brokers.pubsub.requests import Requests
+from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.errors import PrivilegeError, TopologyError
 from bridge.event import Event
-from bridge.observe.topology import Declaration
-from bridge.settings import PubSubSettings
 
 log = structlog.get_logger()
 

@@ -7,12 +7,11 @@ from typing import Any, Final
 from google.protobuf import duration_pb2
 from google.pubsub_v1 import types
 
+from bridge.brokers.contract import Declaration, Subscription
 from bridge.brokers.pubsub import resources
 from bridge.brokers.pubsub.connection import Connection
+from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.errors import PrivilegeError, SettingsError, TopologyError
-from bridge.observe.topology import Declaration
-from bridge.settings import PubSubSettings
-from workers.queues import Subscription
 
 ACK_DEADLINES: Final = (10, 60)
 """Seconds: the shortest that Pub/Sub offers, and the longest that a crashed worker's messages should wait."""

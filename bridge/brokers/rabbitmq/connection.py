@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 from pamqp import commands, frame
@@ -15,7 +16,29 @@ import bridge
 from bridge.brokers.rabbitmq.frames import CHANNEL
 from bridge.brokers.rabbitmq.reader import FRAME_MAX, BrokenStreamError, FrameReader
 from bridge.brokers.rabbitmq.settings import Address
-from bridge.sinks.amqp.closure import ClosedError, Closure
+
+ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED, NOT_ALLOWED = 403, 404, 406, 530
+"""AMQP's reply codes, as far as we act on them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closure:
+    """Why a connection or channel ended. `code` is AMQP's reply code; 0 when the broker gave none."""
+
+    reason: str
+    code: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.code})" if self.code else self.reason
+
+
+class ClosedError(Exception):
+    """The connection or channel ended before the answer came."""
+
+    def __init__(self, closure: Closure) -> None:
+        super().__init__(str(closure))
+        self.closure = closure
+
 
 _CLOSE_LIMIT = 3.0
 _BUFFER_HIGH = 1_048_576

@@ -12,19 +12,18 @@ from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from aio_pika.exceptions import AMQPError, ChannelInvalidStateError, ChannelNotFoundEntity, DeliveryError, PublishError
 from pamqp import commands
 
-from bridge.brokers.letters import PREFIX
+from bridge.brokers.contract import Decide, Letter
+from bridge.brokers.letters import PREFIX, letter_of
 from bridge.brokers.rabbitmq.message import copy_of, count_of, event_of
 from bridge.brokers.rabbitmq.queue import CONFIRM_TIMEOUT, connect
+from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.errors import BrokerUnavailableError, TopologyError
-from bridge.observe.letters import Decide, Letter
-from bridge.settings import RabbitMQSettings
-from workers.dead_letters import letter_of
 
 _LOST = (AMQPError, ChannelInvalidStateError, ConnectionError, OSError, TimeoutError)
 
 
 class RabbitMQDeadLetters:
-    """See `bridge.observe.letters.LetterBox`. A replayed letter goes to its worker's queue alone."""
+    """See `bridge.brokers.contract.LetterBox`. A replayed letter goes to its worker's queue alone."""
 
     def __init__(self, settings: RabbitMQSettings, worker: str, sink: str) -> None:
         self._settings = settings

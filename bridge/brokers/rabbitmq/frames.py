@@ -12,8 +12,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from bridge.brokers.contract import Failed
-from bridge.event import AMQP_PREFIX, SPECVERSION, Event
-from bridge.times import TimeWriter
+from bridge.event import AMQP_PREFIX, SPECVERSION, Event, TimeWriter
 
 CHANNEL = 1
 """The channel that publishes."""

@@ -10,10 +10,9 @@ from pamqp import commands
 
 from bridge.brokers.contract import Failed, Outcome, Unknown
 from bridge.brokers.rabbitmq.confirms import Batch, Ledger
-from bridge.brokers.rabbitmq.connection import Connection
+from bridge.brokers.rabbitmq.connection import ACCESS_REFUSED, PRECONDITION_FAILED, Closure, Connection
 from bridge.brokers.rabbitmq.frames import CHANNEL, Encoder, RefusedEvent, too_large
 from bridge.event import Event
-from bridge.sinks.amqp.closure import ACCESS_REFUSED, PRECONDITION_FAILED, Closure
 
 UNCONFIRMED_LIMIT = 200_000
 """Messages whose time ran out and whose confirms may still come. Beyond them the connection is dropped, since a broker

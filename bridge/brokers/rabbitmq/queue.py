@@ -17,24 +17,80 @@ headers.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import partial
+from typing import Final
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange, AbstractIncomingMessage
 from aio_pika.exceptions import AMQPError, ChannelInvalidStateError, DeliveryError, PublishError
+from aiormq.abc import AbstractChannel as UnderlayChannel
 from pamqp import commands
 from yarl import URL
 
+from bridge.brokers.contract import Declaration, Failure, Subscription
 from bridge.brokers.letters import ATTEMPTS, letter_headers
 from bridge.brokers.rabbitmq.message import copy_of, count_of, event_of
+from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.topology import Layout, survey
 from bridge.brokers.tls import tls_context
 from bridge.errors import BrokerUnavailableError, TopologyError
-from bridge.observe.topology import Declaration
-from bridge.settings import RabbitMQSettings
-from workers.queues import Failure, Subscription
-from workers.queues.rabbitmq_acks import Acks
+from bridge.process.batching import Gathering
+
+_TOGETHER: Final = 1000
+"""Most acknowledgements that are sent at once."""
+
+
+class Tags:
+    """Which tags are settled: all up to one, and some above it."""
+
+    def __init__(self) -> None:
+        self._below = 0
+        self._above: set[int] = set()
+
+    def settle(self, tags: Iterable[int]) -> int:
+        """Notes that these are settled. Gives the highest tag up to which all are; 0 for none."""
+        self._above.update(tags)
+        while self._below + 1 in self._above:
+            self._below += 1
+            self._above.discard(self._below)
+        return self._below
+
+
+class Acks:
+    """The acknowledgements of one channel. Both methods raise what aio-pika raises when the channel is gone."""
+
+    def __init__(self, channel: UnderlayChannel) -> None:
+        self._channel = channel
+        self._tags = Tags()
+        self._gathering = Gathering(self._ack_together, _TOGETHER)
+
+    async def ack(self, message: AbstractIncomingMessage) -> None:
+        """Settles a message for ever; returns when that is on its way."""
+        await self._gathering(_tag(message))
+
+    async def give_back(self, message: AbstractIncomingMessage) -> None:
+        """Lets a message come again at once."""
+        tag = _tag(message)
+        await self._channel.basic_nack(tag, requeue=True)
+        self._tags.settle([tag])
+
+    async def _ack_together(self, tags: Sequence[int]) -> Sequence[None]:
+        below = self._tags.settle(tags)
+        frames = [(tag, False) for tag in tags if tag > below]
+        # RabbitMQ closes the channel for a tag that it has settled before, so the frame names one of these.
+        if together := [tag for tag in tags if tag <= below]:
+            frames.append((max(together), True))
+        for number, (tag, multiple) in enumerate(frames, 1):
+            await self._channel.basic_ack(tag, multiple=multiple, wait=number == len(frames))
+        return [None] * len(tags)
+
+
+def _tag(message: AbstractIncomingMessage) -> int:
+    if message.delivery_tag is None:
+        raise RuntimeError("a message that was not delivered cannot be settled")
+    return message.delivery_tag
+
 
 CONNECT_TIMEOUT = 10.0
 CONFIRM_TIMEOUT = 30.0
@@ -59,7 +115,7 @@ async def connect(settings: RabbitMQSettings) -> AbstractConnection:
 
 
 class RabbitMQDelivery:
-    """See `workers.queues.Delivery`."""
+    """See `bridge.brokers.contract.Delivery`."""
 
     def __init__(self, queue: "RabbitMQQueue", acks: Acks, message: AbstractIncomingMessage) -> None:
         self._queue = queue
@@ -94,7 +150,7 @@ class RabbitMQDelivery:
 
 
 class RabbitMQQueue:
-    """See `workers.queues.Queue`."""
+    """See `bridge.brokers.contract.Queue`."""
 
     def __init__(self, settings: RabbitMQSettings, subscription: Subscription) -> None:
         # A worker with one attempt has no ladder, and still asks again while another worker has its event.

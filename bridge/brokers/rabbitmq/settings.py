@@ -1,12 +1,28 @@
-"""Where a RabbitMQ is, read from its URL."""
+"""What can be set of RabbitMQ, and where its URL says that it is."""
 
 from dataclasses import dataclass, field
 from ssl import SSLContext
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from pydantic import Field
+
 from bridge.brokers.tls import tls_context
 from bridge.errors import SettingsError
-from bridge.settings import RabbitMQSettings
+from bridge.settings.models import Duration, Secret, SinkSettings, Size, TlsSettings
+
+
+class RabbitMQSettings(SinkSettings):
+    url: Secret
+    """amqp:// or amqps:// URL with user, password and virtual host."""
+    exchange: str = Field("events", max_length=255)
+    """Topic exchange to publish to; the routing key is the event's topic."""
+    max_message_bytes: Size = 16_777_216
+    """Largest payload the broker takes: `max_message_size` of RabbitMQ (16 MiB since 4.0, 128 MiB before)."""
+    heartbeat: Duration = 30.0
+    """AMQP heartbeat; a peer silent for twice as long is dead."""
+    tls: TlsSettings = TlsSettings()
+    """Certificates for amqps://."""
+
 
 _PORTS = {"amqp": 5672, "amqps": 5671}
 

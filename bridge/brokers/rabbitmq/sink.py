@@ -11,16 +11,22 @@ from typing import Literal
 
 from pamqp import commands
 
-from bridge.brokers.contract import Failed, Outcome
-from bridge.brokers.rabbitmq.connection import Connection, connect
+from bridge.brokers.contract import Declaration, Failed, Outcome
+from bridge.brokers.rabbitmq.connection import (
+    ACCESS_REFUSED,
+    NOT_ALLOWED,
+    NOT_FOUND,
+    PRECONDITION_FAILED,
+    ClosedError,
+    Closure,
+    Connection,
+    connect,
+)
 from bridge.brokers.rabbitmq.frames import Encoder
 from bridge.brokers.rabbitmq.publisher import Publisher
-from bridge.brokers.rabbitmq.settings import address_of
+from bridge.brokers.rabbitmq.settings import RabbitMQSettings, address_of
 from bridge.errors import BrokerUnavailableError, PgbridgeError, RefusedError, SettingsError, TopologyError
 from bridge.event import Event
-from bridge.observe.topology import Declaration
-from bridge.settings import RabbitMQSettings
-from bridge.sinks.amqp.closure import ACCESS_REFUSED, NOT_ALLOWED, NOT_FOUND, PRECONDITION_FAILED, ClosedError, Closure
 
 _CHECK_CHANNEL, _DECLARE_CHANNEL = 2, 3
 _OPEN_LIMIT = 10.0

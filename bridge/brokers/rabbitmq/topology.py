@@ -7,7 +7,7 @@ import aio_pika
 from aio_pika.abc import AbstractConnection
 from aio_pika.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
 
-from bridge.observe.topology import Declaration
+from bridge.brokers.contract import Declaration
 
 DELIVERY_LIMIT = 20
 """Deliveries without an acknowledgement (a crash, one given back) beyond which RabbitMQ dead-letters a message."""

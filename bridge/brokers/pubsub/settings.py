@@ -1,52 +1,10 @@
-"""What can be set of each broker. Workers read these too, which is why they stand here and not beside the sinks."""
+"""What can be set of Google Cloud Pub/Sub."""
 
 import os
-from pathlib import Path
 
 from pydantic import Field, SecretStr, field_validator
 
-from bridge.settings.model import Model
-from bridge.settings.values import Duration, Secret, Size
-
-
-class TlsSettings(Model):
-    ca_file: Path | None = None
-    """Certificates to trust instead of the system's."""
-    cert_file: Path | None = None
-    """Client certificate."""
-    key_file: Path | None = None
-    """Its private key."""
-
-
-class SinkSettings(Model):
-    type: str
-    """The kind of broker; `pgbridge check` lists the kinds that are installed."""
-    publish_timeout: Duration = 30.0
-    """How long a confirm may take before the outcome is unknown and the message is sent again."""
-
-
-class RabbitMQSettings(SinkSettings):
-    url: Secret
-    """amqp:// or amqps:// URL with user, password and virtual host."""
-    exchange: str = Field("events", max_length=255)
-    """Topic exchange to publish to; the routing key is the event's topic."""
-    max_message_bytes: Size = 16_777_216
-    """Largest payload the broker takes: `max_message_size` of RabbitMQ (16 MiB since 4.0, 128 MiB before)."""
-    heartbeat: Duration = 30.0
-    """AMQP heartbeat; a peer silent for twice as long is dead."""
-    tls: TlsSettings = TlsSettings()
-    """Certificates for amqps://."""
-
-
-class NatsSettings(SinkSettings):
-    url: Secret
-    """nats:// or tls:// URL, or several with commas."""
-    stream: str = Field("events", pattern=r"^[A-Za-z0-9_-]{1,255}$")
-    """JetStream stream to publish to; the subject is the event's topic."""
-    max_message_bytes: Size = 8_388_608
-    """Largest message that the server takes (`max_payload`)."""
-    tls: TlsSettings = TlsSettings()
-    """Certificates for tls://."""
+from bridge.settings.models import Duration, Secret, SinkSettings, Size
 
 
 class PubSubSettings(SinkSettings):
