@@ -1,18 +1,24 @@
 """Everything that must be right before the daemons can run: one finding a line, each with its mend."""
 
 import asyncio
+import json
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import click
 from psycopg import AsyncConnection
 
 from bridge.brokers.registry import build_sink
-from bridge.commands.topology import topology
+from bridge.commands.topology import declarations
 from bridge.errors import PgbridgeError, PrivilegeError, TopologyError
 from bridge.postgres.connection import connect, database_errors, require_writes
 from bridge.postgres.schema import check_version
-from bridge.settings import Settings
+from bridge.process.tasks import run as run_loop
+from bridge.process.terminal import config_option, exit_codes, json_option
+from bridge.settings import Settings, load
 from bridge.sources.listener import Listener
 
 Connection = AsyncConnection[tuple[Any, ...]]
@@ -45,7 +51,7 @@ class Finding:
     exit_code: int = 0
 
 
-async def check(settings: Settings) -> AsyncIterator[Finding]:
+async def findings(settings: Settings) -> AsyncIterator[Finding]:
     """Checks one thing after the other. A finding that makes later ones meaningless ends its group only."""
     connected = await _finding("postgres", lambda: _postgres(settings))
     yield connected
@@ -132,10 +138,39 @@ async def _sink(settings: Any) -> str:
 async def _topology(settings: Settings) -> str:
     wrong = [
         f"{item.kind} {item.name} ({owner}) {item.state}{': ' + item.detail if item.state == 'differs' else ''}"
-        for owner, declarations in await topology(settings, apply=False)
-        for item in declarations
+        for owner, declared in await declarations(settings, apply=False)
+        for item in declared
         if item.state in ("missing", "differs")
     ]
     if wrong:
         raise TopologyError(f"{'; '.join(wrong)}. Declare what is missing: pgbridge topology --apply")
     return "complete"
+
+
+@click.command()
+@config_option
+@json_option
+@exit_codes
+def check(config: Path | None, as_json: bool) -> None:
+    """Checks settings, database, privileges, brokers and topology: one line each, with the mend."""
+    settings = load(config)
+    worst = 0
+
+    async def look() -> None:
+        nonlocal worst
+        if not as_json:
+            _say(True, "settings", f"name {settings.name!r}")
+        async for finding in findings(settings):
+            worst = worst or finding.exit_code
+            if as_json:
+                click.echo(json.dumps({"subject": finding.subject, "ok": finding.ok, "text": finding.text}))
+            else:
+                _say(finding.ok, finding.subject, finding.text)
+
+    run_loop(look())
+    sys.exit(worst)
+
+
+def _say(ok: bool, subject: str, text: str) -> None:
+    mark = click.style("ok  ", fg="green") if ok else click.style("FAIL", fg="red")
+    click.echo(f"{mark}  {subject:<18} {text}")

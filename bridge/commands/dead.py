@@ -1,216 +1,208 @@
-"""Dead letters, those of the log and those of the workers' queues, as one list that an operator works on."""
+"""`pgbridge dead`: shows, replays and discards dead letters. How they are found and ended is in letters.py."""
 
 import asyncio
-import getpass
-import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime
-from importlib.metadata import entry_points
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from bridge.brokers.contract import Letter, LetterBox, Verdict
-from bridge.commands.outbox_letters import BOX, Connection, discard_letters, list_letters, read_letters, replay_letters
-from bridge.commands.republish import Pace
+import click
+
+from bridge.brokers.contract import Letter
+from bridge.commands import letters
+from bridge.commands.letters import Choice
 from bridge.errors import PgbridgeError, UsageError
-from bridge.event import matches
-from bridge.postgres.connection import connect, database_errors
-from bridge.settings import Settings
+from bridge.process.logs import configure
+from bridge.process.tasks import run
+from bridge.process.terminal import (
+    Moment,
+    config_option,
+    dry_run_option,
+    exit_codes,
+    json_option,
+    rate_option,
+    stop_on_interrupt,
+    table,
+)
+from bridge.settings import load
+
+C = TypeVar("C", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Which letters; what is empty or None does not restrict."""
-
-    ids: tuple[str, ...] = ()
-    topics: tuple[str, ...] = ()
-    """Patterns."""
-    codes: tuple[str, ...] = ()
-    sinks: tuple[str, ...] = ()
-    """Letters of the outbox that these sinks refused."""
-    workers: tuple[str, ...] = ()
-    """Letters of these workers' queues."""
-    since: datetime | None = None
-    limit: int | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether it restricts nothing."""
-        return not (self.ids or self.topics or self.codes or self.sinks or self.workers or self.since or self.limit)
-
-    def takes(self, letter: Letter) -> bool:
-        """Whether the letter is meant; `limit` is for whoever counts."""
-        return (
-            (not self.ids or letter.id in self.ids)
-            and (not self.topics or any(matches(pattern, letter.topic or "") for pattern in self.topics))
-            and (not self.codes or letter.code in self.codes)
-            and (not self.sinks or (letter.box == BOX and letter.sink in self.sinks))
-            and (not self.workers or letter.box in self.workers)
-            and (self.since is None or (letter.failed_at is not None and letter.failed_at >= self.since))
-        )
-
-    def looks_into(self, box: str) -> bool:
-        """Whether letters of a box can be meant at all; `box` is ``outbox`` or a worker."""
-        return (
-            (not self.ids or any(id_.partition(":")[0] == box for id_ in self.ids))
-            and (not self.workers or box in self.workers)
-            and (not self.sinks or box == BOX)
-        )
+def _choosing(command: C) -> C:
+    for option in (
+        click.option("--topic", "topics", multiple=True, metavar="PATTERN", help="`*` one word, `#` any number."),
+        click.option("--code", "codes", multiple=True, help="As `unroutable`, `too_large`, `no_route`, `rejected`."),
+        click.option("--sink", "sinks", multiple=True, help="Letters of the outbox that this sink refused."),
+        click.option("--worker", "workers", multiple=True, help="Letters of this worker's queue."),
+        click.option("--since", type=Moment(), help='Given up since then: "2026-02-03 14:05", or "2h" ago.'),
+    ):
+        command = option(command)
+    return command
 
 
-Unreachable = Callable[[str, PgbridgeError], None]
-"""Is told of a box that could not be looked into."""
+@click.group()
+def dead() -> None:
+    """Shows, replays and discards dead letters, those of the outbox and those of the workers' queues."""
 
 
-async def find(settings: Settings, choice: Choice, unreachable: Unreachable) -> list[Letter]:
-    """The letters that are meant: the outbox's first, then each worker's, each oldest first. They stay.
+@dead.command("list")
+@_choosing
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Most letters shown.")
+@config_option
+@json_option
+@exit_codes
+def list_letters(
+    topics: tuple[str, ...], codes: tuple[str, ...], sinks: tuple[str, ...], workers: tuple[str, ...],
+    since: datetime | None, limit: int, config: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Lists dead letters, oldest first."""
+    found, worst = _find(config, Choice((), topics, codes, sinks, workers, since, limit + 1))
+    if as_json:
+        click.echo(json.dumps([_letter_json(letter, payload=False) for letter in found[:limit]], indent=2))
+    elif found:
+        table([_letter_row(letter) for letter in found[:limit]])
+    elif not worst:
+        click.echo("There are no such dead letters.")
+    if len(found) > limit:
+        click.echo(f"There are more than {limit}; --limit shows more, filters fewer.", err=True)
+    sys.exit(worst)
 
-    Raises UsageError for an id or a worker that there cannot be.
-    """
+
+def _find(config: Path | None, choice: Choice) -> tuple[list[Letter], int]:
+    """The letters, and the exit code for boxes that could not be looked into, which are told."""
+    settings = load(config)
     found: list[Letter] = []
+    worst = 0
 
-    async def keep(letter: Letter) -> Verdict:
-        if choice.takes(letter) and (choice.limit is None or len(found) < choice.limit):
-            found.append(letter)
-        return "keep"
+    def unreachable(box: str, error: PgbridgeError) -> None:
+        nonlocal worst
+        worst = worst or error.exit_code
+        click.echo(f"pgbridge: {box}: {error}", err=True)
 
-    boxes = _boxes(settings, choice)
-    if settings.reads_outbox and choice.looks_into(BOX):
-        try:
-            async with _connected(settings) as connection:
-                for letter in await list_letters(connection, settings.name):
-                    await keep(letter)
-        except PgbridgeError as error:
-            unreachable(BOX, error)
-    for name, box in boxes.items():
-        try:
-            await box.walk(keep)
-        except PgbridgeError as error:
-            unreachable(name, error)
-    return found
+    async def look() -> None:
+        found.extend(await letters.find(settings, choice, unreachable))
+
+    run(look())
+    return found, worst
 
 
-async def show(settings: Settings, id_: str) -> Letter:
-    """One letter with all that is known of it. Raises UsageError when there is none."""
-    found: list[Letter] = []
-
-    def fail(_: str, error: PgbridgeError) -> None:
-        raise error
-
-    if id_.startswith(f"{BOX}:"):
-        async with _connected(settings) as connection:
-            found = await read_letters(connection, settings.name, [id_])
-    else:
-        found = await find(settings, Choice(ids=(id_,)), fail)
-    if not found:
-        raise UsageError(f"there is no dead letter {id_}; `pgbridge dead list` shows those that there are")
-    return found[0]
+def _letter_row(letter: Letter) -> dict[str, str]:
+    return {
+        "id": letter.id,
+        "failed at": f"{letter.failed_at.astimezone():%Y-%m-%d %H:%M:%S}" if letter.failed_at else "-",
+        "topic": letter.topic or "(no event)",
+        "key": letter.key or "-",
+        "sink": letter.sink or "-",
+        "code": letter.code,
+        "attempts": str(letter.attempts),
+        "reason": letter.reason if len(letter.reason) <= 120 else f"{letter.reason[:119]}…",
+    }
 
 
-@dataclass(slots=True)
-class Ended:
-    """What came of a replay or a discard."""
-
-    done: int = 0
-    refused: int = 0
-    """Letters whose replay was refused again; they stay."""
-    seen: set[str] = field(default_factory=set)
-    """Ids of all of these."""
-    stopped: bool = False
-    """Whether it was interrupted."""
+def _letter_json(letter: Letter, *, payload: bool) -> dict[str, Any]:
+    fields = asdict(letter) | {
+        "failed_at": letter.failed_at and letter.failed_at.isoformat(),
+        "created_at": letter.created_at and letter.created_at.isoformat(),
+    }
+    del fields["payload"]
+    return fields | ({"payload": (letter.payload or b"").decode(errors="replace")} if payload else {})
 
 
-async def end(
-    settings: Settings,
-    action: Literal["replay", "discard"],
-    choice: Choice,
-    *,
-    why: str = "",
-    rate: float | None = None,
-    told: Callable[[Letter, str | None], None],
-    stop: asyncio.Event,
-) -> Ended:
-    """Replays or discards the letters that are meant; each is audited. `told` hears of every one.
+@dead.command("show")
+@click.argument("id_", metavar="ID")
+@config_option
+@json_option
+@exit_codes
+def show_letter(id_: str, config: Path | None, as_json: bool) -> None:
+    """Shows one dead letter with its headers, trace and payload."""
+    settings = load(config)
 
-    Stops soon after `stop` is set. Raises UsageError, and what database and brokers raise.
+    async def look() -> None:
+        fields = _letter_json(await letters.show(settings, letters.selected_ids([id_])[0]), payload=True)
+        if as_json:
+            click.echo(json.dumps(fields, indent=2, ensure_ascii=False))
+            return
+        long = {name: fields.pop(name) for name in ("trace", "payload")}
+        for name, value in fields.items():
+            text = "-" if value is None else json.dumps(value, ensure_ascii=False) if name == "headers" else value
+            click.echo(f"{click.style(name, bold=True):<12}  {text}" if sys.stdout.isatty() else f"{name:<12}  {text}")
+        for name, value in long.items():
+            if value:
+                click.echo(f"\n{click.style(name, bold=True)}\n{value}")
+
+    run(look())
+
+
+@dead.command("replay")
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@_choosing
+@click.option("--all", "everything", is_flag=True, help="Every dead letter there is.")
+@click.option("--limit", type=click.IntRange(1), help="Most letters that are replayed.")
+@rate_option
+@dry_run_option
+@config_option
+@exit_codes
+def replay_letters(
+    ids: tuple[str, ...], topics: tuple[str, ...], codes: tuple[str, ...], sinks: tuple[str, ...],
+    workers: tuple[str, ...], since: datetime | None, everything: bool, limit: int | None, rate: float | None,
+    dry_run: bool, config: Path | None,
+) -> None:  # fmt: skip
+    """Publishes dead letters again under the same event ids, with the header `replayed: true`.
+
+    Letters of the outbox go to the sink that refused them, letters of a worker back to its queue.
     """
-    ended = Ended()
-    pace = Pace(rate)
-    person = f"{getpass.getuser()}@{socket.gethostname()}"
-
-    def count(letter: Letter, problem: str | None) -> None:
-        if problem is None:
-            ended.done += 1
-        else:
-            ended.refused += 1
-        ended.seen.add(letter.id)
-        told(letter, problem)
-
-    boxes = _boxes(settings, choice)
-    async with _connected(settings) as connection:
-        taken = 0
-        if choice.looks_into(BOX):
-            letters = [letter for letter in await list_letters(connection, settings.name) if choice.takes(letter)]
-            letters = letters[: choice.limit]
-            taken = len(letters)
-            if action == "replay":
-                await replay_letters(settings, connection, letters, pace, person, told=count, stop=stop)
-            elif letters:
-                await discard_letters(connection, letters, person, why)
-                for letter in letters:
-                    count(letter, None)
-
-        async def decide(letter: Letter) -> Verdict:
-            nonlocal taken
-            if stop.is_set() or not choice.takes(letter) or (choice.limit is not None and taken >= choice.limit):
-                return "keep"
-            taken += 1
-            if action == "replay":
-                await pace.wait(1)
-            # Before the broker acts: a crash in between leaves a line too many, never one too few.
-            await _audit(connection, letter, f"{action}ed", person, why)
-            count(letter, None)
-            return action
-
-        for box in boxes.values():
-            await box.walk(decide)
-    ended.stopped = stop.is_set()
-    return ended
+    choice = Choice(letters.selected_ids(ids), topics, codes, sinks, workers, since, limit)
+    _end(config, "replay", choice, everything, dry_run, rate=rate)
 
 
-async def _audit(connection: Connection, letter: Letter, action: str, person: str, why: str) -> None:
-    with database_errors():
-        await connection.execute(
-            "select bridge.audit_dead_letter(%s, %s, %s, %s, %s, %s, %s, %s)",
-            (letter.id, action, letter.event_id, letter.topic, letter.code, letter.reason, person, why),
-        )
+@dead.command("discard")
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@_choosing
+@click.option("--all", "everything", is_flag=True, help="Every dead letter there is.")
+@click.option("--limit", type=click.IntRange(1), help="Most letters that are discarded.")
+@click.option("--why", required=True, help="The reason, for the audit in bridge.dead_letter_audit.")
+@dry_run_option
+@config_option
+@exit_codes
+def discard_letters(
+    ids: tuple[str, ...], topics: tuple[str, ...], codes: tuple[str, ...], sinks: tuple[str, ...],
+    workers: tuple[str, ...], since: datetime | None, everything: bool, limit: int | None, why: str,
+    dry_run: bool, config: Path | None,
+) -> None:  # fmt: skip
+    """Deletes dead letters for good; who did and why stays on record."""
+    choice = Choice(letters.selected_ids(ids), topics, codes, sinks, workers, since, limit)
+    _end(config, "discard", choice, everything, dry_run, why=why)
 
 
-def _boxes(settings: Settings, choice: Choice) -> Mapping[str, LetterBox]:
-    """The workers' boxes that can be meant. Raises UsageError for names that there are not, SettingsError."""
-    named = {*choice.workers, *(id_.partition(":")[0] for id_ in choice.ids)} - {BOX}
-    if unknown := sorted(named - set(settings.workers)):
-        known = ", ".join([BOX, *sorted(settings.workers)])
-        raise UsageError(f"there is no worker {', '.join(map(repr, unknown))}; ids begin with one of: {known}")
-    wanted = [name for name in settings.workers if choice.looks_into(name)]
-    boxes: dict[str, LetterBox] = {}
-    # They come through an entry point: the bridge never imports the workers.
-    for point in entry_points(group="pgbridge.dead_letters") if wanted else ():
-        boxes |= point.load()(settings, wanted)
-    return boxes
+def _end(
+    config: Path | None, action: Literal["replay", "discard"], choice: Choice, everything: bool, dry_run: bool,
+    *, why: str = "", rate: float | None = None,
+) -> None:  # fmt: skip
+    if choice.is_empty and not everything:
+        raise UsageError(f"which letters? Name ids or filters, or say --all: pgbridge dead {action} --help")
+    if dry_run:
+        found, worst = _find(config, choice)
+        table([_letter_row(letter) for letter in found])
+        click.echo(f"{len(found)} would be {action}ed.", err=True)
+        sys.exit(worst)
+    settings = load(config)
+    configure(settings.observe)
 
+    def told(letter: Letter, problem: str | None) -> None:
+        click.echo(f"{letter.id}  {f'{action}ed' if problem is None else f'refused again: {problem}'}")
 
-@asynccontextmanager
-async def _connected(settings: Settings) -> AsyncIterator[Connection]:
-    connection = await connect(settings.postgres, "pgbridge dead", options="-c timezone=UTC")
-    async with connection:
-        yield connection
+    async def act() -> letters.Ended:
+        stop = asyncio.Event()
+        stop_on_interrupt(stop)
+        return await letters.end(settings, action, choice, why=why, rate=rate, told=told, stop=stop)
 
-
-def selected_ids(ids: Sequence[str]) -> tuple[str, ...]:
-    """Ids as given on the command line. Raises UsageError for one without a colon."""
-    for id_ in ids:
-        if ":" not in id_:
-            raise UsageError(f"{id_!r} is no id of a dead letter; it looks like outbox:12 or <worker>:<event id>")
-    return tuple(ids)
+    ended = run(act())
+    missing = [] if ended.stopped else sorted(set(choice.ids) - ended.seen)
+    click.echo(f"{ended.done} {action}ed, {ended.refused} refused again.", err=True)
+    if missing:
+        click.echo(f"There are no such letters: {', '.join(missing)}", err=True)
+    sys.exit(130 if ended.stopped else int(bool(ended.refused or missing)))

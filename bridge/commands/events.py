@@ -2,18 +2,25 @@
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 
+import click
+
+from bridge.errors import UsageError
 from bridge.event import Event, matches
 from bridge.postgres.connection import connect, database_errors
-from bridge.settings import PostgresSettings
+from bridge.process.tasks import run as run_loop
+from bridge.process.terminal import config_option, exit_codes, json_option
+from bridge.settings import PostgresSettings, load
 from bridge.sources.log import LogReader, Position
 
 _TAIL_POLL = 0.2
 """Seconds between two looks; a person watches."""
 
 
-async def emit(
+async def emit_event(
     settings: PostgresSettings, topic: str, payload: str, key: str | None, headers: Mapping[str, str]
 ) -> str:
     """Emits one event and returns its id; a payload that is JSON is sent as such, any other as text.
@@ -41,7 +48,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-async def tail(settings: PostgresSettings, name: str, topics: tuple[str, ...]) -> AsyncIterator[Event]:
+async def tail_events(settings: PostgresSettings, name: str, topics: tuple[str, ...]) -> AsyncIterator[Event]:
     """Events from now on, as they are committed, without consuming them. `topics`: patterns; none means all.
 
     Raises DatabaseUnavailableError, PrivilegeError, SchemaError.
@@ -59,3 +66,56 @@ async def tail(settings: PostgresSettings, name: str, topics: tuple[str, ...]) -
             if not events:
                 await reader.close_gaps()
                 await asyncio.sleep(_TAIL_POLL)
+
+
+@click.command()
+@click.argument("topic")
+@click.argument("payload")
+@click.option("--key", help="Events with one key are published in order.")
+@click.option("--header", "headers", multiple=True, metavar="NAME=VALUE", help="A header of your own; may be repeated.")
+@config_option
+@exit_codes
+def emit(topic: str, payload: str, key: str | None, headers: tuple[str, ...], config: Path | None) -> None:
+    """Sends one event to TOPIC and prints its id. PAYLOAD is JSON or text; `-` reads it from standard input."""
+    pairs = {}
+    for header in headers:
+        name, equals, value = header.partition("=")
+        if not equals:
+            raise UsageError(f"--header {header!r} is not of the form NAME=VALUE")
+        pairs[name] = value
+    text = sys.stdin.read() if payload == "-" else payload
+    settings = load(config).postgres
+
+    async def send() -> None:
+        click.echo(await emit_event(settings, topic, text, key, pairs))
+
+    run_loop(send())
+
+
+@click.command()
+@click.option("--topic", "topics", multiple=True, metavar="PATTERN", help="Only these; `*` one word, `#` any number.")
+@config_option
+@json_option
+@exit_codes
+def tail(topics: tuple[str, ...], config: Path | None, as_json: bool) -> None:
+    """Shows events as they are committed, without consuming them, until Ctrl-C."""
+    settings = load(config)
+
+    async def watch() -> None:
+        async for event in tail_events(settings.postgres, settings.name, topics):
+            click.echo(_as_json(event) if as_json else _as_line(event))
+
+    try:
+        run_loop(watch())
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _as_json(event: Event) -> str:
+    fields = event._asdict() | {"payload": event.payload.decode(), "time": event.time.isoformat()}
+    return json.dumps(fields | {"headers": dict(event.headers)}, ensure_ascii=False)
+
+
+def _as_line(event: Event) -> str:
+    key = f" [{event.key}]" if event.key is not None else ""
+    return f"{event.time:%H:%M:%S.%f} {click.style(event.topic, bold=True)}{key} {event.payload.decode()}"

@@ -1,19 +1,38 @@
 """Publishing part of the log again. The cursor is not touched, so a bridge that runs is not disturbed."""
 
 import asyncio
+import json
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
+import click
 from psycopg import AsyncConnection
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 
 from bridge.commands.republish import Pace, opened, republish
+from bridge.errors import UsageError
 from bridge.event import Event, matches
 from bridge.postgres.connection import connect
+from bridge.process.logs import configure
+from bridge.process.tasks import run
+from bridge.process.terminal import (
+    Moment,
+    config_option,
+    dry_run_option,
+    exit_codes,
+    json_option,
+    rate_option,
+    stop_on_interrupt,
+    table,
+)
 from bridge.relay import Routes
-from bridge.settings import Settings
+from bridge.settings import Settings, load
 from bridge.sources import DeadLetter
 from bridge.sources.log import LogReader, Position
 from bridge.sources.outbox import bury
@@ -56,7 +75,7 @@ class Replayed:
     position: int = 0
 
 
-async def replay(
+async def replay_log(
     settings: Settings,
     part: Part,
     *,
@@ -121,3 +140,52 @@ async def _pages(
             yield wanted[start : start + chunk]
         if not wanted:
             yield ()
+
+
+@click.command()
+@click.option("--from", "since", type=Moment(), required=True, help='From this time: "2026-02-03 14:05", or "2h" ago.')
+@click.option("--to", "until", type=Moment(), help="Up to, and without, this time; default: now.")
+@click.option("--topic", "topics", multiple=True, metavar="PATTERN", help="Only these; `*` one word, `#` any number.")
+@rate_option
+@dry_run_option
+@config_option
+@json_option
+@exit_codes
+def replay(
+    since: datetime, until: datetime | None, topics: tuple[str, ...], rate: float | None, dry_run: bool,
+    config: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Publishes part of the log again, in order, under the same event ids, with the header `replayed: true`."""
+    settings = load(config)
+    configure(settings.observe)
+    part = Part(since, until or Moment().convert("0s", None, None), topics)
+    if part.since >= part.until:
+        raise UsageError(f"--from {part.since.isoformat()} is not before --to {part.until.isoformat()}")
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+
+    async def work(bar: Progress) -> tuple[Replayed, bool]:
+        stop = asyncio.Event()
+        stop_on_interrupt(stop)
+        task = bar.add_task("reading")
+
+        def show(so_far: Replayed) -> None:
+            text = f"{so_far.confirmed} published, {so_far.refused} refused"
+            done = so_far.position - so_far.begin
+            bar.update(task, description=text, total=max(1, so_far.end - so_far.begin), completed=done)
+
+        told = await replay_log(settings, part, rate=rate, dry_run=dry_run, stop=stop, progress=show)
+        return told, stop.is_set()
+
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        told, stopped = run(work(bar))
+    if told.log_begins is not None:
+        click.echo(f"The log begins at {told.log_begins.isoformat()}; events before that are pruned.", err=True)
+    if as_json:
+        click.echo(json.dumps({"confirmed": told.confirmed, "refused": told.refused, "by_topic": told.by_topic}))
+    elif dry_run:
+        table([{"topic": topic, "events": str(count)} for topic, count in sorted(told.by_topic.items())])
+        click.echo(f"{told.by_topic.total()} would be published.", err=True)
+    else:
+        click.echo(f"{told.confirmed} published, {told.refused} refused (see: pgbridge dead list).")
+    sys.exit(130 if stopped else int(bool(told.refused)))

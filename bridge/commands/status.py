@@ -1,12 +1,23 @@
 """The status, for people."""
 
-from datetime import timedelta
+import json
+import sys
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import click
 
-from bridge.postgres.status import Bridge, Guards, Rates, Status, rates
-from bridge.process.terminal import age
-from bridge.settings import Settings
+from bridge.postgres.status import Bridge, Guards, Rates, Status, rates, watch
+from bridge.process.tasks import run
+from bridge.process.terminal import (
+    age,
+    config_option,
+    exit_codes,
+    json_option,
+)
+from bridge.settings import Settings, load
 
 _LONG_TRANSACTION = 3600.0
 _FULL_QUEUE = 0.5
@@ -78,3 +89,44 @@ def _line(name: str, text: str) -> str:
 
 def _bad(text: str) -> str:
     return click.style(text, fg="red")
+
+
+@click.command()
+@config_option
+@json_option
+@click.option("--watch", "watching", is_flag=True, help="Looks again and again, with rates, until Ctrl-C.")
+@click.option("--interval", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Seconds between looks.")
+@exit_codes
+def status(config: Path | None, as_json: bool, watching: bool, interval: float) -> None:
+    """Shows who leads, what waits, and what endangers the database. Ends with 1 when nobody leads."""
+    settings = load(config)
+    led = False
+
+    async def look() -> None:
+        nonlocal led
+        before: Status | None = None
+        async for now in watch(settings, interval if watching else None):
+            led = any(bridge.name == settings.name and bridge.leader for bridge in now.bridges)
+            if as_json:
+                click.echo(json.dumps(_status_json(before, now), default=datetime.isoformat))
+            else:
+                if before is not None and sys.stdout.isatty():
+                    click.clear()
+                click.echo(status_text(settings, before, now))
+            before = now
+
+    try:
+        run(look())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if not led:
+        click.echo(f"No bridge named {settings.name!r} is running; start one with: pgbridge run", err=True)
+        sys.exit(1)
+
+
+def _status_json(before: Status | None, now: Status) -> dict[str, Any]:
+    told = asdict(now)
+    for bridge in told["bridges"]:
+        rate = rates(before, now, bridge["name"]) if before else None
+        bridge |= {"emitted_per_second": rate and rate.emitted, "settled_per_second": rate and rate.settled}
+    return told

@@ -1,0 +1,216 @@
+"""Dead letters, those of the log and those of the workers' queues, as one list that an operator works on."""
+
+import asyncio
+import getpass
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.metadata import entry_points
+from typing import Literal
+
+from bridge.brokers.contract import Letter, LetterBox, Verdict
+from bridge.commands.outbox_letters import BOX, Connection, discard_letters, list_letters, read_letters, replay_letters
+from bridge.commands.republish import Pace
+from bridge.errors import PgbridgeError, UsageError
+from bridge.event import matches
+from bridge.postgres.connection import connect, database_errors
+from bridge.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which letters; what is empty or None does not restrict."""
+
+    ids: tuple[str, ...] = ()
+    topics: tuple[str, ...] = ()
+    """Patterns."""
+    codes: tuple[str, ...] = ()
+    sinks: tuple[str, ...] = ()
+    """Letters of the outbox that these sinks refused."""
+    workers: tuple[str, ...] = ()
+    """Letters of these workers' queues."""
+    since: datetime | None = None
+    limit: int | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it restricts nothing."""
+        return not (self.ids or self.topics or self.codes or self.sinks or self.workers or self.since or self.limit)
+
+    def takes(self, letter: Letter) -> bool:
+        """Whether the letter is meant; `limit` is for whoever counts."""
+        return (
+            (not self.ids or letter.id in self.ids)
+            and (not self.topics or any(matches(pattern, letter.topic or "") for pattern in self.topics))
+            and (not self.codes or letter.code in self.codes)
+            and (not self.sinks or (letter.box == BOX and letter.sink in self.sinks))
+            and (not self.workers or letter.box in self.workers)
+            and (self.since is None or (letter.failed_at is not None and letter.failed_at >= self.since))
+        )
+
+    def looks_into(self, box: str) -> bool:
+        """Whether letters of a box can be meant at all; `box` is ``outbox`` or a worker."""
+        return (
+            (not self.ids or any(id_.partition(":")[0] == box for id_ in self.ids))
+            and (not self.workers or box in self.workers)
+            and (not self.sinks or box == BOX)
+        )
+
+
+Unreachable = Callable[[str, PgbridgeError], None]
+"""Is told of a box that could not be looked into."""
+
+
+async def find(settings: Settings, choice: Choice, unreachable: Unreachable) -> list[Letter]:
+    """The letters that are meant: the outbox's first, then each worker's, each oldest first. They stay.
+
+    Raises UsageError for an id or a worker that there cannot be.
+    """
+    found: list[Letter] = []
+
+    async def keep(letter: Letter) -> Verdict:
+        if choice.takes(letter) and (choice.limit is None or len(found) < choice.limit):
+            found.append(letter)
+        return "keep"
+
+    boxes = _boxes(settings, choice)
+    if settings.reads_outbox and choice.looks_into(BOX):
+        try:
+            async with _connected(settings) as connection:
+                for letter in await list_letters(connection, settings.name):
+                    await keep(letter)
+        except PgbridgeError as error:
+            unreachable(BOX, error)
+    for name, box in boxes.items():
+        try:
+            await box.walk(keep)
+        except PgbridgeError as error:
+            unreachable(name, error)
+    return found
+
+
+async def show(settings: Settings, id_: str) -> Letter:
+    """One letter with all that is known of it. Raises UsageError when there is none."""
+    found: list[Letter] = []
+
+    def fail(_: str, error: PgbridgeError) -> None:
+        raise error
+
+    if id_.startswith(f"{BOX}:"):
+        async with _connected(settings) as connection:
+            found = await read_letters(connection, settings.name, [id_])
+    else:
+        found = await find(settings, Choice(ids=(id_,)), fail)
+    if not found:
+        raise UsageError(f"there is no dead letter {id_}; `pgbridge dead list` shows those that there are")
+    return found[0]
+
+
+@dataclass(slots=True)
+class Ended:
+    """What came of a replay or a discard."""
+
+    done: int = 0
+    refused: int = 0
+    """Letters whose replay was refused again; they stay."""
+    seen: set[str] = field(default_factory=set)
+    """Ids of all of these."""
+    stopped: bool = False
+    """Whether it was interrupted."""
+
+
+async def end(
+    settings: Settings,
+    action: Literal["replay", "discard"],
+    choice: Choice,
+    *,
+    why: str = "",
+    rate: float | None = None,
+    told: Callable[[Letter, str | None], None],
+    stop: asyncio.Event,
+) -> Ended:
+    """Replays or discards the letters that are meant; each is audited. `told` hears of every one.
+
+    Stops soon after `stop` is set. Raises UsageError, and what database and brokers raise.
+    """
+    ended = Ended()
+    pace = Pace(rate)
+    person = f"{getpass.getuser()}@{socket.gethostname()}"
+
+    def count(letter: Letter, problem: str | None) -> None:
+        if problem is None:
+            ended.done += 1
+        else:
+            ended.refused += 1
+        ended.seen.add(letter.id)
+        told(letter, problem)
+
+    boxes = _boxes(settings, choice)
+    async with _connected(settings) as connection:
+        taken = 0
+        if choice.looks_into(BOX):
+            letters = [letter for letter in await list_letters(connection, settings.name) if choice.takes(letter)]
+            letters = letters[: choice.limit]
+            taken = len(letters)
+            if action == "replay":
+                await replay_letters(settings, connection, letters, pace, person, told=count, stop=stop)
+            elif letters:
+                await discard_letters(connection, letters, person, why)
+                for letter in letters:
+                    count(letter, None)
+
+        async def decide(letter: Letter) -> Verdict:
+            nonlocal taken
+            if stop.is_set() or not choice.takes(letter) or (choice.limit is not None and taken >= choice.limit):
+                return "keep"
+            taken += 1
+            if action == "replay":
+                await pace.wait(1)
+            # Before the broker acts: a crash in between leaves a line too many, never one too few.
+            await _audit(connection, letter, f"{action}ed", person, why)
+            count(letter, None)
+            return action
+
+        for box in boxes.values():
+            await box.walk(decide)
+    ended.stopped = stop.is_set()
+    return ended
+
+
+async def _audit(connection: Connection, letter: Letter, action: str, person: str, why: str) -> None:
+    with database_errors():
+        await connection.execute(
+            "select bridge.audit_dead_letter(%s, %s, %s, %s, %s, %s, %s, %s)",
+            (letter.id, action, letter.event_id, letter.topic, letter.code, letter.reason, person, why),
+        )
+
+
+def _boxes(settings: Settings, choice: Choice) -> Mapping[str, LetterBox]:
+    """The workers' boxes that can be meant. Raises UsageError for names that there are not, SettingsError."""
+    named = {*choice.workers, *(id_.partition(":")[0] for id_ in choice.ids)} - {BOX}
+    if unknown := sorted(named - set(settings.workers)):
+        known = ", ".join([BOX, *sorted(settings.workers)])
+        raise UsageError(f"there is no worker {', '.join(map(repr, unknown))}; ids begin with one of: {known}")
+    wanted = [name for name in settings.workers if choice.looks_into(name)]
+    boxes: dict[str, LetterBox] = {}
+    # They come through an entry point: the bridge never imports the workers.
+    for point in entry_points(group="pgbridge.dead_letters") if wanted else ():
+        boxes |= point.load()(settings, wanted)
+    return boxes
+
+
+@asynccontextmanager
+async def _connected(settings: Settings) -> AsyncIterator[Connection]:
+    connection = await connect(settings.postgres, "pgbridge dead", options="-c timezone=UTC")
+    async with connection:
+        yield connection
+
+
+def selected_ids(ids: Sequence[str]) -> tuple[str, ...]:
+    """Ids as given on the command line. Raises UsageError for one without a colon."""
+    for id_ in ids:
+        if ":" not in id_:
+            raise UsageError(f"{id_!r} is no id of a dead letter; it looks like outbox:12 or <worker>:<event id>")
+    return tuple(ids)

@@ -1,0 +1,27 @@
+"""`pgbridge migrate`: installs and upgrades the schema, or prints it for a DBA."""
+
+from pathlib import Path
+
+import click
+
+from bridge.postgres import schema
+from bridge.process.terminal import config_option, exit_codes
+from bridge.settings import load
+
+
+@click.command()
+@config_option
+@click.option("--sql", "print_sql", is_flag=True, help="Prints the script for a DBA to run with psql; changes nothing.")
+@click.option("--dry-run", is_flag=True, help="Lists what would be applied; changes nothing.")
+@exit_codes
+def migrate(config: Path | None, print_sql: bool, dry_run: bool) -> None:
+    """Installs the schema `bridge`, or upgrades it. Safe to run again, and by several at once."""
+    if print_sql:
+        click.echo(schema.migrate_sql())
+        return
+    dsn = load(config).postgres.dsn.get_secret_value()
+    found = schema.pending(dsn) if dry_run else schema.migrate(dsn)
+    for one in found:
+        click.echo(f"{one.version:04} {one.name}: {'would be applied' if dry_run else 'applied'}")
+    if not found:
+        click.echo(f"The schema is at version {schema.schema_version():04}; nothing to do.")

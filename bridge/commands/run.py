@@ -1,0 +1,21 @@
+"""`pgbridge run`: the daemon."""
+
+from pathlib import Path
+
+import click
+
+from bridge.daemon import run_until_signalled
+from bridge.process.logs import configure
+from bridge.process.tasks import run_daemon
+from bridge.process.terminal import config_option, exit_codes
+from bridge.settings import load
+
+
+@click.command()
+@config_option
+@exit_codes
+def run(config: Path | None) -> None:
+    """Runs the bridge until SIGTERM or SIGINT. Several of one name stand by for each other."""
+    settings = load(config)
+    configure(settings.observe)
+    run_daemon(run_until_signalled(settings))
