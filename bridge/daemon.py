@@ -13,7 +13,7 @@ import structlog
 from psycopg import Notify
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
 
-from bridge.brokers.registry import build_sink
+from bridge.brokers.registry import broker_of
 from bridge.errors import PgbridgeError, about
 from bridge.postgres.prune import prune_for_ever
 from bridge.postgres.schema import check_version
@@ -43,7 +43,7 @@ class Daemon:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._sinks = {name: build_sink(sink) for name, sink in settings.sinks.items()}
+        self._sinks = {name: broker_of(sink).sink(sink) for name, sink in settings.sinks.items()}
         self._routes = Routes([(route.topic, route.sink) for route in settings.routes])
         self._started = False
         self._failures = 0

@@ -15,7 +15,7 @@ from typing import Protocol
 import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential_jitter
 
-from bridge.brokers.contract import CONFIRMED, Confirmed, Failed, Sink, Unknown
+from bridge.brokers.contract import CONFIRMED, Confirmed, Never, NotSent, Refused, Sink, Unknown
 from bridge.errors import PgbridgeError
 from bridge.event import Event
 from bridge.process.metrics import EVENTS_CONFIRMED, EVENTS_RETRIED
@@ -34,7 +34,7 @@ class Settles(Protocol):
     def settled(self, count: int) -> None:
         """So many more of its events are confirmed."""
 
-    def refused(self, event: Event, sink: str, failure: Failed, attempts: int) -> None:
+    def refused(self, event: Event, sink: str, failure: Never, attempts: int) -> None:
         """One of its events can never be published."""
 
 
@@ -83,7 +83,7 @@ class Lane:
         while True:
             await asyncio.sleep(_IDLE_LOOK)
             if not self._sink.is_open:
-                self._recover_from(Failed(True, "disconnected", "the connection was lost"))
+                self._recover_from(NotSent("the connection was lost"))
 
     def _hold(self, page: Settles, events: list[Event]) -> list[Event]:
         """Puts events of stuck keys behind what they must not overtake; gives the others."""
@@ -102,15 +102,15 @@ class Lane:
         self._count_confirmed(confirmed)
         for index, (event, outcome) in enumerate(zip(events, outcomes, strict=True) if confirmed < len(events) else ()):
             match outcome:
-                case Failed(retryable=False):
+                case Never():
                     page.refused(event, self.name, outcome, 1)
-                case Failed() | Unknown():
-                    stuck = _Stuck((page.number, index), event, page, refused=_said_no(outcome))
+                case NotSent() | Refused() | Unknown():
+                    stuck = _Stuck((page.number, index), event, page, refused=isinstance(outcome, Refused))
                     insort(self._stuck.setdefault(_lane_key(event), []), stuck)
                     self._recover_from(outcome)
         page.settled(confirmed)
 
-    def _recover_from(self, outcome: Failed | Unknown) -> None:
+    def _recover_from(self, outcome: NotSent | Refused | Unknown) -> None:
         if not self._recovering:
             self._recovering = True
             self._tasks.create_task(self._recover(outcome.reason))
@@ -160,12 +160,12 @@ class Lane:
                     stuck.page.settled(1)
                     self._release(stuck)
                     left -= 1
-                case Failed(retryable=False):
+                case Never():
                     stuck.page.refused(stuck.event, self.name, outcome, stuck.attempts)
                     self._release(stuck)
                     left -= 1
-                case Failed() | Unknown():
-                    stuck.refused = _said_no(outcome)
+                case NotSent() | Refused() | Unknown():
+                    stuck.refused = isinstance(outcome, Refused)
         # Of a key that was refused only the first event is due, so an outage comes off one by one, without pauses.
         if left * 2 > len(due):
             raise _StillStuckError
@@ -181,7 +181,3 @@ class Lane:
 def _lane_key(event: Event) -> str:
     """What must stay in order: a key's events; an event without a key stands for itself."""
     return f"key {event.key}" if event.key is not None else f"id {event.id}"
-
-
-def _said_no(outcome: Failed | Unknown) -> bool:
-    return isinstance(outcome, Failed) and outcome.code not in ("disconnected", "behind")

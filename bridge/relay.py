@@ -14,7 +14,7 @@ from itertools import takewhile
 
 import structlog
 
-from bridge.brokers.contract import Failed, Sink
+from bridge.brokers.contract import Never, Sink
 from bridge.event import Event, matches
 from bridge.lane import Lane
 from bridge.process.metrics import BYTES_IN_FLIGHT, EVENTS_DEAD, EVENTS_READ, PAGES_IN_FLIGHT, SETTLE_SECONDS
@@ -72,7 +72,7 @@ class _InFlight:
         if not self.unsettled:
             self.progress.set()
 
-    def refused(self, event: Event, sink: str | None, failure: Failed, attempts: int) -> None:
+    def refused(self, event: Event, sink: str | None, failure: Never, attempts: int) -> None:
         self.letters.append(DeadLetter(event, sink, failure, attempts))
         self.settled(1)
 
@@ -194,7 +194,7 @@ class Relay:
             flight.settled(1)
             return
         reason = f"no route takes the topic {event.topic!r}; add one to [[routes]], or set unrouted = 'drop'"
-        flight.refused(event, None, Failed(retryable=False, code="no_route", reason=reason), 0)
+        flight.refused(event, None, Never("no_route", reason), 0)
 
     async def _settle_pages(self) -> None:
         while True:

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from bridge import __version__
-from bridge.errors import SettingsError
 from bridge.process.health import serving
 from bridge.process.logs import configure
 from bridge.process.tasks import run_daemon
@@ -82,15 +81,11 @@ def list_workers(config: Path | None, as_json: bool) -> None:
 
 def _row(name: str, settings: Settings) -> dict[str, Any]:
     own = settings.workers[name]
-    try:
-        sink = settings.sink_of(name)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
     return {
         "name": name,
         "handler": own.handler,
-        "topics": own.subscribe or list(load_handler(own.handler).topics),
-        "sink": sink,
+        "topics": own.subscribe or list(load_handler(own.handler, name).topics),
+        "sink": settings.sink_of(name),
         "concurrency": own.concurrency,
         "reply": own.reply,
     }

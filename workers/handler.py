@@ -97,21 +97,22 @@ def handler(*topics: str, options: type[Options] | None = None) -> Callable[[Any
     return mark
 
 
-def load_handler(name: str) -> Handler:
-    """The handler at ``package.module:function``. Raises SettingsError, saying what is wrong with the name."""
-    module_name, _, attribute = name.partition(":")
+def load_handler(place: str, worker: str) -> Handler:
+    """The handler at ``package.module:function``. Raises SettingsError, naming the worker's key and what is wrong."""
+    key = f"workers.{worker}.handler"
+    module_name, _, attribute = place.partition(":")
     if not module_name or not attribute:
-        raise SettingsError(f"handler {name!r} is not of the form package.module:function")
+        raise SettingsError(f"{key}: {place!r} is not of the form package.module:function")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise SettingsError(
-            f"handler {name!r}: cannot import {module_name}: {error}. "
+            f"{key}: cannot import {module_name}: {error}. "
             "Install the package that holds it, or put its folder on PYTHONPATH"
         ) from error
     found = getattr(module, attribute, None)
     if not isinstance(found, Handler):
-        raise SettingsError(f"handler {name!r}: {module_name} has no @handler named {attribute}")
+        raise SettingsError(f"{key}: {module_name} has no @handler named {attribute}")
     return found
 
 

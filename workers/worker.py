@@ -7,14 +7,14 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Final
 
 import structlog
 
-from bridge.brokers.contract import Declaration, Delivery, Queue, Subscription
-from bridge.brokers.registry import queue_class
+from bridge.brokers.contract import Delivery, Queue, Subscription
+from bridge.brokers.registry import broker_of
 from bridge.errors import BrokerUnavailableError, PgbridgeError, SettingsError, UsageError
 from bridge.process.health import Health, notify, watchdog_for_ever
 from bridge.process.outage import Patience
@@ -220,20 +220,15 @@ def stop_on_signals(worker: Worker) -> None:
         loop.add_signal_handler(number, on_signal, number)
 
 
-async def of_workers(settings: Settings, *, apply: bool) -> Sequence[tuple[str, Sequence[Declaration]]]:
-    """Pairs of ``worker <name>`` and its declarations. Raises SettingsError, BrokerUnavailableError."""
-    found = []
-    for name, worker in settings.workers.items():
-        try:
-            sink = settings.sink_of(name)
-        except ValueError as error:
-            raise SettingsError(str(error)) from error
-        handler = load_handler(worker.handler)
-        queue = queue_class(sink, settings.sinks[sink])(
-            settings.sinks[sink], subscription(name, worker, handler.topics)
-        )
-        found.append((f"worker {name}", await queue.topology(apply=apply)))
-    return found
+def subscriptions(settings: Settings) -> Mapping[str, tuple[str, Subscription]]:
+    """By worker, the name of its sink and what it wants of that sink's broker. Raises SettingsError.
+
+    `pgbridge topology` and `check` get it through the entry points of the group ``pgbridge.subscriptions``.
+    """
+    return {
+        name: (settings.sink_of(name), subscription(name, worker, load_handler(worker.handler, name).topics))
+        for name, worker in settings.workers.items()
+    }
 
 
 def build(name: str, settings: Settings) -> Worker:
@@ -242,22 +237,19 @@ def build(name: str, settings: Settings) -> Worker:
         known = ", ".join(sorted(settings.workers)) or "none"
         raise UsageError(f"there is no worker {name!r} in the settings; known: {known}")
     own = settings.workers[name]
-    try:
-        handler = load_handler(own.handler)
-        sink = settings.sink_of(name)
-    except (SettingsError, ValueError) as error:
-        raise SettingsError(str(error) if str(error).startswith("workers.") else f"workers.{name}.{error}") from error
+    handler = load_handler(own.handler, name)
+    sink = settings.sinks[settings.sink_of(name)]
     run = handler.configured(own.options, name)
     if not (own.subscribe or handler.topics):
         raise SettingsError(f"workers.{name}.subscribe: the handler names no topics, so the settings must")
-    make = queue_class(sink, settings.sinks[sink])
+    broker = broker_of(sink)
     wanted = subscription(name, own, handler.topics)
     kept = timedelta(seconds=2 * settings.outbox.retention) if settings.outbox else _REMEMBERED
     return Worker(
         name,
         own,
         run,
-        lambda: make(settings.sinks[sink], wanted),
+        lambda: broker.queue(sink, wanted),
         Inbox(name, settings.postgres, concurrency=own.concurrency, reply=own.reply),
         keep_finished=max(kept, _REMEMBERED),
     )

@@ -1,16 +1,44 @@
-"""What a sink is: the contract that every broker's adapter keeps, and `tests/contract/` checks.
+"""What a broker is to pgbridge: the ports that every folder beside this file implements, and `tests/contract/` checks.
 
-A sink is opened, publishes batches, and is closed. It never retries and never reconnects on its own:
-the relay decides, since only the relay knows the order in which keys must travel. So, once a connection
-is lost, every `publish` answers with retryable failures until `open` is called again.
+- A `Broker` stands for one kind of broker, by the name that a sink's `type` has in the settings. It is found through
+  the entry points of the group ``pgbridge.brokers``, and makes everything else from the settings of one sink.
+- A `Sink` publishes events, and says of each what became of it.
+- A `Queue` gives a worker its deliveries; a `Delivery` is settled by exactly one of its verbs.
+- `DeadLetters` are the deliveries that a worker gave up.
+- A `Declaration` is one thing that must exist on a broker before any of this can work.
+
+None of them retries, and none connects again by itself: whoever uses them decides when, since only the user of a port
+knows in which order things must happen.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from bridge.event import Event, Malformed
+from bridge.settings import SinkSettings
+
+
+class Broker(Protocol):
+    """One kind of broker. The object is made when the settings are read, so it imports client libraries only on use."""
+
+    @property
+    def settings(self) -> type[SinkSettings]:
+        """The model of ``[sinks.<name>]`` with this `type`."""
+
+    @property
+    def requires(self) -> str | None:
+        """The module of the client library without which it cannot work; None when pgbridge always brings it."""
+
+    def sink(self, settings: Any, /) -> "Sink":
+        """The way to publish there, not yet open. Raises SettingsError."""
+
+    def queue(self, settings: Any, subscription: "Subscription", /) -> "Queue":
+        """The queue of one worker, not yet open. Raises SettingsError."""
+
+    def dead_letters(self, settings: Any, worker: str, /) -> "DeadLetters | None":
+        """What this worker gave up; None on a broker that keeps no dead letters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +59,27 @@ class Confirmed:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
-    """The broker, or the sink before sending, refused the message; it is not in any queue."""
+class Never:
+    """No other try can help: nothing takes the topic, the message is too large, it has no form on this broker."""
 
-    retryable: bool
-    """May be taken later (a full queue, a lost connection), or never (unroutable, too large)."""
     code: str
-    """A stable word: ``unroutable``, ``too_large``, ``malformed``, ``nacked``, ``disconnected``, ``behind``, ..."""
+    """A stable word for metrics and filters: ``unroutable``, ``too_large``, ``malformed``, ``access_refused``, ..."""
     reason: str
     """One sentence for a person."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotSent:
+    """It never reached the broker, whose connection was lost or took no more; what followed in its key neither."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The broker said no for now, as a full queue does. A later event of its key may have been taken meanwhile."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +89,14 @@ class Unknown:
     reason: str
 
 
-Outcome = Confirmed | Failed | Unknown
+Outcome = Confirmed | Never | NotSent | Refused | Unknown
 
 CONFIRMED: Final = Confirmed()
 """The one instance that sinks return, so that the common case allocates nothing."""
 
 
 class Sink(Protocol):
-    """One broker. `bridge.daemon` finds the class by its entry point and builds it from its settings alone.
-
-    The class carries the model of those settings as `Settings`, a subclass of `bridge.settings.SinkSettings`.
-    """
+    """Publishes to one broker. Once a connection is lost, every `publish` answers `NotSent` until `open` is called."""
 
     @property
     def is_open(self) -> bool:
@@ -88,50 +125,6 @@ class Sink(Protocol):
 
     async def close(self) -> None:
         """Disconnects. What is in flight becomes Unknown."""
-
-
-Verdict = Literal["keep", "replay", "discard"]
-
-
-@dataclass(frozen=True, slots=True)
-class Letter:
-    """An event that was given up, and why."""
-
-    id: str
-    """``outbox:<number>``, or ``<worker>:<event id>``; a message that is no event has another id behind the colon."""
-    box: str
-    """``outbox``, or the worker's name."""
-    event_id: str | None
-    topic: str | None
-    """Event id and topic are None for a message that is no event."""
-    key: str | None
-    sink: str | None
-    """The sink that refused it (None: no route took it), or whose broker holds the worker's queue."""
-    code: str
-    reason: str
-    attempts: int
-    failed_at: datetime | None
-    payload: bytes | None = None
-    """None where it was not asked for."""
-    content_type: str | None = None
-    created_at: datetime | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-    trace: str = ""
-    """The worker's traceback, where there is one."""
-
-
-Decide = Callable[[Letter], Awaitable[Verdict]]
-
-
-class LetterBox(Protocol):
-    """The dead letters of one worker. An entry point of the group ``pgbridge.dead_letters`` gives them by name."""
-
-    async def walk(self, decide: Decide) -> None:
-        """Shows `decide` every letter that stands there now, once; does what it says, and leaves the others.
-
-        A replayed letter is first confirmed in the worker's queue, and then removed: after a crash in between it may
-        stand in both. Raises BrokerUnavailableError, TopologyError, RefusedError.
-        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +180,7 @@ class Subscription:
 
 
 class Queue(Protocol):
-    """One worker's queue on one broker: built as ``Queue(settings of the sink, subscription)``."""
+    """One worker's queue on one broker."""
 
     async def open(self) -> None:
         """Connects, and checks that its queue exists; declares nothing.
@@ -209,3 +202,47 @@ class Queue(Protocol):
 
     async def close(self) -> None:
         """Disconnects; the broker redelivers what was not settled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """An event that was given up, and why."""
+
+    id: str
+    """``outbox:<number>``, or ``<worker>:<event id>``; a message that is no event has another id behind the colon."""
+    box: str
+    """``outbox``, or the worker's name."""
+    event_id: str | None
+    topic: str | None
+    """Event id and topic are None for a message that is no event."""
+    key: str | None
+    sink: str | None
+    """The sink that refused it (None: no route took it), or whose broker holds the worker's queue."""
+    code: str
+    reason: str
+    attempts: int
+    failed_at: datetime | None
+    payload: bytes | None = None
+    """None where it was not asked for."""
+    content_type: str | None = None
+    created_at: datetime | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    trace: str = ""
+    """The worker's traceback, where there is one."""
+
+
+Verdict = Literal["keep", "replay", "discard"]
+"""What is to become of a dead letter."""
+
+Decide = Callable[[Letter], Awaitable[Verdict]]
+
+
+class DeadLetters(Protocol):
+    """What one worker gave up."""
+
+    async def walk(self, decide: Decide) -> None:
+        """Shows `decide` every letter that stands there now, once; does what it says, and leaves the others.
+
+        A replayed letter is first confirmed in the worker's queue, and then removed: after a crash in between it may
+        stand in both. Raises BrokerUnavailableError, TopologyError, RefusedError.
+        """

@@ -4,12 +4,23 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
-from bridge.brokers.contract import CONFIRMED, Confirmed, Declaration, Failed, Failure, Outcome, Subscription, Unknown
+from bridge.brokers.contract import (
+    CONFIRMED,
+    Broker,
+    Confirmed,
+    Declaration,
+    Failure,
+    NotSent,
+    Outcome,
+    Subscription,
+    Unknown,
+)
 from bridge.event import Event, Malformed
 from bridge.settings import SinkSettings
 
-_NOT_OPEN = Failed(True, "disconnected", "the sink is not open")
+_NOT_OPEN = NotSent("the sink is not open")
 
 
 class MemorySettings(SinkSettings):
@@ -18,8 +29,6 @@ class MemorySettings(SinkSettings):
 
 class MemorySink:
     """Keeps what it confirms, in order."""
-
-    Settings = MemorySettings
 
     def __init__(
         self,
@@ -212,3 +221,22 @@ class MemoryQueue:
         for message in in_hand:
             message.attempt += 1
         await self.broker.put_back(in_hand)
+
+
+class Memory:
+    """See `contract.Broker`. Each queue has messages of its own, and nothing of them outlives the process."""
+
+    settings = MemorySettings
+    requires = None
+
+    def sink(self, settings: MemorySettings, /) -> MemorySink:
+        return MemorySink(settings)
+
+    def queue(self, settings: MemorySettings, subscription: Subscription, /) -> MemoryQueue:
+        return MemoryQueue(settings, subscription)
+
+    def dead_letters(self, settings: MemorySettings, worker: str, /) -> None:
+        return None
+
+
+BROKER: Final[Broker] = Memory()

@@ -11,7 +11,7 @@ from typing import Any
 import click
 from psycopg import AsyncConnection
 
-from bridge.brokers.registry import build_sink
+from bridge.brokers.registry import broker_of
 from bridge.commands.topology import declarations
 from bridge.errors import PgbridgeError, PrivilegeError, TopologyError
 from bridge.postgres.connection import connect, database_errors, require_writes
@@ -129,7 +129,7 @@ async def _privileges(settings: Settings) -> str:
 
 
 async def _sink(settings: Any) -> str:
-    sink = build_sink(settings)
+    sink = broker_of(settings).sink(settings)
     await sink.open()
     await sink.close()
     return f"{settings.type}, answers"

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib.metadata import entry_points
 from typing import Literal
 
-from bridge.brokers.contract import Letter, LetterBox, Verdict
+from bridge.brokers.contract import DeadLetters, Letter, Verdict
+from bridge.brokers.registry import broker_of
 from bridge.commands.outbox_letters import BOX, Connection, discard_letters, list_letters, read_letters, replay_letters
 from bridge.commands.republish import Pace
 from bridge.errors import PgbridgeError, UsageError
@@ -187,17 +187,19 @@ async def _audit(connection: Connection, letter: Letter, action: str, person: st
         )
 
 
-def _boxes(settings: Settings, choice: Choice) -> Mapping[str, LetterBox]:
+def _boxes(settings: Settings, choice: Choice) -> Mapping[str, DeadLetters]:
     """The workers' boxes that can be meant. Raises UsageError for names that there are not, SettingsError."""
     named = {*choice.workers, *(id_.partition(":")[0] for id_ in choice.ids)} - {BOX}
     if unknown := sorted(named - set(settings.workers)):
         known = ", ".join([BOX, *sorted(settings.workers)])
         raise UsageError(f"there is no worker {', '.join(map(repr, unknown))}; ids begin with one of: {known}")
     wanted = [name for name in settings.workers if choice.looks_into(name)]
-    boxes: dict[str, LetterBox] = {}
-    # They come through an entry point: the bridge never imports the workers.
-    for point in entry_points(group="pgbridge.dead_letters") if wanted else ():
-        boxes |= point.load()(settings, wanted)
+    boxes: dict[str, DeadLetters] = {}
+    for name in wanted:
+        sink = settings.sinks[settings.sink_of(name)]
+        box = broker_of(sink).dead_letters(sink, name)
+        if box is not None:
+            boxes[name] = box
     return boxes
 
 

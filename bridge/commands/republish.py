@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import asynccontextmanager
 
 from bridge.brokers.contract import Sink
-from bridge.brokers.registry import build_sink
+from bridge.brokers.registry import broker_of
 from bridge.errors import about
 from bridge.event import REPLAYED, Event
 from bridge.process.tasks import one_error
@@ -129,7 +129,7 @@ async def republish(
 @asynccontextmanager
 async def opened(settings: Settings, names: Iterable[str]) -> AsyncIterator[Mapping[str, Sink]]:
     """These sinks, open. Raises BrokerUnavailableError, RefusedError, SettingsError."""
-    sinks = {name: build_sink(settings.sinks[name]) for name in names}
+    sinks = {name: broker_of(settings.sinks[name]).sink(settings.sinks[name]) for name in names}
     try:
         for name, sink in sinks.items():
             with about(f"sinks.{name}"):

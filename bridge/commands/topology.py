@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from bridge.brokers.contract import Declaration
-from bridge.brokers.registry import build_sink
+from bridge.brokers.registry import broker_of
 from bridge.process.tasks import run as run_loop
 from bridge.process.terminal import config_option, exit_codes, json_option, table
 from bridge.settings import Settings, load
@@ -20,10 +20,15 @@ async def declarations(settings: Settings, *, apply: bool) -> Sequence[tuple[str
 
     Raises BrokerUnavailableError, SettingsError.
     """
-    found = [(f"sink {name}", await build_sink(sink).topology(apply=apply)) for name, sink in settings.sinks.items()]
-    # The workers' part comes through an entry point: the bridge never imports them.
-    for point in entry_points(group="pgbridge.topology"):
-        found += await point.load()(settings, apply=apply)
+    found = [
+        (f"sink {name}", await broker_of(sink).sink(sink).topology(apply=apply))
+        for name, sink in settings.sinks.items()
+    ]
+    # The bridge never imports the workers, so what they want comes through an entry point.
+    for point in entry_points(group="pgbridge.subscriptions"):
+        for worker, (sink, subscription) in point.load()(settings).items():
+            queue = broker_of(settings.sinks[sink]).queue(settings.sinks[sink], subscription)
+            found.append((f"worker {worker}", await queue.topology(apply=apply)))
     return found
 
 

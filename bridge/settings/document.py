@@ -39,7 +39,7 @@ This page is generated from the models in `bridge/settings/`: `make docs`.
 
 def sink_models() -> dict[str, type[SinkSettings]]:
     """The settings' model of every sink that is installed, by type."""
-    return {point.name: point.load().Settings for point in sorted(entry_points(group="pgbridge.sinks"))}
+    return {point.name: point.load().settings for point in sorted(entry_points(group="pgbridge.brokers"))}
 
 
 def settings_page() -> str:

@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Mapping, MutableMapping
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -132,22 +133,29 @@ def _validate(data: dict[str, Any]) -> Settings:
 
 
 def _sink(name: str, table: object) -> SinkSettings:
-    kinds = {point.name: point for point in entry_points(group="pgbridge.sinks")}
+    kinds = {point.name: point for point in entry_points(group="pgbridge.brokers")}
     kind = table.get("type") if isinstance(table, dict) else None
     if kind not in kinds:
         known = ", ".join(sorted(kinds))
-        said = "is missing" if kind is None else f"there is no sink of type {kind!r}"
+        said = "is missing" if kind is None else f"there is no broker of type {kind!r}"
         raise _Mistakes([f"sinks.{name}.type: {said}; installed: {known}"])
-    try:
-        model: type[SinkSettings] = kinds[kind].load().Settings
-    except ImportError as error:
+    broker = kinds[kind].load()
+    if not _is_installed(broker.requires):
         raise _Mistakes(
-            [f"sinks.{name}.type: {kind!r} lacks the package {error.name!r}: pip install 'pgbridge[{kind}]'"]
-        ) from None
+            [f"sinks.{name}.type: {kind!r} needs the package {broker.requires!r}: pip install 'pgbridge[{kind}]'"]
+        )
+    model: type[SinkSettings] = broker.settings
     try:
-        return model.model_validate(table)
+        return model.model_validate(table, context={"sink": name})
     except ValidationError as error:
         raise _Mistakes(_explain(error, model, f"sinks.{name}")) from None
+
+
+def _is_installed(module: str | None) -> bool:
+    try:
+        return module is None or find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it is missing
+        return False
 
 
 def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -10,10 +10,13 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    PrivateAttr,
     SecretStr,
     WithJsonSchema,
     model_validator,
 )
+
+from bridge.errors import SettingsError
 
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES = {"B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
@@ -93,10 +96,28 @@ class TlsSettings(Model):
 
 
 class SinkSettings(Model):
+    """What every kind of broker has. A broker's own model is a subclass, in its folder below `bridge/brokers`."""
+
     type: str
-    """The kind of broker; `pgbridge check` lists the kinds that are installed."""
+    """The kind of broker: one of those that are installed."""
     publish_timeout: Duration = 30.0
     """How long a confirm may take before the outcome is unknown and the message is sent again."""
+
+    _name: str = PrivateAttr("")
+
+    def model_post_init(self, context: Any) -> None:
+        """Takes the sink's name from the validation's context, ``{"sink": name}``."""
+        if context is not None:
+            self._name = context["sink"]
+
+    @property
+    def name(self) -> str:
+        """What the settings call this sink; empty when it comes from no settings file."""
+        return self._name
+
+    def key(self, field: str) -> str:
+        """The dotted key of one of its fields, for errors: ``sinks.events.url``."""
+        return f"sinks.{self._name}.{field}" if self._name else field
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
@@ -238,10 +259,10 @@ class Settings(Model):
         return self
 
     def sink_of(self, worker: str) -> str:
-        """The name of the sink that a worker consumes from. Raises ValueError when it cannot be told."""
+        """The name of the sink that a worker consumes from. Raises SettingsError when it cannot be told."""
         named = self.workers[worker].sink
         if named is not None:
             return named
         if len(self.sinks) == 1:
             return next(iter(self.sinks))
-        raise ValueError(f"workers.{worker}.sink: name one of the sinks {', '.join(sorted(self.sinks)) or '(none)'}")
+        raise SettingsError(f"workers.{worker}.sink: name one of the sinks {', '.join(sorted(self.sinks)) or '(none)'}")

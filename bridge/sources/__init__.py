@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from bridge.brokers.contract import Failed
+from bridge.brokers.contract import Never
 from bridge.event import Event
 
 
@@ -24,7 +24,7 @@ class DeadLetter:
     event: Event
     sink: str | None
     """The sink that refused it; None when no route took it."""
-    failure: Failed
+    failure: Never
     attempts: int
 
 

@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 
-from bridge.brokers.contract import CONFIRMED, Failed, Unknown
+from bridge.brokers.contract import CONFIRMED, Never, NotSent, Unknown
 from bridge.errors import BrokerUnavailableError, TopologyError
 from bridge.event import Event
 from tests.contract.sinks import HARNESSES, SinkHarness
@@ -53,7 +53,7 @@ def order(harness: SinkHarness, events: Iterable[Event]) -> list[str]:
 async def test_before_open_nothing_is_published_and_everything_may_be_tried_again(harness: SinkHarness) -> None:
     assert not harness.sink.is_open
     outcomes = await harness.sink.publish(make_events(3))
-    assert [(o.retryable, o.code) for o in outcomes if isinstance(o, Failed)] == [(True, "disconnected")] * 3
+    assert [type(outcome) for outcome in outcomes] == [NotSent] * 3
     assert await harness.arrived() == []
 
 
@@ -127,8 +127,8 @@ async def test_a_payload_beyond_the_limit_fails_for_ever_and_disturbs_no_other(h
     events[2] = make_event(payload=b"x" * (harness.size_limit + 1))
     outcomes = await harness.sink.publish(events)
     refused = outcomes[2]
-    assert isinstance(refused, Failed)
-    assert (refused.retryable, refused.code) == (False, "too_large")
+    assert isinstance(refused, Never)
+    assert refused.code == "too_large"
     assert str(harness.size_limit) in refused.reason
     assert "max_message_bytes" in refused.reason
     assert [outcomes[n] for n in (0, 1, 3, 4)] == [CONFIRMED] * 4
@@ -140,7 +140,7 @@ async def test_after_a_loss_nothing_is_published_until_open_is_called(harness: S
     await harness.break_connection()
     assert not harness.sink.is_open
     lost = await asyncio.wait_for(harness.sink.publish(make_events(2)), 1.0)
-    assert [(o.retryable, o.code) for o in lost if isinstance(o, Failed)] == [(True, "disconnected")] * 2
+    assert [type(outcome) for outcome in lost] == [NotSent] * 2
     await harness.sink.open()
     assert harness.sink.is_open
     event = make_event()
@@ -160,9 +160,7 @@ async def test_what_was_in_flight_at_a_loss_has_a_true_outcome(harness: SinkHarn
     for batch, answers in zip(batches, outcomes, strict=True):
         for event, outcome in zip(batch, answers, strict=True):
             match outcome:
-                case Failed():
-                    assert outcome.retryable
-                    assert outcome.code == "disconnected"
+                case NotSent():
                     assert event.id not in arrived
                 case Unknown():
                     assert outcome.reason

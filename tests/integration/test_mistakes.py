@@ -47,7 +47,7 @@ def told(tmp_path: Path) -> Told:
         ('dsn = "{dsn}"', 'dsn_file = "/does/not/exist"', "postgres.dsn_file: the secret file '/does/not/exist'"),
         ('dsn = "{dsn}"', 'dsn = "postgres//u:hunter2@h"', "postgres.dsn: is no libpq connection string"),
         ('sink = "events"', 'sink = "evnts"', "routes.0.sink: there is no sink named 'evnts'; known: events"),
-        ('type = "memory"', 'type = "kafka"', "sinks.events.type: there is no sink of type 'kafka'; installed: "),
+        ('type = "memory"', 'type = "kafka"', "sinks.events.type: there is no broker of type 'kafka'; installed: "),
         ('name = "test"', "name = ", "is no TOML"),
     ],
 )

@@ -14,7 +14,7 @@ import grpc
 import pytest
 from google.pubsub_v1 import types
 
-from bridge.brokers.contract import CONFIRMED, Failed, Outcome, Unknown
+from bridge.brokers.contract import CONFIRMED, Never, NotSent, Outcome, Unknown
 from bridge.brokers.pubsub.connection import connect
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.sink import PubSubSink
@@ -39,8 +39,8 @@ def make_event(key: str | None = None, payload: bytes = b"{}", **changes: Any) -
     return event._replace(**changes)
 
 
-def codes(outcomes: Sequence[Outcome]) -> list[str]:
-    return [outcome.code if isinstance(outcome, Failed) else type(outcome).__name__ for outcome in outcomes]
+def kinds(outcomes: Sequence[Outcome]) -> list[str]:
+    return [type(outcome).__name__ for outcome in outcomes]
 
 
 @pytest.fixture
@@ -126,9 +126,7 @@ async def test_of_a_refused_request_only_the_message_at_fault_is_given_up(script
     scripted.answer = answer
     sink = await opened(scripted.address)
     outcomes = await sink.publish([make_event("k", b"%d" % n) for n in range(20)])
-    assert codes(outcomes) == ["Confirmed"] * 7 + ["refused"] + ["Confirmed"] * 12
-    assert isinstance(outcomes[7], Failed)
-    assert not outcomes[7].retryable
+    assert kinds(outcomes) == ["Confirmed"] * 7 + ["Never"] + ["Confirmed"] * 12
     assert [message.data for message in scripted.confirmed] == [b"%d" % n for n in range(20) if n != 7]
     await sink.close()
 
@@ -149,13 +147,16 @@ async def test_a_throttled_key_holds_back_its_later_events_and_no_other_key(scri
     await scripted.requests_reach(2)
     # The first call waits for its slow key, so the relay cannot know yet that "hot" failed.
     async with asyncio.timeout(10):
-        while codes(await sink.publish([make_event("hot", b"3"), make_event("cold", b"4")])) != ["behind", "Confirmed"]:
+        while kinds(await sink.publish([make_event("hot", b"3"), make_event("cold", b"4")])) != [
+            "NotSent",
+            "Confirmed",
+        ]:
             await asyncio.sleep(0.01)
     throttled.set()
-    assert codes(await first) == ["resource_exhausted", "behind", "Confirmed"]
+    assert kinds(await first) == ["Refused", "NotSent", "Confirmed"]
     assert sink.is_open
     assert b"3" not in [message.data for message in scripted.confirmed]
-    assert codes(await sink.publish([make_event("hot", b"1"), make_event("hot", b"2")])) == ["Confirmed"] * 2
+    assert kinds(await sink.publish([make_event("hot", b"1"), make_event("hot", b"2")])) == ["Confirmed"] * 2
     await sink.close()
 
 
@@ -169,7 +170,7 @@ async def test_a_time_out_is_unknown_and_closes_the_sink(scripted: ScriptedPubSu
     await scripted.requests_reach(1)
     behind = await sink.publish([make_event("k"), make_event("k")])
     assert isinstance((await first)[0], Unknown)
-    assert codes(behind) == ["disconnected"] * 2
+    assert kinds(behind) == ["NotSent"] * 2
     assert not sink.is_open
     assert len(scripted.requests) == 1
     await sink.close()
@@ -183,8 +184,7 @@ async def test_what_a_person_must_mend_is_tried_again_until_then(scripted: Scrip
     scripted.answer = answer
     sink = await opened(scripted.address)
     (outcome,) = await sink.publish([make_event("k")])
-    assert isinstance(outcome, Failed)
-    assert outcome.retryable
+    assert isinstance(outcome, NotSent)
     assert code in outcome.reason
     assert not sink.is_open
     await sink.close()
@@ -209,8 +209,8 @@ async def test_an_event_beyond_a_limit_is_refused_before_it_is_sent(
 ) -> None:
     sink = await opened(scripted.address)
     refused, other = await sink.publish([event, make_event("other")])
-    assert isinstance(refused, Failed)
-    assert (refused.retryable, refused.code) == (False, code)
+    assert isinstance(refused, Never)
+    assert refused.code == code
     assert names in refused.reason
     assert other is CONFIRMED
     assert len(scripted.confirmed) == 1
@@ -286,8 +286,7 @@ async def test_a_topic_deleted_under_the_sink_stops_it_until_it_stands_again(
     await delete(types.DeleteTopicRequest.pb()(topic=f"projects/{PROJECT}/topics/{unique}"))
     await connection.close()
     (outcome,) = await sink.publish([make_event("k")])
-    assert isinstance(outcome, Failed)
-    assert outcome.retryable
+    assert isinstance(outcome, NotSent)
     with pytest.raises(TopologyError, match="pgbridge topology --apply"):
         await sink.open()
     await sink.topology(apply=True)

@@ -222,7 +222,7 @@ async def dead_letters(desk: Desk, worker: str, verdicts: Mapping[str, Verdict] 
         found[letter.id] = letter
         return verdicts.get(str(letter.event_id), "keep")
 
-    await PubSubDeadLetters(desk.settings, worker, "events").walk(decide)
+    await PubSubDeadLetters(desk.settings, worker).walk(decide)
     return found
 
 

@@ -15,7 +15,7 @@ import aio_pika
 import psycopg
 import pytest
 
-from bridge.brokers.registry import queue_class
+from bridge.brokers.registry import broker_of
 from bridge.demo.servers import RabbitMQServer
 from bridge.event import AMQP_PREFIX, Event, attributes
 from bridge.settings import PostgresSettings, Settings, load
@@ -108,7 +108,7 @@ async def test_every_event_is_replied_exactly_once_although_workers_are_killed(
         await channel.declare_exchange(unique, "topic", durable=True)
     settings = write_settings(processes.config, shop, rabbitmq.url, unique)
     own = settings.workers["echo"]
-    queue: Any = queue_class("events", settings.sinks["events"])(
+    queue: Any = broker_of(settings.sinks["events"]).queue(
         settings.sinks["events"], subscription("echo", own, ["shop.order.placed"])
     )
     await queue.topology(apply=True)

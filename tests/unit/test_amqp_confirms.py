@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pamqp import body, commands, frame, header
 
-from bridge.brokers.contract import CONFIRMED, Failed, Unknown
+from bridge.brokers.contract import CONFIRMED, Never, NotSent, Unknown
 from bridge.brokers.rabbitmq.confirms import NACKED, Batch, Ledger
 from bridge.brokers.rabbitmq.reader import BrokenStreamError, FrameReader
 from bridge.event import Event
 from tests.contract.test_sinks import make_event
 
-REFUSED = Failed(False, "too_large", "refused before sending")
-RETURNED = Failed(False, "unroutable", "came back")
+REFUSED = Never("too_large", "refused before sending")
+RETURNED = Never("unroutable", "came back")
 LOST = Unknown("lost")
-UNSENT = Failed(True, "disconnected", "unsent")
+UNSENT = NotSent("unsent")
 
 
 @pytest.fixture(scope="module")

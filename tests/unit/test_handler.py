@@ -92,8 +92,8 @@ def test_a_handler_that_does_not_take_its_options_is_refused_when_it_is_marked()
     ],
 )
 def test_a_wrong_handler_name_says_what_is_wrong(name: str, said: str) -> None:
-    with pytest.raises(SettingsError, match=said):
-        load_handler(name)
+    with pytest.raises(SettingsError, match=f"workers.w.handler: .*{said}"):
+        load_handler(name, "w")
 
 
 class Recording:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from bridge.brokers.contract import CONFIRMED, Declaration, Failed, Outcome, Unknown
+from bridge.brokers.contract import CONFIRMED, Declaration, Never, NotSent, Outcome, Refused, Unknown
 from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError
 from bridge.event import NO_HEADERS, Event
 from bridge.process.tasks import one_error
@@ -77,7 +77,7 @@ class Broker:
 
     async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
         if not self.open_now:
-            return [Failed(True, "disconnected", "closed")] * len(events)
+            return [NotSent("closed")] * len(events)
         lost = self.random.random() < self.chaos
         arriving = self.random.randrange(len(events) + 1) if lost else len(events)
         outcomes: list[Outcome] = []
@@ -135,7 +135,7 @@ async def test_a_refused_event_stops_its_key_and_no_other() -> None:
     events = [event(n, "stuck" if n % 2 else f"free-{n}") for n in range(20)]
     # The pause lets the outcomes of a page come before the next one is read.
     log, broker = Log(events, page_size=5, pause=0.02), Broker()
-    broker.refuse["id-1"] = Failed(True, "nacked", "full")
+    broker.refuse["id-1"] = Refused("full")
     carrying = asyncio.create_task(carry(log, broker))
     free = [one for one in events if one.key != "stuck"]
     async with asyncio.timeout(5):
@@ -152,7 +152,7 @@ async def test_a_refused_event_stops_its_key_and_no_other() -> None:
 async def test_what_can_never_be_published_becomes_a_dead_letter_and_lets_its_key_go_on() -> None:
     events = [event(n, "k") for n in range(10)]
     log, broker = Log(events), Broker()
-    broker.refuse["id-3"] = Failed(False, "too_large", "limit")
+    broker.refuse["id-3"] = Never("too_large", "limit")
     await carry(log, broker)
     assert [(letter.event.id, letter.sink, letter.failure.code) for letter in log.letters] == [
         ("id-3", "s", "too_large")

@@ -110,4 +110,4 @@ def test_every_setting_has_a_meaning() -> None:
 def test_the_schema_for_editors_knows_every_sink() -> None:
     kinds = json.loads(json_schema())["properties"]["sinks"]["additionalProperties"]["oneOf"]
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert len(kinds) == len(project["entry-points"]["pgbridge.sinks"])
+    assert len(kinds) == len(project["entry-points"]["pgbridge.brokers"])

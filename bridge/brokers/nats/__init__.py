@@ -1,4 +1,35 @@
-"""NATS JetStream, as the sink and the workers' queue share it.
+"""NATS JetStream.
 
-`connection` opens and closes, `wire` names subjects and writes headers, `streams` declares streams.
+`connection` opens and closes, `message` names subjects and writes headers, `topology` declares streams and consumers;
+`sink` publishes, `queue` consumes, `dead` is the stream of what a worker gave up.
 """
+
+from typing import Final
+
+from bridge.brokers.contract import Broker, DeadLetters, Queue, Sink, Subscription
+from bridge.brokers.nats.settings import NatsSettings
+
+
+class Nats:
+    """See `contract.Broker`. Each part is imported where it is made, since it takes the client library along."""
+
+    settings = NatsSettings
+    requires = "nats"
+
+    def sink(self, settings: NatsSettings, /) -> Sink:
+        from bridge.brokers.nats.sink import NatsSink
+
+        return NatsSink(settings)
+
+    def queue(self, settings: NatsSettings, subscription: Subscription, /) -> Queue:
+        from bridge.brokers.nats.queue import NatsQueue
+
+        return NatsQueue(settings, subscription)
+
+    def dead_letters(self, settings: NatsSettings, worker: str, /) -> DeadLetters:
+        from bridge.brokers.nats.dead import NatsDeadLetters
+
+        return NatsDeadLetters(settings, worker)
+
+
+BROKER: Final[Broker] = Nats()

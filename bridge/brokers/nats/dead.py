@@ -19,21 +19,20 @@ _BATCH = 100
 
 
 class NatsDeadLetters:
-    """See `bridge.brokers.contract.LetterBox`.
+    """See `bridge.brokers.contract.DeadLetters`.
 
     A replayed letter goes back to the sink's stream, since a consumer takes from nowhere else: other workers that
     subscribe to its topic see the event again too, and their inbox tells them that it was handled.
     """
 
-    def __init__(self, settings: NatsSettings, worker: str, sink: str) -> None:
+    def __init__(self, settings: NatsSettings, worker: str) -> None:
         self._settings = settings
         self._worker = worker
-        self._sink = sink
         self._stream = f"{worker}_dead"
         self._address = address_of(settings)
 
     async def walk(self, decide: Decide) -> None:
-        """As `LetterBox.walk`."""
+        """As `DeadLetters.walk`."""
         client = await connect(self._settings)
         try:
             jetstream = client.jetstream(timeout=REQUEST_TIMEOUT)
@@ -89,4 +88,6 @@ class NatsDeadLetters:
         marks = {name: value for name, value in flat.items() if name.startswith(PREFIX)}
         sequence = str(message.metadata.sequence.stream)
         content_type = (message.headers or {}).get("content-type")
-        return letter_of(self._worker, self._sink, event_of(message), sequence, marks, message.data, content_type)
+        return letter_of(
+            self._worker, self._settings.name, event_of(message), sequence, marks, message.data, content_type
+        )

@@ -17,7 +17,7 @@ from itertools import count
 import nats.errors
 from nats.aio.msg import Msg
 
-from bridge.brokers.contract import CONFIRMED, Declaration, Failed, Outcome, Unknown
+from bridge.brokers.contract import CONFIRMED, Declaration, Never, NotSent, Outcome, Refused, Unknown
 from bridge.brokers.nats.connection import REQUEST_TIMEOUT, Client, address_of, asking, connect, disconnect, until_lost
 from bridge.brokers.nats.message import CONTENT_TYPE, ID_HEADER, headers_size, quote_headers, subject_of
 from bridge.brokers.nats.settings import NatsSettings
@@ -33,17 +33,17 @@ DEAD_LETTER_ROOM = 4096
 MAX_SUBJECT = 3000
 """Bytes; the server closes the connection over a protocol line beyond 4096, and ours holds a reply subject too."""
 
-_DISCONNECTED = Failed(True, "disconnected", "the connection to NATS is not open")
-_BLOCKED = Failed(True, "blocked", "NATS did not take what was written before within publish_timeout")
-_NO_STREAM = Failed(True, "no_stream", "no stream answered for the subject: it is gone, or JetStream is not ready")
+_DISCONNECTED = NotSent("the connection to NATS is not open")
+_BLOCKED = NotSent("NATS did not take what was written before within publish_timeout")
+_NO_STREAM = Refused("no stream answered for the subject: it is gone, or JetStream is not ready")
 _TOO_LARGE = {10054, 10097}
 """JetStream's codes for a message, or its headers, beyond the stream's limit: refusals that no wait can help."""
 
 
-class _Refused(Exception):  # noqa: N818 - an outcome on its way
+class _Unsendable(Exception):  # noqa: N818 - an outcome on its way
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(reason)
-        self.failure = Failed(False, code, reason)
+        self.failure = Never(code, reason)
 
 
 class _Batch:
@@ -71,8 +71,6 @@ class _Batch:
 
 class NatsSink:
     """Publishes to one stream. See `bridge.brokers.contract.Sink`."""
-
-    Settings = NatsSettings
 
     def __init__(self, settings: NatsSettings) -> None:
         """Raises SettingsError when the URL is none."""
@@ -147,7 +145,7 @@ class NatsSink:
                 subject, headers = self._encode(event)
                 batch.sent = index + 1
                 await client.publish(subject, event.payload, f"{prefix}{index}", headers)
-            except _Refused as refused:
+            except _Unsendable as refused:
                 batch.settle(index, refused.failure)
             except (nats.errors.Error, OSError):
                 batch.settle_rest(_DISCONNECTED, self._gone())
@@ -162,14 +160,18 @@ class NatsSink:
                 headers[ID_HEADER] = event.id
             headers[CONTENT_TYPE] = event.content_type
         except Malformed as error:
-            raise _Refused("malformed", str(error)) from error
+            raise _Unsendable("malformed", str(error)) from error
         except UnicodeError as error:
-            raise _Refused("malformed", f"the topic or a header of event {event.id} is no Unicode: {error}") from error
+            raise _Unsendable(
+                "malformed", f"the topic or a header of event {event.id} is no Unicode: {error}"
+            ) from error
         if len(subject) > MAX_SUBJECT:
-            raise _Refused("malformed", f"the subject of event {event.id} has {len(subject)} bytes; {MAX_SUBJECT} fit")
+            raise _Unsendable(
+                "malformed", f"the subject of event {event.id} has {len(subject)} bytes; {MAX_SUBJECT} fit"
+            )
         size = len(event.payload) + headers_size(headers)
         if size > self._limit:
-            raise _Refused(
+            raise _Unsendable(
                 "too_large",
                 f"the message has {size} bytes with its headers, and {self._limit} are allowed: the lesser of "
                 f"max_message_bytes and the server's max_payload less {DEAD_LETTER_ROOM}. Send a reference instead",
@@ -233,4 +235,4 @@ def _outcome_of(message: Msg) -> Outcome:
     except (ValueError, KeyError, TypeError, AttributeError):
         return Unknown(f"the confirm is none of JetStream's: {message.data[:200]!r}")
     # The rest depends on the stream's state (full, sealed, no leader), which passes or which a person mends.
-    return Failed(False, "too_large", reason) if code in _TOO_LARGE else Failed(True, "refused", reason)
+    return Never("too_large", reason) if code in _TOO_LARGE else Refused(reason)

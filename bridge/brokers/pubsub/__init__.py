@@ -1,5 +1,36 @@
-"""How Google Cloud Pub/Sub is reached and spoken to, by the sink and by the workers' queue.
+"""Google Cloud Pub/Sub, over gRPC with raw protobuf.
 
-``connection.py`` connects and tells errors apart, ``wire.py`` is an event as a Pub/Sub message, ``resources.py``
-looks at topics and subscriptions and declares them.
+`connection` connects and tells errors apart, `message` is an event as a Pub/Sub message, `resources` looks at topics
+and subscriptions and declares them, `topology` says which of them a worker needs. `sink` publishes through `requests`,
+one in flight per key; `queue` pulls, `lease` keeps what is in hand, `dead` is what a worker gave up.
 """
+
+from typing import Final
+
+from bridge.brokers.contract import Broker, DeadLetters, Queue, Sink, Subscription
+from bridge.brokers.pubsub.settings import PubSubSettings
+
+
+class PubSub:
+    """See `contract.Broker`. Each part is imported where it is made, since it takes the client library along."""
+
+    settings = PubSubSettings
+    requires = "google.pubsub_v1"
+
+    def sink(self, settings: PubSubSettings, /) -> Sink:
+        from bridge.brokers.pubsub.sink import PubSubSink
+
+        return PubSubSink(settings)
+
+    def queue(self, settings: PubSubSettings, subscription: Subscription, /) -> Queue:
+        from bridge.brokers.pubsub.queue import PubSubQueue
+
+        return PubSubQueue(settings, subscription)
+
+    def dead_letters(self, settings: PubSubSettings, worker: str, /) -> DeadLetters:
+        from bridge.brokers.pubsub.dead import PubSubDeadLetters
+
+        return PubSubDeadLetters(settings, worker)
+
+
+BROKER: Final[Broker] = PubSub()

@@ -49,20 +49,19 @@ def _cut(text: str, *, keep_end: bool) -> str:
 
 
 class PubSubDeadLetters:
-    """See `bridge.brokers.contract.LetterBox`.
+    """See `bridge.brokers.contract.DeadLetters`.
 
     A replayed letter goes to the sink's topic, since no message can be given to one subscription; the queues of other
     workers pass over it. Subscriptions that are not ours see it again, under the same `ce-id`.
     """
 
-    def __init__(self, settings: PubSubSettings, worker: str, sink: str) -> None:
+    def __init__(self, settings: PubSubSettings, worker: str) -> None:
         self._settings = settings
         self._worker = worker
-        self._sink = sink
         self._names = Names(settings, worker)
 
     async def walk(self, decide: Decide) -> None:
-        """As `LetterBox.walk`. A letter is in hand until the end, and cannot be seen by others meanwhile."""
+        """As `DeadLetters.walk`. A letter is in hand until the end, and cannot be seen by others meanwhile."""
         connection = await connect(self._settings)
         kept: dict[str, str] = {}
         replayed: set[str] = set()
@@ -111,7 +110,7 @@ class PubSubDeadLetters:
                 ATTEMPTS: count,
             }
         return letter_of(
-            self._worker, self._sink, from_message(message), message.message_id, flat,
+            self._worker, self._settings.name, from_message(message), message.message_id, flat,
             bytes(message.data), flat.get(CONTENT_TYPE),
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import grpc
 
-from bridge.brokers.contract import CONFIRMED, Failed, Outcome, Unknown
+from bridge.brokers.contract import CONFIRMED, Never, NotSent, Outcome, Refused, Unknown
 from bridge.brokers.pubsub.connection import Connection, said_by
 from bridge.brokers.pubsub.message import topic_field
 from bridge.brokers.pubsub.settings import PubSubSettings
@@ -97,7 +97,7 @@ class Requests:
     def put(self, key: str, message: bytes, call: Call, index: int) -> None:
         """Queues a message under its ordering key, empty for none; `start` follows."""
         if self.broken is not None:
-            call.settle(index, Failed(True, "disconnected", self.broken))
+            call.settle(index, NotSent(self.broken))
             return
         queue = self._queues.get(key)
         if queue is None:
@@ -131,7 +131,7 @@ class Requests:
         self._ready.clear()
         for queue in list(self._queues.values()):
             queue.ready = False
-            self._fail(queue, queue.waiting, Failed(True, "disconnected", reason))
+            self._fail(queue, queue.waiting, NotSent(reason))
             queue.waiting.clear()
 
     async def close(self) -> None:
@@ -212,11 +212,12 @@ class Requests:
             return await self._single_out(queue, batch, said)
         if error.code() in _THIS_KEY_LATER:
             first, behind = batch[:1], batch[1:]
-            self._fail(queue, first, Failed(True, error.code().name.lower(), said))
-            self._fail(queue, behind, _behind(queue.key) if queue.key else Failed(True, "behind", said))
+            self._fail(queue, first, Refused(said))
+            # The request was refused whole: nothing behind the first can have overtaken it.
+            self._fail(queue, behind, _behind(queue.key) if queue.key else NotSent(said))
         elif error.code() in _NOTHING_GOES:
             self.give_up(f"{said} (topic {self._topic})")
-            self._fail(queue, batch, Failed(True, "disconnected", f"{said} (topic {self._topic})"))
+            self._fail(queue, batch, NotSent(f"{said} (topic {self._topic})"))
         else:
             self.give_up(said)
             self._fail(queue, batch, Unknown(said))
@@ -226,15 +227,15 @@ class Requests:
         """Finds, by halves and in order, the messages for which the service refuses a whole request."""
         if len(batch) == 1:
             _, call, index = batch[0]
-            call.settle(index, Failed(False, "refused", said))
+            call.settle(index, Never("refused", said))
             return True
         middle = len(batch) // 2
         for start, part in ((0, batch[:middle]), (middle, batch[middle:])):
             if self.broken is not None:
-                self._fail(queue, batch[start:], Failed(True, "disconnected", self.broken))
+                self._fail(queue, batch[start:], NotSent(self.broken))
                 return False
             if not await self._answered(queue, part, self._send(part)):
-                self._fail(queue, batch[start + len(part) :], Failed(True, "behind", said))
+                self._fail(queue, batch[start + len(part) :], NotSent(said))
                 return False
         return True
 
@@ -250,5 +251,5 @@ class Requests:
             del self._queues[queue.key]
 
 
-def _behind(key: str) -> Failed:
-    return Failed(True, "behind", f"an earlier event with the key {key[:80]!r} failed, and must be published first")
+def _behind(key: str) -> NotSent:
+    return NotSent(f"an earlier event with the key {key[:80]!r} failed, and must be published first")

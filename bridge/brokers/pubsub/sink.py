@@ -11,7 +11,7 @@ from typing import Final, cast
 import grpc
 import structlog
 
-from bridge.brokers.contract import Declaration, Failed, Outcome
+from bridge.brokers.contract import Declaration, Never, NotSent, Outcome
 from bridge.brokers.pubsub import resources
 from bridge.brokers.pubsub.connection import Connection, connect
 from bridge.brokers.pubsub.message import Encoder, Unsendable
@@ -28,8 +28,6 @@ ROLE: Final = "roles/pubsub.publisher"
 
 class PubSubSink:
     """Publishes to one Pub/Sub topic."""
-
-    Settings = PubSubSettings
 
     def __init__(self, settings: PubSubSettings) -> None:
         self._settings = settings
@@ -77,13 +75,13 @@ class PubSubSink:
         """As `Sink.publish`; order is kept per key, and only there."""
         requests = self._requests
         if requests is None:
-            return [Failed(True, "disconnected", "the sink is not open")] * len(events)
+            return [NotSent("the sink is not open")] * len(events)
         with requests.call(len(events)) as call:
             for index, event in enumerate(events):
                 try:
                     key, message = self._encoder.encode(event)
                 except Unsendable as refused:
-                    call.settle(index, Failed(False, refused.code, str(refused)))
+                    call.settle(index, Never(refused.code, str(refused)))
                 else:
                     requests.put(key, message, call, index)
             requests.start()

@@ -1,6 +1,37 @@
-"""AMQP 0-9-1 for a publisher that must be fast: frames encoded by hand, confirms counted as ranges.
+"""RabbitMQ, over AMQP 0-9-1.
 
-`frames` (with `times`) encodes publishes, `confirms` counts their confirms, `reader` takes the received bytes apart,
-`connection` shakes hands and keeps the socket, `publisher` puts them together on one confirm channel, `address` reads
-the URL, `closure` says why something ended. pamqp encodes and decodes whatever is rare.
+Publishing is what this project is for, so the sink speaks AMQP itself: `frames` encodes publishes by hand, `confirms`
+counts their confirms as ranges, `reader` takes the received bytes apart, `connection` shakes hands, keeps the socket
+and says why it ended, and `publisher` puts them together on one confirm channel. `topology` declares over the same
+connection. `queue` and `dead` use aio-pika, whose logins `connection` explains; `message` is what they read and copy.
 """
+
+from typing import Final
+
+from bridge.brokers.contract import Broker, DeadLetters, Queue, Sink, Subscription
+from bridge.brokers.rabbitmq.settings import RabbitMQSettings
+
+
+class RabbitMQ:
+    """See `contract.Broker`. Each part is imported where it is made, since it takes the client library along."""
+
+    settings = RabbitMQSettings
+    requires = None
+
+    def sink(self, settings: RabbitMQSettings, /) -> Sink:
+        from bridge.brokers.rabbitmq.sink import RabbitMQSink
+
+        return RabbitMQSink(settings)
+
+    def queue(self, settings: RabbitMQSettings, subscription: Subscription, /) -> Queue:
+        from bridge.brokers.rabbitmq.queue import RabbitMQQueue
+
+        return RabbitMQQueue(settings, subscription)
+
+    def dead_letters(self, settings: RabbitMQSettings, worker: str, /) -> DeadLetters:
+        from bridge.brokers.rabbitmq.dead import RabbitMQDeadLetters
+
+        return RabbitMQDeadLetters(settings, worker)
+
+
+BROKER: Final[Broker] = RabbitMQ()

@@ -9,10 +9,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 
-from bridge.brokers.contract import CONFIRMED, Failed, Outcome, Unknown
+from bridge.brokers.contract import CONFIRMED, Never, NotSent, Outcome, Refused, Unknown
 from bridge.event import Event
 
-NACKED = Failed(True, "nacked", "RabbitMQ refused the message (basic.nack): a queue is full or could not store it")
+NACKED = Refused("RabbitMQ refused the message (basic.nack): a queue is full or could not store it")
 
 _first = attrgetter("first")
 
@@ -61,7 +61,7 @@ class Batch:
         """The event that stands at a place."""
         return place if self._order is None else self._order[place]
 
-    def wrote(self, indexes: range, refused: Mapping[int, Failed]) -> None:
+    def wrote(self, indexes: range, refused: Mapping[int, Never]) -> None:
         """The writer has handled these events: sent them, or refused some."""
         if refused and self._order is None:
             self._order = list(range(indexes.start))
@@ -120,7 +120,7 @@ class Batch:
             outcomes[index] = outcome
         return outcomes
 
-    def refuse_open(self, judge: Callable[[Event], Failed | None]) -> None:
+    def refuse_open(self, judge: Callable[[Event], Never | None]) -> None:
         """Answers for what awaits its confirm, where `judge` has a failure for it."""
         for place in self.open_places():
             index = self.index(place)
@@ -128,7 +128,7 @@ class Batch:
             if failure is not None:
                 self.answers[index] = failure
 
-    def give_up(self, written: Unknown, unwritten: Failed) -> None:
+    def give_up(self, written: Unknown, unwritten: NotSent) -> None:
         """Answers for everything that is still open."""
         for place in self.open_places():
             self.answers.setdefault(self.index(place), written)
@@ -153,7 +153,7 @@ class Ledger:
         self._next_tag = 1
         self._contested: dict[tuple[str, str], _Contest] = {}
 
-    def wrote(self, batch: Batch, indexes: range, refused: Mapping[int, Failed]) -> None:
+    def wrote(self, batch: Batch, indexes: range, refused: Mapping[int, Never]) -> None:
         """The writer has handled these events of a batch. A batch is written whole before the next one begins."""
         before = batch.written
         batch.wrote(indexes, refused)
@@ -207,7 +207,7 @@ class Ledger:
             self._contested = {key: contest for key, contest in self._contested.items() if contest.is_open}
         batch.finish()
 
-    def returned(self, event_id: str, topic: str, failure: Failed) -> None:
+    def returned(self, event_id: str, topic: str, failure: Never) -> None:
         """A message came back; its ack follows.
 
         A return names no delivery tag. When several copies of the event are on the way it is not known which one
@@ -228,7 +228,7 @@ class Ledger:
         """How many messages of batches that were given up still await their confirms."""
         return sum(batch.written - batch.floor - len(batch.early) for batch in self.batches if batch.done.done())
 
-    def give_up(self, written: Unknown, unwritten: Failed) -> None:
+    def give_up(self, written: Unknown, unwritten: NotSent) -> None:
         """The channel is gone: answers for everything that is still open."""
         batches, self.batches = self.batches, []
         for batch in batches:

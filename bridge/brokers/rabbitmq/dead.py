@@ -23,15 +23,14 @@ _LOST = (AMQPError, ChannelInvalidStateError, ConnectionError, OSError, TimeoutE
 
 
 class RabbitMQDeadLetters:
-    """See `bridge.brokers.contract.LetterBox`. A replayed letter goes to its worker's queue alone."""
+    """See `bridge.brokers.contract.DeadLetters`. A replayed letter goes to its worker's queue alone."""
 
-    def __init__(self, settings: RabbitMQSettings, worker: str, sink: str) -> None:
+    def __init__(self, settings: RabbitMQSettings, worker: str) -> None:
         self._settings = settings
         self._worker = worker
-        self._sink = sink
 
     async def walk(self, decide: Decide) -> None:
-        """As `LetterBox.walk`."""
+        """As `DeadLetters.walk`."""
         connection = await connect(self._settings)
         try:
             with _asking():
@@ -70,10 +69,10 @@ class RabbitMQDeadLetters:
                 f"{PREFIX}reason": "RabbitMQ moved it here: it was delivered too often, and no worker settled it",
                 f"{PREFIX}attempts": str(count_of(message, "x-delivery-count")),
             }
+        known_as = message.message_id or str(message.delivery_tag)
         return letter_of(
-            self._worker, self._sink, event_of(message), message.message_id or str(message.delivery_tag), marks,
-            message.body, message.content_type,
-        )  # fmt: skip
+            self._worker, self._settings.name, event_of(message), known_as, marks, message.body, message.content_type
+        )
 
     async def _publish(self, channel: AbstractChannel, message: AbstractIncomingMessage) -> None:
         copy = copy_of(message, {"replayed": "true"})

@@ -11,7 +11,7 @@ from functools import lru_cache
 from struct import Struct
 from typing import NamedTuple
 
-from bridge.brokers.contract import Failed
+from bridge.brokers.contract import Never
 from bridge.event import AMQP_PREFIX, SPECVERSION, Event, TimeWriter
 
 CHANNEL = 1
@@ -43,15 +43,14 @@ _LENGTH = [_LONG.pack(number) for number in range(1024)]
 class RefusedEvent(Exception):  # noqa: N818 - an outcome on its way
     """An event that cannot be sent, and what to answer for it."""
 
-    def __init__(self, failure: Failed) -> None:
+    def __init__(self, failure: Never) -> None:
         super().__init__(failure.reason)
         self.failure = failure
 
 
-def too_large(size: int, limit: int) -> Failed:
+def too_large(size: int, limit: int) -> Never:
     """The answer for a payload of `size` bytes."""
-    return Failed(
-        False,
+    return Never(
         "too_large",
         f"the payload has {size} bytes and the broker takes {limit}: raise RabbitMQ's max_message_size and the "
         "sink's max_message_bytes, or send less",
@@ -59,7 +58,7 @@ def too_large(size: int, limit: int) -> Failed:
 
 
 def _malformed(reason: str) -> RefusedEvent:
-    return RefusedEvent(Failed(False, "malformed", reason))
+    return RefusedEvent(Never("malformed", reason))
 
 
 class _Template(NamedTuple):

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from pamqp import commands
 
-from bridge.brokers.contract import Failed, Outcome, Unknown
+from bridge.brokers.contract import Never, NotSent, Outcome, Unknown
 from bridge.brokers.rabbitmq.confirms import Batch, Ledger
 from bridge.brokers.rabbitmq.connection import ACCESS_REFUSED, PRECONDITION_FAILED, Closure, Connection
 from bridge.brokers.rabbitmq.frames import CHANNEL, Encoder, RefusedEvent, too_large
@@ -86,7 +86,7 @@ class Publisher:
     def _write_chunk(self, batch: Batch) -> None:
         encode, events, start = self._encoder.encode, batch.events, batch.next
         chunk: list[bytes] = []
-        refused: dict[int, Failed] = {}
+        refused: dict[int, Never] = {}
         size = 0
         index = start
         for index in range(start, min(start + _CHUNK_MESSAGES, len(events))):
@@ -109,7 +109,7 @@ class Publisher:
         self._abandon(
             batch,
             Unknown(f"no confirm came within {self._timeout:g} s"),
-            Failed(True, "blocked" if blocked else "timeout", f"not sent within {self._timeout:g} s: {cause}"),
+            NotSent(f"not sent within {self._timeout:g} s: {cause}"),
         )
         if self._ledger.unconfirmed() > UNCONFIRMED_LIMIT:
             self._connection.lose(Closure(f"more than {UNCONFIRMED_LIMIT} messages were never confirmed"))
@@ -118,7 +118,7 @@ class Publisher:
         self,
         batch: Batch,
         written: Unknown = Unknown("the call was cancelled"),  # noqa: B008 - immutable
-        unwritten: Failed = Failed(True, "cancelled", "the call was cancelled"),  # noqa: B008 - immutable
+        unwritten: NotSent = NotSent("the call was cancelled"),  # noqa: B008 - immutable
     ) -> None:
         with suppress(ValueError):
             self._waiting.remove(batch)
@@ -129,8 +129,7 @@ class Publisher:
         self._ledger.returned(
             message_id,
             topic,
-            Failed(
-                False,
+            Never(
                 "unroutable",
                 f"no queue is bound to exchange {method.exchange!r} for routing key {topic!r} "
                 f"({method.reply_code} {method.reply_text}): bind one, or drop the route",
@@ -155,12 +154,10 @@ class Publisher:
                     lambda event: too_large(len(event.payload), limit) if len(event.payload) > limit else None
                 )
         elif closure.code == ACCESS_REFUSED:
-            refused = Failed(
-                False, "access_refused", f"{closure.reason}: grant it with rabbitmqctl set_topic_permissions"
-            )
+            refused = Never("access_refused", f"{closure.reason}: grant it with rabbitmqctl set_topic_permissions")
             for batch in self._ledger.batches:
                 batch.refuse_open(lambda event: refused if f"topic '{event.topic}' in" in closure.reason else None)
 
 
-def _disconnected(closure: Closure) -> Failed:
-    return Failed(True, "disconnected", str(closure))
+def _disconnected(closure: Closure) -> NotSent:
+    return NotSent(str(closure))

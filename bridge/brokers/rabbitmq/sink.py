@@ -11,7 +11,7 @@ from typing import Literal
 
 from pamqp import commands
 
-from bridge.brokers.contract import Declaration, Failed, Outcome
+from bridge.brokers.contract import Declaration, NotSent, Outcome
 from bridge.brokers.rabbitmq.connection import (
     ACCESS_REFUSED,
     NOT_ALLOWED,
@@ -32,13 +32,11 @@ _CHECK_CHANNEL, _DECLARE_CHANNEL = 2, 3
 _OPEN_LIMIT = 10.0
 """Seconds that connecting, TLS, the handshake and the look for the exchange may take together."""
 
-_NOT_OPEN = Failed(True, "disconnected", "the sink is not open")
+_NOT_OPEN = NotSent("the sink is not open")
 
 
 class RabbitMQSink:
     """Publishes to one topic exchange; the routing key is the event's topic."""
-
-    Settings = RabbitMQSettings
 
     def __init__(self, settings: RabbitMQSettings) -> None:
         """Raises SettingsError when the URL, the exchange's name or a certificate cannot be used."""
@@ -90,8 +88,7 @@ class RabbitMQSink:
         return publisher
 
     async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
-        """As `Sink.publish`. Codes of failures: ``unroutable``, ``nacked``, ``too_large``, ``malformed``,
-        ``access_refused``, ``blocked``, ``timeout``, ``disconnected``."""
+        """As `Sink.publish`; never for ``unroutable``, ``too_large``, ``malformed`` and ``access_refused``."""
         if self._publisher is None:
             return [_NOT_OPEN] * len(events)
         return await self._publisher.publish(events)
