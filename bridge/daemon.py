@@ -14,7 +14,7 @@ from psycopg import Notify
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
 
 from bridge.brokers.registry import broker_of
-from bridge.errors import PgbridgeError, about
+from bridge.errors import PgbridgeError
 from bridge.postgres.prune import prune_for_ever
 from bridge.postgres.schema import check_version
 from bridge.postgres.status import sample_for_ever
@@ -84,10 +84,9 @@ class Daemon:
             notify(f"STATUS={role}")
 
     async def _open_sinks(self) -> None:
-        for name, sink in self._sinks.items():
+        for sink in self._sinks.values():
             if not sink.is_open:
-                with about(f"sinks.{name}"):
-                    await sink.open()
+                await sink.open()
 
     async def _keep_sinks_open(self) -> None:
         """While standing by, when no relay does; tells an outage at its begin and at its end."""
@@ -144,7 +143,7 @@ class Daemon:
                 before_sleep=self._say_lost,
                 reraise=True,
             ):
-                with attempt, about("postgres.dsn"), one_error():
+                with attempt, one_error():
                     await unless_stopped(stop, session(), obeys=lambda: self._relaying)
         except PgbridgeError:
             if not self._started or not stop.is_set():

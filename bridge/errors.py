@@ -1,24 +1,25 @@
-"""Every error that pgbridge raises on purpose.
+"""Every error that pgbridge raises on purpose, and the exit code that a command ends with.
 
-    PgbridgeError
-    ├── SettingsError        bridge.toml, the environment or a credential is wrong          exit 78
-    ├── UnavailableError     a server does not answer; the same call may succeed later      exit 69
+    PgbridgeError                                                                          exit 1
+    ├── UsageError           a command was called with words it cannot act on              exit 2
+    ├── SettingsError        our settings, files or handlers must change                   exit 78
+    ├── UnavailableError     a server does not answer, or not now                          exit 69
     │   ├── DatabaseUnavailableError
-    │   │   └── ReadOnlyServerError   it answers, but takes no writes; a failover may mend it   exit 78
+    │   │   └── ReadOnlyServerError   it answers, but takes no writes: a failover may be on its way
     │   └── BrokerUnavailableError
-    ├── RefusedError         a server answers and says no; only a person can mend it        exit 1
-    │   ├── SchemaError      the schema is missing, too old or too new                      exit 78
-    │   ├── PrivilegeError   a role may not do what it must                                 exit 78
-    │   ├── ListenError      LISTEN does not hear: a pooler or a standby stands in the way  exit 78
-    │   └── TopologyError    the broker lacks, or has another, exchange, queue or stream    exit 78
-    └── UsageError           a command was called with words it cannot act on               exit 2
+    └── RefusedError         a server answers and says no                                  exit 69
+        ├── LoginError       it does not take who we say that we are
+        ├── PrivilegeError   a role or account may not do what it must
+        ├── SchemaError      the schema `bridge` is missing, too old or too new
+        ├── ListenError      LISTEN does not hear: a pooler stands in the way
+        └── TopologyError    the broker lacks an exchange, queue, stream, topic, or has it with other properties
 
-Each message says what is wrong, where, and how to mend it, and never holds a secret. 78 (EX_CONFIG) tells systemd that
-starting again cannot help.
+78 (EX_CONFIG of sysexits.h) is kept for what no waiting can mend, so systemd does not start again. Everything that may
+be mended elsewhere, on a server and by somebody else, ends with 69 (EX_UNAVAILABLE), and systemd starts again.
+
+Each message says what is wrong, where (with the key of the setting that leads there), and how to mend it. None holds a
+secret.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class PgbridgeError(Exception):
@@ -27,14 +28,20 @@ class PgbridgeError(Exception):
     exit_code = 1
 
 
+class UsageError(PgbridgeError):
+    """A command was called with words it cannot act on."""
+
+    exit_code = 2
+
+
 class SettingsError(PgbridgeError):
-    """The settings are wrong. One line a problem, each naming its key."""
+    """The settings, a file that they name, or a handler is wrong. One line a problem, each naming its key."""
 
     exit_code = 78
 
 
 class UnavailableError(PgbridgeError):
-    """A server does not answer."""
+    """A server does not answer; the same call may succeed later."""
 
     exit_code = 69
 
@@ -46,53 +53,32 @@ class DatabaseUnavailableError(UnavailableError):
 class ReadOnlyServerError(DatabaseUnavailableError):
     """PostgreSQL takes no writes: a standby, or a read-only role or database."""
 
-    exit_code = 78
-
 
 class BrokerUnavailableError(UnavailableError):
-    """The broker does not answer, or closed the connection."""
+    """The broker does not answer, or ended the connection."""
 
 
 class RefusedError(PgbridgeError):
-    """A server says no."""
+    """A server answers and says no."""
+
+    exit_code = 69
+
+
+class LoginError(RefusedError):
+    """A server does not take the user, the password, the certificate or the token."""
+
+
+class PrivilegeError(RefusedError):
+    """A role or account lacks a privilege."""
 
 
 class SchemaError(RefusedError):
     """The schema `bridge` is missing, too old or too new for this version."""
 
-    exit_code = 78
-
-
-class PrivilegeError(RefusedError):
-    """A role lacks a privilege."""
-
-    exit_code = 78
-
 
 class ListenError(RefusedError):
     """A NOTIFY of our own was not heard on the connection that listens."""
 
-    exit_code = 78
-
 
 class TopologyError(RefusedError):
     """The broker lacks what these settings need, or has it with other properties."""
-
-    exit_code = 78
-
-
-class UsageError(PgbridgeError):
-    """A command was called with words it cannot act on."""
-
-    exit_code = 2
-
-
-@contextmanager
-def about(key: str) -> Iterator[None]:
-    """Puts the settings' key that an error is about before its message."""
-    try:
-        yield
-    except PgbridgeError as error:
-        if str(error).startswith(key):
-            raise
-        raise type(error)(f"{key}: {error}") from error

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 
 from bridge.brokers.contract import Sink
 from bridge.brokers.registry import broker_of
-from bridge.errors import about
 from bridge.event import REPLAYED, Event
 from bridge.process.tasks import one_error
 from bridge.relay import Limits, Relay, Routes
@@ -131,9 +130,8 @@ async def opened(settings: Settings, names: Iterable[str]) -> AsyncIterator[Mapp
     """These sinks, open. Raises BrokerUnavailableError, RefusedError, SettingsError."""
     sinks = {name: broker_of(settings.sinks[name]).sink(settings.sinks[name]) for name in names}
     try:
-        for name, sink in sinks.items():
-            with about(f"sinks.{name}"):
-                await sink.open()
+        for sink in sinks.values():
+            await sink.open()
         yield sinks
     finally:
         for sink in sinks.values():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import bridge
 from bridge.demo.servers.process import Process
-from bridge.errors import RefusedError, UnavailableError
+from bridge.errors import PgbridgeError, UnavailableError
 
 RESTART_DELAY = 0.5
 """Seconds between an end and the next start (RestartSec)."""
@@ -44,7 +44,7 @@ class Service:
     async def run(self) -> None:
         """Starts the process and brings it back whenever it ends, for ever.
 
-        Raises RefusedError when it cannot even start once, or ends again and again.
+        Raises PgbridgeError when it cannot even start once, or ends again and again.
         """
         failures = 0
         while True:
@@ -57,7 +57,7 @@ class Service:
             process.kill()  # Nothing of its tree is left behind, and its guard may go.
             failures = 0 if code == -signal.SIGKILL else failures + 1
             if failures > MOST_FAILURES or (failures and self._ready not in self.text()):
-                raise RefusedError(f"the process {self.name} ended with code {code}; {self.tail()}")
+                raise PgbridgeError(f"the process {self.name} ended with code {code}; {self.tail()}")
             await asyncio.sleep(RESTART_DELAY)
 
     async def ready(self) -> None:

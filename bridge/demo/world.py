@@ -15,7 +15,7 @@ from psycopg import sql
 from bridge.demo.brokers import make_broker, require
 from bridge.demo.servers import PostgresServer
 from bridge.demo.services import Service, inherited_environment
-from bridge.errors import RefusedError
+from bridge.errors import PgbridgeError
 from bridge.postgres.schema import migrate, sql_folder
 
 DATABASE = "shop"
@@ -138,4 +138,4 @@ class World:
             env=inherited_environment(),
         )
         if done.returncode != 0:
-            raise RefusedError(f"pgbridge topology --apply ended with {done.returncode}:\n{done.stdout}")
+            raise PgbridgeError(f"pgbridge topology --apply ended with {done.returncode}:\n{done.stdout}")
