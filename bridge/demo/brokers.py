@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from aio_pika.abc import AbstractIncomingMessage
 from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
-from bridge.demo import brokers as audit
 from bridge.demo.servers import MissingProgramError, NatsServer, PubSubEmulator, RabbitMQServer, Server
 from bridge.process.tasks import background
 
@@ -119,7 +119,7 @@ async def _call(method: str, url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Broker:
+class DemoBroker:
     """One broker, not yet started."""
 
     title: str
@@ -130,7 +130,7 @@ class Broker:
     """Counts, within the context, all that arrives."""
 
 
-def make_broker(kind: str, folder: Path) -> Broker:
+def make_broker(kind: str, folder: Path) -> DemoBroker:
     """The broker for ``--broker``: ``embedded``, ``rabbitmq`` or ``pubsub``.
 
     Raises MissingProgramError, saying what to install.
@@ -138,24 +138,24 @@ def make_broker(kind: str, folder: Path) -> Broker:
     match kind:
         case "embedded":
             require("nats", "demo")
-            nats = NatsServer(folder)
-            sink = _toml(type="nats", url=nats.url, stream=TARGET)
-            return Broker("NATS JetStream", nats, sink, lambda arrivals: audit.on_nats(nats.url, arrivals))
+            nats_server = NatsServer(folder)
+            sink = _toml(type="nats", url=nats_server.url, stream=TARGET)
+            return DemoBroker("NATS JetStream", nats_server, sink, partial(on_nats, nats_server.url))
         case "rabbitmq":
             rabbitmq = RabbitMQServer(folder)
             sink = _toml(type="rabbitmq", url=rabbitmq.url, exchange=TARGET)
-            return Broker("RabbitMQ", rabbitmq, sink, lambda arrivals: audit.on_rabbitmq(rabbitmq.url, arrivals))
+            return DemoBroker("RabbitMQ", rabbitmq, sink, partial(on_rabbitmq, rabbitmq.url))
         case "pubsub":
             require("google.pubsub_v1", "pubsub")
             emulator = PubSubEmulator(folder)
             # An emulator that was there before us may hold the topics of an earlier demo.
             project = f"demo-{secrets.token_hex(4)}"
             sink = _toml(type="pubsub", project=project, topic=TARGET, emulator_host=emulator.address)
-            return Broker(
+            return DemoBroker(
                 "the Pub/Sub emulator",
                 emulator,
                 sink,
-                lambda arrivals: audit.on_pubsub(emulator.address, project, arrivals),
+                partial(on_pubsub, emulator.address, project),
             )
         case _:
             raise ValueError(f"there is no broker {kind!r}")

@@ -49,7 +49,7 @@ select (select count(*) from bridge.outbox as o join shop.stock as s on s.sku = 
 """
 
 
-class Ledger:
+class FiguresReader:
     """Reads the figures as superuser; while the database is down, the last ones stand."""
 
     def __init__(self, dsn: str) -> None:

@@ -1,4 +1,4 @@
-"""The shop's till: places orders by SQL, as a login that may do nothing else, and is open through outages."""
+"""The shop's checkout: places orders by SQL, as a login that may do nothing else, and is open through outages."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ _MOST_OF_A_PRODUCT = 5
 T = TypeVar("T")
 
 
-class Till:
+class Checkout:
     """Places a number of orders at a rate, each exactly once."""
 
     def __init__(self, dsn: str, orders: int, rate: float) -> None:
@@ -100,19 +100,19 @@ ORDERS_A_ROUND = 500
 class Kills:
     """Every victim is killed once a round; `happened` names them in order."""
 
-    def __init__(self, world: World, till: Till) -> None:
+    def __init__(self, world: World, checkout: Checkout) -> None:
         self.happened: list[str] = []
         self._world = world
-        self._till = till
+        self._checkout = checkout
 
     async def run(self) -> None:
         """Returns after the last kill, when the database is back; bridge and worker are brought back by others."""
-        victims = list(self._victims() * -(-self._till.orders // ORDERS_A_ROUND))
+        victims = list(self._victims() * -(-self._checkout.orders // ORDERS_A_ROUND))
         choose = random.SystemRandom()
         choose.shuffle(victims)
         for number, (name, strike) in enumerate(victims):
             moment = FIRST + (LAST - FIRST) * (number + choose.random()) / len(victims)
-            while self._till.placed < moment * self._till.orders:  # noqa: ASYNC110 - the till does not signal
+            while self._checkout.placed < moment * self._checkout.orders:  # noqa: ASYNC110 - the checkout does not signal
                 await asyncio.sleep(0.01)
             self.happened.append(name)
             await asyncio.to_thread(strike)

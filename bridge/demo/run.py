@@ -14,8 +14,8 @@ import psycopg
 from rich.console import Console
 
 from bridge.demo.brokers import Arrivals
-from bridge.demo.figures import Ledger
-from bridge.demo.orders import Kills, Till
+from bridge.demo.figures import FiguresReader
+from bridge.demo.orders import Checkout, Kills
 from bridge.demo.screen import Screen, State
 from bridge.demo.services import Service
 from bridge.demo.verdict import Verdict, count
@@ -88,9 +88,9 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 
 
 async def _flow(world: World, orders: int, rate: float, kill: bool, screen: Screen, state: State) -> Verdict:
-    arrivals, ledger = Arrivals(), Ledger(world.dsn())
-    till = Till(world.dsn("shop_till"), orders, rate)
-    kills = Kills(world, till)
+    arrivals, reader = Arrivals(), FiguresReader(world.dsn())
+    checkout = Checkout(world.dsn("shop_checkout"), orders, rate)
+    kills = Kills(world, checkout)
     try:
         with one_error():
             async with world.broker.audited(arrivals):
@@ -99,16 +99,16 @@ async def _flow(world: World, orders: int, rate: float, kill: bool, screen: Scre
                         await service.ready()
                     with screen.shown():
                         state.started = time.monotonic()
-                        async with background(_show(screen, state, world, arrivals, ledger, kills)):
+                        async with background(_show(screen, state, world, arrivals, reader, kills)):
                             async with asyncio.TaskGroup() as work:
-                                work.create_task(till.run())
+                                work.create_task(checkout.run())
                                 if kill:
                                     work.create_task(kills.run())
-                            seconds = await _until_quiet(state, ledger, arrivals)
+                            seconds = await _until_quiet(state, reader, arrivals)
                 faults = [] if seconds is not None else [f"nothing moved for {STALL_LIMIT:g} s"]
                 faults += [fault for service in world.services if (fault := await asyncio.to_thread(_stop, service))]
                 return await count(
-                    ledger,
+                    reader,
                     arrivals,
                     broker=world.broker.title,
                     wanted=orders,
@@ -118,13 +118,15 @@ async def _flow(world: World, orders: int, rate: float, kill: bool, screen: Scre
                     faults=tuple(faults),
                 )
     finally:
-        await ledger.close()
+        await reader.close()
 
 
-async def _show(screen: Screen, state: State, world: World, arrivals: Arrivals, ledger: Ledger, kills: Kills) -> None:
+async def _show(
+    screen: Screen, state: State, world: World, arrivals: Arrivals, reader: FiguresReader, kills: Kills
+) -> None:
     try:
         while True:
-            state.figures = await ledger.read()
+            state.figures = await reader.read()
             state.messages, state.duplicates = arrivals.messages, arrivals.duplicates
             state.refused = _refused(world)
             state.kills = tuple(kills.happened)
@@ -137,7 +139,7 @@ async def _show(screen: Screen, state: State, world: World, arrivals: Arrivals, 
         screen.refresh(last=True)
 
 
-async def _until_quiet(state: State, ledger: Ledger, arrivals: Arrivals) -> float | None:
+async def _until_quiet(state: State, reader: FiguresReader, arrivals: Arrivals) -> float | None:
     """Waits until all has arrived: the seconds that took; None when nothing moved for STALL_LIMIT seconds."""
     seen: object = None
     moved_at = time.monotonic()
@@ -148,16 +150,16 @@ async def _until_quiet(state: State, ledger: Ledger, arrivals: Arrivals) -> floa
             seen, moved_at = now, time.monotonic()
         still = time.monotonic() - moved_at
         handled = figures.invoices + state.refused >= figures.orders >= state.orders
-        if still >= QUIET and handled and await _all_arrived(ledger, arrivals, figures.unpublished):
+        if still >= QUIET and handled and await _all_arrived(reader, arrivals, figures.unpublished):
             return moved_at - state.started
         if still >= STALL_LIMIT:
             return None
         await asyncio.sleep(_REFRESH)
 
 
-async def _all_arrived(ledger: Ledger, arrivals: Arrivals, unpublished: int) -> bool:
+async def _all_arrived(reader: FiguresReader, arrivals: Arrivals, unpublished: int) -> bool:
     try:
-        return len(await ledger.event_ids() - arrivals.counts.keys()) <= unpublished
+        return len(await reader.event_ids() - arrivals.counts.keys()) <= unpublished
     except psycopg.OperationalError:
         return False
 

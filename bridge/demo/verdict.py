@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge.demo.brokers import Arrivals
-from bridge.demo.figures import Figures, Ledger
+from bridge.demo.figures import Figures, FiguresReader
 from bridge.demo.screen import milliseconds
 
 
@@ -93,7 +93,7 @@ class Verdict:
 
 
 async def count(
-    ledger: Ledger,
+    reader: FiguresReader,
     arrivals: Arrivals,
     *,
     broker: str,
@@ -107,8 +107,8 @@ async def count(
 
     Raises psycopg.OperationalError when the database is down.
     """
-    events = await ledger.event_ids()
-    figures = await ledger.read()
+    events = await reader.event_ids()
+    figures = await reader.read()
     return Verdict(
         broker=broker,
         wanted=wanted,
@@ -117,8 +117,8 @@ async def count(
         duplicates=arrivals.duplicates,
         dead_letters=figures.unpublished + refused,
         missing_events=len(events - arrivals.counts.keys()),
-        missing_pdfs=tuple(await ledger.invoices_without_pdf()),
-        warnings=await ledger.warnings(),
+        missing_pdfs=tuple(await reader.invoices_without_pdf()),
+        warnings=await reader.warnings(),
         seconds=seconds,
         kills=kills,
         faults=faults,

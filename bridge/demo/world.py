@@ -20,8 +20,12 @@ from bridge.postgres.schema import migrate, sql_folder
 
 DATABASE = "shop"
 
-LOGINS: Mapping[str, str] = {"shop_bridge": "bridge_relay", "shop_worker": "bridge_worker", "shop_till": "shop_seller"}
-"""Login roles, each in the one group that has exactly the rights it needs. The till's is in bridge_emitter."""
+LOGINS: Mapping[str, str] = {
+    "shop_bridge": "bridge_relay",
+    "shop_worker": "bridge_worker",
+    "shop_checkout": "shop_seller",
+}
+"""Login roles, each in the one group that has exactly the rights it needs. The checkout's is in bridge_emitter."""
 
 _SETTINGS = """\
 # What `pgbridge demo` runs on. The worker's login comes from its environment: PGBRIDGE_POSTGRES__DSN.

@@ -26,9 +26,9 @@ from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
 from bridge.demo.servers import NatsServer, PubSubEmulator, RabbitMQServer
 from bridge.event import Event, Malformed
-from tests.contract.sinks import eventually
 from tests.support.proxy import Proxy
 from tests.support.pubsub import PROJECT, PubSubReader, pubsub_settings
+from tests.support.until import until
 
 DEADLINE = 20.0
 """Seconds after which what a test waits for counts as never coming."""
@@ -269,7 +269,7 @@ class PubSubHarness:
         # Refused for a while, since gRPC makes an idle connection anew, and leases outlive connections.
         self._proxy.refuse = True
         self._proxy.cut()
-        await eventually(lambda: all(queue.lost for queue in self._queues), "the queues notice the loss")
+        await until(lambda: all(queue.lost for queue in self._queues), "the queues notice the loss")
         self._proxy.refuse = False
 
 

@@ -1,7 +1,5 @@
 """What the contract suite needs of each broker: one harness per sink, registered in `HARNESSES`."""
 
-import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
@@ -22,20 +20,10 @@ from bridge.demo.servers import NatsServer, PubSubEmulator, RabbitMQServer
 from bridge.event import AMQP_PREFIX, Event, from_attributes
 from tests.support.proxy import Proxy
 from tests.support.pubsub import PubSubReader, pubsub_settings
-
-DEADLINE = 30.0
-"""Seconds after which a condition that a test waits for counts as never met."""
+from tests.support.until import LIMIT, until
 
 MAX_MESSAGE_BYTES = 100_000
 """`max_message_bytes` of every harness's sink that has such a setting."""
-
-
-async def eventually(condition: Callable[[], bool], what: str) -> None:
-    """Waits until the condition holds. Fails the test after DEADLINE seconds, saying what was waited for."""
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline, f"never happened: {what}"
-        await asyncio.sleep(0.01)
 
 
 class SinkHarness(Protocol):
@@ -121,7 +109,7 @@ class RabbitMQHarness:
 
     async def break_connection(self) -> None:
         self._proxy.cut()
-        await eventually(lambda: not self.sink.is_open, "the sink notices that its connection is gone")
+        await until(lambda: not self.sink.is_open, "the sink notices that its connection is gone")
 
     def stall(self, on: bool) -> None:
         self._proxy.blackhole = on
@@ -177,14 +165,14 @@ class NatsHarness:
             if count:
                 reader = await jetstream.subscribe(f"{self._name}.>", ordered_consumer=True)
                 while len(events) < count:
-                    message = await reader.next_msg(DEADLINE)
+                    message = await reader.next_msg(LIMIT)
                     headers = message.headers or {}
                     events.append(from_attributes(unquote_headers(headers), message.data, headers.get(CONTENT_TYPE)))
             return events
 
     async def break_connection(self) -> None:
         self._proxy.cut()
-        await eventually(lambda: not self.sink.is_open, "the sink notices that its connection is gone")
+        await until(lambda: not self.sink.is_open, "the sink notices that its connection is gone")
 
     def stall(self, on: bool) -> None:
         self._proxy.blackhole = on
@@ -219,7 +207,7 @@ class PubSubHarness:
         # Refused for a while, since gRPC makes an idle connection anew without telling the sink.
         self._proxy.refuse = True
         self._proxy.cut()
-        await eventually(lambda: not self.sink.is_open, "the sink notices that its connection is gone")
+        await until(lambda: not self.sink.is_open, "the sink notices that its connection is gone")
         self._proxy.refuse = False
 
     def stall(self, on: bool) -> None:

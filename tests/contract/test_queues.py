@@ -4,8 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
-from uuid import uuid4
+from datetime import datetime
 
 import pytest
 
@@ -13,6 +12,7 @@ from bridge.brokers.contract import Delivery, Failure, Queue
 from bridge.errors import BrokerUnavailableError, TopologyError
 from bridge.event import Event, Malformed
 from tests.contract.queues import ACK_WAIT, DEADLINE, HARNESSES, RETRY_DELAYS, QueueHarness
+from tests.support.events import make_event
 
 FAILURE = Failure("error", "ValueError: kein Betrag für »A-1«\r\nzweite Zeile", "Traceback: \n  füür 🎉\n  ValueError")
 
@@ -23,20 +23,6 @@ async def harness(request: pytest.FixtureRequest, unique: str) -> AsyncIterator[
     server = request.getfixturevalue(server_fixture) if server_fixture else None
     async with start(server, unique) as harness:
         yield harness
-
-
-def make_event(number: int = 0, **changes: object) -> Event:
-    event = Event(
-        id=str(uuid4()),
-        topic="shop.order.inserted",
-        payload=b'{"number": %d}' % number,
-        key=str(number % 7),
-        source="/shop/test",
-        time=datetime(2026, 2, 3, 4, 5, 6, 789, tzinfo=UTC),
-        content_type="application/json",
-        headers={},
-    )
-    return event._replace(**changes)  # type: ignore[arg-type]
 
 
 @asynccontextmanager

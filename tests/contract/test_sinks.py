@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime
-from uuid import uuid4
 
 import pytest
 
@@ -11,6 +10,7 @@ from bridge.brokers.contract import CONFIRMED, Never, NotSent, Unknown
 from bridge.errors import BrokerUnavailableError, TopologyError
 from bridge.event import Event
 from tests.contract.sinks import HARNESSES, SinkHarness
+from tests.support.events import ids, make_event, make_events
 
 
 @pytest.fixture(params=sorted(HARNESSES))
@@ -21,28 +21,6 @@ async def harness(request: pytest.FixtureRequest, unique: str) -> AsyncIterator[
         yield harness
         harness.stall(False)
         await harness.sink.close()
-
-
-def make_event(number: int = 0, **changes: object) -> Event:
-    event = Event(
-        id=str(uuid4()),
-        topic="shop.order.inserted",
-        payload=b'{"number": %d}' % number,
-        key=str(number % 7),
-        source="/shop/test",
-        time=datetime(2026, 2, 3, 4, 5, 6, 789, tzinfo=UTC),
-        content_type="application/json",
-        headers={},
-    )
-    return event._replace(**changes)  # type: ignore[arg-type]
-
-
-def make_events(count: int) -> list[Event]:
-    return [make_event(number) for number in range(count)]
-
-
-def ids(events: object) -> list[str]:
-    return [event.id for event in events]  # type: ignore[attr-defined]
 
 
 def order(harness: SinkHarness, events: Iterable[Event]) -> list[str]:

@@ -10,7 +10,6 @@ import asyncio
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -24,6 +23,7 @@ from bridge.errors import BrokerUnavailableError
 from bridge.event import Event
 from bridge.relay import Limits, Relay, Routes
 from bridge.sources import DeadLetter, Page
+from tests.support.events import make_event
 from tests.support.pubsub import PubSubReader, pubsub_settings
 
 EVENTS = int(os.environ.get("PGBRIDGE_ORDER_EVENTS", "5000"))
@@ -87,16 +87,7 @@ class RecordingSink(PubSubSink):
 
 
 def _event(number: int) -> Event:
-    return Event(
-        id=str(UUID(int=number)),
-        topic="shop.order.inserted",
-        payload=b"%d" % number,
-        key=f"key-{number % KEYS}",
-        source="/shop/test",
-        time=datetime(2026, 2, 3, tzinfo=UTC),
-        content_type="application/json",
-        headers={},
-    )
+    return make_event(id=str(UUID(int=number)), payload=b"%d" % number, key=f"key-{number % KEYS}")
 
 
 def _number(event: Event) -> int:

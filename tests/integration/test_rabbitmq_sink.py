@@ -20,9 +20,10 @@ from bridge.demo.servers import RabbitMQServer, free_port
 from bridge.errors import BrokerUnavailableError, RefusedError, SettingsError, TopologyError
 from bridge.event import Event
 from bridge.settings import TlsSettings
-from tests.contract.sinks import drain, eventually
-from tests.contract.test_sinks import ids, make_event, make_events
+from tests.contract.sinks import drain
+from tests.support.events import ids, make_event, make_events
 from tests.support.proxy import Proxy
+from tests.support.until import until
 
 pytestmark = pytest.mark.rabbitmq
 
@@ -259,7 +260,7 @@ async def test_a_blocked_connection_buffers_little_and_goes_on_when_the_alarm_en
     try:
         first = asyncio.create_task(sink.publish([make_event()]))
         connection = sink._connection
-        await eventually(lambda: connection.blocked is not None, "RabbitMQ says that it blocks")
+        await until(lambda: connection.blocked is not None, "RabbitMQ says that it blocks")
         calls = [asyncio.create_task(sink.publish(batch)) for batch in events]
         await asyncio.sleep(0)
         assert connection._transport.get_write_buffer_size() < 2_000_000
@@ -281,7 +282,7 @@ async def test_when_time_runs_out_while_blocked_the_unsent_failed_and_the_sent_a
     node.alarm(True)
     try:
         first = asyncio.create_task(sink.publish([sent]))
-        await eventually(lambda: sink._connection.blocked is not None, "RabbitMQ says that it blocks")
+        await until(lambda: sink._connection.blocked is not None, "RabbitMQ says that it blocks")
         second = await sink.publish([unsent])
         assert isinstance(second[0], NotSent)
         assert "memory" in second[0].reason
@@ -289,7 +290,7 @@ async def test_when_time_runs_out_while_blocked_the_unsent_failed_and_the_sent_a
         assert sink.is_open
     finally:
         node.alarm(False)
-    await eventually(lambda: sink._connection.blocked is None, "RabbitMQ says that it goes on")
+    await until(lambda: sink._connection.blocked is None, "RabbitMQ says that it goes on")
     assert await sink.publish([unsent]) == [CONFIRMED]
     assert ids(await drain(queue)) == [sent.id, unsent.id]
 
@@ -401,7 +402,7 @@ async def test_confirmed_events_survive_a_restart_of_the_broker(
     with pytest.raises(BrokerUnavailableError):
         await RabbitMQSink(settings_for(node.url, unique)).open()
     node.start()
-    await eventually(lambda: not sink.is_open, "the sink notices")
+    await until(lambda: not sink.is_open, "the sink notices")
     await sink.open()
     last = make_event()
     assert await sink.publish([last]) == [CONFIRMED]

@@ -36,7 +36,8 @@ SCHEMA: Final = """
 create table if not exists subscription (worker text primary key, patterns text not null);
 create table if not exists message (
     id integer primary key, worker text not null, state text not null default 'ready',
-    attempt integer not null default 1, due real not null default 0, attributes text not null, payload blob not null, failure text
+    attempt integer not null default 1, due real not null default 0,
+    attributes text not null, payload blob not null, failure text
 );
 """
 

@@ -13,7 +13,7 @@ from bridge.brokers.contract import CONFIRMED, Never, NotSent, Unknown
 from bridge.brokers.rabbitmq.confirms import NACKED, Batch, Ledger
 from bridge.brokers.rabbitmq.reader import BrokenStreamError, FrameReader
 from bridge.event import Event
-from tests.contract.test_sinks import make_event
+from tests.support.events import make_event
 
 REFUSED = Never("too_large", "refused before sending")
 RETURNED = Never("unroutable", "came back")

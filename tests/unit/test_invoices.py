@@ -11,6 +11,7 @@ import pytest
 from pypdf import PdfReader
 
 from bridge.errors import SettingsError
+from tests.support.events import make_event
 from workers import Event, Reject
 from workers.invoices import TEMPLATE, InvoiceOptions, TemplateError, render
 
@@ -33,15 +34,9 @@ def event_of(payload: object, **changes: Any) -> Event:
 
 
 def event_with(payload: bytes) -> Event:
-    return Event(
-        id="5f2b9c1e-7f7b-4a55-9d5b-3f1c2d1e0a01",
-        topic="shop.invoice.requested",
-        payload=payload,
-        key=None,
-        source="/shop/shop",
-        time=datetime(2026, 11, 21, 9, 30, 0, 123456, tzinfo=UTC),
-        content_type="application/json",
-        headers={},
+    time = datetime(2026, 11, 21, 9, 30, 0, 123456, tzinfo=UTC)
+    return make_event(
+        id="5f2b9c1e-7f7b-4a55-9d5b-3f1c2d1e0a01", topic="shop.invoice.requested", payload=payload, time=time
     )
 
 
