@@ -4,6 +4,7 @@ import importlib
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Concatenate, Protocol, TypeVar, cast, overload
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -71,7 +72,11 @@ class Handler:
             bound = self.options.model_validate(options)
         except ValidationError as error:
             raise SettingsError(explain(error, self.options, prefix)) from None
-        return lambda event: self.function(event, bound)
+        return partial(_with_options, self.function, bound)
+
+
+async def _with_options(function: Callable[..., Awaitable[Result]], options: Options, event: Event) -> Result:
+    return await function(event, options)
 
 
 @overload
@@ -87,7 +92,7 @@ def handler(*topics: str, options: type[Options] | None = None) -> Callable[[Any
 
     def mark(function: Callable[..., Awaitable[Result]]) -> Handler:
         if not inspect.iscoroutinefunction(function):
-            raise TypeError(f"@handler needs an async function; {function.__qualname__} is none")
+            raise TypeError(f"@handler needs an async function; {function.__qualname__} is not async")
         wanted = 1 if options is None else 2
         if len(inspect.signature(function).parameters) != wanted:
             takes = "the event" if options is None else "the event and its options"

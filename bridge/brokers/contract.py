@@ -1,6 +1,6 @@
 """What a broker is to pgbridge: the ports that every folder beside this file implements, and `tests/contract/` checks.
 
-- A `Broker` stands for one kind of broker, by the name that a sink's `type` has in the settings. It is found through
+- A `Broker` is one kind of broker, under the name that a sink's `type` has in the settings. It is found through
   the entry points of the group ``pgbridge.brokers``, and makes everything else from the settings of one sink.
 - A `Sink` publishes events, and says of each what became of it.
 - A `Queue` gives a worker its deliveries; a `Delivery` is settled by exactly one of its verbs.
@@ -43,14 +43,14 @@ class Broker(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """One thing that must stand on a broker."""
+    """One thing that must exist on a broker."""
 
     kind: str
     """``exchange``, ``queue``, ``binding``, ``stream``, ``consumer``, ``topic``, ``subscription``."""
     name: str
     state: Literal["present", "missing", "declared", "differs"]
     detail: str = ""
-    """What it is declared with; for ``differs``, what is in the way and how to mend it."""
+    """What it is declared with; for ``differs``, what is in the way and how to correct it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ class Delivery(Protocol):
 
     @property
     def event(self) -> Event | Malformed:
-        """The event, or why the message is none."""
+        """The event, or why the message is not one."""
 
     @property
     def attempt(self) -> int:
@@ -209,12 +209,12 @@ class Letter:
     """An event that was given up, and why."""
 
     id: str
-    """``outbox:<number>``, or ``<worker>:<event id>``; a message that is no event has another id behind the colon."""
+    """``outbox:<number>``, or ``<worker>:<event id>``; what is not an event has another id after the colon."""
     box: str
     """``outbox``, or the worker's name."""
     event_id: str | None
     topic: str | None
-    """Event id and topic are None for a message that is no event."""
+    """Event id and topic are None for a message that is not an event."""
     key: str | None
     sink: str | None
     """The sink that refused it (None: no route took it), or whose broker holds the worker's queue."""
@@ -241,8 +241,8 @@ class DeadLetters(Protocol):
     """What one worker gave up."""
 
     async def walk(self, decide: Decide) -> None:
-        """Shows `decide` every letter that stands there now, once; does what it says, and leaves the others.
+        """Shows `decide` every letter that is there now, once; does what it says, and leaves the others.
 
         A replayed letter is first confirmed in the worker's queue, and then removed: after a crash in between it may
-        stand in both. Raises BrokerUnavailableError, TopologyError, RefusedError.
+        be in both. Raises BrokerUnavailableError, TopologyError, RefusedError.
         """

@@ -48,7 +48,7 @@ class Arrivals:
 
 @asynccontextmanager
 async def on_rabbitmq(url: str, arrivals: Arrivals) -> AsyncIterator[None]:
-    """Counts what the exchange routes, from a queue bound to all topics. The exchange must stand."""
+    """Counts what the exchange routes, from a queue bound to all topics. The exchange must exist."""
 
     async def took(message: AbstractIncomingMessage) -> None:
         arrivals.counts[str(message.message_id)] += 1
@@ -63,7 +63,7 @@ async def on_rabbitmq(url: str, arrivals: Arrivals) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def on_nats(url: str, arrivals: Arrivals) -> AsyncIterator[None]:
-    """Counts what the stream stores, which must stand; what it has deduplicated, nobody sees."""
+    """Counts what the stream stores. It must exist; repetitions that it has dropped are seen by nobody."""
 
     async def took(message: Msg) -> None:
         arrivals.counts[(message.headers or {}).get("Nats-Msg-Id", "")] += 1

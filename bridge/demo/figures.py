@@ -50,7 +50,7 @@ select (select count(*) from bridge.outbox as o join shop.stock as s on s.sku = 
 
 
 class FiguresReader:
-    """Reads the figures as superuser; while the database is down, the last ones stand."""
+    """Reads the figures as superuser; while the database is down it gives the last ones."""
 
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn

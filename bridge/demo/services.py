@@ -42,7 +42,7 @@ class Service:
         return self._process is not None and self._process.exit_code is None
 
     async def run(self) -> None:
-        """Starts the process and brings it back whenever it ends, for ever.
+        """Starts the process and brings it back whenever it ends.
 
         Raises PgbridgeError when it cannot even start once, or ends again and again.
         """

@@ -1,4 +1,4 @@
-"""The final count: what was committed against what arrived, and what was asked for against what stands."""
+"""The final count: what was committed beside what arrived, and what was asked for beside what is there."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ class Verdict:
     missing_events: int
     """Committed, and never seen at the broker."""
     missing_pdfs: tuple[str, ...]
-    """Invoices that were asked for, and whose file does not stand as the database says."""
+    """Invoices that were asked for, and whose file is missing or not as the database says."""
     warnings: tuple[int, int]
     """Plain notifications: sent, heard."""
     seconds: float
@@ -86,7 +86,7 @@ class Verdict:
             some = ", ".join(self.missing_pdfs[:5])
             found.append(f"{len(self.missing_pdfs)} invoices have no PDF that matches size and SHA-256: {some}")
         if self.figures.orders != self.wanted:
-            found.append(f"{self.figures.orders} orders stand, {self.wanted} were placed")
+            found.append(f"{self.figures.orders} orders are in the table, {self.wanted} were placed")
         if self.dead_letters:
             found.append(f"{self.dead_letters} dead letters; their reasons are in the logs and in bridge.dead_letter")
         return found

@@ -15,7 +15,7 @@ FLAT = {
 
 @pytest.mark.parametrize("time", ["yesterday", "2026-13-01T00:00:00Z", "0001-01-01T00:00:00+02:00"])
 def test_a_time_that_is_none_makes_the_message_malformed(time: str) -> None:
-    with pytest.raises(Malformed, match="ce-time is no RFC 3339 time"):
+    with pytest.raises(Malformed, match="ce-time is not an RFC 3339 time"):
         from_attributes(FLAT | {"ce-time": time}, b"{}")
 
 

@@ -141,14 +141,14 @@ async def test_json_numbers_are_read_exactly(options: InvoiceOptions) -> None:
 @pytest.mark.parametrize(
     ("payload", "reason"),
     [
-        (b"{", "the payload is no JSON"),
-        (b"\xff", "the payload is no JSON"),
-        (b"[" * 100_000, "the payload is no JSON"),
+        (b"{", "the payload is not JSON"),
+        (b"\xff", "the payload is not JSON"),
+        (b"[" * 100_000, "the payload is not JSON"),
         (b"[1]", "Input should be a valid dictionary"),
         (PAYLOAD | {"number": ""}, "number: "),
         (PAYLOAD | {"number": None}, "number: "),
         (PAYLOAD | {"issued_on": "21.11.2026"}, "issued_on: "),
-        (PAYLOAD | {"currency": "EURO"}, "currency: is no currency code of ISO 4217"),
+        (PAYLOAD | {"currency": "EURO"}, "currency: is not a currency code of ISO 4217"),
         (PAYLOAD | {"lines": []}, "lines: "),
         (PAYLOAD | {"customer": {}}, "customer.name: is missing"),
         (PAYLOAD | {"curency": "EUR"}, "curency: unknown key"),

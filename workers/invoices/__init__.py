@@ -94,7 +94,7 @@ class Invoice(_Part):
     @classmethod
     def _iso_4217(cls, value: str) -> str:
         if value not in CURRENCIES:
-            raise ValueError('is no currency code of ISO 4217, such as "EUR"')
+            raise ValueError('is not a currency code of ISO 4217, such as "EUR"')
         return value
 
 
@@ -135,7 +135,7 @@ def parse(payload: bytes) -> Invoice:
     except ValidationError as error:
         raise Reject(explain(error, Invoice).replace("\n", "; ")) from None
     except (ValueError, RecursionError) as error:
-        raise Reject(f"the payload is no JSON: {error}") from None
+        raise Reject(f"the payload is not JSON: {error}") from None
 
 
 def template_data(invoice: Invoice, sums: Totals) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class PostgresServer(Server):
         if self._user is None or self._may_enter(self._bin_dir):
             return self._bin_dir
         # The wheel's programs find their shared files relative to their own place, and their libraries in a folder
-        # that stands beside the package.
+        # beside the package.
         installation = self._bin_dir.parent
         copy = self.folder / "programs" / installation.parent.name / installation.name
         if not copy.exists():

@@ -219,7 +219,7 @@ class Server:
         self.start()
 
     def freeze(self) -> None:
-        """Stops all its processes where they stand (SIGSTOP): connections stay open and nothing answers."""
+        """Stops all its processes where they are (SIGSTOP): connections stay open and nothing answers."""
         self._started().freeze()
 
     def thaw(self) -> None:

@@ -31,7 +31,7 @@ class PubSubEmulator(Server):
         if self._external and external:
             host, _, number = external.rpartition(":")
             if not host or not number.isdigit():
-                raise UnavailableError(f"PUBSUB_EMULATOR_HOST is {external!r}, which is no host:port")
+                raise UnavailableError(f"PUBSUB_EMULATOR_HOST is {external!r}, which is not host:port")
             super().__init__(folder, port=int(number))
             self.host = host
         else:

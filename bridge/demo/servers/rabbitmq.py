@@ -138,6 +138,6 @@ class RabbitMQServer(Server):
                 connection.sendall(b"AMQP\x00\x00\x09\x01")
                 # A method frame (type 1) on channel 0: Connection.Start.
                 answer = connection.recv(7)
-                return None if answer[:3] == b"\x01\x00\x00" else f"its answer is no Connection.Start: {answer!r}"
+                return None if answer[:3] == b"\x01\x00\x00" else f"its answer is not Connection.Start: {answer!r}"
         except OSError as error:
             return str(error)
