@@ -20,13 +20,7 @@ from bridge.demo.servers import NatsServer, PostgresServer, PubSubEmulator, Rabb
 from bridge.demo.servers.guard import tree
 from bridge.errors import UnavailableError
 from tests.support.proxy import Proxy
-
-
-async def until(condition: Callable[[], bool], limit: float = 10.0) -> None:
-    """Waits until something is so, and fails after `limit` seconds."""
-    async with asyncio.timeout(limit):
-        while not condition():
-            await asyncio.sleep(0.01)
+from tests.support.until import until
 
 
 @pytest.fixture
@@ -278,3 +272,21 @@ async def test_the_proxy_as_a_blackhole_accepts_and_passes_nothing_until_it_ends
         writer.close()
 
     await _with_echo(test)
+
+
+PORTS_OF_ANOTHER_PROCESS = """
+from bridge.demo.servers import free_port
+print(*[free_port() for _ in range(300)], flush=True)
+input()
+"""
+
+
+def test_no_two_processes_are_given_one_port_though_nobody_listens_yet() -> None:
+    command = [sys.executable, "-c", PORTS_OF_ANOTHER_PROCESS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        theirs = {int(port) for port in other.stdout.readline().split()}
+        ours = {free_port() for _ in range(300)}
+        other.communicate("\n")
+    assert (len(theirs), len(ours)) == (300, 300)
+    assert not theirs & ours

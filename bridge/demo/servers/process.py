@@ -18,7 +18,8 @@ LOOPBACK = "127.0.0.1"
 
 _LOG_TAIL_LINES = 20
 
-_ports_given: set[int] = set()
+_reservations: dict[int, socket.socket] = {}
+"""By port, the socket that keeps it for this process."""
 
 
 class MissingProgramError(UnavailableError):
@@ -26,24 +27,43 @@ class MissingProgramError(UnavailableError):
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on, and that this process has not given out before.
+    """A TCP port on loopback that nobody listens on, and that no other call of this function will give out.
 
-    It lies below Linux's range for outgoing connections (32768 and up), so that no such connection takes it while
-    its server restarts.
+    It lies below Linux's range for outgoing connections (32768 and up), so that no such connection takes it while its
+    server restarts. It is kept for this process as long as that lives, so tests may run in several processes.
+    Raises UnavailableError when there is none.
     """
     for _ in range(1000):
         port = random.randrange(20_000, 32_000)  # noqa: S311 - no secret
-        if port in _ports_given:
+        if port in _reservations:
+            continue
+        reservation = _reserve(port)
+        if reservation is None:
             continue
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((LOOPBACK, port))
             except OSError:
+                reservation.close()
                 continue
-        _ports_given.add(port)
+        _reservations[port] = reservation
         return port
     raise UnavailableError(f"no free TCP port on {LOOPBACK} between 20000 and 32000")
+
+
+def _reserve(port: int) -> socket.socket | None:
+    """Keeps other processes from choosing the port before its server listens; None when one has it already.
+
+    A name in Linux's abstract namespace (unix(7)) has one holder on the machine, and is free when that ends.
+    """
+    holder = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        holder.bind(f"\0pgbridge-port-{port}")
+    except OSError:
+        holder.close()
+        return None
+    return holder
 
 
 class Process:
