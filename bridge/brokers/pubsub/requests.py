@@ -53,7 +53,7 @@ class KeyQueue:
         self.ready = False
         self.in_flight = 0
         self.unanswered = 0
-        """Calls that had messages of this key fail and have not returned yet."""
+        """Calls in which a message of this key failed, and whose outcomes the relay does not know yet."""
         self.timer: asyncio.TimerHandle | None = None
 
 
