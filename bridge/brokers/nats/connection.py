@@ -87,7 +87,7 @@ class Client(nats.aio.client.Client):
 
     def _connect_command(self) -> bytes:
         # The last moment before user and password are sent, and behind the TLS handshake, if there is one.
-        if self._encrypted and not self._server_info.get("tls_required"):
+        if self._encrypted and not getattr(self, "_server_info", {}).get("tls_required"):
             raise nats.errors.SecureConnWantedError
         return super()._connect_command()
 
@@ -228,6 +228,9 @@ async def _open(connection: Connection, settings: NatsSettings) -> None:
     if not connection.is_open:
         # nats-py takes the end of the connection for the answer to its first ping.
         raise nats.errors.ConnectionClosedError
+    transport = transport_of(connection.client)
+    if servers.encrypted and transport is not None and transport.get_extra_info("ssl_object") is None:
+        raise nats.errors.SecureConnWantedError  # should a version of nats-py pass over `Client`
 
 
 def explained(error: Exception, settings: NatsSettings) -> PgbridgeError:

@@ -25,7 +25,7 @@ class Servers:
     user: str | None
     password: str | None = field(repr=False)
     token: str | None = field(repr=False)
-    """What stands in the place of a user that has no password."""
+    """A user without a password is a token."""
 
     def __str__(self) -> str:
         return ", ".join(self.addresses)

@@ -131,7 +131,7 @@ class NatsSink:
         """Hands every event to the connection; suspends only for room."""
         prefix = f"{self._inbox}.{number}."
         for index, event in enumerate(events):
-            # nats-py tells nobody when there is room.
+            # nats-py does not say when there is room.
             while client.pending_data_size > ROOM and client.is_connected:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
             try:

@@ -39,7 +39,7 @@ from bridge.event import Event, Malformed, matches
 
 
 class PubSubDelivery:
-    """One message in hand; see `bridge.brokers.contract.Delivery`."""
+    """See `bridge.brokers.contract.Delivery`."""
 
     def __init__(self, queue: "PubSubQueue", received: Any, event: Event | Malformed) -> None:
         self._queue = queue
@@ -79,7 +79,7 @@ _Pull: Final = types.PullRequest.pb()
 
 
 class PubSubQueue:
-    """One worker's subscription. Its settings are those of the sink whose topic it reads."""
+    """One worker's subscription of the sink's topic. See `bridge.brokers.contract.Queue`."""
 
     def __init__(self, settings: PubSubSettings, subscription: Subscription) -> None:
         self._settings = settings

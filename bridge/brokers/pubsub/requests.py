@@ -1,4 +1,4 @@
-"""Messages on their way to Pub/Sub: per key a queue, one ordering key a request, one request in flight per key.
+"""Messages on their way to Pub/Sub: a queue for each key, one ordering key a request, one request in flight per key.
 
 Many keys travel side by side, up to a limit of requests; while it is reached, waiting messages gather and share
 requests. A request that fails takes along what waits behind it with the same key, and the key takes nothing more
