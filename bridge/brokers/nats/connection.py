@@ -185,7 +185,7 @@ async def connect(settings: NatsSettings, *, denied: Callable[[PrivilegeError, s
 
     Raises BrokerUnavailableError, LoginError, RefusedError; SettingsError for certificates that cannot be read.
     """
-    for more in reversed(range(_TRIES)):
+    for _ in range(_TRIES):
         connection = Connection(settings, denied)
         try:
             await _open(connection, settings)
@@ -193,16 +193,16 @@ async def connect(settings: NatsSettings, *, denied: Callable[[PrivilegeError, s
             await connection.close()
             # That no server is left to try says less than why the last one was given up.
             reason = connection.heard[-1] if connection.heard else error
-            if more and isinstance(reason, _ENDED):
-                continue
-            raise explained(reason, settings) from None
+            if not isinstance(reason, _ENDED):
+                break
         except BaseException:
             await connection.close()
             raise
-        for task in tasks_of(connection.client):
-            task.add_done_callback(_end_quietly)
-        return connection
-    raise AssertionError("the last try returns or raises")
+        else:
+            for task in tasks_of(connection.client):
+                task.add_done_callback(_end_quietly)
+            return connection
+    raise explained(reason, settings)
 
 
 async def _open(connection: Connection, settings: NatsSettings) -> None:

@@ -292,5 +292,5 @@ class NatsQueue:
         self._connection = None
         if connection is None:
             return
-        self._lose(BrokerUnavailableError("the queue was closed"))
+        self._lose(self._unavailable("is left: the queue was closed"))
         await connection.close()
