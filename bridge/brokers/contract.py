@@ -68,6 +68,14 @@ class Never:
     """One sentence for a person."""
 
 
+class Unsendable(Exception):  # noqa: N818 - named for what the event is
+    """Raised where an event should become a message and has no form on this broker; its sink answers with `outcome`."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.outcome = Never(code, reason)
+
+
 @dataclass(frozen=True, slots=True)
 class NotSent:
     """It never reached the broker, whose connection was lost or took no more; what followed in its key neither."""

@@ -1,4 +1,8 @@
-"""What a dead letter carries beside the message: why it was given up, as headers."""
+"""How a dead letter says why it was given up: headers beside those of the message, the same on every broker.
+
+A queue writes them with `letter_headers` when it moves a message to its worker's dead letters; `letter_of` reads them
+when the dead letters are shown. Both know only names and texts: how a broker holds headers is that broker's matter.
+"""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -7,12 +11,13 @@ from bridge.brokers.contract import Failure, Letter
 from bridge.event import Event, Malformed
 
 PREFIX = "x-pgbridge-"
-"""Begins every header that a queue writes; they are no part of the event."""
+"""Begins the name of every header that a queue writes. Such headers are not part of the event."""
 
 ATTEMPTS = f"{PREFIX}attempts"
+"""How often the message was delivered before it was given up."""
 
 MAX_REASON = 300
-"""Characters; with the other headers but the trace, less than what the NATS sink keeps free for them."""
+"""Characters. With the other headers, but not the trace, it fits into the room that sinks keep free for a letter."""
 
 MAX_TRACE = 8000
 """Characters; the end is kept, since it names the error."""
@@ -41,9 +46,9 @@ def letter_of(
     payload: bytes,
     content_type: str | None,
 ) -> Letter:
-    """A letter from a message and its ``x-pgbridge-...`` headers; `message_id` names one that is no event."""
+    """The letter that a message and its ``x-pgbridge-...`` headers make; `message_id` names a message without event."""
     known = event if isinstance(event, Event) else None
-    attempts = marks.get(f"{PREFIX}attempts", "0")
+    attempts = marks.get(ATTEMPTS, "0")
     return Letter(
         id=f"{worker}:{known.id if known else message_id}",
         box=worker,

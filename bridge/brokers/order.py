@@ -1,11 +1,22 @@
-"""What a worker has in hand of a Pub/Sub subscription: the next of a key follows once the one before is settled."""
+"""Parallel across keys, one after the other within a key: the order of what one process has in hand, for every queue.
+
+A queue adds deliveries as they come, which must be the order of each key. `InOrder` keeps two things: those that may
+be handed out now, and for each key that has one in hand a line, whose first is that one and whose rest waits for it.
+
+- One without a key is ready at once, and belongs to no line.
+- The first of a key is ready at once. Those behind it become ready one by one, each once the one before is `settled`.
+- What has to come again, as for a retry or at a stop, is taken back together with its line, since whatever is behind it
+  must not overtake it. The caller gives all of that back to the broker, in this order.
+
+It knows nothing of brokers, settles nothing, and waits for nothing. Order across processes is the broker's.
+"""
 
 from collections import deque
 from typing import Generic, Protocol, TypeVar
 
 
 class Keyed(Protocol):
-    """A delivery; "" is no key."""
+    """A delivery. Its key is empty where it has none."""
 
     @property
     def key(self) -> str: ...
@@ -15,14 +26,14 @@ D = TypeVar("D", bound=Keyed)
 
 
 class InOrder(Generic[D]):
-    """Deliveries that are ready, and behind each handed-out one those that wait for it."""
+    """Deliveries that are ready, and behind each that has a key those that wait for it. True while one is ready."""
 
     def __init__(self) -> None:
         self._ready: deque[D] = deque()
         self._of_key: dict[str, deque[D]] = {}
 
     def __bool__(self) -> bool:
-        """Whether one is ready."""
+        """Whether `hand_out` has one to give."""
         return bool(self._ready)
 
     @property
@@ -45,7 +56,7 @@ class InOrder(Generic[D]):
         return self._ready.popleft()
 
     def settled(self, delivery: D) -> None:
-        """It is done with: what waits behind it is ready."""
+        """It is done, and never comes again: the next of its key is ready."""
         waiting = self._of_key.get(delivery.key)
         if waiting is None or waiting[0] is not delivery:
             return
@@ -56,7 +67,7 @@ class InOrder(Generic[D]):
             del self._of_key[delivery.key]
 
     def take_back(self, delivery: D) -> list[D]:
-        """Removes one with all that wait behind it, and gives them in order."""
+        """Removes one that was handed out, with all that wait behind it, and returns them in order."""
         waiting = self._of_key.get(delivery.key)
         if waiting is None or waiting[0] is not delivery:
             return [delivery]
@@ -64,7 +75,7 @@ class InOrder(Generic[D]):
         return list(waiting)
 
     def take_back_ready(self) -> list[D]:
-        """The same for all that were not handed out, unless they wait for one that was."""
+        """Removes all that are ready, each with what waits behind it; not what waits for one that was handed out."""
         ready = list(self._ready)
         self._ready.clear()
         return [each for delivery in ready for each in self.take_back(delivery)]

@@ -270,7 +270,7 @@ async def test_another_retention_is_told_and_applied(pubsub_emulator: PubSubEmul
     assert [each.state for each in await sink.topology(apply=False)] == ["present"]
 
 
-async def test_a_topic_deleted_under_the_sink_stops_it_until_it_stands_again(
+async def test_a_topic_deleted_under_the_sink_stops_it_until_it_is_declared_again(
     pubsub_emulator: PubSubEmulator, unique: str
 ) -> None:
     settings = pubsub_settings(pubsub_emulator.address, unique)

@@ -15,9 +15,10 @@ PROJECT = "pgbridge-tests"
 
 
 def pubsub_settings(address: str, topic: str, **changes: Any) -> PubSubSettings:
-    """Settings of a sink on the emulator at this address."""
-    values = {"type": "pubsub", "project": PROJECT, "topic": topic, "emulator_host": address}
-    return PubSubSettings(**(values | {"max_message_bytes": 100_000} | changes))
+    """Settings of the sink ``events`` on the emulator at this address."""
+    values: dict[str, Any] = {"type": "pubsub", "project": PROJECT, "topic": topic, "emulator_host": address}
+    values |= {"max_message_bytes": 100_000} | changes
+    return PubSubSettings.model_validate(values, context={"sink": "events"})
 
 
 class PubSubReader:

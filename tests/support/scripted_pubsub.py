@@ -2,9 +2,12 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import grpc
+from google.iam.v1 import iam_policy_pb2
+from google.protobuf import empty_pb2
 from google.pubsub_v1 import types
 
 from bridge.demo.servers import free_port
@@ -19,38 +22,92 @@ async def confirm(messages: Sequence[Any]) -> grpc.StatusCode | None:
 
 
 class ScriptedPubSub:
-    """Takes publish requests for any topic, and keeps what it confirmed."""
+    """Takes publish requests for any topic, and keeps what it confirmed.
 
-    def __init__(self, answer: Answer = confirm) -> None:
+    Every topic and subscription exists, unless `refusals` says otherwise.
+    """
+
+    def __init__(self, answer: Answer = confirm, *, certificate: tuple[Path, Path] | None = None) -> None:
+        """With a `certificate` and its key, it speaks TLS."""
         self.answer = answer
+        self.refusals: dict[str, grpc.StatusCode] = {}
+        """By the name of a method, as ``GetTopic``: the code with which it is refused."""
+        self.granted = True
+        """Whether all permissions that are asked for are granted, or none."""
+        self.calls: list[str] = []
+        """The names of the methods that were called, publishing aside."""
+        self._certificate = certificate
         self.address = f"127.0.0.1:{free_port()}"
         self.requests: list[Sequence[Any]] = []
         """Messages of each request, in the order of arrival."""
         self.confirmed: list[Any] = []
+        self.to_pull: list[Any] = []
+        """Messages that the next pulls give."""
         self.most_at_once: dict[str, int] = {}
         """By ordering key: most requests that were in flight together."""
         self._at_once: dict[str, int] = {}
         self._server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
 
     async def __aenter__(self) -> Self:
-        handlers = {
-            "GetTopic": _handler(self._get_topic, types.GetTopicRequest, types.Topic),
-            "Publish": _handler(self._publish, types.PublishRequest, types.PublishResponse),
+        topic, subscription, empty = types.Topic.pb(), types.Subscription.pb(), empty_pb2.Empty
+        services = {
+            "google.pubsub.v1.Publisher": {
+                "GetTopic": self._handler("GetTopic", types.GetTopicRequest.pb(), topic, _topic),
+                "CreateTopic": self._handler("CreateTopic", topic, topic, _itself),
+                "Publish": _handler(self._publish, types.PublishRequest.pb(), types.PublishResponse.pb()),
+            },
+            "google.pubsub.v1.Subscriber": {
+                "GetSubscription": self._handler(
+                    "GetSubscription", types.GetSubscriptionRequest.pb(), subscription, _subscription
+                ),
+                "CreateSubscription": self._handler("CreateSubscription", subscription, subscription, _itself),
+                "Pull": self._handler("Pull", types.PullRequest.pb(), types.PullResponse.pb(), self._pull),
+                "Acknowledge": self._handler("Acknowledge", types.AcknowledgeRequest.pb(), empty, _nothing),
+                "ModifyAckDeadline": self._handler(
+                    "ModifyAckDeadline", types.ModifyAckDeadlineRequest.pb(), empty, _nothing
+                ),
+            },
+            "google.iam.v1.IAMPolicy": {
+                "TestIamPermissions": self._handler(
+                    "TestIamPermissions",
+                    iam_policy_pb2.TestIamPermissionsRequest,
+                    iam_policy_pb2.TestIamPermissionsResponse,
+                    self._permissions,
+                ),
+            },
         }
         self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("google.pubsub.v1.Publisher", handlers),)
+            [grpc.method_handlers_generic_handler(name, handlers) for name, handlers in services.items()]
         )
-        self._server.add_insecure_port(self.address)
+        if self._certificate is None:
+            self._server.add_insecure_port(self.address)
+        else:
+            certificate, key = (path.read_bytes() for path in self._certificate)
+            self._server.add_secure_port(self.address, grpc.ssl_server_credentials([(key, certificate)]))
         await self._server.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._server.stop(grace=None)
 
-    async def _get_topic(self, request: Any, context: Any) -> Any:
-        topic = types.Topic.pb()(name=request.topic)
-        topic.message_retention_duration.seconds = 86400
-        return topic
+    def _handler(self, name: str, request: Any, response: Any, answer: Callable[[Any], Any]) -> Any:
+        async def method(asked: Any, context: Any) -> Any:
+            self.calls.append(name)
+            if (code := self.refusals.get(name)) is not None:
+                await context.abort(code, "as the test says")
+            return answer(asked)
+
+        return _handler(method, request, response)
+
+    def _permissions(self, request: Any) -> Any:
+        return iam_policy_pb2.TestIamPermissionsResponse(permissions=request.permissions if self.granted else [])
+
+    def _pull(self, request: Any) -> Any:
+        messages, self.to_pull = self.to_pull[: request.max_messages], self.to_pull[request.max_messages :]
+        received = [
+            types.ReceivedMessage.pb()(ack_id=str(number), message=message) for number, message in enumerate(messages)
+        ]
+        return types.PullResponse.pb()(received_messages=received)
 
     async def _publish(self, request: Any, context: Any) -> Any:
         messages = list(request.messages)
@@ -78,7 +135,25 @@ class ScriptedPubSub:
 
 def _handler(method: Any, request: Any, response: Any) -> Any:
     return grpc.unary_unary_rpc_method_handler(
-        method,
-        request_deserializer=request.pb().FromString,
-        response_serializer=response.pb().SerializeToString,
+        method, request_deserializer=request.FromString, response_serializer=response.SerializeToString
     )
+
+
+def _topic(request: Any) -> Any:
+    topic = types.Topic.pb()(name=request.topic)
+    topic.message_retention_duration.seconds = 86400
+    return topic
+
+
+def _subscription(request: Any) -> Any:
+    """Of the topic ``events`` in the same project."""
+    project = request.subscription.partition("/subscriptions/")[0]
+    return types.Subscription.pb()(name=request.subscription, topic=f"{project}/topics/events", ack_deadline_seconds=10)
+
+
+def _itself(request: Any) -> Any:
+    return request
+
+
+def _nothing(request: Any) -> Any:
+    return empty_pb2.Empty()

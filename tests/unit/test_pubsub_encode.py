@@ -9,12 +9,12 @@ from google.pubsub_v1 import types
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.brokers.contract import Unsendable
 from bridge.brokers.pubsub.message import (
     CONTENT_TYPE,
     GOOGLE_TRACE,
     REQUEST_BYTES,
     Encoder,
-    Unsendable,
     from_message,
     topic_field,
 )
@@ -96,7 +96,7 @@ def test_an_event_comes_back_as_it_was(event: Event) -> None:
 def test_a_header_in_the_name_of_an_attribute_that_is_not_the_authors_is_refused(name: str) -> None:
     with pytest.raises(Unsendable, match="cannot travel") as refused:
         Encoder(ordering=True, max_payload=100).encode(EVENT._replace(headers={name: "x"}))
-    assert refused.value.code == "malformed"
+    assert refused.value.outcome.code == "malformed"
 
 
 @pytest.mark.parametrize("broken", [{"key": "\ud800"}, {"topic": "\ud800"}, {"headers": {"h": 1}}])
@@ -104,7 +104,7 @@ def test_what_has_no_form_is_refused_and_stops_no_other(broken: dict[str, Any]) 
     encoder = Encoder(ordering=True, max_payload=100)
     with pytest.raises(Unsendable, match="no Pub/Sub form") as refused:
         encoder.encode(EVENT._replace(**broken))
-    assert refused.value.code == "malformed"
+    assert refused.value.outcome.code == "malformed"
     assert encoder.encode(EVENT)[0] == "1"
 
 

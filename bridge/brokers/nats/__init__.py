@@ -1,7 +1,7 @@
 """NATS JetStream.
 
-`connection` opens and closes, `message` names subjects and writes headers, `topology` declares streams and consumers;
-`sink` publishes, `queue` consumes, `dead` is the stream of what a worker gave up.
+`settings` reads the URL, `connection` opens, closes and says what an error means, `message` names subjects and writes
+headers, `topology` declares streams and consumers. `sink` publishes, `queue` consumes, `dead` reads what was given up.
 """
 
 from typing import Final

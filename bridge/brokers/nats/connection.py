@@ -1,130 +1,326 @@
-"""A connection to NATS that stays lost once it is lost; whoever owns it opens another."""
+"""A connection to NATS that stays lost once it is lost, and what each error of NATS means.
+
+Sink, queue and dead letters open a `Connection`, and ask the server within `Connection.asking`: there, and in
+`connect`, whatever nats-py raises becomes one of our errors, by `explained`.
+
+The server says some refusals without being asked: a line ``-ERR`` that belongs to no request, as when a subject is
+not permitted. The request itself is then never answered. So that line ends whatever waits, and gives the reason.
+"""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from urllib.parse import urlsplit
+import re
+import ssl
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
 
 import nats.aio.client
 import nats.errors
-from nats.js.errors import APIError
+from nats.js import JetStreamContext
+from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, ServiceUnavailableError
+from nats.protocol.parser import AUTHORIZATION_VIOLATION, PERMISSIONS_ERR
 
 import bridge
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.tls import tls_context
-from bridge.errors import BrokerUnavailableError, SettingsError
+from bridge.errors import (
+    BrokerUnavailableError,
+    LoginError,
+    PgbridgeError,
+    PrivilegeError,
+    RefusedError,
+    TopologyError,
+)
 
-CONNECT_TIMEOUT = 10.0
+CONNECT_TIMEOUT: Final = 10.0
 """Seconds."""
 
-PING_INTERVAL = 10.0
+PING_INTERVAL: Final = 10.0
 """Seconds; a server that leaves two pings unanswered is dead."""
 
-REQUEST_TIMEOUT = 5.0
+REQUEST_TIMEOUT: Final = 5.0
 """Seconds for one answer of JetStream."""
 
-_CLOSE_LIMIT = 3.0
-_WATCH_INTERVAL = 0.1
+_TRIES: Final = 3
+"""How often a server is asked that ends the connection at once: one that refuses a login does not wait until its reason
+is read, and what we send meanwhile may destroy it."""
 
-Client = nats.aio.client.Client
+_CLOSE_LIMIT: Final = 3.0
+"""Seconds that saying goodbye may take."""
+
+_WATCH_INTERVAL: Final = 0.1
+"""Seconds between two looks at whether the connection is lost."""
+
+_NOT_FOR_ACCOUNT, _OFF = 10039, 10076
+"""Codes of JetStream's answers, from errors.json of nats-server."""
+
+# The protocol has no codes for -ERR lines: their words, in any case, are what it defines.
+_LOGIN_REFUSED: Final = (
+    AUTHORIZATION_VIOLATION,
+    "authentication timeout",
+    "user authentication expired",
+    "user authentication revoked",
+    "account authentication expired",
+)
+_DENIED_PUBLISH: Final = re.compile(r'for publish to "(.*)"', re.IGNORECASE)
+
+_ENDED: Final = (
+    ConnectionResetError,
+    BrokenPipeError,
+    nats.errors.ConnectionClosedError,
+    nats.errors.UnexpectedEOF,
+)
+
+_OTHER_NAME: Final = (62, 64)
+"""OpenSSL's codes for a certificate of another host name or address."""
+
+_OUR_CERTIFICATE: Final = ("CERTIFICATE_REQUIRED", "BAD_CERTIFICATE", "UNKNOWN_CA", "CERTIFICATE_UNKNOWN")
+"""End the names of TLS alerts by which a server refuses the certificate of a client."""
 
 
-def address_of(settings: NatsSettings) -> str:
-    """The servers without user and password, for people. Raises SettingsError for what is no URL."""
-    hosts = []
-    for url in settings.url.get_secret_value().split(","):
-        try:
-            parts = urlsplit(url.strip() if "//" in url else f"nats://{url.strip()}")
-            host, port = parts.hostname, parts.port or 4222
-        except ValueError:
-            host, port = None, 0
-        if not host:
-            raise SettingsError("url: is no URL of NATS; write nats://user:password@host:4222, or several with commas")
-        hosts.append(f"{host}:{port}")
-    return ", ".join(hosts)
+class Client(nats.aio.client.Client):
+    """nats-py's client, which otherwise encrypts only when the server asks for it, whatever the URL says."""
+
+    def __init__(self, *, encrypted: bool) -> None:
+        super().__init__()
+        self._encrypted = encrypted
+
+    def _connect_command(self) -> bytes:
+        # The last moment before user and password are sent, and behind the TLS handshake, if there is one.
+        if self._encrypted and not getattr(self, "_server_info", {}).get("tls_required"):
+            raise nats.errors.SecureConnWantedError
+        return super()._connect_command()
 
 
-async def connect(
-    settings: NatsSettings,
-    *,
-    told: Callable[[Exception], Awaitable[None]] | None = None,
-) -> Client:
-    """A connection that stays lost once it is lost. `told` gets what the server complains of.
+class Connection:
+    """One connection, made by `connect`. `address` is where, for people, without user and password."""
 
-    Raises BrokerUnavailableError.
-    """
-    address = address_of(settings)
-    urls = [url.strip() for url in settings.url.get_secret_value().split(",")]
-    uses_tls = any(url.startswith("tls:") for url in urls) or settings.tls.model_fields_set
-    problems: list[str] = []
+    def __init__(self, settings: NatsSettings, denied: Callable[[PrivilegeError, str], None]) -> None:
+        self.address = str(settings.servers)
+        self.client = Client(encrypted=settings.servers.encrypted)
+        self._settings = settings
+        self._tell_denied = denied
+        self._waiting: set[asyncio.Timeout] = set()
+        self._denied: PrivilegeError | None = None
+        self.heard: list[Exception] = []
+        """What nats-py reported while it connected."""
 
-    async def note(error: Exception) -> None:
-        problems.append(str(error) or type(error).__name__)
-        if told is not None:
-            await told(error)
+    @property
+    def is_open(self) -> bool:
+        return self.client.is_connected
 
-    client = Client()
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT):
-            await client.connect(
-                urls,
-                error_cb=note,
-                name=f"pgbridge {bridge.__version__}",
-                allow_reconnect=False,
-                max_reconnect_attempts=1,
-                reconnect_time_wait=0,
-                connect_timeout=int(CONNECT_TIMEOUT),
-                ping_interval=int(PING_INTERVAL),
-                # Whoever publishes waits for room by himself (see NatsSink), in the order of his calls.
-                pending_size=0,
-                tls=tls_context(settings.tls) if uses_tls else None,
+    @property
+    def ending(self) -> PgbridgeError:
+        """Why it is lost."""
+        return explained(self.client.last_error or nats.errors.ConnectionClosedError(), self._settings)
+
+    def jetstream(self) -> JetStreamContext:
+        return self.client.jetstream(timeout=REQUEST_TIMEOUT)
+
+    async def hear(self, error: Exception) -> None:
+        """What nats-py reports beside the answers to requests."""
+        if not self.client.is_connected:
+            self.heard.append(error)
+            return
+        if not isinstance(error, nats.errors.Error | OSError | PgbridgeError):
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "a subscription of NATS failed", "exception": error}
             )
-    except (nats.errors.Error, OSError, TimeoutError) as error:
-        await disconnect(client)
-        reason = problems[0] if problems else str(error) or f"no answer within {CONNECT_TIMEOUT:g} s"
-        raise BrokerUnavailableError(f"NATS at {address} cannot be reached: {reason}") from None
-    except BaseException:
-        await disconnect(client)
-        raise
-    for task in (client._reading_task, client._flusher_task, client._ping_interval_task):
-        if task is not None:
-            task.add_done_callback(_end_quietly)
-    return client
+            return
+        refusal = explained(error, self._settings)
+        if not isinstance(refusal, PrivilegeError):
+            return
+        self._denied = refusal
+        for limit in self._waiting:
+            if not limit.expired():
+                limit.reschedule(0)
+        subject = _DENIED_PUBLISH.search(str(error))
+        self._tell_denied(refusal, subject.group(1) if subject else "")
+
+    @contextlib.asynccontextmanager
+    async def asking(self) -> AsyncIterator[None]:
+        """Around requests: raises what `explained` makes of nats-py's errors, and PrivilegeError as soon as the server
+        says, by a line of its own, that a subject is not permitted."""
+        limit = asyncio.timeout(None)
+        self._waiting.add(limit)
+        try:
+            async with limit:
+                yield
+            # An answer that comes at the same moment may swallow the cancellation.
+            if limit.expired() and self._denied is not None:
+                raise self._denied
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            if limit.expired() and self._denied is not None:
+                raise self._denied from error
+            raise explained(error, self._settings) from error
+        finally:
+            self._waiting.discard(limit)
+
+    async def until_lost(self) -> None:
+        """Returns once the connection is lost or closed.
+
+        It asks, since nats-py's `closed_cb` is not called when the last flush of a broken connection fails or hangs.
+        """
+        while self.client.is_connected:  # noqa: ASYNC110
+            await asyncio.sleep(_WATCH_INTERVAL)
+
+    async def close(self) -> None:
+        """Says goodbye and closes, by force when the server no longer reads what is written."""
+        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+            async with asyncio.timeout(_CLOSE_LIMIT):
+                await self.client.close()
+        if (transport := transport_of(self.client)) is not None:
+            transport.abort()
+
+
+def _nobody(refusal: PrivilegeError, subject: str) -> None:
+    """For whoever hears of what is not permitted by its requests alone."""
+
+
+async def connect(settings: NatsSettings, *, denied: Callable[[PrivilegeError, str], None] = _nobody) -> Connection:
+    """A connection that stays lost once it is lost.
+
+    `denied` is called when the server says that a subject is not permitted, with that subject in lower case, as
+    nats-py gives it, where the connection published to it; "" where it subscribed.
+
+    Raises BrokerUnavailableError, LoginError, RefusedError; SettingsError for certificates that cannot be read.
+    """
+    for _ in range(_TRIES):
+        connection = Connection(settings, denied)
+        try:
+            await _open(connection, settings)
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            await connection.close()
+            # That no server is left to try says less than why the last one was given up.
+            reason = connection.heard[-1] if connection.heard else error
+            if not isinstance(reason, _ENDED):
+                break
+        except BaseException:
+            await connection.close()
+            raise
+        else:
+            for task in tasks_of(connection.client):
+                task.add_done_callback(_end_quietly)
+            return connection
+    raise explained(reason, settings)
+
+
+async def _open(connection: Connection, settings: NatsSettings) -> None:
+    servers = settings.servers
+    uses_tls = servers.encrypted or settings.tls.model_fields_set
+    async with asyncio.timeout(CONNECT_TIMEOUT):
+        await connection.client.connect(
+            [f"{'tls' if servers.encrypted else 'nats'}://{address}" for address in servers.addresses],
+            error_cb=connection.hear,
+            name=f"pgbridge {bridge.__version__}",
+            user=servers.user,
+            password=servers.password,
+            token=servers.token,
+            allow_reconnect=False,
+            max_reconnect_attempts=1,
+            reconnect_time_wait=0,
+            connect_timeout=int(CONNECT_TIMEOUT),
+            ping_interval=int(PING_INTERVAL),
+            # Whoever publishes waits for room by himself (see NatsSink), in the order of his calls.
+            pending_size=0,
+            tls=tls_context(settings.tls) if uses_tls else None,
+        )
+    if not connection.is_open:
+        # nats-py takes the end of the connection for the answer to its first ping.
+        raise nats.errors.ConnectionClosedError
+    transport = transport_of(connection.client)
+    if servers.encrypted and transport is not None and transport.get_extra_info("ssl_object") is None:
+        raise nats.errors.SecureConnWantedError  # should a version of nats-py pass over `Client`
+
+
+def explained(error: Exception, settings: NatsSettings) -> PgbridgeError:
+    """What an error of nats-py, or one that it passes on, means for whoever runs pgbridge."""
+    there = f"NATS at {settings.servers}"
+    url, tls = settings.key("url"), settings.key("tls")
+    match error:
+        case ssl.SSLCertVerificationError(verify_code=code) if code in _OTHER_NAME:
+            return RefusedError(
+                f"{url}: {there} shows a certificate that is not for this host: {error.verify_message}. "
+                "Write the host as the certificate names it"
+            )
+        case ssl.SSLCertVerificationError():
+            return RefusedError(
+                f"{tls}.ca_file: {there} shows a certificate that is not trusted: {error.verify_message}. "
+                "Name the file of the authority that signed it"
+            )
+        case ssl.SSLError() if str(error.reason).endswith(_OUR_CERTIFICATE):
+            return LoginError(f"{tls}.cert_file: {there} does not take our certificate, or wants one: {error.reason}")
+        case ssl.SSLError():
+            return RefusedError(f"{url}: {there} makes no TLS connection: {error.reason or error}")
+        case nats.errors.SecureConnWantedError():
+            return RefusedError(
+                f"{url}: {there} does not require TLS, so tls:// would not be encrypted: give the server certificates, "
+                "without allow_non_tls, or write nats://"
+            )
+        case NotFoundError():
+            return TopologyError(f"{url}: {there} says: {_described(error)}. Run `pgbridge topology --apply`")
+        case ServiceUnavailableError() if error.err_code == _NOT_FOR_ACCOUNT:
+            return RefusedError(
+                f"{url}: JetStream is not enabled for this account of {there}: add `jetstream: enabled` to the account"
+            )
+        case ServiceUnavailableError() if error.err_code in (None, _OFF):  # None: nobody takes the requests
+            return RefusedError(
+                f"{url}: {there} runs without JetStream: add `jetstream {{}}` to the server's configuration"
+            )
+        case ServiceUnavailableError():
+            return BrokerUnavailableError(f"{url}: JetStream of {there} is not ready: {_described(error)}")
+        case APIError():
+            return RefusedError(f"{url}: JetStream of {there} refuses: {_described(error)}")
+        case NoStreamResponseError() | nats.errors.NoRespondersError():
+            return TopologyError(
+                f"{url}: on {there} nothing takes what was sent: its stream or consumer is gone. "
+                "Run `pgbridge topology --apply`"
+            )
+        case nats.errors.AuthorizationError():
+            return LoginError(f"{url}: {there} refuses the user, the password or the token")
+        case nats.errors.Error() if type(error) is nats.errors.Error:
+            return _said(str(error).removeprefix("nats: ").strip("'"), settings)
+        case TimeoutError():
+            return BrokerUnavailableError(f"{url}: {there} does not answer in time")
+        case _ if isinstance(error, _ENDED):
+            return BrokerUnavailableError(f"{url}: {there} ended the connection")
+        case _:
+            return BrokerUnavailableError(f"{url}: {there} does not answer: {error or type(error).__name__}")
+
+
+def _said(words: str, settings: NatsSettings) -> PgbridgeError:
+    """What the server gives as the reason in an ``-ERR`` line."""
+    url, there = settings.key("url"), f"NATS at {settings.servers}"
+    lower = words.lower()
+    if lower.startswith(_LOGIN_REFUSED):
+        return LoginError(f"{url}: {there} refuses the user, the password or the token: {words}")
+    if lower.startswith(PERMISSIONS_ERR):
+        return PrivilegeError(
+            f"{url}: {there} does not permit this to the user: {words}. "
+            "Grant it in the permissions of the user or account"
+        )
+    return BrokerUnavailableError(f"{url}: {there} says: {words}")
+
+
+def _described(error: APIError) -> str:
+    return f"{error.description or 'no description'} ({error.err_code or error.code})"
+
+
+def tasks_of(client: nats.aio.client.Client) -> list[asyncio.Task[None]]:
+    """The tasks that nats-py runs for a connection; none of those that a version of it keeps elsewhere."""
+    names = ("_reading_task", "_flusher_task", "_ping_interval_task")
+    return [task for name in names if isinstance(task := getattr(client, name, None), asyncio.Task)]
+
+
+def transport_of(client: nats.aio.client.Client) -> asyncio.WriteTransport | None:
+    """What nats-py writes to, since it offers no way to close without a flush; None where it cannot be reached."""
+    writer: Any = getattr(getattr(client, "_transport", None), "_io_writer", None)
+    return getattr(writer, "transport", None)
 
 
 def _end_quietly(task: asyncio.Task[None]) -> None:
-    """A task of nats-py that dies of a broken connection: `until_lost` tells that, asyncio need not log it again."""
+    """A task of nats-py that ends with a broken connection: `until_lost` notices, so asyncio need not log it again."""
     if not task.cancelled() and not isinstance(task.exception(), OSError | nats.errors.Error | None):
         asyncio.get_running_loop().call_exception_handler(
             {"message": "a task of nats-py failed", "exception": task.exception(), "task": task}
         )
-
-
-async def until_lost(client: Client) -> None:
-    """Returns once the connection is lost or closed.
-
-    It asks, since nats-py's `closed_cb` is not called when the last flush of a broken connection fails or hangs.
-    """
-    while client.is_connected:  # noqa: ASYNC110
-        await asyncio.sleep(_WATCH_INTERVAL)
-
-
-async def disconnect(client: Client) -> None:
-    """Closes a connection, by force when the server no longer reads what is written."""
-    with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-        async with asyncio.timeout(_CLOSE_LIMIT):
-            await client.close()
-    writer = getattr(client._transport, "_io_writer", None)  # nats-py offers no way to close without a flush
-    if writer is not None:
-        writer.transport.abort()
-
-
-@contextlib.asynccontextmanager
-async def asking(address: str) -> AsyncIterator[None]:
-    """Turns what nats-py raises for a server that is silent or gone into BrokerUnavailableError."""
-    try:
-        yield
-    except APIError as error:
-        raise BrokerUnavailableError(f"NATS at {address}: {error.description or error}") from error
-    except (nats.errors.Error, OSError, TimeoutError) as error:
-        raise BrokerUnavailableError(f"NATS at {address} did not answer: {error or type(error).__name__}") from error

@@ -83,7 +83,7 @@ _TRACE = f"{PREFIX}trace"
 
 
 def event_of(message: Msg) -> Event | Malformed:
-    """The event, or why the message is none."""
+    """The event, or why the message does not carry one."""
     headers = message.headers or {}
     flat = {name: value for name, value in unquote_headers(headers).items() if not name.startswith(PREFIX)}
     try:

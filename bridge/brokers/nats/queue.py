@@ -1,7 +1,7 @@
 """NATS JetStream as a worker's queue: a durable pull consumer, and a stream of dead letters.
 
 ``<worker>``       consumer on the sink's stream, filtered by the subscription's topics
-``<worker>_dead``  stream of dead letters; the subject is ``<worker>_dead.<topic>``, ``x-pgbridge-...`` headers tell why
+``<worker>_dead``  stream of dead letters; the subject is ``<worker>_dead.<topic>``, ``x-pgbridge-...`` headers say why
 
 Messages that wait for another attempt stay with JetStream, so a retry takes any delay; they count as unsettled, hence
 MAX_UNSETTLED. What is in hand is reported as in progress, so `ack_wait` passes only for a process that died.
@@ -12,6 +12,7 @@ which decides when attempts are exhausted, does not count it). Nothing is droppe
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Sequence
 
 import nats.aio.subscription
@@ -19,12 +20,28 @@ from nats.aio.msg import Msg
 
 from bridge.brokers.contract import Declaration, Failure, Subscription
 from bridge.brokers.letters import letter_headers
-from bridge.brokers.nats.connection import REQUEST_TIMEOUT, Client, address_of, asking, connect, disconnect, until_lost
+from bridge.brokers.nats.connection import REQUEST_TIMEOUT, Connection, connect
 from bridge.brokers.nats.message import dead_headers, event_of, topic_of
 from bridge.brokers.nats.settings import NatsSettings
-from bridge.brokers.nats.topology import HEARTBEAT, NANOSECONDS, consumer, request_for, require, stream
-from bridge.errors import BrokerUnavailableError
+from bridge.brokers.nats.topology import dead_stream, declarations, require
+from bridge.errors import (
+    BrokerUnavailableError,
+    PgbridgeError,
+    PrivilegeError,
+    RefusedError,
+    TopologyError,
+    UnavailableError,
+)
 from bridge.event import matches
+
+_NANOSECONDS = 1_000_000_000
+"""In one second: how JetStream writes durations."""
+
+HEARTBEAT = 5.0
+"""Seconds between the signs of life that the server gives while a request for messages is open."""
+
+_REQUEST_OPEN = 30.0
+"""Seconds after which such a request ends; the next follows."""
 
 _SILENCE = 3 * HEARTBEAT
 """Seconds without a sign of the server, after which a request for messages counts as lost."""
@@ -44,20 +61,20 @@ class NatsDelivery:
         self.attempt = int(message.metadata.num_delivered)
 
     async def ack(self) -> None:
-        """As `Delivery.ack`."""
+        """See `contract.Delivery.ack`."""
         await self._queue.settle(self._message, b"+ACK")
 
     async def retry(self, delay: float) -> None:
-        """As `Delivery.retry`, after exactly `delay`."""
-        await self._queue.settle(self._message, b'-NAK {"delay": %d}' % max(1, round(delay * NANOSECONDS)))
+        """See `contract.Delivery.retry`; after exactly `delay`."""
+        await self._queue.settle(self._message, b'-NAK {"delay": %d}' % max(1, round(delay * _NANOSECONDS)))
 
     async def dead_letter(self, failure: Failure) -> None:
-        """As `Delivery.dead_letter`. Repeated within two minutes, it is stored once."""
+        """See `contract.Delivery.dead_letter`. Repeated within two minutes, it is stored once."""
         await self._queue.publish_dead(self._message, failure, self.attempt)
         await self.ack()
 
     async def give_back(self) -> None:
-        """As `Delivery.give_back`, but JetStream counts it."""
+        """See `contract.Delivery.give_back`; JetStream counts it all the same."""
         await self._queue.settle(self._message, b"-NAK")
 
 
@@ -65,51 +82,61 @@ class NatsQueue:
     """See `bridge.brokers.contract.Queue`."""
 
     def __init__(self, settings: NatsSettings, subscription: Subscription) -> None:
-        """Raises SettingsError when the URL is none."""
         self._settings = settings
         self._subscription = subscription
-        self._address = address_of(settings)
-        self._dead_stream = f"{subscription.worker}_dead"
-        self._client: Client | None = None
+        self._address = str(settings.servers)
+        self._dead_stream = dead_stream(subscription.worker)
+        self._connection: Connection | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._arrived: asyncio.Queue[Msg | None] = asyncio.Queue()
-        # Bounded by the prefetch; None wakes `deliveries` to look at what follows.
+        """What was not handed out yet: at most the prefetch. None wakes `deliveries` to look at what follows."""
         self._stopped = False
-        self._lost = ""
+        self._lost: PgbridgeError | None = None
         self._inbox: nats.aio.subscription.Subscription | None = None
         self._in_hand: set[str] = set()
         """Reply subjects of what arrived and is not settled."""
         self._requested = 0
-        """Messages that the server may still send for the request that stands; there is one at a time."""
-        self._heard = 0.0  # when the server last gave a sign, by the loop's clock
+        """Messages that the server may still send for the open request; there is one at a time."""
+        self._heard = 0.0
+        """When the server last gave a sign, by the loop's clock."""
 
     async def open(self) -> None:
-        """As `Queue.open`."""
+        """See `contract.Queue.open`."""
         await self.close()
-        self._stopped, self._lost, self._arrived = False, "", asyncio.Queue()
+        self._stopped, self._lost, self._arrived = False, None, asyncio.Queue()
         self._in_hand, self._requested = set(), 0
-        client = await connect(self._settings)
+        connection = await connect(self._settings, denied=self._denied)
         try:
-            async with asking(self._address):
-                require(await self._survey(client, apply=False), self._address)
-                self._inbox = await client.subscribe(client.new_inbox(), cb=self._take)
+            async with connection.asking():
+                found = await declarations(
+                    connection.jetstream(), self._settings.stream, self._subscription, apply=False
+                )
+                require(found, self._settings)
+                self._inbox = await connection.client.subscribe(connection.client.new_inbox(), cb=self._take)
         except BaseException:
-            await disconnect(client)
+            await connection.close()
             raise
-        self._client = client
-        self._watcher = asyncio.create_task(self._watch(client))
+        self._connection = connection
+        self._watcher = asyncio.create_task(self._watch(connection))
         await self._request()
 
     async def _request(self) -> None:
-        """Asks for as many messages as fit into the prefetch, unless a request stands."""
+        """Asks for as many messages as fit into the prefetch, unless a request is open."""
         room = self._subscription.prefetch - len(self._in_hand)
-        if self._stopped or self._lost or self._requested or room <= 0 or self._client is None or self._inbox is None:
+        if self._stopped or self._lost or self._requested or room <= 0:
+            return
+        if self._connection is None or self._inbox is None:
             return
         self._requested = room
         self._heard = asyncio.get_running_loop().time()
-        subject, request = request_for(self._settings.stream, self._subscription.worker, room)
-        async with asking(self._address):
-            await self._client.publish(subject, request, reply=self._inbox.subject)
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._settings.stream}.{self._subscription.worker}"
+        request = {
+            "batch": room,
+            "expires": int(_REQUEST_OPEN * _NANOSECONDS),
+            "idle_heartbeat": int(HEARTBEAT * _NANOSECONDS),
+        }
+        async with self._connection.asking():
+            await self._connection.client.publish(subject, json.dumps(request).encode(), reply=self._inbox.subject)
 
     async def _take(self, message: Msg) -> None:
         """What arrives for the request: a message, or a status."""
@@ -127,7 +154,8 @@ class NatsQueue:
         elif status in ("404", "408"):
             self._requested = 0
         elif status != "100":
-            self._lose(f"it ended the request for messages: {(message.headers or {}).get('Description', status)}")
+            said = (message.headers or {}).get("Description", status)
+            self._lose(self._unavailable(f"ended the request for messages: {said}"))
         await self._request()
 
     def _subscribed(self, message: Msg) -> bool:
@@ -135,35 +163,42 @@ class NatsQueue:
         topic = topic_of(message.subject)
         return any(matches(pattern, topic) for pattern in self._subscription.topics)
 
-    async def _watch(self, client: Client) -> None:
-        lost = asyncio.create_task(until_lost(client))
+    async def _watch(self, connection: Connection) -> None:
+        lost = asyncio.create_task(connection.until_lost())
         try:
             while not lost.done():
                 await asyncio.wait([lost], timeout=min(HEARTBEAT, self._subscription.ack_wait / 3))
-                await self._extend(client)
+                await self._extend(connection)
                 if self._requested and asyncio.get_running_loop().time() - self._heard > _SILENCE:
                     break
         finally:
             lost.cancel()
-        self._lose("it closed the connection" if lost.done() else f"nothing was heard for {_SILENCE:g} s")
+        silence = self._unavailable(f"does not answer: nothing was heard for {_SILENCE:g} s")
+        self._lose(connection.ending if lost.done() else silence)
 
-    async def _extend(self, client: Client) -> None:
-        """Tells the server that what is in hand is worked on, so that it waits for another `ack_wait`."""
-        with contextlib.suppress(BrokerUnavailableError):  # A lost connection shows itself to the watcher.
-            async with asking(self._address):
+    async def _extend(self, connection: Connection) -> None:
+        """Says that what is in hand is worked on, so that the server waits for another `ack_wait`."""
+        with contextlib.suppress(PgbridgeError):  # A lost connection shows itself to the watcher.
+            async with connection.asking():
                 for reply in tuple(self._in_hand):
-                    await client.publish(reply, b"+WPI")
+                    await connection.client.publish(reply, b"+WPI")
 
-    def _lose(self, reason: str) -> None:
-        self._lost = self._lost or reason
+    def _denied(self, refusal: PrivilegeError, subject: str) -> None:
+        self._lose(refusal)
+
+    def _lose(self, error: PgbridgeError) -> None:
+        self._lost = self._lost or error
         self._arrived.put_nowait(None)
 
+    def _unavailable(self, reason: str) -> BrokerUnavailableError:
+        return BrokerUnavailableError(f"{self._settings.key('url')}: NATS at {self._address} {reason}")
+
     async def deliveries(self) -> AsyncIterator[NatsDelivery]:
-        """As `Queue.deliveries`."""
+        """See `contract.Queue.deliveries`. Raises PrivilegeError when the server does not permit what it needs."""
         while True:
             message = await self._arrived.get()
-            if self._lost:
-                raise BrokerUnavailableError(f"NATS at {self._address} gives no more messages: {self._lost}")
+            if self._lost is not None:
+                raise self._lost
             if self._stopped:
                 return
             if message is not None:
@@ -172,76 +207,90 @@ class NatsQueue:
     async def settle(self, message: Msg, verb: bytes) -> None:
         """Answers for a message; returns once the server has taken it, and makes room for the next.
 
-        A connection that was opened since will do. Raises BrokerUnavailableError.
+        A connection that was opened since will do. An answer that the server does not take ends `deliveries`, so that
+        what is in hand comes again. Raises BrokerUnavailableError or RefusedError.
         """
-        async with asking(self._address):
-            await self._answer(message, verb)
+        await self._answer(message, verb)
         self._in_hand.discard(message.reply)
         await self._request()
 
     async def _answer(self, message: Msg, verb: bytes) -> None:
-        await self._connected().request(message.reply, verb, timeout=REQUEST_TIMEOUT)
+        connection = self._connected()
+        try:
+            async with connection.asking():
+                await connection.client.request(message.reply, verb, timeout=REQUEST_TIMEOUT)
+        except PgbridgeError as error:
+            self._lose(error)
+            raise
 
-    def _connected(self) -> Client:
-        if self._client is None or not self._client.is_connected:
-            raise BrokerUnavailableError(f"NATS at {self._address} is gone: {self._lost or 'the queue is not open'}")
-        return self._client
+    def _connected(self) -> Connection:
+        if self._connection is None or not self._connection.is_open:
+            raise self._lost or self._unavailable("is not connected: the queue is not open")
+        return self._connection
 
     async def publish_dead(self, message: Msg, failure: Failure, attempts: int) -> None:
-        """Copies a message to the stream of dead letters, byte for byte; returns once that is confirmed."""
-        client = self._connected()
+        """Copies a message to the stream of dead letters, byte for byte; returns once that is confirmed.
+
+        A letter that JetStream refuses, as one that is too large for the stream, comes again after `ack_wait`; any
+        other failure ends `deliveries`. Raises BrokerUnavailableError or RefusedError.
+        """
+        connection = self._connected()
         letter = letter_headers(self._subscription.worker, failure, attempts)
-        headers = dead_headers(message, letter, client.max_payload)
+        headers = dead_headers(message, letter, connection.client.max_payload)
         subject = f"{self._dead_stream}.{message.subject.partition('.')[2]}"
-        async with asking(self._address):
-            await client.jetstream(timeout=REQUEST_TIMEOUT).publish(
-                subject, message.data, stream=self._dead_stream, headers=headers
-            )
+        try:
+            async with connection.asking():
+                await connection.jetstream().publish(subject, message.data, stream=self._dead_stream, headers=headers)
+        except (UnavailableError, PrivilegeError, TopologyError) as error:
+            self._lose(error)
+            raise
+        except RefusedError:
+            self._in_hand.discard(message.reply)
+            raise
 
     async def stop(self) -> None:
-        """As `Queue.stop`. What has arrived and was not delivered goes back at once."""
-        if self._stopped or self._client is None or self._inbox is None:
+        """See `contract.Queue.stop`. What has arrived and was not delivered goes back at once."""
+        connection = self._connection
+        if self._stopped or connection is None or self._inbox is None:
             return
         self._stopped = True
-        async with asking(self._address):
+        async with connection.asking():
             # Draining handles what is on its way; a plain unsubscribe would leave it unsettled until ack_wait.
             await self._inbox.drain()  # type: ignore[no-untyped-call]
-            while not self._arrived.empty():
-                message = self._arrived.get_nowait()
-                if message is not None:
-                    await self._answer(message, b"-NAK")
-                    self._in_hand.discard(message.reply)
+        while not self._arrived.empty():
+            message = self._arrived.get_nowait()
+            if message is not None:
+                await self._answer(message, b"-NAK")
+                self._in_hand.discard(message.reply)
         self._arrived.put_nowait(None)
 
-    async def _survey(self, client: Client, *, apply: bool) -> list[Declaration]:
-        jetstream = client.jetstream(timeout=REQUEST_TIMEOUT)
-        events = await stream(jetstream, self._settings.stream, apply=apply)
-        dead = await stream(jetstream, self._dead_stream, apply=apply)
-        return [events, await consumer(jetstream, self._settings.stream, self._subscription, apply=apply), dead]
-
     async def topology(self, *, apply: bool) -> Sequence[Declaration]:
-        """As `Queue.topology`; a consumer that differs is changed too, since that loses nothing."""
-        client = await connect(self._settings)
+        """See `contract.Queue.topology`; a consumer that differs is changed too, since that loses nothing."""
+        connection = await connect(self._settings)
         try:
-            async with asking(self._address):
-                return await self._survey(client, apply=apply)
+            async with connection.asking():
+                return await declarations(
+                    connection.jetstream(), self._settings.stream, self._subscription, apply=apply
+                )
         finally:
-            await disconnect(client)
+            await connection.close()
 
     async def close(self) -> None:
-        """As `Queue.close`. What is in hand goes back at once; after a lost connection, after `ack_wait`."""
+        """See `contract.Queue.close`. What is in hand goes back at once; after a lost connection, after `ack_wait`."""
         if self._watcher is not None:
             self._watcher.cancel()
             self._watcher = None
-        if self._client is not None and self._client.is_connected:
-            # First no more may come: what goes back would come to the request that stands.
-            with contextlib.suppress(BrokerUnavailableError, TimeoutError):
-                async with asyncio.timeout(_CLOSE_LIMIT), asking(self._address):
+        connection = self._connection
+        if connection is not None and connection.is_open:
+            # First no more may come: what goes back would come to the open request.
+            with contextlib.suppress(PgbridgeError, TimeoutError):
+                async with asyncio.timeout(_CLOSE_LIMIT):
                     await self.stop()
-                    for reply in self._in_hand:
-                        await self._client.publish(reply, b"-NAK")
-        client, self._client = self._client, None
-        if client is None:
+                    async with connection.asking():
+                        for reply in self._in_hand:
+                            await connection.client.publish(reply, b"-NAK")
+        self._connection = None
+        if connection is None:
             return
-        self._lose("closed by this worker")
-        await disconnect(client)
+        self._lose(self._unavailable("is left: the queue was closed"))
+        await connection.close()

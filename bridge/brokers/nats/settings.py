@@ -1,8 +1,34 @@
-"""What can be set of NATS."""
+"""What can be set of NATS, and what its URL says."""
 
-from pydantic import Field
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from pydantic import Field, SecretStr, field_validator
 
 from bridge.settings.models import Secret, SinkSettings, Size, TlsSettings
+
+_PORT: Final = 4222
+_FORM: Final = "write nats://user:password@host:4222, or several with commas"
+_ESCAPES: Final = "write @ : / ? # % and , in a user or password as %40 %3A %2F %3F %23 %25 and %2C"
+
+
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """What a URL says: the servers of one cluster, and who we are there."""
+
+    addresses: tuple[str, ...]
+    """``host:port`` each; an IPv6 address is in brackets."""
+    encrypted: bool
+    """Whether one of them was given as ``tls://``."""
+    user: str | None
+    password: str | None = field(repr=False)
+    token: str | None = field(repr=False)
+    """A user without a password is a token."""
+
+    def __str__(self) -> str:
+        return ", ".join(self.addresses)
 
 
 class NatsSettings(SinkSettings):
@@ -14,3 +40,43 @@ class NatsSettings(SinkSettings):
     """Largest message that the server takes (`max_payload`)."""
     tls: TlsSettings = TlsSettings()
     """Certificates for tls://."""
+
+    @field_validator("url")
+    @classmethod
+    def _that_names_servers(cls, url: SecretStr) -> SecretStr:
+        _parse(url.get_secret_value())
+        return url
+
+    @cached_property
+    def servers(self) -> Servers:
+        """What the URL says, parsed."""
+        return _parse(self.url.get_secret_value())
+
+
+def _parse(url: str) -> Servers:
+    """Raises ValueError, whose words never hold a part of the URL: it may be a part of the password."""
+    addresses, logins, encrypted = [], set(), False
+    for given in url.split(","):
+        text = given.strip()
+        if "//" not in text and "@" in text:
+            raise ValueError(f"has a user without nats:// or tls:// before it; {_FORM}. {_ESCAPES}")
+        try:
+            parts = urlsplit(text if "//" in text else f"nats://{text}")
+            host, port = parts.hostname, parts.port or _PORT
+        except ValueError:
+            raise ValueError(f"is not a URL, or its port is not a number; {_FORM}. {_ESCAPES}") from None
+        if parts.scheme not in ("nats", "tls"):
+            raise ValueError(f"begins with neither nats:// nor tls://; {_FORM}")
+        if not host:
+            raise ValueError(f"names no host; {_FORM}")
+        if parts.path not in ("", "/") or parts.query or parts.fragment:
+            raise ValueError(f"has a part behind the host and port; {_FORM}. {_ESCAPES}")
+        addresses.append(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        encrypted = encrypted or parts.scheme == "tls"
+        if parts.username is not None:
+            logins.add((unquote(parts.username), None if parts.password is None else unquote(parts.password)))
+    if len(logins) > 1:
+        raise ValueError("has several users or passwords; the servers of one cluster all take the same")
+    user, password = logins.pop() if logins else (None, None)
+    token = user if password is None else None
+    return Servers(tuple(addresses), encrypted, None if password is None else user, password, token)

@@ -1,6 +1,5 @@
-"""The streams that hold events and dead letters."""
+"""What must exist on NATS: the stream of events, and for each worker a consumer of it and a stream of dead letters."""
 
-import json
 from collections.abc import Sequence
 from itertools import combinations, takewhile
 
@@ -18,13 +17,30 @@ from nats.js.errors import NotFoundError
 
 from bridge.brokers.contract import Declaration, Subscription
 from bridge.brokers.nats.message import quote_word
+from bridge.brokers.nats.settings import NatsSettings
 from bridge.errors import TopologyError
 
 DUPLICATE_WINDOW = 120.0
 """Seconds within which a message that is published again is stored once."""
 
 
-async def stream(jetstream: JetStreamContext, name: str, *, apply: bool) -> Declaration:
+def dead_stream(worker: str) -> str:
+    """The name of the stream that holds what a worker gave up."""
+    return f"{worker}_dead"
+
+
+async def declarations(
+    jetstream: JetStreamContext, stream: str, subscription: Subscription, *, apply: bool
+) -> list[Declaration]:
+    """All that a worker needs; with `apply`, what is missing is declared, in this order."""
+    return [
+        await stream_declaration(jetstream, stream, apply=apply),
+        await stream_declaration(jetstream, dead_stream(subscription.worker), apply=apply),
+        await consumer_declaration(jetstream, stream, subscription, apply=apply),
+    ]
+
+
+async def stream_declaration(jetstream: JetStreamContext, name: str, *, apply: bool) -> Declaration:
     """The state of a stream that takes ``<name>.>``; with `apply`, a missing one is declared.
 
     Declared on disk and without limits, since a limit would drop events that no worker has seen: the operator sets
@@ -55,25 +71,25 @@ async def stream(jetstream: JetStreamContext, name: str, *, apply: bool) -> Decl
 
 
 def _problem_with(found: StreamConfig, subject: str) -> str | None:
-    mend = "mend it with `nats stream edit`, or name another stream in the settings"
+    change = "change it with `nats stream edit`, or name another stream in the settings"
     if subject not in (found.subjects or []):
-        return f"it takes {', '.join(found.subjects or []) or 'no subjects'}, and not {subject}; {mend}"
+        return f"it takes {', '.join(found.subjects or []) or 'no subjects'}, and not {subject}; {change}"
     if found.storage != StorageType.FILE:
         return "it is kept in memory, so a restart of the server loses it; delete it and declare it again"
     if found.duplicate_window < DUPLICATE_WINDOW:
         return (
             f"its duplicate window is {found.duplicate_window:g} s, and events that are sent again need "
-            f"{DUPLICATE_WINDOW:g} s; {mend}"
+            f"{DUPLICATE_WINDOW:g} s; {change}"
         )
     return None
 
 
-def require(found: Sequence[Declaration], address: str) -> None:
+def require(found: Sequence[Declaration], settings: NatsSettings) -> None:
     """Raises TopologyError when anything is missing or differs."""
     lacking = [each for each in found if each.state in ("missing", "differs")]
     if lacking:
         raise TopologyError(
-            f"NATS at {address} is not ready: "
+            f"{settings.key('url')}: NATS at {settings.servers} lacks what is needed: "
             + "; ".join(f"{each.kind} {each.name} {each.state}: {each.detail}" for each in lacking)
             + ". Run `pgbridge topology --apply`"
         )
@@ -81,15 +97,6 @@ def require(found: Sequence[Declaration], address: str) -> None:
 
 MAX_UNSETTLED = 10_000
 """Messages that all processes of a worker have in hand, or that wait for another attempt; beyond, no more are given."""
-
-NANOSECONDS = 1_000_000_000
-"""In one second: how JetStream writes durations."""
-
-HEARTBEAT = 5.0
-"""Seconds between the signs of life that the server gives while a request for messages stands."""
-
-_REQUEST_STANDS = 30.0
-"""Seconds after which such a request ends; the next follows."""
 
 Words = tuple[str, ...]
 
@@ -139,7 +146,9 @@ def _cover(one: Words, other: Words) -> Words:
     return (*merged, ">")
 
 
-async def consumer(jetstream: JetStreamContext, stream: str, subscription: Subscription, *, apply: bool) -> Declaration:
+async def consumer_declaration(
+    jetstream: JetStreamContext, stream: str, subscription: Subscription, *, apply: bool
+) -> Declaration:
     """The state of the worker's consumer; with `apply`, it is declared, or brought to these settings."""
     wanted = ConsumerConfig(
         durable_name=subscription.worker,
@@ -147,7 +156,7 @@ async def consumer(jetstream: JetStreamContext, stream: str, subscription: Subsc
         deliver_policy=DeliverPolicy.ALL,
         ack_policy=AckPolicy.EXPLICIT,
         ack_wait=subscription.ack_wait,
-        # Dropping a message for its deliveries is not JetStream's to decide: the worker dead-letters it.
+        # The worker decides when a message has had enough deliveries, and dead-letters it.
         max_deliver=-1,
         max_ack_pending=MAX_UNSETTLED,
         filter_subjects=filters(stream, subscription.topics),
@@ -165,20 +174,9 @@ async def consumer(jetstream: JetStreamContext, stream: str, subscription: Subsc
         if problem is None:
             return Declaration("consumer", name, "present", detail)
         if not apply:
-            mend = "`pgbridge topology --apply` changes it"
-            return Declaration("consumer", name, "differs", f"{problem}; {mend}")
+            return Declaration("consumer", name, "differs", f"{problem}; `pgbridge topology --apply` changes it")
     await jetstream.add_consumer(stream, wanted)
     return Declaration("consumer", name, "declared", f"{detail}{'; before: ' + problem if problem else ''}")
-
-
-def request_for(stream: str, worker: str, count: int) -> tuple[str, bytes]:
-    """Subject and payload that ask the consumer for `count` messages."""
-    request = {
-        "batch": count,
-        "expires": int(_REQUEST_STANDS * NANOSECONDS),
-        "idle_heartbeat": int(HEARTBEAT * NANOSECONDS),
-    }
-    return f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{worker}", json.dumps(request).encode()
 
 
 def _consumer_problem(found: ConsumerConfig, wanted: ConsumerConfig) -> str | None:

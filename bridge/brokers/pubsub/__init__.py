@@ -1,8 +1,8 @@
 """Google Cloud Pub/Sub, over gRPC with raw protobuf.
 
-`connection` connects and tells errors apart, `message` is an event as a Pub/Sub message, `resources` looks at topics
-and subscriptions and declares them, `topology` says which of them a worker needs. `sink` publishes through `requests`,
-one in flight per key; `queue` pulls, `lease` keeps what is in hand, `dead` is what a worker gave up.
+`connection` connects and says what an error means, `message` is an event as a Pub/Sub message, `resources` looks at
+topics and subscriptions and declares them, `topology` says which of them a worker needs. `sink` publishes through
+`requests`, one in flight per key; `queue` pulls, `lease` keeps what is in hand, `dead` reads what was given up.
 """
 
 from typing import Final

@@ -1,23 +1,20 @@
-"""Dead letters of a worker on Pub/Sub: how they are marked, shown, replayed and discarded.
+"""Dead letters of a worker on Pub/Sub: how they are shown, replayed and discarded.
 
-They stand in the topic ``<worker>.dead``, whose subscription of the same name keeps them for 31 days.
+They are in the topic ``<worker>.dead``, whose subscription of the same name keeps them for 31 days.
 """
 
 from typing import Any, Final
 
 from google.pubsub_v1 import types
 
-from bridge.brokers.contract import Decide, Failure, Letter
-from bridge.brokers.letters import ATTEMPTS, PREFIX, letter_headers, letter_of
-from bridge.brokers.pubsub.connection import Connection, connect
-from bridge.brokers.pubsub.lease import MAX_LEASE
-from bridge.brokers.pubsub.message import CONTENT_TYPE, MAX_ATTRIBUTES, NOT_THE_EVENTS, VALUE_BYTES, from_message
+from bridge.brokers.contract import Decide, Letter
+from bridge.brokers.letters import ATTEMPTS, PREFIX, letter_of
+from bridge.brokers.pubsub.connection import Connection, TimedOutError, connect
+from bridge.brokers.pubsub.message import CONTENT_TYPE, FOR_WORKER, NOT_THE_EVENTS, from_message
 from bridge.brokers.pubsub.settings import PubSubSettings
-from bridge.brokers.pubsub.topology import Names
-from bridge.errors import BrokerUnavailableError
+from bridge.brokers.pubsub.topology import MAX_LEASE, Names
+from bridge.event import REPLAYED
 
-FOR_WORKER: Final = f"{PREFIX}for"
-"""Names the one worker that a replayed message is meant for; the queues of others pass over it."""
 FORWARDED_COUNT: Final = "CloudPubSubDeadLetterSourceDeliveryCount"
 """Marks a message that the service itself forwarded, after so many deliveries."""
 
@@ -29,23 +26,6 @@ _BATCH: Final = 100
 
 _Message: Final = types.PubsubMessage.pb()
 _Modify: Final = types.ModifyAckDeadlineRequest.pb()
-
-
-def marked(message: Any, failure: Failure, worker: str, attempts: int) -> Any:
-    """The message, with why it failed; texts are cut to what an attribute holds, the trace at its beginning."""
-    marks = {
-        name: _cut(value, keep_end=name.endswith("trace"))
-        for name, value in letter_headers(worker, failure, attempts).items()
-    }
-    kept = {name: value for name, value in message.attributes.items() if not name.startswith(PREFIX)}
-    # A message of ours has room for the marks; a stranger's that has none loses its last attributes.
-    kept = dict(sorted(kept.items(), key=lambda item: not item[0].startswith("ce-"))[: MAX_ATTRIBUTES - len(marks)])
-    return _Message(data=message.data, attributes=kept | marks)
-
-
-def _cut(text: str, *, keep_end: bool) -> str:
-    cut = text.encode()[-VALUE_BYTES:] if keep_end else text.encode()[:VALUE_BYTES]
-    return cut.decode(errors="ignore")
 
 
 class PubSubDeadLetters:
@@ -61,7 +41,7 @@ class PubSubDeadLetters:
         self._names = Names(settings, worker)
 
     async def walk(self, decide: Decide) -> None:
-        """As `DeadLetters.walk`. A letter is in hand until the end, and cannot be seen by others meanwhile."""
+        """See `contract.DeadLetters.walk`. Until the end, a letter is in hand, and nobody else can see it."""
         connection = await connect(self._settings)
         kept: dict[str, str] = {}
         replayed: set[str] = set()
@@ -92,10 +72,8 @@ class PubSubDeadLetters:
         )
         try:
             response = await connection.call(connection.pull, request, limit=PULL_LIMIT)
-        except BrokerUnavailableError as error:
-            if "DEADLINE_EXCEEDED" in str(error):
-                return []
-            raise
+        except TimedOutError:
+            return []
         await self._extend(connection, [each.ack_id for each in response.received_messages], MAX_LEASE)
         return response.received_messages
 
@@ -117,7 +95,7 @@ class PubSubDeadLetters:
     async def _publish_again(self, connection: Connection, message: Any) -> None:
         flat = {name: value for name, value in message.attributes.items() if not name.startswith(NOT_THE_EVENTS)}
         key = flat.get("ce-subject", "") if self._settings.ordering else ""
-        flat |= {FOR_WORKER: self._worker, "replayed": "true"}
+        flat |= {FOR_WORKER: self._worker, REPLAYED: "true"}
         again = _Message(data=message.data, attributes=flat, ordering_key=key)
         request = types.PublishRequest.pb()(topic=self._names.topic, messages=[again])
         await connection.call(connection.publish, request, limit=self._settings.publish_timeout)

@@ -13,9 +13,6 @@ from bridge.process.batching import Gathering
 
 log = structlog.get_logger("workers")
 
-MAX_LEASE: Final = 600
-"""Seconds: the longest that a lease can be made, and so the longest delay before another attempt."""
-
 IDS_IN_REQUEST: Final = 1000
 """Most ack ids in one request; the service takes half a megabyte, and an id has some two hundred bytes."""
 
@@ -27,7 +24,10 @@ _Modify: Final = types.ModifyAckDeadlineRequest.pb()
 
 
 class Leases:
-    """The messages of one subscription that this process has in hand. `lost` is told when they cannot be extended."""
+    """The messages of one subscription that this process has in hand.
+
+    `lost` is called when a lease cannot be extended.
+    """
 
     def __init__(
         self, connection: Connection, subscription: str, deadline: int, lost: Callable[[PgbridgeError], None]

@@ -1,22 +1,31 @@
-"""Encodes events as the messages of a Pub/Sub publish request, and checks the limits that the service sets for them.
+"""An event as a Pub/Sub message, and back; and what a dead letter carries beside it.
 
-What google.pubsub.v1.PublishRequest gives for the same messages (tests/unit/test_pubsub_encode.py), at a tenth of the
-cost: what is the same for all events of a topic is encoded once. Fields are those of google/pubsub/v1/pubsub.proto,
-their form that of https://protobuf.dev/programming-guides/encoding/; limits: https://cloud.google.com/pubsub/quotas.
+`Encoder` writes events as the messages of a publish request, and checks the limits that the service sets for them. It
+gives what google.pubsub.v1.PublishRequest gives for the same messages (tests/unit/test_pubsub_encode.py), at a tenth
+of the cost: what is the same for all events of a topic is encoded once. Fields are those of
+google/pubsub/v1/pubsub.proto, their form that of https://protobuf.dev/programming-guides/encoding/; limits:
+https://cloud.google.com/pubsub/quotas.
 """
 
 from functools import lru_cache
 from typing import Any, Final
 
+from google.pubsub_v1 import types
+
+from bridge.brokers.contract import Failure, Unsendable
+from bridge.brokers.letters import PREFIX, letter_headers
 from bridge.event import ATTRIBUTE_PREFIX, SPECVERSION, Event, Malformed, TimeWriter, from_attributes
 
 MAX_ATTRIBUTES: Final = 100
 VALUE_BYTES: Final = 1024
+"""Most bytes of an attribute's value."""
 
-NOT_THE_EVENTS: Final = ("goog", "x-pgbridge-", "CloudPubSubDeadLetterSource")
+NOT_THE_EVENTS: Final = ("goog", PREFIX, "CloudPubSubDeadLetterSource")
 """Begin the names of attributes that Google's clients, our queues and the service add on the way."""
 CONTENT_TYPE: Final = "content-type"
 GOOGLE_TRACE: Final = "googclient_traceparent"
+FOR_WORKER: Final = f"{PREFIX}for"
+"""Names the one worker that a replayed message is meant for; the queues of others pass over it."""
 
 
 def from_message(message: Any) -> Event | Malformed:
@@ -27,6 +36,23 @@ def from_message(message: Any) -> Event | Malformed:
         return from_attributes(flat, bytes(message.data), content_type)
     except Malformed as malformed:
         return malformed
+
+
+def marked(message: Any, failure: Failure, worker: str, attempts: int) -> Any:
+    """The message, with why it failed; texts are cut to what an attribute holds, the trace at its beginning."""
+    marks = {
+        name: _cut(value, keep_end=name.endswith("trace"))
+        for name, value in letter_headers(worker, failure, attempts).items()
+    }
+    kept = {name: value for name, value in message.attributes.items() if not name.startswith(PREFIX)}
+    # A message of ours has room for the marks; a stranger's that has none loses its last attributes.
+    kept = dict(sorted(kept.items(), key=lambda item: not item[0].startswith("ce-"))[: MAX_ATTRIBUTES - len(marks)])
+    return types.PubsubMessage.pb()(data=message.data, attributes=kept | marks)
+
+
+def _cut(text: str, *, keep_end: bool) -> str:
+    cut = text.encode()[-VALUE_BYTES:] if keep_end else text.encode()[:VALUE_BYTES]
+    return cut.decode(errors="ignore")
 
 
 REQUEST_BYTES: Final = 10_000_000
@@ -47,14 +73,6 @@ _CACHED: Final = 4096
 _REQUEST_TOPIC, _REQUEST_MESSAGE = b"\x0a", b"\x12"
 _DATA, _ATTRIBUTE, _ORDERING_KEY = b"\x0a", b"\x12", b"\x2a"
 _NAME, _VALUE = b"\x0a", b"\x12"
-
-
-class Unsendable(ValueError):  # noqa: N818 - named for what the event is
-    """Pub/Sub could never take this event. `code` is that of the sink's failure."""
-
-    def __init__(self, code: str, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
 
 
 class Encoder:

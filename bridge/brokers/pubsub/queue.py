@@ -6,13 +6,14 @@
   which knows no delay of its own. One of an ordered key takes along what is in hand behind it, so order is kept.
 - `attempt` is what the service counts: a delivery that was given back counts too, and one that waited in hand behind
   another. The inbox, which decides when attempts are exhausted, does not count those.
-- ``pubsub_lease.py`` keeps leases and order, ``pubsub_topology.py`` knows subscription and dead-letter topic.
+- `lease` extends what is in hand, `order` holds back what waits behind one of its key, `topology` names subscription
+  and dead-letter topic, `message` reads events and marks dead letters.
 """
 
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Final
 
 import grpc
@@ -20,18 +21,25 @@ from google.pubsub_v1 import types
 
 from bridge.brokers.contract import Declaration, Failure, Subscription
 from bridge.brokers.order import InOrder
-from bridge.brokers.pubsub.connection import Connection, connect, explained
-from bridge.brokers.pubsub.dead import FOR_WORKER, marked
-from bridge.brokers.pubsub.lease import MAX_LEASE, Leases
-from bridge.brokers.pubsub.message import from_message
+from bridge.brokers.pubsub.connection import Connection, connect
+from bridge.brokers.pubsub.lease import Leases
+from bridge.brokers.pubsub.message import FOR_WORKER, from_message, marked
 from bridge.brokers.pubsub.settings import PubSubSettings
-from bridge.brokers.pubsub.topology import Names, ack_deadline, declarations
-from bridge.errors import BrokerUnavailableError, PgbridgeError
+from bridge.brokers.pubsub.topology import MAX_LEASE, Names, ack_deadline, declarations
+from bridge.errors import (
+    BrokerUnavailableError,
+    LoginError,
+    PgbridgeError,
+    PrivilegeError,
+    RefusedError,
+    TopologyError,
+    UnavailableError,
+)
 from bridge.event import Event, Malformed, matches
 
 
 class PubSubDelivery:
-    """One message in hand; see `bridge.brokers.contract.Delivery`."""
+    """See `bridge.brokers.contract.Delivery`."""
 
     def __init__(self, queue: "PubSubQueue", received: Any, event: Event | Malformed) -> None:
         self._queue = queue
@@ -61,6 +69,8 @@ EMULATOR_POLL: Final = 0.02
 """Seconds between two looks at the emulator, which goes on giving messages to a waiting pull that was cancelled."""
 MOST_HELD: Final = 10
 """Times the prefetch: most messages in hand with those that wait behind one of their key."""
+REFUSED_DELAY: Final = 60
+"""Seconds until a message comes again that the service refused as a dead letter."""
 PULL_GRACE: Final = 0.25
 """Seconds that a stop gives a pull to return by itself."""
 
@@ -69,7 +79,7 @@ _Pull: Final = types.PullRequest.pb()
 
 
 class PubSubQueue:
-    """One worker's subscription. Its settings are those of the sink whose topic it reads."""
+    """One worker's subscription of the sink's topic. See `bridge.brokers.contract.Queue`."""
 
     def __init__(self, settings: PubSubSettings, subscription: Subscription) -> None:
         self._settings = settings
@@ -84,7 +94,7 @@ class PubSubQueue:
         self._stopping = False
 
     async def open(self) -> None:
-        """As `Queue.open`. Without credentials it raises SettingsError, where they do not suffice PrivilegeError."""
+        """See `contract.Queue.open`. Raises as `connect` does, too, and PrivilegeError for who may not consume."""
         await self.close()
         connection = await connect(self._settings)
         try:
@@ -97,7 +107,7 @@ class PubSubQueue:
         self._leases = Leases(connection, self._names.subscription, deadline, self._lose)
 
     async def deliveries(self) -> AsyncIterator[PubSubDelivery]:
-        """As `Queue.deliveries`. Of one ordering key, the next comes once the one before is settled."""
+        """See `contract.Queue.deliveries`. Of one ordering key, the next comes once the one before is settled."""
         if self._pulling is None and not self._stopping:
             self._pulling = asyncio.create_task(self._pull())
             self._pulling.add_done_callback(self._pull_ended)
@@ -112,7 +122,7 @@ class PubSubQueue:
             yield self._hand.hand_out()
 
     async def stop(self) -> None:
-        """As `Queue.stop`; what was not handed out is given back at once."""
+        """See `contract.Queue.stop`; what was not handed out is given back at once."""
         await self._end_pulling()
         if unseen := self._hand.take_back_ready():
             await self._release(unseen, 0)
@@ -136,7 +146,7 @@ class PubSubQueue:
             self._lose(error)
 
     async def topology(self, *, apply: bool) -> Sequence[Declaration]:
-        """As `Queue.topology`: topic, subscription, dead-letter topic and its subscription, and permissions."""
+        """See `contract.Queue.topology`: topic, subscription, dead-letter topic with its subscription, permissions."""
         connection = await connect(self._settings)
         try:
             return await declarations(connection, self._settings, self._wanted, self._names, apply=apply)
@@ -144,7 +154,7 @@ class PubSubQueue:
             await connection.close()
 
     async def close(self) -> None:
-        """As `Queue.close`. While the service answers, what is in hand comes again at once; else its lease runs out."""
+        """See `contract.Queue.close`. What is in hand comes again at once, without an answer when its lease ends."""
         await self._end_pulling()
         connection, self._connection = self._connection, None
         leases, self._leases = self._leases, None
@@ -152,11 +162,12 @@ class PubSubQueue:
             await leases.close()
         if connection is not None:
             await connection.close()
-        self._lose(BrokerUnavailableError("the queue was closed"))
+        self._lose(self._closed("the queue was closed"))
 
     async def ack(self, delivery: PubSubDelivery) -> None:
-        """Settles one delivery for ever."""
-        await self._open_leases().acknowledge(delivery.ack_id)
+        """Settles one delivery: it never comes again."""
+        with self._ending_if_it_fails():
+            await self._open_leases().acknowledge(delivery.ack_id)
         self._hand.settled(delivery)
         self._changed.set()
         if self._stopping and (unseen := self._hand.take_back_ready()):
@@ -171,18 +182,37 @@ class PubSubQueue:
         await self._release(self._hand.take_back(delivery), 0)
 
     async def dead_letter(self, delivery: PubSubDelivery, failure: Failure) -> None:
-        """Publishes it to the dead-letter topic, then settles it."""
+        """Publishes it to the dead-letter topic, then settles it; what is refused there comes again later."""
         connection = self._open_connection()
         message = marked(delivery.message, failure, self._wanted.worker, delivery.attempt)
         request = _Publish(topic=self._names.dead_topic, messages=[message])
-        await connection.call(connection.publish, request, limit=self._settings.publish_timeout)
+        try:
+            with self._ending_if_it_fails():
+                await connection.call(connection.publish, request, limit=self._settings.publish_timeout)
+        except RefusedError:
+            if self._lost is None:
+                await self.postpone(delivery, REFUSED_DELAY)
+            raise
         await self.ack(delivery)
 
     async def _release(self, deliveries: Sequence[PubSubDelivery], seconds: int) -> None:
         try:
-            await self._open_leases().release([delivery.ack_id for delivery in deliveries], seconds)
+            with self._ending_if_it_fails():
+                await self._open_leases().release([delivery.ack_id for delivery in deliveries], seconds)
         finally:
             self._changed.set()
+
+    @contextlib.contextmanager
+    def _ending_if_it_fails(self) -> Iterator[None]:
+        """A settlement that fails ends `deliveries`, after which everything in hand comes again.
+
+        What is refused for this one message, as a letter that is too large, ends nothing.
+        """
+        try:
+            yield
+        except (UnavailableError, LoginError, PrivilegeError, TopologyError) as error:
+            self._lose(error)
+            raise
 
     async def _pull(self) -> None:
         """Keeps up to `prefetch` messages in hand, beside those that wait behind one of their key."""
@@ -201,7 +231,7 @@ class PubSubQueue:
                 response = await connection.pull(request, timeout=PULL_LIMIT)
             except grpc.aio.AioRpcError as error:
                 if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
-                    self._lose(explained(error, connection.address))
+                    self._lose(await connection.explained(error))
             else:
                 await self._take(response.received_messages)
                 if connection.emulated and not response.received_messages:
@@ -221,7 +251,10 @@ class PubSubQueue:
         await asyncio.gather(*map(leases.acknowledge, unwanted))
 
     def _wants(self, event: Event, message: Any) -> bool:
-        """What a filter cannot say exactly, or the emulator does not obey; and replays meant for another worker."""
+        """Whether the worker subscribed to it; a replay that is meant for another worker does not count.
+
+        The subscription's filter lets pass more than the patterns take, and the emulator obeys no filter.
+        """
         if message.attributes.get(FOR_WORKER, self._wanted.worker) != self._wanted.worker:
             return False
         return any(matches(pattern, event.topic) for pattern in self._wanted.topics)
@@ -236,16 +269,19 @@ class PubSubQueue:
         """Whether nothing can be received or settled until `open` is called again."""
         return self._lost is not None
 
+    def _closed(self, why: str) -> BrokerUnavailableError:
+        return BrokerUnavailableError(f"{self._settings.address_key}: Pub/Sub at {self._settings.address}: {why}")
+
     def _open_connection(self) -> Connection:
         if isinstance(self._lost, BrokerUnavailableError):
             raise self._lost
         if self._connection is None:
-            raise BrokerUnavailableError("the queue is not open")
+            raise self._closed("the queue is not open")
         return self._connection
 
     def _open_leases(self) -> Leases:
         if isinstance(self._lost, BrokerUnavailableError):
             raise self._lost
         if self._leases is None:
-            raise BrokerUnavailableError("the queue is not open")
+            raise self._closed("the queue is not open")
         return self._leases

@@ -1,4 +1,4 @@
-"""Messages on their way to Pub/Sub: per key a queue, one ordering key a request, one request in flight per key.
+"""Messages on their way to Pub/Sub: a queue for each key, one ordering key a request, one request in flight per key.
 
 Many keys travel side by side, up to a limit of requests; while it is reached, waiting messages gather and share
 requests. A request that fails takes along what waits behind it with the same key, and the key takes nothing more
@@ -53,7 +53,7 @@ class KeyQueue:
         self.ready = False
         self.in_flight = 0
         self.unanswered = 0
-        """Calls that had messages of this key fail and have not returned yet."""
+        """Calls in which a message of this key failed, and whose outcomes the relay does not know yet."""
         self.timer: asyncio.TimerHandle | None = None
 
 

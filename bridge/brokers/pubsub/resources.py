@@ -1,6 +1,6 @@
-"""Topics and subscriptions: what stands, what is missing, what differs; and declaring it.
+"""Topics and subscriptions: what exists, what is missing, what differs; and declaring it.
 
-What can be changed in place is changed by `apply`; what cannot (a filter, ordering) is told with the way to mend it.
+What can be changed in place, `apply` changes; of what cannot (a filter, ordering) the declaration says what to do.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from google.protobuf import duration_pb2, field_mask_pb2
 from google.pubsub_v1 import types
 
 from bridge.brokers.contract import Declaration
-from bridge.brokers.pubsub.connection import Connection
+from bridge.brokers.pubsub.connection import Connection, MissingError
 from bridge.errors import TopologyError
 
 NOT_KEPT: Final = (
@@ -44,10 +44,8 @@ async def find_subscription(connection: Connection, name: str) -> Any | None:
 async def _found(connection: Connection, method: Any, request: Any) -> Any | None:
     try:
         return await connection.call(method, request)
-    except TopologyError as error:
-        if "NOT_FOUND" in str(error):
-            return None
-        raise
+    except MissingError:
+        return None
 
 
 async def keeps_messages(connection: Connection, topic: Any) -> bool:
@@ -61,7 +59,7 @@ async def keeps_messages(connection: Connection, topic: Any) -> bool:
 async def topic_declaration(
     connection: Connection, name: str, retention: float, *, apply: bool, warn: bool = True
 ) -> Declaration:
-    """How the topic stands that should keep messages for `retention` seconds; with `warn`, whether any are kept."""
+    """The state of a topic that should keep messages for `retention` seconds; with `warn`, whether any are kept."""
     short = name.rpartition("/")[2]
     wanted = _Topic(name=name)
     if retention:
@@ -72,22 +70,33 @@ async def topic_declaration(
         return Declaration("topic", short, "missing", detail)
     state: Literal["declared", "present"] = "declared"
     if found is None:
-        found = await connection.call(connection.create_topic, wanted)
+        found = await _created(connection, wanted)
     elif found.message_retention_duration == wanted.message_retention_duration:
         state = "present"
     elif apply:
         mask = field_mask_pb2.FieldMask(paths=["message_retention_duration"])
         found = await connection.call(connection.update_topic, _UpdateTopic(topic=wanted, update_mask=mask))
     else:
-        stands = _days(found.message_retention_duration.seconds)
-        return Declaration("topic", short, "differs", f"keeps messages for {stands}; --apply sets {_days(retention)}")
+        kept = _days(found.message_retention_duration.seconds)
+        return Declaration("topic", short, "differs", f"keeps messages for {kept}; --apply sets {_days(retention)}")
     if warn and not await keeps_messages(connection, found):
         return Declaration("topic", short, "differs", NOT_KEPT)
     return Declaration("topic", short, state, detail)
 
 
+async def _created(connection: Connection, topic: Any) -> Any:
+    try:
+        return await connection.call(connection.create_topic, topic)
+    except MissingError as error:
+        # Of what a topic is created in, there is only the project.
+        project = topic.name.split("/")[1]
+        raise TopologyError(
+            f"{connection.at('project')} has no project {project!r}, or does not show it to these credentials"
+        ) from error
+
+
 async def subscription_declaration(connection: Connection, wanted: Any, *, apply: bool) -> Declaration:
-    """How the subscription stands that should be as the Subscription `wanted`."""
+    """The state of a subscription that should be as the Subscription `wanted`."""
     short = wanted.name.rpartition("/")[2]
     detail = _described(wanted)
     found = await find_subscription(connection, wanted.name)
@@ -110,8 +119,8 @@ async def subscription_declaration(connection: Connection, wanted: Any, *, apply
         return Declaration("subscription", short, "declared", f"changed: {', '.join(changed)}")
     if found.HasField("expiration_policy") and not found.expiration_policy.HasField("ttl"):
         return Declaration("subscription", short, "present", detail)
-    mend = f"gcloud pubsub subscriptions update {short} --expiration-period=never"
-    return Declaration("subscription", short, "differs", f"it is deleted when nobody uses it for a while; {mend}")
+    command = f"gcloud pubsub subscriptions update {short} --expiration-period=never"
+    return Declaration("subscription", short, "differs", f"it is deleted when nobody uses it for a while; {command}")
 
 
 def _described(subscription: Any) -> str:
@@ -129,10 +138,10 @@ def _described(subscription: Any) -> str:
 
 
 def _immutable(found: Any, wanted: Any, names: Sequence[str]) -> str:
-    told = "; ".join(f"{name} is {getattr(found, name)!r}, wanted {getattr(wanted, name)!r}" for name in names)
+    differences = "; ".join(f"{name} is {getattr(found, name)!r}, wanted {getattr(wanted, name)!r}" for name in names)
     short = wanted.name.rpartition("/")[2]
     return (
-        f"{told}. Pub/Sub cannot change this: let the worker empty the subscription, stop it, then "
+        f"{differences}. Pub/Sub cannot change this: let the worker empty the subscription, stop it, then "
         f"`gcloud pubsub subscriptions delete {short}` and `pgbridge topology --apply`; what is published in between "
         "is lost to this worker, unless the topic keeps messages and the new subscription seeks back"
     )

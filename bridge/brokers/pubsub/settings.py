@@ -36,6 +36,16 @@ class PubSubSettings(SinkSettings):
     retention: Duration = 7 * 86400.0
     """How long the topic keeps messages for subscriptions yet to come; 0 keeps none, else 10 minutes to 31 days."""
 
+    @property
+    def address(self) -> str:
+        """Where the service or the emulator is, as ``host:port``."""
+        return self.emulator_host or self.endpoint
+
+    @property
+    def address_key(self) -> str:
+        """The dotted key of the setting that says so."""
+        return self.key("emulator_host" if self.emulator_host else "endpoint")
+
     @field_validator("retention")
     @classmethod
     def _retention_that_pubsub_offers(cls, retention: float) -> float:

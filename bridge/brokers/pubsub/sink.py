@@ -1,6 +1,6 @@
 """Google Cloud Pub/Sub as a sink: one topic, the event's key as the ordering key, confirms by request.
 
-``pubsub_requests.py`` sends; ``bridge/pubsub/`` connects, encodes messages, and looks at topics.
+`message` encodes events, `requests` sends them; this file opens both, looks at the topic, and notices a lost service.
 """
 
 import asyncio
@@ -11,10 +11,10 @@ from typing import Final, cast
 import grpc
 import structlog
 
-from bridge.brokers.contract import Declaration, Never, NotSent, Outcome
+from bridge.brokers.contract import Declaration, NotSent, Outcome, Unsendable
 from bridge.brokers.pubsub import resources
 from bridge.brokers.pubsub.connection import Connection, connect
-from bridge.brokers.pubsub.message import Encoder, Unsendable
+from bridge.brokers.pubsub.message import Encoder
 from bridge.brokers.pubsub.requests import Requests
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.errors import PrivilegeError, TopologyError
@@ -27,7 +27,7 @@ ROLE: Final = "roles/pubsub.publisher"
 
 
 class PubSubSink:
-    """Publishes to one Pub/Sub topic."""
+    """Publishes to one topic. See `bridge.brokers.contract.Sink`."""
 
     def __init__(self, settings: PubSubSettings) -> None:
         self._settings = settings
@@ -38,11 +38,11 @@ class PubSubSink:
 
     @property
     def is_open(self) -> bool:
-        """As `Sink.is_open`."""
+        """See `contract.Sink.is_open`."""
         return self._requests is not None and self._requests.broken is None
 
     async def open(self) -> None:
-        """As `Sink.open`. Without credentials it raises SettingsError, where they do not suffice PrivilegeError."""
+        """See `contract.Sink.open`. Raises as `connect` does, too, and PrivilegeError for who may not publish."""
         if self.is_open:
             return
         await self.close()
@@ -59,20 +59,20 @@ class PubSubSink:
         try:
             topic = await resources.find_topic(connection, self._topic)
         except PrivilegeError:
-            # Who may only publish cannot look, and needs not to.
+            # Who may only publish cannot look, and need not.
             if PERMISSION in await connection.allowed(self._topic, [PERMISSION]):
                 return
             raise
         if topic is None:
             raise TopologyError(
-                f"Pub/Sub at {connection.address} has no topic {self._settings.topic!r} in project "
-                f"{self._settings.project!r}: run `pgbridge topology --apply`"
+                f"{connection.at('topic')} has no topic {self._settings.topic!r} in project "
+                f"{self._settings.project!r}, or no such project: run `pgbridge topology --apply`"
             )
         if not await resources.keeps_messages(connection, topic):
             log.warning("pubsub.messages_not_kept", topic=self._settings.topic, reason=resources.NOT_KEPT)
 
     async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
-        """As `Sink.publish`; order is kept per key, and only there."""
+        """See `contract.Sink.publish`; order is kept per key, and only there."""
         requests = self._requests
         if requests is None:
             return [NotSent("the sink is not open")] * len(events)
@@ -81,7 +81,7 @@ class PubSubSink:
                 try:
                     key, message = self._encoder.encode(event)
                 except Unsendable as refused:
-                    call.settle(index, Never(refused.code, str(refused)))
+                    call.settle(index, refused.outcome)
                 else:
                     requests.put(key, message, call, index)
             requests.start()
@@ -89,7 +89,7 @@ class PubSubSink:
             return cast("list[Outcome]", call.outcomes)
 
     async def topology(self, *, apply: bool) -> Sequence[Declaration]:
-        """As `Sink.topology`: the topic, and on the real service the permission to publish to it."""
+        """See `contract.Sink.topology`: the topic, and on the real service the permission to publish to it."""
         connection = await connect(self._settings)
         try:
             topic = await resources.topic_declaration(connection, self._topic, self._settings.retention, apply=apply)
@@ -103,7 +103,7 @@ class PubSubSink:
             await connection.close()
 
     async def close(self) -> None:
-        """As `Sink.close`."""
+        """See `contract.Sink.close`."""
         requests, self._requests = self._requests, None
         if self._watching is not None:
             self._watching.cancel()
@@ -115,9 +115,9 @@ class PubSubSink:
 
 
 async def _watch(connection: Connection, requests: Requests) -> None:
-    """Notices that the service cannot be reached while nothing is in flight that would tell.
+    """Notices that the service cannot be reached, when no request is in flight that would fail.
 
-    A connection that the service ends in order, as it does now and then, is made anew without a word.
+    A connection that the service ends in order, as it does now and then, gRPC makes anew by itself.
     """
     state = connection.channel.get_state(try_to_connect=True)
     while state not in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):

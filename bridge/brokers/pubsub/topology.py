@@ -20,12 +20,15 @@ MAX_DELIVERIES: Final = 100
 """The most that Pub/Sub offers. It counts nacks, too; long before, the worker itself dead-letters what fails."""
 
 RETENTION: Final = 7 * 86400
-"""Seconds that a worker's messages are kept."""
+"""Seconds that a worker's messages are kept: 7 days."""
 
 DEAD_RETENTION: Final = 31 * 86400
 """Seconds that dead letters are kept: the longest that Pub/Sub offers."""
 EMULATED_RETENTION: Final = 7 * 86400
-"""The longest that the emulator takes."""
+"""Seconds: the longest that the emulator takes."""
+
+MAX_LEASE: Final = 600
+"""Seconds: the longest that a lease can be made, and so the longest delay before another attempt."""
 
 FILTER_BYTES: Final = 256
 """Longest filter that Pub/Sub takes."""
@@ -78,7 +81,7 @@ def _quoted(text: str) -> str:
 async def ack_deadline(connection: Connection, wanted: Subscription, names: Names) -> int:
     """The subscription's ack deadline in seconds.
 
-    Raises TopologyError when it does not stand, or might withhold what the worker wants; PrivilegeError.
+    Raises TopologyError when the subscription does not exist, or might withhold what the worker wants; PrivilegeError.
     """
     permission = "pubsub.subscriptions.consume"
     try:
@@ -90,15 +93,16 @@ async def ack_deadline(connection: Connection, wanted: Subscription, names: Name
         raise
     what = f"subscription {wanted.worker!r} in {names.project}"
     if found is None:
-        raise TopologyError(f"Pub/Sub at {connection.address} has no {what}: run `pgbridge topology --apply`")
+        raise TopologyError(f"{connection.at()} has no {what}: run `pgbridge topology --apply`")
     if found.topic != names.topic:
         raise TopologyError(
-            f"the {what} reads {found.topic}, not {names.topic}: delete it, then run `pgbridge topology --apply`"
+            f"{connection.at('topic')} has a {what} that reads {found.topic}, not {names.topic}: delete it, then run "
+            "`pgbridge topology --apply`"
         )
     if found.filter not in ("", filter_of(wanted.topics)):
         raise TopologyError(
-            f"the {what} has the filter {found.filter}, which may withhold what the worker wants: "
-            "`pgbridge topology` tells how to mend it"
+            f"{connection.at()} has a {what} with the filter {found.filter}, which may withhold what the worker wants: "
+            "`pgbridge topology` says what to do"
         )
     return int(found.ack_deadline_seconds)
 

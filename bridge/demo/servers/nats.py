@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from bridge.demo.servers.process import MissingProgramError, Process, Server
@@ -16,9 +17,19 @@ class NatsServer(Server):
 
     name = "nats"
 
-    def __init__(self, folder: Path, *, sync_always: bool = False, port: int | None = None) -> None:
-        """Raises MissingProgramError when the wheel is not installed."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        sync_always: bool = False,
+        jetstream: bool = True,
+        lines: Sequence[str] = (),
+        port: int | None = None,
+    ) -> None:
+        """`lines` are added to the configuration. Raises MissingProgramError when the wheel is not installed."""
         super().__init__(folder, port=port)
+        self._jetstream = jetstream
+        self._lines = lines
         self._sync_always = sync_always
         self._program = _wheel_program()
 
@@ -32,13 +43,17 @@ class NatsServer(Server):
             'server_name: "pgbridge"',
             f'listen: "{self.host}:{self.port}"',
             f"max_payload: {MAX_PAYLOAD}",
-            "jetstream {",
-            f"  store_dir: {json.dumps(str(self.folder / 'data'))}",
-            # Without it, confirmed messages reach the disk every two minutes: a crash of the server's process loses
-            # none, a power cut may.
-            *(["  sync_interval: always"] if self._sync_always else []),
-            "}",
+            *self._lines,
         ]
+        if self._jetstream:
+            lines += [
+                "jetstream {",
+                f"  store_dir: {json.dumps(str(self.folder / 'data'))}",
+                # Without it, confirmed messages reach the disk every two minutes: a crash of the server's process
+                # loses none, a power cut may.
+                *(["  sync_interval: always"] if self._sync_always else []),
+                "}",
+            ]
         configuration.write_text("\n".join(lines) + "\n")
         return Process([self._program, "-c", configuration], log=self.log)
 
@@ -47,8 +62,13 @@ class NatsServer(Server):
             with socket.create_connection((self.host, self.port), timeout=2) as connection:
                 stream = connection.makefile("rwb")
                 greeting = stream.readline()
-                if not greeting.startswith(b"INFO ") or not json.loads(greeting[5:]).get("jetstream"):
-                    return f"its greeting shows no JetStream: {greeting[:200]!r}"
+                if not greeting.startswith(b"INFO "):
+                    return f"its greeting is not that of NATS: {greeting[:200]!r}"
+                said = json.loads(greeting[5:])
+                if bool(said.get("jetstream")) != self._jetstream:
+                    return f"its greeting shows another JetStream: {greeting[:200]!r}"
+                if said.get("auth_required") or said.get("tls_required"):
+                    return None  # it answers, and would say no more to a stranger
                 stream.write(b'CONNECT {"verbose":false}\r\nPING\r\n')
                 stream.flush()
                 answer = stream.readline()
