@@ -77,7 +77,7 @@ async def connect(
                 ping_interval=int(PING_INTERVAL),
                 # Whoever publishes waits for room by himself (see NatsSink), in the order of his calls.
                 pending_size=0,
-                tls=tls_context(settings.tls) if uses_tls else None,
+                tls=tls_context(settings.tls, settings.key) if uses_tls else None,
             )
     except (nats.errors.Error, OSError, TimeoutError) as error:
         await disconnect(client)
