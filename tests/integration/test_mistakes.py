@@ -76,7 +76,7 @@ def test_an_unreachable_broker_ends_with_69(told: Told, bridge_database: str) ->
     sink = 'type = "rabbitmq"\nurl = "amqp://guest:hunter2@127.0.0.1:1/"'
     code, said = told(BASE.format(dsn=bridge_database).replace('type = "memory"', sink))
     assert code == 69
-    assert "sinks.events: RabbitMQ at 127.0.0.1:1 does not answer" in said
+    assert "sinks.events.url: RabbitMQ at 127.0.0.1:1 does not answer" in said
     assert "hunter2" not in said
 
 

@@ -1,7 +1,6 @@
-"""RabbitMQ's own ways with a publisher: returns, refusals, alarms, closed channels, lost connections, TLS."""
+"""RabbitMQ's own ways with a publisher: returns, alarms, closed channels, lost connections, TLS."""
 
 import asyncio
-import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -16,62 +15,17 @@ from bridge.brokers.contract import CONFIRMED, Never, NotSent, Refused, Unknown
 from bridge.brokers.rabbitmq import publisher
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
-from bridge.demo.servers import RabbitMQServer, free_port
-from bridge.errors import BrokerUnavailableError, RefusedError, SettingsError, TopologyError
+from bridge.demo.servers import RabbitMQServer
+from bridge.errors import BrokerUnavailableError, TopologyError
 from bridge.event import Event
 from bridge.settings import TlsSettings
 from tests.contract.sinks import drain
 from tests.support.events import ids, make_event, make_events
 from tests.support.proxy import Proxy
+from tests.support.tls_rabbitmq import BROKER_LIMIT, TlsRabbitMQServer
 from tests.support.until import until
 
 pytestmark = pytest.mark.rabbitmq
-
-BROKER_LIMIT = 3_000_000
-"""`max_message_size` of `node`, in bytes."""
-
-
-class TlsRabbitMQServer(RabbitMQServer):
-    """Also listens for TLS, with a certificate that signs itself; and takes no message beyond BROKER_LIMIT."""
-
-    name = "rabbitmq-tls"
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.tls_port = free_port()
-
-    @property
-    def certificate(self) -> Path:
-        return self.folder / "certificate.pem"
-
-    def _write_configuration(self) -> None:
-        super()._write_configuration()
-        key = self.folder / "key.pem"
-        if not key.exists():
-            request = [
-                "openssl",
-                "req",
-                "-x509",
-                "-newkey",
-                "rsa:2048",
-                "-nodes",
-                "-days",
-                "2",
-                "-subj",
-                "/CN=localhost",
-            ]
-            names = ["-addext", "subjectAltName=IP:127.0.0.1"]
-            files = ["-keyout", str(key), "-out", str(self.certificate)]
-            subprocess.run([*request, *names, *files], check=True, capture_output=True)
-        with (self.folder / "rabbitmq.conf").open("a") as configuration:
-            configuration.write(
-                f"listeners.ssl.1 = 127.0.0.1:{self.tls_port}\n"
-                f"ssl_options.cacertfile = {self.certificate}\n"
-                f"ssl_options.certfile = {self.certificate}\n"
-                f"ssl_options.keyfile = {key}\n"
-                "ssl_options.verify = verify_none\n"
-                f"max_message_size = {BROKER_LIMIT}\n"
-            )
 
 
 @pytest.fixture(scope="module")
@@ -420,40 +374,6 @@ async def test_tls_with_a_trusted_certificate_carries_events(
     assert await drain(queue) == events
 
 
-async def test_tls_with_an_untrusted_certificate_names_the_setting_that_trusts_it(node: TlsRabbitMQServer) -> None:
-    sink = RabbitMQSink(settings_for(f"amqps://guest:guest@127.0.0.1:{node.tls_port}/", "any"))
-    with pytest.raises(BrokerUnavailableError, match=r"tls\.ca_file"):
-        await sink.open()
-    with pytest.raises(BrokerUnavailableError):
-        await sink.topology(apply=False)
-
-
-@pytest.mark.parametrize(
-    ("login", "path", "says"),
-    [("guest:hunter2", "/", "ACCESS_REFUSED"), ("guest:guest", "/no-such-vhost", "no-such-vhost")],
-    ids=["password", "virtual host"],
-)
-async def test_a_refused_login_is_told_without_the_password(
-    rabbitmq: RabbitMQServer, login: str, path: str, says: str
-) -> None:
-    sink = RabbitMQSink(settings_for(f"amqp://{login}@127.0.0.1:{rabbitmq.port}{path}", "any"))
-    for attempt in (sink.open(), sink.topology(apply=False)):
-        with pytest.raises(RefusedError, match=says) as caught:
-            await attempt
-        assert "hunter2" not in str(caught.value)
-
-
-async def test_a_server_that_speaks_no_amqp_is_told(unique: str) -> None:
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
-    server = await asyncio.start_server(answer, "127.0.0.1", free_port())
-    port = server.sockets[0].getsockname()[1]
-    async with server:
-        with pytest.raises(BrokerUnavailableError, match="no AMQP 0-9-1"):
-            await RabbitMQSink(settings_for(f"amqp://127.0.0.1:{port}/", unique)).open()
-
-
 async def test_topology_tells_an_exchange_of_another_kind(rabbitmq: RabbitMQServer, unique: str) -> None:
     async with await aio_pika.connect(rabbitmq.url) as connection:
         await (await connection.channel()).declare_exchange(unique, aio_pika.ExchangeType.FANOUT, durable=True)
@@ -462,25 +382,3 @@ async def test_topology_tells_an_exchange_of_another_kind(rabbitmq: RabbitMQServ
         (declaration,) = await sink.topology(apply=apply)
         assert (declaration.state, declaration.name) == ("differs", unique)
         assert "fanout" in declaration.detail
-
-
-@pytest.mark.parametrize(
-    ("url", "says"),
-    [
-        ("http://host/", "amqp://"),
-        ("amqp:///vhost", "no host"),
-        ("amqp://user:hunter2@host:port/", "port"),
-        ("amqp://user:hunter2@host/a/b", "%2F"),
-        ("amqp://user:hunter2@host/?heartbeat=5", "settings of their own"),
-    ],
-)
-def test_a_url_that_cannot_be_used_is_a_settings_error_without_the_password(url: str, says: str) -> None:
-    with pytest.raises(SettingsError, match=says) as caught:
-        RabbitMQSink(settings_for(url, "events"))
-    assert "hunter2" not in str(caught.value)
-
-
-def test_a_missing_certificate_is_a_settings_error_that_names_the_file(tmp_path: Path) -> None:
-    missing = tmp_path / "ca.pem"
-    with pytest.raises(SettingsError, match=str(missing)):
-        RabbitMQSink(settings_for("amqps://host/", "events", tls=TlsSettings(ca_file=missing)))

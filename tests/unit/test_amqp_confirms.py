@@ -1,4 +1,4 @@
-"""The ledger of delivery tags against a naive model, and the reader against bytes that come in any pieces."""
+"""Unconfirmed batches against a naive model, and the reader against bytes that come in any pieces."""
 
 import asyncio
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pamqp import body, commands, frame, header
 
 from bridge.brokers.contract import CONFIRMED, Never, NotSent, Unknown
-from bridge.brokers.rabbitmq.confirms import NACKED, Batch, Ledger
+from bridge.brokers.rabbitmq.confirms import NACKED, Batch, UnconfirmedBatches
 from bridge.brokers.rabbitmq.reader import BrokenStreamError, FrameReader
 from bridge.event import Event
 from tests.support.events import make_event
@@ -29,14 +29,17 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def write(
-    ledger: Ledger, loop: asyncio.AbstractEventLoop, events: list[Event], refused: set[int] | None = None
+    unconfirmed: UnconfirmedBatches,
+    loop: asyncio.AbstractEventLoop,
+    events: list[Event],
+    refused: set[int] | None = None,
 ) -> Batch:
     """A batch that is written in chunks of three; `refused` are indexes that are not sent."""
     batch = Batch(events, loop.create_future())
     for start in range(0, len(events), 3):
         indexes = range(start, min(start + 3, len(events)))
-        ledger.wrote(batch, indexes, {index: REFUSED for index in indexes if index in (refused or set())})
-    ledger.seal(batch)
+        unconfirmed.wrote(batch, indexes, {index: REFUSED for index in indexes if index in (refused or set())})
+    unconfirmed.seal(batch)
     return batch
 
 
@@ -51,7 +54,7 @@ batches = st.lists(
 def test_each_event_gets_the_answer_of_its_own_tag(
     loop: asyncio.AbstractEventLoop, shapes: list[tuple[int, set[int]]], data: st.DataObject
 ) -> None:
-    ledger = Ledger()
+    unconfirmed = UnconfirmedBatches()
     written: list[Batch] = []
     expected: list[list[Any]] = []
     place_of_tag: list[tuple[int, int]] = []
@@ -59,80 +62,80 @@ def test_each_event_gets_the_answer_of_its_own_tag(
         refused = {index for index in refused if index < size}
         place_of_tag += [(len(written), index) for index in range(size) if index not in refused]
         expected.append([REFUSED if index in refused else None for index in range(size)])
-        written.append(write(ledger, loop, [make_event(n) for n in range(size)], refused))
+        written.append(write(unconfirmed, loop, [make_event(n) for n in range(size)], refused))
     waiting = set(range(1, len(place_of_tag) + 1))
     for _ in range(data.draw(st.integers(0, 12), label="confirms")):
         if not waiting:
             break
         tag = data.draw(st.sampled_from(sorted(waiting)), label="tag")
         multiple, nacked = data.draw(st.booleans(), label="multiple"), data.draw(st.booleans(), label="nacked")
-        ledger.settled(tag, multiple, nacked)
+        unconfirmed.settled(tag, multiple, nacked)
         for settled in [each for each in waiting if each == tag or (multiple and each < tag)]:
             waiting.remove(settled)
             batch, index = place_of_tag[settled - 1]
             expected[batch][index] = NACKED if nacked else CONFIRMED
         assert [batch.done.done() for batch in written] == [None not in answers for answers in expected]
-    ledger.give_up(LOST, UNSENT)
+    unconfirmed.give_up(LOST, UNSENT)
     assert [batch.outcomes() for batch in written] == [
         [LOST if answer is None else answer for answer in answers] for answers in expected
     ]
 
 
 def test_confirms_for_what_is_no_longer_known_are_ignored(loop: asyncio.AbstractEventLoop) -> None:
-    ledger = Ledger()
-    ledger.settled(7, False, False)
-    batch = write(ledger, loop, [make_event(), make_event()])
+    unconfirmed = UnconfirmedBatches()
+    unconfirmed.settled(7, False, False)
+    batch = write(unconfirmed, loop, [make_event(), make_event()])
     for tag in (1, 1, 99):
-        ledger.settled(tag, False, True)
-    ledger.settled(2, False, False)
-    ledger.settled(2, True, True)
+        unconfirmed.settled(tag, False, True)
+    unconfirmed.settled(2, False, False)
+    unconfirmed.settled(2, True, True)
     assert batch.outcomes() == [NACKED, CONFIRMED]
 
 
 def test_a_return_for_one_of_two_copies_makes_both_unknown(loop: asyncio.AbstractEventLoop) -> None:
-    ledger = Ledger()
+    unconfirmed = UnconfirmedBatches()
     event = make_event()
-    first, second = write(ledger, loop, [event]), write(ledger, loop, [make_event(), event])
-    ledger.returned(event.id, event.topic, RETURNED)
-    ledger.settled(3, True, False)
+    first, second = write(unconfirmed, loop, [event]), write(unconfirmed, loop, [make_event(), event])
+    unconfirmed.returned(event.id, event.topic, RETURNED)
+    unconfirmed.settled(3, True, False)
     assert isinstance(first.outcomes()[0], Unknown)
     assert second.outcomes()[0] is CONFIRMED
     assert isinstance(second.outcomes()[1], Unknown)
 
 
 def test_as_many_returns_as_copies_are_certain_whatever_comes_between(loop: asyncio.AbstractEventLoop) -> None:
-    ledger = Ledger()
+    unconfirmed = UnconfirmedBatches()
     event = make_event()
-    batch = write(ledger, loop, [event, event])
-    ledger.returned(event.id, event.topic, RETURNED)
-    ledger.settled(1, False, False)
-    ledger.returned(event.id, event.topic, RETURNED)
-    ledger.settled(2, False, False)
+    batch = write(unconfirmed, loop, [event, event])
+    unconfirmed.returned(event.id, event.topic, RETURNED)
+    unconfirmed.settled(1, False, False)
+    unconfirmed.returned(event.id, event.topic, RETURNED)
+    unconfirmed.settled(2, False, False)
     assert batch.outcomes() == [RETURNED, RETURNED]
 
 
 def test_a_copy_that_was_confirmed_before_the_return_is_not_the_one_that_came_back(
     loop: asyncio.AbstractEventLoop,
 ) -> None:
-    ledger = Ledger()
+    unconfirmed = UnconfirmedBatches()
     event = make_event()
-    batch = write(ledger, loop, [event, event])
-    ledger.settled(1, False, False)
-    ledger.returned(event.id, event.topic, RETURNED)
-    ledger.settled(2, False, False)
+    batch = write(unconfirmed, loop, [event, event])
+    unconfirmed.settled(1, False, False)
+    unconfirmed.returned(event.id, event.topic, RETURNED)
+    unconfirmed.settled(2, False, False)
     assert batch.outcomes() == [CONFIRMED, RETURNED]
 
 
 def test_a_batch_that_was_given_up_counts_until_its_confirms_come(loop: asyncio.AbstractEventLoop) -> None:
-    ledger = Ledger()
-    batch = write(ledger, loop, [make_event() for _ in range(4)])
-    assert ledger.unconfirmed() == 0
-    ledger.settled(2, False, False)
+    unconfirmed = UnconfirmedBatches()
+    batch = write(unconfirmed, loop, [make_event() for _ in range(4)])
+    assert unconfirmed.overdue() == 0
+    unconfirmed.settled(2, False, False)
     batch.give_up(LOST, UNSENT)
-    assert ledger.unconfirmed() == 3
-    ledger.settled(4, True, False)
-    assert ledger.unconfirmed() == 0
-    assert ledger.batches == []
+    assert unconfirmed.overdue() == 3
+    unconfirmed.settled(4, True, False)
+    assert unconfirmed.overdue() == 0
+    assert unconfirmed.batches == []
     assert batch.outcomes() == [LOST, CONFIRMED, LOST, LOST]
 
 

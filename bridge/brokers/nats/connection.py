@@ -223,7 +223,7 @@ async def _open(connection: Connection, settings: NatsSettings) -> None:
             ping_interval=int(PING_INTERVAL),
             # Whoever publishes waits for room by himself (see NatsSink), in the order of his calls.
             pending_size=0,
-            tls=tls_context(settings.tls) if uses_tls else None,
+            tls=tls_context(settings.tls, settings.key) if uses_tls else None,
         )
     if not connection.is_open:
         # nats-py takes the end of the connection for the answer to its first ping.

@@ -1,9 +1,11 @@
 """RabbitMQ, over AMQP 0-9-1.
 
 Publishing is what this project is for, so the sink speaks AMQP itself: `frames` encodes publishes by hand, `confirms`
-counts their confirms as ranges, `reader` takes the received bytes apart, `connection` shakes hands, keeps the socket
-and says why it ended, and `publisher` puts them together on one confirm channel. `topology` declares over the same
-connection. `queue` and `dead` use aio-pika, whose logins `connection` explains; `message` is what they read and copy.
+counts their confirms as ranges, `reader` takes the received bytes apart, `connection` shakes hands and keeps the
+socket, and `publisher` puts them together on one confirm channel. `topology` asks and declares over the same
+connection. `queue` and `dead` use aio-pika, which `client` opens; `message` is what they read and copy.
+
+`settings` takes the URL apart, and `closure` says which error a refusal of the broker is, for all of them.
 """
 
 from typing import Final

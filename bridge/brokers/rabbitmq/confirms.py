@@ -142,7 +142,7 @@ class Batch:
             self.done.set_result(None)
 
 
-class Ledger:
+class UnconfirmedBatches:
     """The batches of one channel whose confirms are awaited, in the order of their tags.
 
     A batch that timed out stays until its confirms come, so that a late return is not taken for that of a retry.
@@ -224,7 +224,7 @@ class Ledger:
         for batch, place in contest.copies:
             batch.answers[batch.index(place)] = failure if certain else unclear
 
-    def unconfirmed(self) -> int:
+    def overdue(self) -> int:
         """How many messages of batches that were given up still await their confirms."""
         return sum(batch.written - batch.floor - len(batch.early) for batch in self.batches if batch.done.done())
 

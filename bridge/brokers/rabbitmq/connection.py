@@ -1,10 +1,10 @@
 """One AMQP 0-9-1 connection: handshake, heartbeats, flow control, and what ended it."""
 
 import asyncio
+import contextlib
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import AsyncIterator, Callable
+from typing import Final, cast
 
 from pamqp import commands, frame
 from pamqp.base import Frame
@@ -13,38 +13,31 @@ from pamqp.header import ProtocolHeader
 from pamqp.heartbeat import Heartbeat
 
 import bridge
+from bridge.brokers.rabbitmq.closure import ClosedError, Closure, During, connecting_failed, error_of, rabbitmq_at
 from bridge.brokers.rabbitmq.frames import CHANNEL
 from bridge.brokers.rabbitmq.reader import FRAME_MAX, BrokenStreamError, FrameReader
-from bridge.brokers.rabbitmq.settings import Address
+from bridge.brokers.rabbitmq.settings import Address, RabbitMQSettings
+from bridge.brokers.tls import tls_context
+from bridge.errors import BrokerUnavailableError
 
-ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED, NOT_ALLOWED = 403, 404, 406, 530
-"""AMQP's reply codes, as far as we act on them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Closure:
-    """Why a connection or channel ended. `code` is AMQP's reply code; 0 when the broker gave none."""
-
-    reason: str
-    code: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.reason} ({self.code})" if self.code else self.reason
-
-
-class ClosedError(Exception):
-    """The connection or channel ended before the answer came."""
-
-    def __init__(self, closure: Closure) -> None:
-        super().__init__(str(closure))
-        self.closure = closure
-
+CONNECT_LIMIT: Final = 10.0
+"""Seconds that connecting, TLS and the handshake may take together."""
 
 _CLOSE_LIMIT = 3.0
+"""Seconds that the broker may take to answer a goodbye."""
+
 _BUFFER_HIGH = 1_048_576
 _BUFFER_LOW = 262_144
+"""Bytes that are not yet sent, at which `has_room` becomes false, and true again."""
+
 _HEARTBEAT = Heartbeat.marshal()
 _CHANNEL_MAX = 16
+_EXCHANGE_CLASS, _QUEUE_CLASS = 40, 50
+"""AMQP's ids of the classes whose methods ask for, declare and bind."""
+
+_TLS_ALERT = b"\x15\x03"
+"""How a server begins that expects TLS and is spoken to in AMQP."""
+
 _PROPERTIES: FieldTable = {
     "product": "pgbridge",
     "version": bridge.__version__,
@@ -73,6 +66,7 @@ class Connection(asyncio.Protocol):
         self._closing = False
         self._answers: dict[int, asyncio.Future[Frame]] = {}
         self._closed = loop.create_future()
+        self._during: During = "greeting"
         self._heard = False
         self._silent_ticks = 0
         self._heartbeat: asyncio.TimerHandle | None = None
@@ -84,6 +78,16 @@ class Connection(asyncio.Protocol):
             on_method=self._method_received,
             on_return=lambda method, message_id: self._on_return(method, message_id),
         )
+
+    @property
+    def heard(self) -> bool:
+        """Whether the broker has said anything during the handshake."""
+        return self._heard
+
+    @property
+    def during(self) -> During:
+        """How far the handshake has come; ``use`` once it is done."""
+        return self._during
 
     def listen(
         self,
@@ -121,12 +125,11 @@ class Connection(asyncio.Protocol):
             self._answers.pop(channel, None)
 
     async def handshake(self, address: Address, heartbeat: float) -> None:
-        """From the protocol header to connection.open-ok. Raises ClosedError."""
-        self._answers[0] = answer = self._loop.create_future()
-        self.write(ProtocolHeader().marshal())
-        start = cast(commands.Connection.Start, await answer)
+        """From the broker's greeting to connection.open-ok. Raises ClosedError."""
+        start = cast(commands.Connection.Start, await self._answers[0])
         if "PLAIN" not in start.mechanisms.split():
-            raise ClosedError(Closure(f"the broker offers {start.mechanisms}, and no PLAIN, to log in"))
+            raise ClosedError(Closure(f"to log in it offers {start.mechanisms}, and PLAIN is needed", during="login"))
+        self._during = "login"
         tune = cast(
             commands.Connection.Tune,
             await self.call(
@@ -144,11 +147,13 @@ class Connection(asyncio.Protocol):
         seconds = min(max(1, round(heartbeat)), 65_535) if heartbeat else 0
         if seconds and tune.heartbeat:
             seconds = min(seconds, tune.heartbeat)
+        self._during = "virtual host"
         await self.call(
             0,
             commands.Connection.TuneOk(min(tune.channel_max or _CHANNEL_MAX, _CHANNEL_MAX), self.frame_max, seconds),
             commands.Connection.Open(address.virtual_host),
         )
+        self._during = "use"
         if seconds:
             self._heartbeat = self._loop.call_later(seconds / 2, self._beat, seconds)
 
@@ -200,7 +205,14 @@ class Connection(asyncio.Protocol):
         match method:
             case commands.Connection.Close():
                 self.send(0, commands.Connection.CloseOk())
-                self.lose(Closure(f"the broker closed the connection: {method.reply_text}", method.reply_code or 0))
+                self.lose(
+                    Closure(
+                        "the broker closed the connection",
+                        method.reply_code or 0,
+                        said=method.reply_text or "",
+                        during=self._during,
+                    )
+                )
             case commands.Connection.CloseOk():
                 self.lose(Closure("this side closed the connection"))
             case commands.Connection.Blocked():
@@ -217,7 +229,12 @@ class Connection(asyncio.Protocol):
                     answer.set_result(method)
 
     def _channel_closed(self, channel: int, method: commands.Channel.Close) -> None:
-        closure = Closure(f"the broker closed the channel: {method.reply_text}", method.reply_code or 0)
+        closure = Closure(
+            "the broker closed the channel",
+            method.reply_code or 0,
+            said=method.reply_text or "",
+            during="declaring" if method.class_id in (_EXCHANGE_CLASS, _QUEUE_CLASS) else "use",
+        )
         self.send(channel, commands.Channel.CloseOk())
         answer = self._answers.get(channel)
         if answer is not None and not answer.done():
@@ -228,16 +245,22 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(_BUFFER_HIGH, _BUFFER_LOW)
+        # At once: written later, to a server that has refused our certificate meanwhile, it would meet a reset, and
+        # the refusal would stay unread.
+        self._answers[0] = self._loop.create_future()
+        self.write(ProtocolHeader().marshal())
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
         try:
             self._reader.feed(data)
         except BrokenStreamError as error:
-            self.abort(Closure(str(error)))
+            self.abort(Closure(str(error), during=self._during))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.lose(Closure(f"the connection broke: {exc}" if exc else "the broker ended the connection"))
+        reason = f"the connection broke: {exc}" if exc else "the broker ended the connection"
+        in_tls = self._during == "greeting" and self._reader.unread.startswith(_TLS_ALERT)
+        self.lose(Closure(reason, during=self._during, cause=exc, in_tls=in_tls))
         if not self._closed.done():
             self._closed.set_result(None)
 
@@ -250,16 +273,61 @@ class Connection(asyncio.Protocol):
             self._on_room()
 
 
-async def connect(address: Address, heartbeat: float) -> Connection:
-    """A connection after its handshake. `heartbeat` in seconds, 0 for none. The caller bounds the time.
+async def connect(settings: RabbitMQSettings) -> Connection:
+    """A connection after its handshake, within CONNECT_LIMIT.
 
-    Raises ClosedError when the broker says no, OSError when it does not answer.
+    Raises SettingsError for certificates that cannot be used, BrokerUnavailableError, LoginError, RefusedError.
     """
+    address = settings.address
+    tls = tls_context(settings.tls, settings.key) if address.tls else None
     loop = asyncio.get_running_loop()
-    _, connection = await loop.create_connection(lambda: Connection(loop), address.host, address.port, ssl=address.tls)
+    connection: Connection | None = None
     try:
-        await connection.handshake(address, heartbeat)
-    except BaseException:
-        connection.abort(Closure("the handshake failed"))
+        async with asyncio.timeout(CONNECT_LIMIT):
+            _, connection = await loop.create_connection(lambda: Connection(loop), address.host, address.port, ssl=tls)
+            await connection.handshake(address, settings.heartbeat)
+    except BaseException as error:
+        if connection is not None:
+            connection.abort(Closure("the handshake failed"))
+        match error:
+            case ClosedError():
+                raise error_of(settings, error.closure) from error
+            case TimeoutError() if connection is not None and connection.heard:
+                silence = Closure(f"no more came within {CONNECT_LIMIT:g} s", during=connection.during)
+                raise error_of(settings, silence) from error
+            case TimeoutError():
+                raise BrokerUnavailableError(
+                    f"{rabbitmq_at(settings)} does not answer: nothing came within {CONNECT_LIMIT:g} s"
+                ) from error
+            case OSError():
+                raise connecting_failed(settings, error) from error
         raise
     return connection
+
+
+@contextlib.asynccontextmanager
+async def connected(settings: RabbitMQSettings, limit: float) -> AsyncIterator[Connection]:
+    """A connection for some questions, which together may take `limit` seconds; closed at the end.
+
+    Raises what `connect` raises, and the errors of `error_of` for what ends the connection or one of its channels.
+    """
+    connection = await connect(settings)
+    try:
+        async with answers(settings, limit):
+            yield connection
+    finally:
+        await connection.close()
+
+
+@contextlib.asynccontextmanager
+async def answers(settings: RabbitMQSettings, limit: float) -> AsyncIterator[None]:
+    """Bounds the time of questions on a connection, and raises our errors for their refusals."""
+    try:
+        async with asyncio.timeout(limit):
+            yield
+    except ClosedError as error:
+        raise error_of(settings, error.closure) from error
+    except TimeoutError as error:
+        raise BrokerUnavailableError(
+            f"{rabbitmq_at(settings)} does not answer a question within {limit:g} s"
+        ) from error

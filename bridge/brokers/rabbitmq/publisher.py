@@ -9,8 +9,9 @@ from contextlib import suppress
 from pamqp import commands
 
 from bridge.brokers.contract import Never, NotSent, Outcome, Unknown
-from bridge.brokers.rabbitmq.confirms import Batch, Ledger
-from bridge.brokers.rabbitmq.connection import ACCESS_REFUSED, PRECONDITION_FAILED, Closure, Connection
+from bridge.brokers.rabbitmq.closure import Closure, Reply
+from bridge.brokers.rabbitmq.confirms import Batch, UnconfirmedBatches
+from bridge.brokers.rabbitmq.connection import Connection
 from bridge.brokers.rabbitmq.frames import CHANNEL, Encoder, RefusedEvent, too_large
 from bridge.event import Event
 
@@ -32,7 +33,7 @@ class Publisher:
         self._connection = connection
         self._encoder = encoder
         self._timeout = timeout
-        self._ledger = Ledger()
+        self._unconfirmed = UnconfirmedBatches()
         self._waiting: deque[Batch] = deque()
 
     @property
@@ -44,18 +45,18 @@ class Publisher:
     def learned_limit(self) -> int | None:
         """The broker's size limit in bytes, when it closed the channel for a larger message."""
         lost = self.lost
-        return self._encoder.max_message_bytes if lost is not None and lost.code == PRECONDITION_FAILED else None
+        return self._encoder.max_message_bytes if lost is not None and lost.code == Reply.PRECONDITION_FAILED else None
 
     async def start(self) -> None:
         """Opens the channel in confirm mode. Raises ClosedError."""
         self._connection.listen(
-            confirmed=self._ledger.settled, returned=self._returned, room=self._pump, lost=self._lost
+            confirmed=self._unconfirmed.settled, returned=self._returned, room=self._pump, lost=self._lost
         )
         await self._connection.call(CHANNEL, commands.Channel.Open())
         await self._connection.call(CHANNEL, commands.Confirm.Select())
 
     async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
-        """As `Sink.publish`."""
+        """See `contract.Sink.publish`."""
         if self._connection.lost is not None:
             return [_disconnected(self._connection.lost)] * len(events)
         if not events:
@@ -81,7 +82,7 @@ class Publisher:
             self._write_chunk(batch)
             if batch.next == len(batch.events):
                 self._waiting.popleft()
-                self._ledger.seal(batch)
+                self._unconfirmed.seal(batch)
 
     def _write_chunk(self, batch: Batch) -> None:
         encode, events, start = self._encoder.encode, batch.events, batch.next
@@ -99,7 +100,7 @@ class Publisher:
             size += len(frames)
             if size >= _CHUNK_BYTES:
                 break
-        self._ledger.wrote(batch, range(start, min(index + 1, len(events))), refused)
+        self._unconfirmed.wrote(batch, range(start, min(index + 1, len(events))), refused)
         if chunk:
             self._connection.write(b"".join(chunk))
 
@@ -111,7 +112,7 @@ class Publisher:
             Unknown(f"no confirm came within {self._timeout:g} s"),
             NotSent(f"not sent within {self._timeout:g} s: {cause}"),
         )
-        if self._ledger.unconfirmed() > UNCONFIRMED_LIMIT:
+        if self._unconfirmed.overdue() > UNCONFIRMED_LIMIT:
             self._connection.lose(Closure(f"more than {UNCONFIRMED_LIMIT} messages were never confirmed"))
 
     def _abandon(
@@ -126,7 +127,7 @@ class Publisher:
 
     def _returned(self, method: commands.Basic.Return, message_id: str) -> None:
         topic = method.routing_key or ""
-        self._ledger.returned(
+        self._unconfirmed.returned(
             message_id,
             topic,
             Never(
@@ -141,22 +142,22 @@ class Publisher:
         written, unwritten = Unknown(f"sent, but not confirmed when it ended: {closure}"), _disconnected(closure)
         waiting = list(self._waiting)
         self._waiting.clear()
-        self._ledger.give_up(written, unwritten)
+        self._unconfirmed.give_up(written, unwritten)
         for batch in waiting:
             batch.give_up(written, unwritten)
 
     def _judge(self, closure: Closure) -> None:
         """Answers for the events for which the broker closed the channel: sent again, they would close it again."""
-        if closure.code == PRECONDITION_FAILED and (match := _TOO_LARGE.search(closure.reason)):
+        if closure.code == Reply.PRECONDITION_FAILED and (match := _TOO_LARGE.search(closure.said)):
             limit = self._encoder.max_message_bytes = int(match[1])
-            for batch in self._ledger.batches:
+            for batch in self._unconfirmed.batches:
                 batch.refuse_open(
                     lambda event: too_large(len(event.payload), limit) if len(event.payload) > limit else None
                 )
-        elif closure.code == ACCESS_REFUSED:
-            refused = Never("access_refused", f"{closure.reason}: grant it with rabbitmqctl set_topic_permissions")
-            for batch in self._ledger.batches:
-                batch.refuse_open(lambda event: refused if f"topic '{event.topic}' in" in closure.reason else None)
+        elif closure.code == Reply.ACCESS_REFUSED:
+            refused = Never("access_refused", f"{closure.said}: grant it with rabbitmqctl set_topic_permissions")
+            for batch in self._unconfirmed.batches:
+                batch.refuse_open(lambda event: refused if f"topic '{event.topic}' in" in closure.said else None)
 
 
 def _disconnected(closure: Closure) -> NotSent:

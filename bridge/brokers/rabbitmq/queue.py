@@ -21,24 +21,25 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import partial
 from typing import Final
 
-import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange, AbstractIncomingMessage
-from aio_pika.exceptions import AMQPError, ChannelInvalidStateError, DeliveryError, PublishError
 from aiormq.abc import AbstractChannel as UnderlayChannel
-from pamqp import commands
-from yarl import URL
 
 from bridge.brokers.contract import Declaration, Failure, Subscription
 from bridge.brokers.letters import ATTEMPTS, letter_headers
+from bridge.brokers.rabbitmq.client import LOST, closure_of, copy_to, open_client, refusals
+from bridge.brokers.rabbitmq.closure import Closure, rabbitmq_at
+from bridge.brokers.rabbitmq.connection import connected
 from bridge.brokers.rabbitmq.message import copy_of, count_of, event_of
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
-from bridge.brokers.rabbitmq.topology import Layout, survey
-from bridge.brokers.tls import tls_context
-from bridge.errors import BrokerUnavailableError, TopologyError
+from bridge.brokers.rabbitmq.topology import LOOK_LIMIT, WorkerTopology, declarations, require
+from bridge.errors import BrokerUnavailableError
 from bridge.process.batching import Gathering
 
 _TOGETHER: Final = 1000
 """Most acknowledgements that are sent at once."""
+
+_CLOSE_LIMIT: Final = 10.0
+"""Seconds that the broker may take to answer a goodbye."""
 
 
 class Tags:
@@ -92,28 +93,6 @@ def _tag(message: AbstractIncomingMessage) -> int:
     return message.delivery_tag
 
 
-CONNECT_TIMEOUT = 10.0
-CONFIRM_TIMEOUT = 30.0
-"""Seconds for the confirm of a retry or a dead letter."""
-
-_LOST = (AMQPError, ChannelInvalidStateError, ConnectionError, OSError, RuntimeError, TimeoutError)
-"""What aio-pika raises when the connection, or the channel, is gone."""
-
-
-async def connect(settings: RabbitMQSettings) -> AbstractConnection:
-    """A connection that stays lost once it is lost. Raises BrokerUnavailableError."""
-    url = URL(settings.url.get_secret_value())
-    address = f"RabbitMQ at {url.host}:{url.port or (5671 if url.scheme == 'amqps' else 5672)}"
-    try:
-        return await aio_pika.connect(
-            url.update_query(heartbeat=str(max(1, int(settings.heartbeat)))),
-            ssl_context=tls_context(settings.tls) if url.scheme == "amqps" else None,
-            timeout=CONNECT_TIMEOUT,
-        )
-    except _LOST as error:
-        raise BrokerUnavailableError(f"{address} cannot be reached: {error or type(error).__name__}") from None
-
-
 class RabbitMQDelivery:
     """See `bridge.brokers.contract.Delivery`."""
 
@@ -123,29 +102,30 @@ class RabbitMQDelivery:
         self._message = message
         self._retries = count_of(message, ATTEMPTS)
         self.event = event_of(message)
-        """As `Delivery.event`."""
+        """See `contract.Delivery.event`."""
         self.attempt = 1 + self._retries + count_of(message, "x-delivery-count")
-        """As `Delivery.attempt`, but see above for what was given back."""
+        """See `contract.Delivery.attempt`, and above for what was given back."""
 
     async def ack(self) -> None:
-        """As `Delivery.ack`."""
-        async with self._queue.settling():
+        """See `contract.Delivery.ack`."""
+        with self._queue.refusals():
             await self._acks.ack(self._message)
 
     async def retry(self, delay: float) -> None:
-        """As `Delivery.retry`."""
-        await self._queue.publish(self._queue.layout.retry_queue(delay), self._message, {ATTEMPTS: str(self.attempt)})
+        """See `contract.Delivery.retry`."""
+        queue = self._queue.worker_topology.retry_queue(delay)
+        await self._queue.publish(queue, self._message, {ATTEMPTS: str(self.attempt)})
         await self.ack()
 
     async def dead_letter(self, failure: Failure) -> None:
-        """As `Delivery.dead_letter`."""
-        layout = self._queue.layout
-        await self._queue.publish(layout.dead, self._message, letter_headers(layout.worker, failure, self.attempt))
+        """See `contract.Delivery.dead_letter`."""
+        ours = self._queue.worker_topology
+        await self._queue.publish(ours.dead, self._message, letter_headers(ours.worker, failure, self.attempt))
         await self.ack()
 
     async def give_back(self) -> None:
-        """As `Delivery.give_back`, but RabbitMQ counts it."""
-        async with self._queue.settling():
+        """See `contract.Delivery.give_back`; but RabbitMQ counts it."""
+        with self._queue.refusals():
             await self._acks.give_back(self._message)
 
 
@@ -155,7 +135,7 @@ class RabbitMQQueue:
     def __init__(self, settings: RabbitMQSettings, subscription: Subscription) -> None:
         # A worker with one attempt has no ladder, and still asks again while another worker has its event.
         delays = subscription.retry_delays or [1.0]
-        self.layout = Layout(settings.exchange, subscription.worker, subscription.topics, delays)
+        self.worker_topology = WorkerTopology(settings.exchange, subscription.worker, subscription.topics, delays)
         self._settings = settings
         self._prefetch = subscription.prefetch
         self._connection: AbstractConnection | None = None
@@ -165,21 +145,21 @@ class RabbitMQQueue:
         self._arrived: asyncio.Queue[RabbitMQDelivery | None] = asyncio.Queue()
         """Bounded by the prefetch; None wakes `deliveries` to look at what follows."""
         self._stopped = False
-        self._lost = ""
+        self._lost: Closure | None = None
         self._publishing = asyncio.Lock()
 
     async def open(self) -> None:
-        """As `Queue.open`."""
+        """See `contract.Queue.open`.
+
+        Raises SettingsError for certificates that cannot be used, BrokerUnavailableError, LoginError, RefusedError
+        for the virtual host, PrivilegeError, TopologyError.
+        """
         await self.close()
-        self._stopped, self._lost, self._arrived = False, "", asyncio.Queue()
-        self._connection = await connect(self._settings)
-        async with self.settling():
-            missing = [each for each in await survey(self._connection, self.layout) if each.state == "missing"]
-        if missing:
-            names = ", ".join(f"{each.kind} {each.name}" for each in missing)
-            await self.close()
-            raise TopologyError(f"RabbitMQ lacks {names}. Run `pgbridge topology --apply`")
-        async with self.settling():
+        self._stopped, self._lost, self._arrived = False, None, asyncio.Queue()
+        async with connected(self._settings, LOOK_LIMIT) as connection:
+            await require(self._settings, connection, self.worker_topology.needed())
+        self._connection = await open_client(self._settings)
+        with self.refusals():
             self._connection.close_callbacks.add(self._closed)
             self._channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
             self._channel.close_callbacks.add(self._closed)
@@ -188,38 +168,39 @@ class RabbitMQQueue:
             acks = Acks(underlay)
             self._default = self._channel.default_exchange
             await self._channel.set_qos(prefetch_count=self._prefetch)
-            queue = await self._channel.get_queue(self.layout.worker, ensure=False)
+            queue = await self._channel.get_queue(self.worker_topology.worker, ensure=False)
             self._consumer = await queue.consume(partial(self._arrive, acks))
 
     async def _arrive(self, acks: Acks, message: AbstractIncomingMessage) -> None:
         self._arrived.put_nowait(RabbitMQDelivery(self, acks, message))
 
     def _closed(self, _: object, error: BaseException | None) -> None:
-        self._lose(str(error or "closed"))
+        self._lose(closure_of(error))
 
     def _cancelled(self, *_: object) -> None:
-        self._lose(f"it cancelled the consumer: queue {self.layout.worker} was deleted, or its leader moved")
+        name = self.worker_topology.worker
+        self._lose(Closure(f"it cancelled the consumer: queue {name} was deleted, or its leader moved"))
 
-    def _lose(self, reason: str) -> None:
-        self._lost = self._lost or reason
+    def _lose(self, closure: Closure) -> None:
+        self._lost = self._lost or closure
         self._arrived.put_nowait(None)
 
     async def deliveries(self) -> AsyncIterator[RabbitMQDelivery]:
-        """As `Queue.deliveries`."""
+        """See `contract.Queue.deliveries`."""
         while True:
             delivery = await self._arrived.get()
             if self._lost:
-                raise BrokerUnavailableError(f"RabbitMQ closed the connection: {self._lost}")
+                raise self._gone(self._lost)
             if self._stopped:
                 return
             if delivery is not None:
                 yield delivery
 
     async def stop(self) -> None:
-        """As `Queue.stop`. What has arrived and was not delivered goes back at once."""
+        """See `contract.Queue.stop`. What has arrived and was not delivered goes back at once."""
         if self._stopped or self._channel is None:
             return
-        async with self.settling():
+        with self.refusals():
             underlay = await self._channel.get_underlay_channel()
             await underlay.basic_cancel(self._consumer)
             self._stopped = True
@@ -232,44 +213,34 @@ class RabbitMQQueue:
     async def publish(self, queue: str, message: AbstractIncomingMessage, headers: dict[str, str]) -> None:
         """Copies a message to another queue, byte for byte, with headers beside its own; returns once confirmed.
 
-        Raises BrokerUnavailableError, or TopologyError when the queue is gone.
+        Raises BrokerUnavailableError, PrivilegeError, or TopologyError when the queue is gone.
         """
         copy = copy_of(message, headers)
         # One at a time: aiormq tells returned messages apart by their message id, which two deliveries may share.
-        async with self._publishing, self.settling():
+        async with self._publishing:
             if self._default is None:
-                raise BrokerUnavailableError(f"RabbitMQ is gone: {self._lost or 'the queue is not open'}")
-            try:
-                result = await self._default.publish(copy, queue, mandatory=True, timeout=CONFIRM_TIMEOUT)
-            except PublishError as error:
-                raise TopologyError(f"RabbitMQ has no queue {queue}. Run `pgbridge topology --apply`") from error
-            except DeliveryError as error:
-                raise BrokerUnavailableError(f"RabbitMQ refused a message for queue {queue}: {error}") from error
-            if not isinstance(result, commands.Basic.Ack):
-                raise BrokerUnavailableError(f"RabbitMQ did not confirm a message for queue {queue}: {result}")
+                raise self._gone(self._lost or Closure("the queue is not open"))
+            with self.refusals():
+                await copy_to(self._settings, self._default, copy, queue)
 
-    @contextlib.asynccontextmanager
-    async def settling(self) -> AsyncIterator[None]:
-        """Turns what aio-pika raises for a connection that is gone into BrokerUnavailableError."""
-        try:
-            yield
-        except _LOST as error:
-            raise BrokerUnavailableError(f"RabbitMQ is gone: {self._lost or error or type(error).__name__}") from error
+    def refusals(self) -> contextlib.AbstractContextManager[None]:
+        """Turns what aio-pika raises into our errors."""
+        return refusals(self._settings, lambda: self._lost)
+
+    def _gone(self, closure: Closure) -> BrokerUnavailableError:
+        """Whatever the broker said: what is wrong, if anything, the next `open` finds out."""
+        return BrokerUnavailableError(f"{rabbitmq_at(self._settings)} ended the connection: {closure}")
 
     async def topology(self, *, apply: bool) -> Sequence[Declaration]:
-        """As `Queue.topology`."""
-        connection = await connect(self._settings)
-        try:
-            async with self.settling():
-                return await survey(connection, self.layout, apply=apply, look_closely=True)
-        finally:
-            await connection.close()
+        """The exchange, the queues and their bindings. Raises what `open` raises, but for what is missing."""
+        async with connected(self._settings, LOOK_LIMIT) as connection:
+            return await declarations(connection, self.worker_topology, apply=apply)
 
     async def close(self) -> None:
-        """As `Queue.close`."""
+        """See `contract.Queue.close`."""
         connection, self._connection, self._channel, self._default = self._connection, None, None, None
         if connection is not None:
-            self._lose("closed by this worker")
-            with contextlib.suppress(*_LOST):
-                async with asyncio.timeout(CONNECT_TIMEOUT):
+            self._lose(Closure("closed by this worker"))
+            with contextlib.suppress(*LOST):
+                async with asyncio.timeout(_CLOSE_LIMIT):
                     await connection.close()

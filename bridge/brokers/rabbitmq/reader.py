@@ -23,7 +23,7 @@ _TAG_AND_FLAGS = struct.Struct(">QB")
 
 
 class BrokenStreamError(Exception):
-    """The bytes are no AMQP frames."""
+    """The bytes are not AMQP frames."""
 
 
 class FrameReader:
@@ -44,6 +44,11 @@ class FrameReader:
         self._on_return = on_return
         self._rest = b""
         self._returned: commands.Basic.Return | None = None
+
+    @property
+    def unread(self) -> bytes:
+        """What came after the last whole frame."""
+        return self._rest
 
     def feed(self, data: bytes) -> None:
         """Raises BrokenStreamError."""
@@ -78,7 +83,7 @@ class FrameReader:
         """A frame that is not yet here whole must at least begin as one, or it would be waited for in vain."""
         size = _OVERHEAD + int.from_bytes(head[3:7])
         if head[0] not in _FRAME_TYPES or 0 < self.frame_max < size:
-            raise BrokenStreamError(f"what the server sends is no AMQP 0-9-1: {head!r}")
+            raise BrokenStreamError(f"what the server sends is not AMQP 0-9-1: {head!r}")
 
     def _read(self, data: bytes) -> None:
         if data[-1] != _FRAME_END:

@@ -1,38 +1,85 @@
-"""What a worker needs on RabbitMQ, and whether it stands there."""
+"""What a sink and a worker need on RabbitMQ, whether it is there, and how it is declared."""
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
 
-import aio_pika
-from aio_pika.abc import AbstractConnection
-from aio_pika.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
+from pamqp import commands
+from pamqp.base import Frame
 
 from bridge.brokers.contract import Declaration
+from bridge.brokers.rabbitmq.closure import APPLY, ClosedError, Reply, rabbitmq_at
+from bridge.brokers.rabbitmq.connection import Connection
+from bridge.brokers.rabbitmq.settings import RabbitMQSettings
+from bridge.errors import TopologyError
 
-DELIVERY_LIMIT = 20
+LOOK_LIMIT: Final = 30.0
+"""Seconds that asking for or declaring everything that one sink or worker needs may take."""
+
+DELIVERY_LIMIT: Final = 20
 """Deliveries without an acknowledgement (a crash, one given back) beyond which RabbitMQ dead-letters a message."""
 
-_NO_LIMIT = 1_000_000_000
+_NO_LIMIT: Final = 1_000_000_000
 """On the queue of dead letters: RabbitMQ 4 would drop one that was looked at 20 times. 3.x takes no -1 here."""
 
-_UNITS = (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1))
+_UNITS: Final = (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1))
+
+_CHANNEL: Final = 2
+"""The channel on which questions are asked: beside the one that publishes, since a refusal closes it."""
 
 Arguments = dict[str, int | str]
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Exchange:
+    """The topic exchange that a sink publishes to and a worker's queue is bound to."""
+
+    name: str
+    kind: Literal["exchange"] = "exchange"
+    detail: str = "topic exchange, durable"
+    remedy: str = "delete it, or name another one in the sink's setting exchange"
+
+    def declare(self, *, passive: bool) -> Frame:
+        """The method that declares it, or with `passive` asks for it."""
+        return commands.Exchange.Declare(exchange=self.name, exchange_type="topic", durable=True, passive=passive)
+
+
+@dataclass(frozen=True, slots=True)
+class QuorumQueue:
+    """One of a worker's queues."""
+
+    name: str
+    arguments: Arguments = field(default_factory=dict)
+    kind: Literal["queue"] = "queue"
+    remedy: str = "let it run empty, delete it, and run `pgbridge topology --apply`"
+
+    @property
+    def detail(self) -> str:
+        """Its arguments, for people."""
+        return ", ".join(f"{key.removeprefix('x-')}={value}" for key, value in self.arguments.items())
+
+    def declare(self, *, passive: bool) -> Frame:
+        """The method that declares it, or with `passive` asks for it."""
+        return commands.Queue.Declare(queue=self.name, durable=True, passive=passive, arguments={**self.arguments})
+
+
+Needed = Exchange | QuorumQueue
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerTopology:
     """Names and arguments of a worker's exchange, queues and bindings."""
 
     exchange: str
     worker: str
     topics: Sequence[str]
     retry_delays: Sequence[float]
+    """Seconds."""
 
     @property
     def dead(self) -> str:
         """The queue of dead letters."""
-        return f"{self.worker}.dead"
+        return dead_queue(self.worker)
 
     def retry_queue(self, delay: float) -> str:
         """The queue with the least delay that is no shorter, else with the longest. `delay` in seconds."""
@@ -44,30 +91,42 @@ class Layout:
     def _retry_name(self, delay: float) -> str:
         return f"{self.worker}.retry.{duration(milliseconds(delay))}"
 
-    def queues(self) -> dict[str, Arguments]:
-        """By name, the arguments of every queue."""
+    def needed(self) -> list[Needed]:
+        """The exchange and every queue, each before those that dead-letter into it."""
         # At-least-once dead-lettering needs `reject-publish`, which without a length limit rejects nothing.
         strategy = {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
-        return {
-            self.dead: {"x-queue-type": "quorum", "x-delivery-limit": _NO_LIMIT},
-            self.worker: {
-                "x-queue-type": "quorum",
-                "x-delivery-limit": DELIVERY_LIMIT,
-                "x-dead-letter-exchange": "",
-                "x-dead-letter-routing-key": self.dead,
-                **strategy,
-            },
-            **{
-                self._retry_name(delay): {
+        return [
+            Exchange(self.exchange),
+            QuorumQueue(self.dead, {"x-queue-type": "quorum", "x-delivery-limit": _NO_LIMIT}),
+            QuorumQueue(
+                self.worker,
+                {
                     "x-queue-type": "quorum",
-                    "x-message-ttl": milliseconds(delay),
+                    "x-delivery-limit": DELIVERY_LIMIT,
                     "x-dead-letter-exchange": "",
-                    "x-dead-letter-routing-key": self.worker,
+                    "x-dead-letter-routing-key": self.dead,
                     **strategy,
-                }
-                for delay in self.retry_delays
-            },
-        }
+                },
+            ),
+            *(
+                QuorumQueue(
+                    name,
+                    {
+                        "x-queue-type": "quorum",
+                        "x-message-ttl": milliseconds(delay),
+                        "x-dead-letter-exchange": "",
+                        "x-dead-letter-routing-key": self.worker,
+                        **strategy,
+                    },
+                )
+                for name, delay in {self._retry_name(delay): delay for delay in self.retry_delays}.items()
+            ),
+        ]
+
+
+def dead_queue(worker: str) -> str:
+    """The name of a worker's queue of dead letters."""
+    return f"{worker}.dead"
 
 
 def milliseconds(seconds: float) -> int:
@@ -76,72 +135,75 @@ def milliseconds(seconds: float) -> int:
 
 
 def duration(total: int) -> str:
-    """Milliseconds as the settings write them, in the largest unit that divides them: ``90s``, ``10m``, ``500ms``."""
+    """Milliseconds as the settings write them: 500 is ``500ms``, 5000 is ``5s``."""
     unit, size = next((unit, size) for unit, size in _UNITS if total % size == 0)
     return f"{total // size}{unit}"
 
 
-async def survey(
-    connection: AbstractConnection, layout: Layout, *, apply: bool = False, look_closely: bool = False
-) -> list[Declaration]:
-    """What stands of the layout; with `apply`, what is missing is declared. `look_closely` compares arguments too."""
-    found = [await _exchange(connection, layout.exchange, apply=apply, look_closely=look_closely)]
-    for name, arguments in layout.queues().items():
-        found.append(await _queue(connection, name, arguments, apply=apply, look_closely=look_closely))
-    if look_closely:
-        ready = not any(each.state == "missing" for each in found if each.name in (layout.exchange, layout.worker))
-        found += [await _binding(connection, layout, pattern, ready=ready, apply=apply) for pattern in layout.topics]
-    return found
+async def require(settings: RabbitMQSettings, connection: Connection, needed: Sequence[Needed]) -> None:
+    """Raises TopologyError when the broker lacks one of these. Raises ClosedError."""
+    missing = [each for each in needed if not await _exists(connection, each)]
+    if missing:
+        names = ", ".join(f"{each.kind} {each.name}" for each in missing)
+        raise TopologyError(
+            f"{rabbitmq_at(settings)} lacks {names} in virtual host {settings.address.virtual_host!r}; {APPLY}"
+        )
 
 
-async def _exchange(connection: AbstractConnection, name: str, *, apply: bool, look_closely: bool) -> Declaration:
-    async def declare(*, passive: bool) -> None:
-        async with connection.channel() as channel:
-            await channel.declare_exchange(name, aio_pika.ExchangeType.TOPIC, durable=True, passive=passive)
-
-    return await _look(declare, "exchange", name, "topic, durable", apply=apply, look_closely=look_closely)
-
-
-async def _queue(
-    connection: AbstractConnection, name: str, arguments: Arguments, *, apply: bool, look_closely: bool
-) -> Declaration:
-    async def declare(*, passive: bool) -> None:
-        async with connection.channel() as channel:
-            await channel.declare_queue(name, durable=True, arguments=dict(arguments), passive=passive)
-
-    detail = ", ".join(f"{key.removeprefix('x-')}={value}" for key, value in arguments.items())
-    return await _look(declare, "queue", name, detail, apply=apply, look_closely=look_closely)
+async def declarations(connection: Connection, worker: WorkerTopology, *, apply: bool) -> list[Declaration]:
+    """What the broker has of what a worker needs; with `apply`, what is missing is declared. Raises ClosedError."""
+    found = [await declaration(connection, each, apply=apply) for each in worker.needed()]
+    ready = not any(each.state == "missing" for each in found if each.name in (worker.exchange, worker.worker))
+    return found + [await _binding(connection, worker, topic, ready=ready, apply=apply) for topic in worker.topics]
 
 
-async def _look(
-    declare: Callable[..., Awaitable[None]], kind: str, name: str, detail: str, *, apply: bool, look_closely: bool
-) -> Declaration:
-    """Asks whether a thing stands, and then whether declaring it again as we need it is no change."""
+async def declaration(connection: Connection, needed: Needed, *, apply: bool) -> Declaration:
+    """Looks whether a thing is there, and then declares it, which compares the properties of one that is.
+
+    Raises ClosedError.
+    """
+    exists = await _exists(connection, needed)
+    if not exists and not apply:
+        return Declaration(needed.kind, needed.name, "missing", needed.detail)
     try:
-        await declare(passive=True)
-    except ChannelNotFoundEntity:
-        if not apply:
-            return Declaration(kind, name, "missing", detail)
-        await declare(passive=False)
-        return Declaration(kind, name, "declared", detail)
-    if look_closely:
-        try:
-            await declare(passive=False)
-        except ChannelPreconditionFailed as error:
-            mend = f"let it run empty, delete it, and run `pgbridge topology --apply`; it needs: {detail}"
-            return Declaration(kind, name, "differs", f"{error}; {mend}")
-    return Declaration(kind, name, "present", detail)
+        await _ask(connection, needed.declare(passive=False))
+    except ClosedError as error:
+        match error.closure.code:
+            case Reply.PRECONDITION_FAILED:
+                detail = f"{error.closure.said}; it must be: {needed.detail}; {needed.remedy}"
+                return Declaration(needed.kind, needed.name, "differs", detail)
+            case Reply.ACCESS_REFUSED if exists:
+                detail = "it exists, but the user may not declare it, so its properties cannot be compared"
+                return Declaration(needed.kind, needed.name, "present", detail)
+        raise
+    return Declaration(needed.kind, needed.name, "present" if exists else "declared", needed.detail)
 
 
 async def _binding(
-    connection: AbstractConnection, layout: Layout, pattern: str, *, ready: bool, apply: bool
+    connection: Connection, worker: WorkerTopology, topic: str, *, ready: bool, apply: bool
 ) -> Declaration:
-    name = f"{layout.exchange} -> {layout.worker}: {pattern}"
-    if apply and ready:
-        async with connection.channel() as channel:
-            queue = await channel.get_queue(layout.worker, ensure=False)
-            await queue.bind(layout.exchange, pattern)
-        return Declaration("binding", name, "declared", "again, if it stood")
+    name = f"{worker.exchange} -> {worker.worker}: {topic}"
     if not ready:
         return Declaration("binding", name, "missing")
-    return Declaration("binding", name, "present", "assumed: AMQP cannot ask; --apply binds again, which is no change")
+    if not apply:
+        detail = "assumed: AMQP cannot ask; --apply binds again, which is no change"
+        return Declaration("binding", name, "present", detail)
+    await _ask(connection, commands.Queue.Bind(queue=worker.worker, exchange=worker.exchange, routing_key=topic))
+    return Declaration("binding", name, "declared", "again, if it was there")
+
+
+async def _exists(connection: Connection, needed: Needed) -> bool:
+    try:
+        await _ask(connection, needed.declare(passive=True))
+    except ClosedError as error:
+        if error.closure.code != Reply.NOT_FOUND:
+            raise
+        return False
+    return True
+
+
+async def _ask(connection: Connection, method: Frame) -> None:
+    """One method on a channel of its own, since the broker closes the channel when it refuses. Raises ClosedError."""
+    await connection.call(_CHANNEL, commands.Channel.Open())
+    await connection.call(_CHANNEL, method)
+    await connection.call(_CHANNEL, commands.Channel.Close(200, "", 0, 0))

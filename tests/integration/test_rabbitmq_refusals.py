@@ -1,0 +1,416 @@
+"""What RabbitMQ, or the way to it, refuses: one mistake is told in the same words by everything that connects."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aio_pika
+import pytest
+from aio_pika.abc import AbstractChannel
+
+from bridge.brokers.contract import Letter, Subscription, Verdict
+from bridge.brokers.rabbitmq import client, connection
+from bridge.brokers.rabbitmq.dead import RabbitMQDeadLetters
+from bridge.brokers.rabbitmq.queue import RabbitMQQueue
+from bridge.brokers.rabbitmq.settings import RabbitMQSettings
+from bridge.brokers.rabbitmq.sink import RabbitMQSink
+from bridge.demo.servers import RabbitMQServer, free_port
+from bridge.errors import (
+    BrokerUnavailableError,
+    LoginError,
+    PgbridgeError,
+    PrivilegeError,
+    RefusedError,
+    SettingsError,
+    TopologyError,
+)
+from tests.support.daemons import run_command
+from tests.support.tls_rabbitmq import TlsRabbitMQServer, sign_client, sign_itself
+
+pytestmark = pytest.mark.rabbitmq
+
+DEADLINE = 20.0
+"""Seconds."""
+
+
+@pytest.fixture(scope="module")
+def node(rabbitmq: RabbitMQServer, server_folder: Path) -> Iterator[TlsRabbitMQServer]:
+    """Wants certificates of its clients over TLS. `rabbitmq` skips where none is installed."""
+    folder = server_folder / "wants-certificates"
+    folder.mkdir()
+    with TlsRabbitMQServer(folder, wants_certificates=True) as server:
+        sign_itself(server.folder / "other.pem", server.folder / "other.key")
+        sign_client(server, server.folder / "client.pem", server.folder / "client.key")
+        yield server
+
+
+def settings_for(url: str, exchange: str, tls: dict[str, Any] | None = None) -> RabbitMQSettings:
+    """As of the table [sinks.events]."""
+    table = {"type": "rabbitmq", "url": url, "exchange": exchange, "tls": tls or {}}
+    return RabbitMQSettings.model_validate(table, context={"sink": "events"})
+
+
+def queue_of(settings: RabbitMQSettings) -> RabbitMQQueue:
+    """Of a worker that has the exchange's name."""
+    wanted = Subscription(settings.exchange, ["#"], 10, [0.5], max_attempts=3, ack_wait=30.0)
+    return RabbitMQQueue(settings, wanted)
+
+
+async def keep(_: Letter) -> Verdict:
+    return "keep"
+
+
+async def open_sink(settings: RabbitMQSettings) -> None:
+    sink = RabbitMQSink(settings)
+    try:
+        await sink.open()
+    finally:
+        await sink.close()
+
+
+async def open_queue(settings: RabbitMQSettings) -> None:
+    queue = queue_of(settings)
+    try:
+        await queue.open()
+    finally:
+        await queue.close()
+
+
+async def walk(settings: RabbitMQSettings) -> None:
+    await RabbitMQDeadLetters(settings, settings.exchange).walk(keep)
+
+
+async def sink_topology(settings: RabbitMQSettings) -> None:
+    await RabbitMQSink(settings).topology(apply=False)
+
+
+async def queue_topology(settings: RabbitMQSettings) -> None:
+    await queue_of(settings).topology(apply=False)
+
+
+Way = Callable[[RabbitMQSettings], Awaitable[None]]
+
+EVERY_WAY = pytest.mark.parametrize("way", [open_sink, open_queue, walk, sink_topology, queue_topology])
+
+
+@dataclass
+class Mistake:
+    """What is written in the settings, with names of the servers' ports in braces, and what is said of it."""
+
+    url: str
+    error: type[PgbridgeError]
+    says: list[str]
+    key: str = "url"
+    tls: dict[str, str] = field(default_factory=dict)
+
+
+OWN = {"cert_file": "{folder}/client.pem", "key_file": "{folder}/client.key"}
+TRUSTED = {"ca_file": "{folder}/certificate.pem"}
+
+MISTAKES = {
+    "nothing there": Mistake(
+        "amqp://guest:hunter2@127.0.0.1:1/", BrokerUnavailableError, ["127.0.0.1:1 does not answer: ", "failed"]
+    ),
+    "no such host": Mistake(
+        "amqp://guest:hunter2@no-such-host.invalid/", BrokerUnavailableError, ["no-such-host.invalid:5672", "found"]
+    ),
+    "password": Mistake("amqp://guest:hunter2@127.0.0.1:{port}/", LoginError, ["'guest'", "ACCESS_REFUSED"]),
+    "user": Mistake("amqp://nobody:hunter2@127.0.0.1:{port}/", LoginError, ["'nobody'", "ACCESS_REFUSED"]),
+    "no virtual host": Mistake(
+        "amqp://guest:guest@127.0.0.1:{port}/no-such",
+        RefusedError,
+        ["'no-such'", "not found", "rabbitmqctl add_vhost no-such"],
+    ),
+    "another's virtual host": Mistake(
+        "amqp://{user}:hunter2@127.0.0.1:{port}/",
+        RefusedError,
+        ["access to vhost '/' refused", "rabbitmqctl set_permissions -p / {user} "],
+    ),
+    "untrusted": Mistake(
+        "amqps://guest:hunter2@127.0.0.1:{tls_port}/",
+        BrokerUnavailableError,
+        ["not trusted", "self-signed certificate"],
+        key="tls.ca_file",
+    ),
+    "another name": Mistake(
+        "amqps://guest:hunter2@0.0.0.0:{tls_port}/",
+        BrokerUnavailableError,
+        ["for another name", "IP address mismatch", "sinks.events.tls.ca_file"],
+        tls=TRUSTED,
+    ),
+    "no client certificate": Mistake(
+        "amqps://guest:hunter2@127.0.0.1:{tls_port}/",
+        LoginError,
+        ["asks for a client certificate, and none is set"],
+        key="tls.cert_file",
+        tls=TRUSTED,
+    ),
+    "another's client certificate": Mistake(
+        "amqps://guest:hunter2@127.0.0.1:{tls_port}/",
+        LoginError,
+        ["refuses the certificate in {folder}/other.pem"],
+        key="tls.cert_file",
+        tls=TRUSTED | {"cert_file": "{folder}/other.pem", "key_file": "{folder}/other.key"},
+    ),
+    "password over TLS": Mistake(
+        "amqps://guest:hunter2@127.0.0.1:{tls_port}/", LoginError, ["ACCESS_REFUSED"], tls=TRUSTED | OWN
+    ),
+    "TLS to a port without": Mistake(
+        "amqps://guest:hunter2@127.0.0.1:{port}/", RefusedError, ["does not speak TLS", "begins with amqps://"]
+    ),
+    "no TLS to a port with": Mistake(
+        "amqp://guest:hunter2@127.0.0.1:{tls_port}/", RefusedError, ["speaks TLS", "begins with amqp://"]
+    ),
+}
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("name", MISTAKES)
+async def test_a_mistake_on_the_way_is_told_alike(node: TlsRabbitMQServer, unique: str, name: str, way: Way) -> None:
+    mistake = MISTAKES[name]
+    if "{user}" in mistake.url:
+        node.ctl("add_user", unique, "hunter2")
+    known = {"port": node.port, "tls_port": node.tls_port, "folder": node.folder, "user": unique}
+    tls = {name: value.format(**known) for name, value in mistake.tls.items()}
+    settings = settings_for(mistake.url.format(**known), unique, tls)
+    with pytest.raises(PgbridgeError) as caught:
+        await way(settings)
+    said = str(caught.value)
+    assert type(caught.value) is mistake.error, said
+    assert said.startswith(f"sinks.events.{mistake.key}: RabbitMQ at {settings.address} ")
+    for words in mistake.says:
+        assert words.format(**known) in said
+    assert ("does not answer" in said) == (name == "nothing there")
+    assert "hunter2" not in said
+
+
+@EVERY_WAY
+async def test_certificates_of_the_client_let_it_in(node: TlsRabbitMQServer, unique: str, way: Way) -> None:
+    tls = {name: value.format(folder=node.folder) for name, value in (TRUSTED | OWN).items()}
+    settings = settings_for(f"amqps://guest:guest@127.0.0.1:{node.tls_port}/", unique, tls)
+    await queue_of(settings).topology(apply=True)
+    await way(settings)
+
+
+@EVERY_WAY
+async def test_a_missing_certificate_is_a_mistake_in_the_settings(tmp_path: Path, unique: str, way: Way) -> None:
+    settings = settings_for("amqps://guest:hunter2@127.0.0.1:1/", unique, {"ca_file": str(tmp_path / "ca.pem")})
+    with pytest.raises(SettingsError, match=r"^sinks\.events\.tls\.ca_file: .*/ca\.pem"):
+        await way(settings)
+
+
+@pytest.fixture
+async def answering() -> AsyncIterator[Callable[[bytes | None], Awaitable[int]]]:
+    """Starts servers that answer with these bytes, or with nothing at all; their ports."""
+    servers: list[asyncio.Server] = []
+
+    async def start(answer: bytes | None) -> int:
+        async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if answer is not None:
+                writer.write(answer)
+                await writer.drain()
+                writer.close()
+            else:
+                await reader.read()
+
+        port = free_port()
+        servers.append(await asyncio.start_server(respond, "127.0.0.1", port))
+        return port
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@EVERY_WAY
+@pytest.mark.parametrize(
+    ("scheme", "answer", "says"),
+    [
+        ("amqp", b"HTTP/1.1 400 Bad Request\r\n\r\n", "is not AMQP 0-9-1: b'HTTP/1.1'"),
+        ("amqp", b"", "no greeting of AMQP 0-9-1"),
+        ("amqp", b"SSH", "no greeting of AMQP 0-9-1"),
+        ("amqp", None, "does not answer: nothing came within 0.5 s"),
+        ("amqps", b"", "sinks.events.url: "),
+        ("amqps", None, "does not answer: nothing came within 0.5 s"),
+    ],
+)
+async def test_a_server_that_is_no_rabbitmq_is_told(
+    unique: str,
+    answering: Callable[[bytes | None], Awaitable[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    way: Way,
+    scheme: str,
+    answer: bytes | None,
+    says: str,
+) -> None:
+    for module in (connection, client):
+        monkeypatch.setattr(module, "CONNECT_LIMIT", 0.5)
+    port = await answering(answer)
+    with pytest.raises((BrokerUnavailableError, RefusedError)) as caught:
+        await way(settings_for(f"{scheme}://guest:hunter2@127.0.0.1:{port}/", unique))
+    assert str(caught.value).startswith(f"sinks.events.url: RabbitMQ at 127.0.0.1:{port} ")
+    assert says in str(caught.value)
+    assert ("does not answer" in str(caught.value)) == (answer is None)
+
+
+@pytest.mark.parametrize("way", [open_sink, open_queue, walk])
+async def test_what_is_missing_points_to_topology(rabbitmq: RabbitMQServer, unique: str, way: Way) -> None:
+    with pytest.raises(TopologyError, match=f"^sinks.events.url: .*{unique}.*`pgbridge topology --apply`") as caught:
+        await way(settings_for(rabbitmq.url, unique))
+    assert f"127.0.0.1:{rabbitmq.port}" in str(caught.value)
+
+
+@dataclass
+class Limited:
+    """A user with permissions of its own, for an exchange and a worker of its name whose topology is there."""
+
+    settings: RabbitMQSettings
+    permit: Callable[[str, str, str], Awaitable[None]]
+    """Grants configure, write and read."""
+
+
+@pytest.fixture
+async def limited(rabbitmq: RabbitMQServer, unique: str) -> Limited:
+    await queue_of(settings_for(rabbitmq.url, unique)).topology(apply=True)
+    rabbitmq.ctl("add_user", unique, "hunter2")
+
+    async def permit(configure: str, write: str, read: str) -> None:
+        await asyncio.to_thread(rabbitmq.ctl, "set_permissions", unique, configure, write, read)
+
+    return Limited(settings_for(f"amqp://{unique}:hunter2@127.0.0.1:{rabbitmq.port}/", unique), permit)
+
+
+def is_told(error: PrivilegeError, resource: str, limited: Limited) -> None:
+    said, user = str(error), limited.settings.address.user
+    assert said.startswith(f"sinks.events.url: RabbitMQ at {limited.settings.address} ")
+    assert f"access to {resource} in vhost '/' refused" in said
+    assert f"`rabbitmqctl set_permissions -p / {user} CONFIGURE WRITE READ`" in said
+    assert "hunter2" not in said
+
+
+@pytest.mark.parametrize(("way", "queue"), [(open_queue, "{0}"), (walk, "{0}.dead")])
+async def test_a_user_that_may_not_read_is_told_of_the_queue(
+    rabbitmq: RabbitMQServer, unique: str, limited: Limited, way: Way, queue: str
+) -> None:
+    await limited.permit(".*", ".*", "")
+    async with await aio_pika.connect(rabbitmq.url) as other:
+        channel = await other.channel()
+        await channel.default_exchange.publish(aio_pika.Message(b""), f"{unique}.dead")
+    with pytest.raises(PrivilegeError) as caught:
+        await way(limited.settings)
+    is_told(caught.value, f"queue '{queue.format(unique)}'", limited)
+
+
+async def test_a_user_that_may_not_write_is_told_when_a_delivery_is_put_off(
+    rabbitmq: RabbitMQServer, unique: str, limited: Limited
+) -> None:
+    await limited.permit("", "", ".*")
+    async with await aio_pika.connect(rabbitmq.url) as other:
+        channel: AbstractChannel = await other.channel()
+        await (await channel.get_exchange(unique, ensure=False)).publish(aio_pika.Message(b""), "a.b")
+    queue = queue_of(limited.settings)
+    await queue.open()
+    try:
+        deliveries = aiter(queue.deliveries())
+        delivery = await asyncio.wait_for(anext(deliveries), DEADLINE)
+        with pytest.raises(PrivilegeError) as caught:
+            await delivery.retry(0.1)
+        is_told(caught.value, "exchange 'amq.default'", limited)
+        # The refusal closed the channel, so the worker connects again.
+        with pytest.raises(BrokerUnavailableError, match=r"amq\.default"):
+            await asyncio.wait_for(anext(deliveries), DEADLINE)
+        with pytest.raises(BrokerUnavailableError, match=r"amq\.default"):
+            await delivery.ack()
+    finally:
+        await queue.close()
+
+
+async def test_a_user_that_may_not_configure_sees_the_topology_and_cannot_apply_it(
+    rabbitmq: RabbitMQServer, unique: str, limited: Limited
+) -> None:
+    await limited.permit("", ".*", ".*")
+    sink, queue = RabbitMQSink(limited.settings), queue_of(limited.settings)
+    for apply in (False, True):
+        found = [*await sink.topology(apply=apply), *await queue.topology(apply=apply)]
+        things = [each for each in found if each.kind != "binding"]
+        assert {(each.state, "cannot be compared" in each.detail) for each in things} == {("present", True)}
+    async with await aio_pika.connect(rabbitmq.url) as other:
+        channel = await other.channel()
+        await channel.queue_delete(f"{unique}.retry.500ms")
+        states = {each.name: each.state for each in await queue.topology(apply=False)}
+        assert states[f"{unique}.retry.500ms"] == "missing"
+        with pytest.raises(PrivilegeError) as caught:
+            await queue.topology(apply=True)
+        is_told(caught.value, f"queue '{unique}.retry.500ms'", limited)
+        await channel.exchange_delete(unique)
+        with pytest.raises(PrivilegeError) as caught:
+            await sink.topology(apply=True)
+        is_told(caught.value, f"exchange '{unique}'", limited)
+
+
+async def test_an_exchange_of_another_kind_differs_for_sink_and_worker(rabbitmq: RabbitMQServer, unique: str) -> None:
+    async with await aio_pika.connect(rabbitmq.url) as other:
+        await (await other.channel()).declare_exchange(unique, aio_pika.ExchangeType.FANOUT, durable=True)
+    settings = settings_for(rabbitmq.url, unique)
+    found = [*await RabbitMQSink(settings).topology(apply=True), *await queue_of(settings).topology(apply=True)]
+    exchanges = [each for each in found if each.kind == "exchange"]
+    assert len(exchanges) == 2
+    assert {each.state for each in exchanges} == {"differs"}
+    assert all("fanout" in each.detail and "topic exchange, durable" in each.detail for each in exchanges)
+
+
+PROCESSES = """
+name = "test"
+[postgres]
+dsn = "{dsn}"
+[sinks.events]
+type = "rabbitmq"
+url = "{url}"
+[[routes]]
+topic = "#"
+sink = "events"
+[workers.echo]
+handler = "tests.support.worker_handlers:refuse"
+subscribe = ["#"]
+"""
+
+EVERY_COMMAND = pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("bridge.cli", ["run"]),
+        ("bridge.cli", ["check"]),
+        ("bridge.cli", ["topology"]),
+        ("bridge.cli", ["dead", "list"]),
+        ("workers.cli", ["run", "echo"]),
+    ],
+)
+
+
+@EVERY_COMMAND
+def test_every_process_refuses_a_bad_url_with_78_and_its_key(tmp_path: Path, module: str, words: list[str]) -> None:
+    config = tmp_path / "bridge.toml"
+    config.write_text(PROCESSES.format(dsn="postgresql://127.0.0.1:1/x", url="amqp://user:hunter2@host:port/"))
+    done = run_command(*words, "--config", str(config), module=module)
+    assert done.returncode == 78, done.stderr
+    assert "sinks.events.url: is not a URL, or its port is not a number" in done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "words"), [("bridge.cli", ["run"]), ("bridge.cli", ["check"]), ("workers.cli", ["run", "echo"])]
+)
+def test_every_process_ends_with_69_when_the_password_is_refused(
+    bridge_database: str, rabbitmq: RabbitMQServer, tmp_path: Path, module: str, words: list[str]
+) -> None:
+    config = tmp_path / "bridge.toml"
+    url = f"amqp://guest:hunter2@127.0.0.1:{rabbitmq.port}/"
+    config.write_text(PROCESSES.format(dsn=bridge_database, url=url))
+    done = run_command(*words, "--config", str(config), module=module)
+    said = done.stdout + done.stderr
+    assert done.returncode == 69, said
+    assert f"sinks.events.url: RabbitMQ at 127.0.0.1:{rabbitmq.port} refuses the user 'guest'" in said
+    assert "hunter2" not in said
+    assert "Traceback" not in said
