@@ -104,8 +104,8 @@ class Broker:
         self.open_now = False
 
 
-async def carry(log: Log, broker: Broker, routes: Routes | None = None, **options: bool) -> None:
-    relay = Relay(log, {"s": broker}, routes or Routes([("#", "s")]), limits=LIMITS, **options)
+async def carry(log: Log, broker: Broker, routes: Routes | None = None, *, drop_unrouted: bool = False) -> None:
+    relay = Relay(log, {"s": broker}, routes or Routes([("#", "s")]), limits=LIMITS, drop_unrouted=drop_unrouted)
     async with asyncio.timeout(20):
         await relay.run(log.done)
 
