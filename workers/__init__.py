@@ -7,12 +7,12 @@
 
 The way of one message, continued from `bridge`:
 
-1. ``queues/`` hold one consumer each: they give deliveries, and settle them.
-2. ``runtime.py`` takes a delivery, and ``attempt.py`` claims its event in ``inbox.py`` and runs the handler.
+1. A queue of ``bridge/brokers`` gives deliveries, and settles them.
+2. ``worker.py`` takes a delivery, and ``attempt.py`` claims its event in ``inbox.py`` and runs the handler.
 3. What the handler returns goes to the worker's reply function, in one transaction with the inbox row,
    so that this database effect happens exactly once. ``effects.py`` records what happens outside.
 4. Then the delivery is acknowledged; or, after a failure, tried again later; or dead-lettered.
-5. ``outage.py`` waits while a server is gone. ``cli.py`` is the command ``pgbridge-worker``.
+5. ``cli.py`` is the command ``pgbridge-worker``.
 """
 
 from bridge.event import Event

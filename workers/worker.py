@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Final
 
 import structlog
@@ -238,7 +239,7 @@ def build(name: str, settings: Settings) -> Worker:
         name,
         own,
         run,
-        lambda: broker.queue(sink, wanted),
+        partial(broker.queue, sink, wanted),
         Inbox(name, settings.postgres, concurrency=own.concurrency, reply=own.reply),
         keep_finished=max(kept, _REMEMBERED),
     )
