@@ -192,4 +192,4 @@ listen = "127.0.0.1:{port}"
             _, metrics = await get(port, "/metrics")
             assert f'pgbridge_worker_events_total{{outcome="dead_lettered",worker="{unique}"}} 1.0' in metrics
             await asyncio.to_thread(broker.kill)
-            assert "the queue is lost" in str((await until_health(port, 503, "working"))["problems"])
+            assert f"queue {unique}: lost for" in str((await until_health(port, 503, "working"))["problems"])
