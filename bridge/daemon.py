@@ -1,41 +1,43 @@
-"""The daemon: builds the parts from the settings, runs them, and brings them back after an outage, for ever.
+"""The daemon: builds the parts from the settings, starts them, keeps them running, and stops them.
 
-The first start fails fast, with a message that says what to mend; later losses are waited out. A session is the time
-in which one connection to PostgreSQL lives: stand by, lead, relay. Nothing in memory outlives it but the sinks.
+The first start fails fast, with a message that says what is wrong; later losses are waited out. A session is the time
+in which one connection to PostgreSQL lives: stand by, lead, relay. Only the sinks, what plain pg_notify said, and the
+knowledge of outages outlive it.
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import structlog
-from psycopg import Notify
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
+from tenacity import wait_exponential_jitter
 
+from bridge.brokers.contract import Sink
 from bridge.brokers.registry import broker_of
 from bridge.errors import PgbridgeError
+from bridge.lane import sink_outage
 from bridge.postgres.prune import prune_for_ever
 from bridge.postgres.schema import check_version
 from bridge.postgres.status import sample_for_ever
 from bridge.process.health import Health, notify, serving, watchdog_for_ever
 from bridge.process.metrics import DATABASE_UP, LEADING, SINK_UP
+from bridge.process.outage import Outage
 from bridge.process.tasks import background, one_error, stop_on_signals, unless_stopped
 from bridge.relay import Limits, Relay, Routes
-from bridge.settings import Settings
+from bridge.settings import ChannelsSettings, Settings
 from bridge.sources import Source
 from bridge.sources.channels import ChannelSource, Intake
 from bridge.sources.doorbell import Doorbell
 from bridge.sources.listener import Listener
-from bridge.sources.outbox import OutboxSource
+from bridge.sources.outbox import Calls, OutboxSource
 
 log = structlog.get_logger()
 
-_BELL = "bridge_bell"
-_LEAD = "bridge_lead"
 _SINKS_LOOK = 5.0
 """Seconds between two looks at the sinks' connections while standing by."""
 _BACKOFF = wait_exponential_jitter(multiplier=0.1, max=5.0, jitter=0.5)
+"""Seconds between two attempts to reach PostgreSQL."""
 
 
 class Daemon:
@@ -43,131 +45,106 @@ class Daemon:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._sinks = {name: broker_of(sink).sink(sink) for name, sink in settings.sinks.items()}
+        self._limits = Limits(**settings.relay.model_dump())
         self._routes = Routes([(route.topic, route.sink) for route in settings.routes])
+        self._sinks = {name: broker_of(sink).sink(sink) for name, sink in settings.sinks.items()}
+        self._sink_outages = {
+            name: sink_outage(name, retry_initial=self._limits.retry_initial, retry_max=self._limits.retry_max)
+            for name in self._sinks
+        }
+        self._postgres = Outage("postgres", _BACKOFF)
         self._started = False
-        self._failures = 0
-        self._lost_at: float | None = None
-        self._lost_to: type | None = None
-        self._relaying = False
+        self._relaying = asyncio.Event()
         self._role = "starting"
-        DATABASE_UP.set_function(lambda: float(self._started and self._lost_at is None))
+        DATABASE_UP.set_function(self._database_up)
         for name, sink in self._sinks.items():
-            SINK_UP.labels(name).set_function(lambda sink=sink: float(sink.is_open))  # type: ignore[misc]
+            SINK_UP.labels(name).set_function(partial(_sink_up, sink))
 
     async def run(self, stop: asyncio.Event) -> None:
         """Runs until `stop` is set. Raises PgbridgeError when the first start fails."""
-        try:
-            with one_error(), serving("observe.listen", self._settings.observe.listen, self.health):
-                async with background(watchdog_for_ever()):
+        with one_error(), serving("observe.listen", self._settings.observe.listen, self.health):
+            async with background(watchdog_for_ever()):
+                try:
                     await self._open_sinks()
-                    await (self._carry_log(stop) if self._settings.reads_outbox else self._carry_channels(stop))
-        finally:
-            for sink in self._sinks.values():
-                await sink.close()
-            if self._started:
-                log.info("bridge.stopped", name=self._settings.name)
+                    await self._carry(stop)
+                finally:
+                    await self._close_sinks()
 
     def health(self) -> Health:
-        """What `/health` says."""
-        problems = [f"sinks.{name}: is not connected" for name, sink in self._sinks.items() if not sink.is_open]
-        if not self._started:
-            problems.append("the start is not done")
-        elif (lost_at := self._lost_at) is not None:
-            problems.append(f"postgres.dsn: lost for {time.monotonic() - lost_at:.0f} s")
-        return Health(self._settings.name, self._role, tuple(problems))
+        """What `/health` says. Other threads may ask."""
+        problems = [self._sink_problem(name) for name in self._sinks]
+        problems.append(self._postgres.problem if self._started else "the start is not done")
+        return Health(self._settings.name, self._role, tuple(filter(None, problems)))
 
-    def _be(self, role: str) -> None:
-        if role != self._role:
-            self._role = role
-            LEADING.set(role == "leading")
-            notify(f"STATUS={role}")
+    # Starting
 
     async def _open_sinks(self) -> None:
         for sink in self._sinks.values():
-            if not sink.is_open:
-                await sink.open()
+            await sink.open()
 
-    async def _keep_sinks_open(self) -> None:
-        """While standing by, when no relay does; tells an outage at its begin and at its end."""
-        lost_at: float | None = None
-        while True:
-            await asyncio.sleep(_SINKS_LOOK)
-            try:
-                await self._open_sinks()
-            except PgbridgeError as error:
-                if lost_at is None:
-                    lost_at = time.monotonic()
-                    log.warning("sink.unreachable", reason=str(error))
-            else:
-                if lost_at is not None:
-                    log.info("sink.recovered", seconds=round(time.monotonic() - lost_at, 3))
-                lost_at = None
+    def _is_up(self, role: str) -> None:
+        """A session can do its work, in this role."""
+        self._be(role)
+        self._postgres.restored()
+        if not self._started:
+            self._started = True
+            notify("READY=1")
+            log.info("bridge.started", name=self._settings.name, sinks=sorted(self._sinks))
+
+    # Running
+
+    async def _carry(self, stop: asyncio.Event) -> None:
+        channels = self._settings.channels
+        if channels is None or self._settings.reads_outbox:
+            await self._carry_log(stop)
+        else:
+            await self._carry_channels(stop, channels)
 
     async def _carry_log(self, stop: asyncio.Event) -> None:
         """The outbox; with `channels`, what plain pg_notify says is first written into it."""
         settings = self._settings
         intake = Intake(settings.name, settings.postgres, settings.channels) if settings.channels else None
-        await self._keep(stop, lambda: self._log_session(stop, intake))
+        await self._keep_session(stop, partial(self._log_session, stop, intake))
         if intake is not None:
             await intake.drain()
 
-    async def _carry_channels(self, stop: asyncio.Event) -> None:
+    async def _carry_channels(self, stop: asyncio.Event, channels: ChannelsSettings) -> None:
         """Plain pg_notify from memory; the database needs nothing of ours, and its outages do not stop publishing."""
-        channels = self._settings.channels
-        if channels is None:
-            raise AssertionError("settings without channels read the outbox")
         source = ChannelSource(self._settings.name, self._settings.postgres, channels)
+        is_running = partial(self._is_up, "running")
         heard_all = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._relay(source, heard_all))
-            await self._keep(stop, lambda: source.session(lambda: self._say_up("running")))
+            await self._keep_session(stop, partial(source.session, is_running))
             await source.drain(self._settings.relay.shutdown_limit)
             heard_all.set()
 
-    async def _keep(self, stop: asyncio.Event, session: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Runs sessions, each after the loss of the one before, until one ends by itself or `stop` is set.
+    async def _keep_session(self, stop: asyncio.Event, session: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Runs sessions, each after the loss of the one before, until `stop` is set.
 
-        Once started it comes back from everything, a refused login too: what is wrong then is mended on the server.
+        Once started it comes back from everything, a refused login too: what is wrong then is wrong on the server.
         """
-
-        async def pause(seconds: float) -> None:
-            await unless_stopped(stop, asyncio.sleep(seconds))
-
-        try:
-            async for attempt in AsyncRetrying(
-                wait=self._backoff,
-                sleep=pause,
-                retry=retry_if_exception_type(PgbridgeError),
-                stop=lambda _: not self._started or stop.is_set(),
-                before_sleep=self._say_lost,
-                reraise=True,
-            ):
-                with attempt, one_error():
-                    await unless_stopped(stop, session(), obeys=lambda: self._relaying)
-        except PgbridgeError:
-            if not self._started or not stop.is_set():
-                raise
-            self._lost_at = time.monotonic()
+        while not stop.is_set():
+            try:
+                with one_error():
+                    await unless_stopped(stop, session(), obeys=self._relaying)
+            except PgbridgeError as error:
+                if not self._started:
+                    raise
+                self._be("waiting for PostgreSQL")
+                self._postgres.lost(error)
+                await self._postgres.wait(stop)
         self._be("stopping")
-        if self._lost_at is not None:
+        if self._postgres.lasts:
             log.warning("bridge.stopped_in_outage", hint="what was in flight is published again at the next start")
 
     async def _log_session(self, stop: asyncio.Event, intake: Intake | None) -> None:
         """One connection's life: stand by, lead, relay."""
         settings = self._settings
-        outbox = settings.outbox_or_default
-        doorbell = Doorbell(outbox.poll_interval)
-        left = asyncio.Event()
+        calls = Calls(settings.name, Doorbell(settings.outbox_or_default.poll_interval))
+        application_name = f"pgbridge {settings.name} bell"
+        listener = Listener(settings.postgres, Calls.CHANNELS, calls.heard, application_name=application_name)
         hears = asyncio.Event()
-
-        def heard(notification: Notify) -> None:
-            if notification.channel == _BELL:
-                doorbell.ring()
-            elif notification.payload == settings.name:
-                left.set()
-
-        listener = Listener(settings.postgres, [_BELL, _LEAD], heard, application_name=f"pgbridge {settings.name} bell")
         session = None
         try:
             await listener.open()
@@ -176,29 +153,44 @@ class Daemon:
                 await hears.wait()
                 session = await OutboxSource.connect(settings.name, settings.postgres)
                 await check_version(session)
-                source = OutboxSource(settings.name, session, outbox, doorbell)
-                async with background(self._keep_sinks_open()):
-                    await source.standby(left, lambda: self._say_up("standby"))
-                log.info("bridge.leading", name=settings.name)
-                self._be("leading")
-                self._relaying = True
-                async with background(source.keep(), *self._beside(intake)):
-                    await self._relay(source, stop)
-                await source.leave()
+                source = OutboxSource(settings.name, session, settings.outbox_or_default, calls.doorbell)
+                await self._stand_by(source, calls.left)
+                await self._lead(source, stop, intake)
         finally:
-            self._relaying = False
+            self._relaying.clear()
             await listener.close()
             if session is not None:
                 await session.close()
 
-    def _beside(self, intake: Intake | None) -> list[Coroutine[Any, Any, None]]:
-        """What the leader does while it relays."""
-        jobs = [prune_for_ever(self._settings)]
+    async def _stand_by(self, source: OutboxSource, left: asyncio.Event) -> None:
+        async with background(self._keep_sinks_open()):
+            await source.standby(left, partial(self._is_up, "standby"))
+
+    async def _keep_sinks_open(self) -> None:
+        """While standing by, when no relay does."""
+        while True:
+            await asyncio.sleep(_SINKS_LOOK)
+            for name, sink in self._sinks.items():
+                try:
+                    if not sink.is_open:
+                        await sink.open()
+                except PgbridgeError as error:
+                    self._sink_outages[name].lost(error)
+                else:
+                    self._sink_outages[name].restored()
+
+    async def _lead(self, source: OutboxSource, stop: asyncio.Event, intake: Intake | None) -> None:
+        log.info("bridge.leading", name=self._settings.name)
+        self._be("leading")
+        self._relaying.set()
+        beside: list[Coroutine[Any, Any, None]] = [source.keep(), prune_for_ever(self._settings)]
         if intake is not None:
-            jobs.append(intake.session())
+            beside.append(intake.session())
         if self._settings.observe.listen is not None:
-            jobs.append(sample_for_ever(self._settings))
-        return jobs
+            beside.append(sample_for_ever(self._settings))
+        async with background(*beside):
+            await self._relay(source, stop)
+        await source.leave()
 
     async def _relay(self, source: Source, stop: asyncio.Event) -> None:
         relay = Relay(
@@ -206,39 +198,40 @@ class Daemon:
             self._sinks,
             self._routes,
             drop_unrouted=self._settings.unrouted == "drop",
-            limits=Limits(**self._settings.relay.model_dump()),
+            limits=self._limits,
+            outages=self._sink_outages,
         )
         await relay.run(stop)
 
-    def _backoff(self, state: RetryCallState) -> float:
-        """Seconds until the next session; counted anew after each one that worked."""
-        self._failures += 1
-        state.attempt_number = self._failures
-        return _BACKOFF(state)
+    # Stopping
 
-    def _say_lost(self, state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        self._be("waiting for PostgreSQL")
-        if self._lost_at is None:
-            self._lost_at = time.monotonic()
-            log.warning("postgres.lost", reason=str(error))
-        elif type(error) is not self._lost_to:
-            # An outage that turns into a refused login is another matter, for a person.
-            log.warning("postgres.unreachable", reason=str(error))
-        self._lost_to = type(error)
+    async def _close_sinks(self) -> None:
+        for sink in self._sinks.values():
+            await sink.close()
+        if self._started:
+            log.info("bridge.stopped", name=self._settings.name)
 
-    def _say_up(self, role: str) -> None:
-        self._be(role)
-        if not self._started:
-            self._started = True
-            notify("READY=1")
-            log.info("bridge.started", name=self._settings.name, sinks=sorted(self._sinks))
-        elif self._lost_at is not None:
-            log.info("postgres.restored", outage_seconds=round(time.monotonic() - self._lost_at, 3))
-        self._lost_at = None
-        self._failures = 0
+    # What others see
+
+    def _be(self, role: str) -> None:
+        if role != self._role:
+            self._role = role
+            LEADING.set(role == "leading")
+            notify(f"STATUS={role}")
+
+    def _sink_problem(self, name: str) -> str | None:
+        if self._sinks[name].is_open or self._sink_outages[name].lasts:
+            return self._sink_outages[name].problem
+        return f"sink {name}: is not connected"
+
+    def _database_up(self) -> float:
+        return float(self._started and not self._postgres.lasts)
+
+
+def _sink_up(sink: Sink) -> float:
+    return float(sink.is_open)
 
 
 async def run_until_signalled(settings: Settings) -> None:
     """Runs a daemon until SIGTERM or SIGINT. Raises PgbridgeError when the start fails."""
-    await Daemon(settings).run(stop_on_signals())
+    await Daemon(settings).run(stop_on_signals("bridge"))

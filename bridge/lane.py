@@ -1,26 +1,26 @@
 """The way to one sink: publishes in order, and tries again what did not arrive, without breaking any key's order.
 
-- What the broker confirmed, or refused for ever, is told to its page.
-- Anything else is *stuck*: its key takes no new events until it has been published. Other keys go on.
+- A confirmed event, and one that can never be published, is done: its page counts it.
+- Any other is *stuck*: no later event of its key is sent until it has been published. Other keys go on.
+- Refused: the broker may have taken a later event of the key that was already on its way, so of the stuck events of
+  this key only the first is due, and the next one when that has arrived.
+- Not sent, or unknown: nothing overtook, so all stuck events of the key are due together.
 - After a lost connection nothing is sent before every publish of the old connection has reported: otherwise a
   later event of some key could arrive on the new connection before an earlier one is known to be missing.
 """
 
 import asyncio
-import time
 from bisect import insort
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import structlog
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential_jitter
+from tenacity import wait_exponential_jitter
 
 from bridge.brokers.contract import CONFIRMED, Confirmed, Never, NotSent, Refused, Sink, Unknown
-from bridge.errors import PgbridgeError
+from bridge.errors import BrokerUnavailableError, PgbridgeError, RefusedError
 from bridge.event import Event
 from bridge.process.metrics import EVENTS_CONFIRMED, EVENTS_RETRIED
-
-log = structlog.get_logger()
+from bridge.process.outage import Outage
 
 _IDLE_LOOK = 1.0
 """Seconds between two looks whether a connection went while nothing was published."""
@@ -44,30 +44,29 @@ class _Stuck:
     event: Event = field(compare=False)
     page: Settles = field(compare=False)
     refused: bool = field(compare=False)
-    """The broker said no (as opposed to: nothing is known), so a later event of its key must wait for it."""
+    """The last outcome was a refusal."""
     attempts: int = field(compare=False, default=1)
 
 
-class _StillStuckError(Exception):
-    pass
+def sink_outage(name: str, *, retry_initial: float, retry_max: float) -> Outage:
+    """The outages of the sink `name`; the delays between attempts grow from `retry_initial` to `retry_max` seconds."""
+    backoff = wait_exponential_jitter(multiplier=retry_initial, max=retry_max, jitter=retry_initial)
+    return Outage("sink", backoff, sink=name)
 
 
 class Lane:
     """Publishes to one sink. Its tasks live in the caller's task group."""
 
-    def __init__(
-        self, name: str, sink: Sink, tasks: asyncio.TaskGroup, *, retry_initial: float, retry_max: float
-    ) -> None:
+    def __init__(self, name: str, sink: Sink, tasks: asyncio.TaskGroup, outage: Outage) -> None:
         self.name = name
         self._sink = sink
         self._count_confirmed = EVENTS_CONFIRMED.labels(name).inc
         self._count_retried = EVENTS_RETRIED.labels(name).inc
         self._tasks = tasks
-        self._wait = wait_exponential_jitter(multiplier=retry_initial, max=retry_max, jitter=retry_initial)
+        self._outage = outage
         self._publishing: set[asyncio.Task[None]] = set()
         self._stuck: dict[str, list[_Stuck]] = {}
         self._recovering = False
-        self._open_error: type[PgbridgeError] | None = None
 
     def send(self, page: Settles, events: list[Event]) -> None:
         """Starts to publish these; calls leave in order, since tasks start in the order of their creation."""
@@ -80,6 +79,9 @@ class Lane:
 
     async def watch(self) -> None:
         """Opens the sink again when its connection goes while nothing is published; runs until it is cancelled."""
+        if self._sink.is_open:
+            # An earlier lane may have ended in the middle of an outage, and nothing is stuck in this one.
+            self._outage.restored()
         while True:
             await asyncio.sleep(_IDLE_LOOK)
             if not self._sink.is_open:
@@ -113,43 +115,33 @@ class Lane:
     def _recover_from(self, outcome: NotSent | Refused | Unknown) -> None:
         if not self._recovering:
             self._recovering = True
-            self._tasks.create_task(self._recover(outcome.reason))
+            self._tasks.create_task(self._recover(outcome))
 
-    async def _recover(self, reason: str) -> None:
-        """Reopens and publishes again, for ever, until nothing is stuck."""
-        began = time.monotonic()
-        log.warning("sink.failing", sink=self.name, reason=reason)
+    async def _recover(self, outcome: NotSent | Refused | Unknown) -> None:
+        """Opens the sink and publishes what is stuck, again and again, until nothing is."""
+        self._outage.lost(_error(outcome))
         while self._stuck or not self._sink.is_open:
-            async for attempt in AsyncRetrying(
-                wait=self._wait, retry=retry_if_exception_type((_StillStuckError, PgbridgeError))
-            ):
-                with attempt:
-                    if not self._sink.is_open:
-                        if self._publishing:
-                            await asyncio.wait(self._publishing)
-                        await self._reopen()
-                    await self._publish_stuck()
+            try:
+                if not self._sink.is_open:
+                    await self._reopen()
+                await self._publish_stuck()
+            except PgbridgeError as error:
+                self._outage.lost(error)
+                await self._outage.wait()
+            else:
+                self._outage.failures = 0
         self._recovering = False
-        log.info("sink.recovered", sink=self.name, seconds=round(time.monotonic() - began, 3))
+        self._outage.restored()
 
     async def _reopen(self) -> None:
-        try:
-            await self._sink.open()
-        except PgbridgeError as error:
-            # Said when it changes: an outage that turns into a refused login is another matter, for a person.
-            if type(error) is not self._open_error:
-                self._open_error = type(error)
-                log.warning("sink.unreachable", sink=self.name, reason=str(error))
-            raise
-        self._open_error = None
+        if self._publishing:
+            await asyncio.wait(self._publishing)
+        await self._sink.open()
 
     async def _publish_stuck(self) -> None:
-        """Publishes what is due. Raises _StillStuckError when the broker took so little of it that it needs a pause."""
-        due: list[_Stuck] = []
-        for waiting in self._stuck.values():
-            due += waiting[:1] if waiting[0].refused else waiting
-        due.sort()
-        left = len(due)
+        """Publishes what is due. Raises PgbridgeError when the broker took so little of it that it needs a pause."""
+        due = self._due()
+        left: list[NotSent | Refused | Unknown] = []
         self._count_retried(len(due))
         outcomes = await self._sink.publish([stuck.event for stuck in due])
         for stuck, outcome in zip(due, outcomes, strict=True):
@@ -159,16 +151,22 @@ class Lane:
                     self._count_confirmed()
                     stuck.page.settled(1)
                     self._release(stuck)
-                    left -= 1
                 case Never():
                     stuck.page.refused(stuck.event, self.name, outcome, stuck.attempts)
                     self._release(stuck)
-                    left -= 1
                 case NotSent() | Refused() | Unknown():
                     stuck.refused = isinstance(outcome, Refused)
+                    left.append(outcome)
         # Of a key that was refused only the first event is due, so an outage comes off one by one, without pauses.
-        if left * 2 > len(due):
-            raise _StillStuckError
+        if len(left) * 2 > len(due):
+            raise _error(left[-1])
+
+    def _due(self) -> list[_Stuck]:
+        """In the order in which they were read."""
+        due: list[_Stuck] = []
+        for waiting in self._stuck.values():
+            due += waiting[:1] if waiting[0].refused else waiting
+        return sorted(due)
 
     def _release(self, stuck: _Stuck) -> None:
         key = _lane_key(stuck.event)
@@ -178,6 +176,11 @@ class Lane:
             del self._stuck[key]
 
 
+def _error(outcome: NotSent | Refused | Unknown) -> PgbridgeError:
+    """For the outage: whether the broker says no, or nothing."""
+    return (RefusedError if isinstance(outcome, Refused) else BrokerUnavailableError)(outcome.reason)
+
+
 def _lane_key(event: Event) -> str:
-    """What must stay in order: a key's events; an event without a key stands for itself."""
+    """What must stay in order: a key's events; an event without a key has no other to wait for."""
     return f"key {event.key}" if event.key is not None else f"id {event.id}"

@@ -1,7 +1,7 @@
 """The loop: read a page, route it, publish it, settle it. It knows sources and sinks only by their contracts.
 
 Several pages are in flight at once. A page is settled when every event in it is confirmed by each of its sinks,
-or stands among the dead letters; the source hears of it only when all pages before are settled too.
+or is among the dead letters; the source hears of it only when all pages before are settled too.
 What is in flight is bounded in pages and in bytes: while a broker blocks, reading stops.
 """
 
@@ -16,11 +16,15 @@ import structlog
 
 from bridge.brokers.contract import Never, Sink
 from bridge.event import Event, matches
-from bridge.lane import Lane
+from bridge.lane import Lane, sink_outage
 from bridge.process.metrics import BYTES_IN_FLIGHT, EVENTS_DEAD, EVENTS_READ, PAGES_IN_FLIGHT, SETTLE_SECONDS
+from bridge.process.outage import Outage
 from bridge.sources import DeadLetter, Page, Source
 
+log = structlog.get_logger()
+
 _CACHED_TOPICS = 65_536
+"""Most topics that the routing table remembers an answer for."""
 
 
 class Routes:
@@ -40,9 +44,6 @@ class Routes:
                 self._sinks_of.clear()
             self._sinks_of[topic] = found
         return found
-
-
-log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +89,15 @@ class Relay:
         *,
         drop_unrouted: bool = False,
         limits: Limits | None = None,
+        outages: Mapping[str, Outage] | None = None,
     ) -> None:
+        """`outages` of the sinks, by their names, for a caller that wants to know of them; each gets one otherwise."""
         self._source = source
         self._sinks = sinks
         self._routes = routes
         self._drop_unrouted = drop_unrouted
         self._limits = limits or Limits()
+        self._outages = outages or {name: self._outage(name) for name in sinks}
         self._lanes: dict[str, Lane] = {}
         self._window: deque[_InFlight] = deque()
         self._bytes = 0
@@ -109,7 +113,7 @@ class Relay:
         """
         try:
             async with asyncio.TaskGroup() as tasks:
-                self._lanes = {name: self._lane(name, sink, tasks) for name, sink in self._sinks.items()}
+                self._lanes = {name: Lane(name, sink, tasks, self._outages[name]) for name, sink in self._sinks.items()}
                 tasks.create_task(self._settle_pages())
                 for lane in self._lanes.values():
                     tasks.create_task(lane.watch())
@@ -121,9 +125,8 @@ class Relay:
             PAGES_IN_FLIGHT.set(0)
             BYTES_IN_FLIGHT.set(0)
 
-    def _lane(self, name: str, sink: Sink, tasks: asyncio.TaskGroup) -> Lane:
-        limits = self._limits
-        return Lane(name, sink, tasks, retry_initial=limits.retry_initial, retry_max=limits.retry_max)
+    def _outage(self, sink: str) -> Outage:
+        return sink_outage(sink, retry_initial=self._limits.retry_initial, retry_max=self._limits.retry_max)
 
     async def _wind_up(self, stop: asyncio.Event, reading: asyncio.Task[None]) -> None:
         await stop.wait()

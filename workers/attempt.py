@@ -14,18 +14,22 @@ from dataclasses import dataclass
 from typing import Final
 
 import structlog
+from tenacity import wait_random_exponential
 
 from bridge.brokers.contract import Delivery, Failure
 from bridge.errors import BrokerUnavailableError, PgbridgeError
 from bridge.event import Event, Malformed
 from bridge.process.metrics import WORKER_EVENTS
-from bridge.process.outage import Patience
+from bridge.process.outage import Outage
 from bridge.settings import WorkerSettings
-from workers.effects import current_ledger
+from workers.effects import current_effects
 from workers.handler import Reject, Result, Retry, Run
 from workers.inbox import Claim, ClaimLostError, Inbox, ReplyError
 
-_log = structlog.get_logger("workers")
+log = structlog.get_logger()
+
+OUTAGE_BACKOFF: Final = wait_random_exponential(multiplier=0.1, max=10.0)
+"""Seconds between two attempts to reach a server that is gone; drawn at random, since all workers lose it together."""
 
 BUSY_DELAY: Final = 1.0
 """Seconds until an event that another process has in hand is looked at again."""
@@ -49,12 +53,12 @@ class Attempts:
         self._settings = settings
         self._run = run
         self._inbox = inbox
-        self._patience = Patience("database", worker, PgbridgeError)
+        self._database = Outage("database", OUTAGE_BACKOFF, worker=worker)
 
     @property
     def problem(self) -> str | None:
-        """As `Patience.problem`, of the database."""
-        return self._patience.problem
+        """For `/health`: the outage of the database, if there is one."""
+        return self._database.problem
 
     async def handle(self, delivery: Delivery) -> None:
         """Handles one delivery to its end. Cancelling it gives the delivery back, without counting an attempt.
@@ -64,7 +68,7 @@ class Attempts:
         try:
             await self._handle(delivery)
         except BrokerUnavailableError as error:
-            _log.warning("event.unsettled", worker=self._worker, error=str(error), **_names(delivery.event))
+            log.warning("event.unsettled", worker=self._worker, reason=str(error), **_names(delivery.event))
 
     async def _handle(self, delivery: Delivery) -> None:
         event = _readable(delivery.event)
@@ -72,15 +76,15 @@ class Attempts:
             await self._dead_letter(delivery, Failure("malformed", str(event)), attempt=delivery.attempt)
             return
         try:
-            claim = await self._patience(lambda: self._inbox.claim(event.id))
+            claim = await self._database.outlast(self._inbox.claim, event.id)
         except asyncio.CancelledError:
             await delivery.give_back()
             return
         if claim == "finished":
-            _log.debug("event.repeated", worker=self._worker, **_names(event))
+            log.debug("event.repeated", worker=self._worker, **_names(event))
             await delivery.ack()
         elif claim == "busy":
-            _log.debug("event.busy", worker=self._worker, **_names(event))
+            log.debug("event.busy", worker=self._worker, **_names(event))
             await delivery.retry(BUSY_DELAY)
         else:
             await self._claimed(delivery, event, claim)
@@ -90,7 +94,7 @@ class Attempts:
         try:
             failed = await self._attempt(event, claim)
         except ClaimLostError:
-            _log.warning("event.claim_lost", worker=self._worker, **_names(event), attempt=claim.attempt)
+            log.warning("event.claim_lost", worker=self._worker, **_names(event), attempt=claim.attempt)
             await delivery.retry(BUSY_DELAY)
             return
         except asyncio.CancelledError:
@@ -100,9 +104,9 @@ class Attempts:
         if failed is None:
             await delivery.ack()
             WORKER_EVENTS.labels(self._worker, "handled").inc()
-            _log.info("event.handled", worker=self._worker, **_names(event), **known)
+            log.info("event.handled", worker=self._worker, **_names(event), **known)
         elif failed.failure.code == "rejected" or claim.attempt >= self._settings.max_attempts:
-            await self._patience(lambda: self._inbox.release(claim, counted=0))
+            await self._database.outlast(self._inbox.release, claim, counted=0)
             await self._dead_letter(delivery, failed.failure, **known)
         else:
             await self._retry(delivery, event, claim, failed, **known)
@@ -112,7 +116,7 @@ class Attempts:
         if claim.attempt > self._settings.max_attempts:
             reason = f"{claim.attempt - 1} attempts were begun and none ended: the worker's process died in each"
             return _Failed(Failure("attempts_exhausted", reason))
-        current_ledger.set(claim)
+        current_effects.set(claim)
         deadline = asyncio.timeout(self._settings.timeout)
         try:
             async with deadline:
@@ -129,29 +133,29 @@ class Attempts:
             if task is not None and task.cancelling():
                 raise
             return _Failed(_failure("error", "the handler was cancelled from within", error))
-        except Exception as error:  # noqa: BLE001 - whatever an author's code raises is an outcome, told with its trace
+        except Exception as error:  # noqa: BLE001 - whatever an author's code raises is an outcome, with its trace
             if isinstance(error, TimeoutError) and deadline.expired():
                 reason = f"the handler ran longer than workers.{self._worker}.timeout, {self._settings.timeout:g} s"
                 return _Failed(_failure("timeout", reason, error))
             return _Failed(_failure("error", f"{type(error).__name__}: {error}", error))
         try:
-            await self._patience(lambda: self._inbox.finish(claim, result))
+            await self._database.outlast(self._inbox.finish, claim, result)
         except ReplyError as error:
             return _Failed(_failure("error", str(error), error))
         return None
 
     async def _retry(self, delivery: Delivery, event: Event, claim: Claim, failed: _Failed, **known: object) -> None:
         delay = failed.after if failed.after is not None else backoff(self._settings, claim.attempt)
-        await self._patience(lambda: self._inbox.release(claim, counted=claim.attempt))
+        await self._database.outlast(self._inbox.release, claim, counted=claim.attempt)
         await delivery.retry(delay)
         WORKER_EVENTS.labels(self._worker, "retried").inc()
         code = failed.failure.code
-        _log.warning(
+        log.warning(
             "event.retried",
             worker=self._worker,
             **_names(event),
             **known,
-            delay_s=round(delay, 3),
+            seconds=round(delay, 3),
             code="retry" if code == "attempts_exhausted" else code,
             reason=failed.failure.reason,
         )
@@ -161,14 +165,14 @@ class Attempts:
         try:
             await self._inbox.release(claim, counted=claim.attempt - 1)
         except PgbridgeError as error:
-            _log.warning("event.unreleased", worker=self._worker, **_names(event), error=str(error))
+            log.warning("event.unreleased", worker=self._worker, **_names(event), reason=str(error))
         await delivery.give_back()
-        _log.info("event.given_back", worker=self._worker, **_names(event), attempt=claim.attempt)
+        log.info("event.given_back", worker=self._worker, **_names(event), attempt=claim.attempt)
 
     async def _dead_letter(self, delivery: Delivery, failure: Failure, **known: object) -> None:
         await delivery.dead_letter(failure)
         WORKER_EVENTS.labels(self._worker, "dead_lettered").inc()
-        _log.error(
+        log.error(
             "event.dead_lettered",
             worker=self._worker,
             **_names(delivery.event),

@@ -12,11 +12,11 @@ from rich.table import Table
 from bridge import __version__
 from bridge.process.health import serving
 from bridge.process.logs import configure
-from bridge.process.tasks import run_daemon
+from bridge.process.tasks import run_daemon, stop_on_signals
 from bridge.process.terminal import exit_codes
 from bridge.settings import Settings, load
 from workers.handler import load_handler
-from workers.worker import build, stop_on_signals
+from workers.worker import build
 
 _config = click.option(
     "--config",
@@ -44,9 +44,9 @@ def run_worker(name: str, config: Path | None) -> None:
 
 async def _run(name: str, settings: Settings) -> None:
     worker = build(name, settings)
-    stop_on_signals(worker)
+    stop = stop_on_signals("worker")
     with serving(f"workers.{name}.listen", settings.workers[name].listen, worker.health):
-        await worker.run()
+        await worker.run(stop)
 
 
 @main.command("list")

@@ -29,7 +29,7 @@ class Effect:
     """What an earlier attempt got; the handler sets it once the effect has happened. A JSON object."""
 
 
-class Ledger(Protocol):
+class EffectStore(Protocol):
     """Where effects are recorded: a claim in the inbox, or a test's dictionary."""
 
     async def begin_effect(self, operation: str) -> Effect:
@@ -39,8 +39,8 @@ class Ledger(Protocol):
         """Records its result."""
 
 
-current_ledger: ContextVar[Ledger] = ContextVar("pgbridge_ledger")
-"""Set by the runtime around a handler; a test of a handler may set its own."""
+current_effects: ContextVar[EffectStore] = ContextVar("pgbridge_effects")
+"""Where the effects of the event in hand are recorded. The worker sets it around a handler; a test may set its own."""
 
 
 @asynccontextmanager
@@ -48,11 +48,11 @@ async def effect(operation: str) -> AsyncIterator[Effect]:
     """Records an outside effect of the event in hand around the code that brings it about.
 
     When the code raises, no result is recorded, and the next attempt finds the effect begun. Only for use in a
-    handler, or where `current_ledger` is set; raises LookupError elsewhere.
+    handler, or where `current_effects` is set; raises LookupError elsewhere.
     """
-    ledger = current_ledger.get()
-    begun = await ledger.begin_effect(operation)
+    store = current_effects.get()
+    begun = await store.begin_effect(operation)
     known = begun.result
     yield begun
     if begun.result is not None and begun.result is not known:
-        await ledger.end_effect(begun)
+        await store.end_effect(begun)

@@ -1,6 +1,6 @@
 """The ledger that makes a worker's database effects exactly-once; its SQL is in ``0005_inbox.sql``.
 
-Claims carry the process' token (``token.py``): they die with its session, so after a crash another process takes
+Claims carry the token of the process' session (``session.py``) and die with it, so after a crash another process takes
 over at once. A claim is made only while the token's lock is held, and finishing one checks that it is still ours.
 Claims, and ends without a reply, that are asked for at the same time share a query: a query each was half of what a
 worker cost.
@@ -19,11 +19,11 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from bridge.errors import DatabaseUnavailableError, PrivilegeError, SchemaError
 from bridge.postgres.connection import connection_parameters, database_errors, translated
-from bridge.process.batching import Gathering
+from bridge.process.batching import Batcher
 from bridge.settings import PostgresSettings
 from workers.effects import Effect
 from workers.handler import Result
-from workers.session import Token
+from workers.session import ClaimSession
 
 
 class ClaimLostError(Exception):
@@ -45,7 +45,7 @@ class Database(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """An event that is ours to handle; the `Ledger` of its effects."""
+    """An event that is ours to handle; the `EffectStore` of its effects."""
 
     inbox: Database
     event_id: str
@@ -58,7 +58,7 @@ class Claim:
         return (self.inbox.worker, self.event_id, self.token, self.attempt)
 
     async def begin_effect(self, operation: str) -> Effect:
-        """See `effects.Ledger`. Raises ClaimLostError, DatabaseUnavailableError."""
+        """See `effects.EffectStore`. Raises ClaimLostError, DatabaseUnavailableError."""
         entry = await self.inbox.value("SELECT bridge.inbox_effect_begin(%s, %s, %s, %s, %s)", *self.fence, operation)
         if entry is None:
             raise ClaimLostError
@@ -67,7 +67,7 @@ class Claim:
         )
 
     async def end_effect(self, effect: Effect) -> None:
-        """See `effects.Ledger`. Raises ClaimLostError, DatabaseUnavailableError."""
+        """See `effects.EffectStore`. Raises ClaimLostError, DatabaseUnavailableError."""
         if not await self.inbox.value(
             "SELECT bridge.inbox_effect_end(%s, %s, %s, %s, %s, %s)",
             *self.fence,
@@ -78,10 +78,11 @@ class Claim:
 
 
 _SERIALIZATION_ATTEMPTS: Final = 5
+"""Tries of a transaction that conflicts with another one."""
 _TOGETHER: Final = 100
 """Most events in one query."""
 _UNAVAILABLE_CLASSES: Final = ("08", "53", "57P", "58")
-"""SQLSTATEs that speak of the server and not of the reply: connection, resources, shutdown, system."""
+"""Classes of SQLSTATEs about the server and not about the reply: connection, resources, shutdown, system."""
 
 
 class Inbox:
@@ -99,17 +100,17 @@ class Inbox:
             timeout=settings.connect_timeout,
             open=False,
         )
-        self._token = Token(settings, application_name)
+        self._session = ClaimSession(settings, application_name)
         self._in_hand: set[str] = set()
-        self._claims = Gathering(self._claim_together, _TOGETHER)
-        self._ends = Gathering(self._finish_together, _TOGETHER)
+        self._claims = Batcher(self._claim_together, _TOGETHER)
+        self._ends = Batcher(self._finish_together, _TOGETHER)
 
     async def open(self) -> None:
         """Connects, and checks that the schema and the reply function are there and may be used.
 
         Raises DatabaseUnavailableError, PrivilegeError, SchemaError, RefusedError.
         """
-        await self._token.take(instead_of=self._token.value)
+        await self._session.renew(instead_of=self._session.token)
         await self._pool.open()
         await self.value("SELECT bridge.inbox_prune(%s, '-infinity')", self.worker)
         if self._reply_name is not None:
@@ -118,7 +119,7 @@ class Inbox:
     async def close(self) -> None:
         """Ends the sessions; claims that are still open become free for other processes."""
         await self._pool.close()
-        await self._token.close()
+        await self._session.close()
 
     async def claim(self, event_id: str) -> Claim | Literal["finished", "busy"]:
         """Claims an event. Raises DatabaseUnavailableError, or another PgbridgeError when PostgreSQL refuses."""
@@ -127,7 +128,7 @@ class Inbox:
         self._in_hand.add(event_id)
         claim: Claim | Literal["finished", "busy"] = "busy"
         try:
-            claim = await self._claims(event_id)
+            claim = await self._claims.ask(event_id)
         finally:
             if not isinstance(claim, Claim):
                 self._in_hand.discard(event_id)
@@ -135,7 +136,7 @@ class Inbox:
 
     async def _claim_together(self, events: Sequence[str]) -> Sequence[Claim | Literal["finished", "busy"]]:
         while True:
-            token = self._token.value
+            token = self._session.token
             rows = await self._rows(
                 "SELECT event::text, state, attempt FROM bridge.inbox_claim(%s, %s::uuid[], %s)",
                 self.worker,
@@ -146,7 +147,7 @@ class Inbox:
             if rows[0][1] != "unheld":
                 break
             # Our session ended unnoticed, and its claims with it.
-            await self._token.take(instead_of=token)
+            await self._session.renew(instead_of=token)
         claims: dict[str, Claim | Literal["finished", "busy"]] = {}
         for event_id, state, attempt in rows:
             claimed = Claim(self, event_id, token, attempt) if state == "claimed" else None
@@ -165,7 +166,7 @@ class Inbox:
         conflicts = 0
         while True:
             try:
-                ours = await (self._finish_alone(claim, outcome) if alone else self._ends((claim, outcome)))
+                ours = await (self._finish_alone(claim, outcome) if alone else self._ends.ask((claim, outcome)))
                 break
             except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected) as error:
                 conflicts += 1
@@ -261,7 +262,7 @@ class Inbox:
 
 
 def _is_the_servers(error: psycopg.Error) -> bool:
-    """Whether it speaks of the server or the connection, and not of the result."""
+    """Whether it is about the server or the connection, and not about the result."""
     if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
         return True
     operational = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)

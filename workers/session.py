@@ -1,7 +1,7 @@
-"""The token of a worker process: a random number under a session advisory lock, on a connection of its own.
+"""The session with PostgreSQL that a worker process' claims live and die with.
 
-The claims of the inbox carry it. PostgreSQL releases the lock when the session ends, however the process died, and
-so frees the claims. Nothing else runs on the connection.
+It holds an advisory lock on a random number, the *token*, which the claims of the inbox carry. PostgreSQL releases the
+lock when the session ends, however the process died, and so frees the claims. Nothing else runs on the connection.
 """
 
 import asyncio
@@ -24,25 +24,25 @@ _SETTINGS: Final[tuple[LiteralString, ...]] = (
 )
 
 
-class Token:
-    """The number that a process' claims carry; a new one for every session."""
+class ClaimSession:
+    """The session of one process, and its token: a new one whenever the session had to be opened anew."""
 
     def __init__(self, settings: PostgresSettings, application_name: str) -> None:
         self._settings = settings
         self._application_name = application_name
         self._connection: AsyncConnection[TupleRow] | None = None
-        self._taking = asyncio.Lock()
-        self.value = 0
-        """0 until the first `take`; no lock is ever held on 0."""
+        self._renewing = asyncio.Lock()
+        self.token = 0
+        """0 until the first `renew`; no lock is ever held on 0."""
 
-    async def take(self, instead_of: int) -> None:
-        """Takes a new token and its lock; does nothing when another task has replaced `instead_of` already.
+    async def renew(self, instead_of: int) -> None:
+        """Opens a session with a new token; does nothing when another task has replaced `instead_of` already.
 
         Raises DatabaseUnavailableError, PrivilegeError, and RefusedError behind a connection pooler, where a session
         lock stays with a server connection that outlives this process.
         """
-        async with self._taking:
-            if self.value != instead_of:
+        async with self._renewing:
+            if self.token != instead_of:
                 return
             await self.close()
             self._connection = connection = await connect(self._settings, self._application_name)
@@ -62,7 +62,7 @@ class Token:
                 )
             if not locked:
                 raise DatabaseUnavailableError("another process holds the same token; taking a new one")
-            self.value = token
+            self.token = token
 
     async def close(self) -> None:
         """Ends the session; its claims become free for other processes."""

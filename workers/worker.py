@@ -1,14 +1,14 @@
-"""A worker process: consume, handle with bounded concurrency, reconnect, and stop in order.
+"""A worker process: it takes deliveries, handles them with bounded concurrency, reconnects, and stops in order.
 
-open inbox and queue (fails fast) -> deliveries -> `attempt.Attempts` -> ... -> stop -> drain -> close
+The start fails fast; a delivery goes to `attempt.Attempts`; a stop takes no more deliveries, lets running handlers
+finish up to `shutdown_limit`, gives the others back, and closes queue and inbox.
 """
 
 import asyncio
 import contextlib
-import os
-import signal
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Final
 
 import structlog
@@ -17,13 +17,13 @@ from bridge.brokers.contract import Delivery, Queue, Subscription
 from bridge.brokers.registry import broker_of
 from bridge.errors import BrokerUnavailableError, PgbridgeError, SettingsError, UsageError
 from bridge.process.health import Health, notify, watchdog_for_ever
-from bridge.process.outage import Patience
+from bridge.process.outage import Outage
 from bridge.settings import Settings, WorkerSettings
-from workers.attempt import Attempts, retry_delays
+from workers.attempt import OUTAGE_BACKOFF, Attempts, retry_delays
 from workers.handler import Run, load_handler
 from workers.inbox import Inbox
 
-_log = structlog.get_logger("workers")
+log = structlog.get_logger()
 
 PRUNE_INTERVAL: Final = 3600.0
 """Seconds between two prunings of the inbox."""
@@ -33,7 +33,6 @@ LEASE: Final = 30.0
 
 _GIVE_BACK_LIMIT: Final = 5.0
 """Seconds that cancelled handlers have for giving their deliveries back."""
-
 
 _REMEMBERED = timedelta(days=30)
 """How long finished events are remembered at least."""
@@ -59,53 +58,60 @@ class Worker:
         self._inbox = inbox
         self._keep_finished = keep_finished
         self._attempts = Attempts(name, settings, run, inbox)
-        self._broker = Patience("queue", name, BrokerUnavailableError)
+        self._broker = Outage("queue", OUTAGE_BACKOFF, outlasts=BrokerUnavailableError, worker=name)
         self._stopping = asyncio.Event()
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._running: set[asyncio.Task[None]] = set()
         self._queue: Queue | None = None
         self._started = False
 
-    def stop(self) -> None:
-        """Asks for an orderly stop: no new deliveries, running handlers may finish up to `shutdown_limit`."""
-        self._stopping.set()
-
     def health(self) -> Health:
-        """What `/health` says."""
-        problems = [each for each in (self._broker.problem, self._attempts.problem) if each is not None]
-        if not self._started:
-            problems.append("the start is not done")
+        """What `/health` says. Other threads may ask."""
+        problems = (self._broker.problem, self._attempts.problem, None if self._started else "the start is not done")
         role = "stopping" if self._stopping.is_set() else "working" if self._started else "starting"
-        return Health(self._name, role, tuple(problems))
+        return Health(self._name, role, tuple(filter(None, problems)))
 
-    async def run(self) -> None:
-        """Works until `stop`, or until something is wrong that only a person can mend.
+    async def run(self, stop: asyncio.Event) -> None:
+        """Works until `stop` is set, or until the broker says no to a connection that is opened again.
 
-        Raises PgbridgeError at the start when database or broker cannot be used, and later when the broker
-        refuses; while they merely do not answer, it waits.
+        Raises PgbridgeError at the start when database or broker cannot be used, and later when the broker refuses;
+        while they only do not answer, it waits.
         """
-        async with contextlib.AsyncExitStack() as stack:
-            stack.push_async_callback(self._inbox.close)
-            await self._inbox.open()
-            self._queue = await self._open()
-            stack.push_async_callback(self._close)
-            self._started = True
-            notify("READY=1")
-            _log.info("worker.started", worker=self._name, concurrency=self._settings.concurrency)
-            consumer = asyncio.create_task(self._consume())
-            others = [asyncio.create_task(job) for job in (self._stopping.wait(), self._prune(), watchdog_for_ever())]
-            try:
-                done, _ = await asyncio.wait([consumer, *others], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                self._stopping.set()
-                notify("STOPPING=1")
-                await self._drain(consumer)
-                for task in others:
-                    task.cancel()
-                await asyncio.wait(others)
-            for task in done:
-                task.result()
-        _log.info("worker.stopped", worker=self._name)
+        try:
+            await self._start()
+            await self._work(stop)
+        finally:
+            await self._shut_down()
+        log.info("worker.stopped", worker=self._name)
+
+    async def _start(self) -> None:
+        await self._inbox.open()
+        self._queue = await self._open()
+        self._started = True
+        notify("READY=1")
+        log.info("worker.started", worker=self._name, concurrency=self._settings.concurrency)
+
+    async def _work(self, stop: asyncio.Event) -> None:
+        """Consumes until `stop` is set or a task fails, and then drains."""
+        consumer = asyncio.create_task(self._consume())
+        others = [asyncio.create_task(job) for job in (stop.wait(), self._prune(), watchdog_for_ever())]
+        try:
+            done, _ = await asyncio.wait([consumer, *others], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._stopping.set()
+            notify("STOPPING=1")
+            await self._drain(consumer)
+            for task in others:
+                task.cancel()
+            await asyncio.wait(others)
+        for task in done:
+            task.result()
+
+    async def _shut_down(self) -> None:
+        try:
+            await self._close()
+        finally:
+            await self._inbox.close()
 
     async def _open(self) -> Queue:
         queue = self._make_queue()
@@ -125,7 +131,7 @@ class Worker:
         while not self._stopping.is_set():
             try:
                 if self._queue is None:
-                    self._queue = await self._broker(self._open)
+                    self._queue = await self._broker.outlast(self._open)
                 await self._take(self._queue.deliveries())
             except BrokerUnavailableError as error:
                 self._broker.lost(error)
@@ -159,21 +165,21 @@ class Worker:
         self._slots.release()
         if not task.cancelled() and (error := task.exception()) is not None:
             # A mistake of ours. The delivery is unsettled and comes again, to this process or to another.
-            _log.error("event.crashed", worker=self._name, exc_info=error)
+            log.error("event.crashed", worker=self._name, exc_info=error)
 
     async def _drain(self, consumer: asyncio.Task[None]) -> None:
         if self._queue is not None:
             with contextlib.suppress(BrokerUnavailableError):  # gone already: nothing comes any more
                 await self._queue.stop()
         if self._running:
-            _log.info("worker.draining", worker=self._name, running=len(self._running))
+            log.info("worker.draining", worker=self._name, running=len(self._running))
             await asyncio.wait(self._running, timeout=self._settings.shutdown_limit)
         for task in self._running:
             task.cancel()
         if self._running:
             _, stuck = await asyncio.wait(self._running, timeout=_GIVE_BACK_LIMIT)
             if stuck:
-                _log.error("worker.stuck", worker=self._name, running=len(stuck))
+                log.error("worker.stuck", worker=self._name, running=len(stuck))
         if not consumer.done():
             # It ends by itself once the queue has ended its deliveries, unless it waits for a broker.
             await asyncio.wait([consumer], timeout=0.5)
@@ -185,9 +191,9 @@ class Worker:
             try:
                 count = await self._inbox.prune(self._keep_finished)
             except PgbridgeError as error:
-                _log.warning("inbox.prune_failed", worker=self._name, error=str(error))
+                log.warning("inbox.prune_failed", worker=self._name, reason=str(error))
             else:
-                _log.debug("inbox.pruned", worker=self._name, events=count)
+                log.debug("inbox.pruned", worker=self._name, events=count)
             await asyncio.sleep(PRUNE_INTERVAL)
 
 
@@ -202,22 +208,6 @@ def subscription(name: str, settings: WorkerSettings, topics: Sequence[str]) -> 
         max_attempts=settings.max_attempts,
         ack_wait=LEASE,
     )
-
-
-def stop_on_signals(worker: Worker) -> None:
-    """SIGTERM and SIGINT stop the worker in order; a second one leaves at once."""
-    loop = asyncio.get_running_loop()
-    seen: list[signal.Signals] = []
-
-    def on_signal(number: signal.Signals) -> None:
-        if seen:
-            os._exit(128 + number)
-        seen.append(number)
-        _log.info("worker.stopping", signal=number.name)
-        worker.stop()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
 
 
 def subscriptions(settings: Settings) -> Mapping[str, tuple[str, Subscription]]:
@@ -249,7 +239,7 @@ def build(name: str, settings: Settings) -> Worker:
         name,
         own,
         run,
-        lambda: broker.queue(sink, wanted),
+        partial(broker.queue, sink, wanted),
         Inbox(name, settings.postgres, concurrency=own.concurrency, reply=own.reply),
         keep_finished=max(kept, _REMEMBERED),
     )

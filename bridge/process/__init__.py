@@ -1,1 +1,1 @@
-"""What others see of the daemons: logs, metrics, health, traces, systemd's notifications."""
+"""What every process of ours needs: tasks and signals, outages, logs, metrics, health, systemd's notifications."""

@@ -8,18 +8,21 @@ Q = TypeVar("Q")
 A = TypeVar("A")
 
 
-class Gathering(Generic[Q, A]):
-    """Asks at once when nothing is on its way, so one call alone waits for nobody."""
+class Batcher(Generic[Q, A]):
+    """Sends a request at once when none is on its way, so one caller alone waits for nobody."""
 
-    def __init__(self, ask: Callable[[Sequence[Q]], Awaitable[Sequence[A]]], most: int) -> None:
-        """`ask` answers in the order of the questions, `most` at a time; what it raises, all of them get."""
-        self._ask = ask
+    def __init__(self, ask_together: Callable[[Sequence[Q]], Awaitable[Sequence[A]]], most: int) -> None:
+        """`ask_together` answers `most` questions at most, in their order; what it raises goes to each caller."""
+        self._ask_together = ask_together
         self._most = most
         self._waiting: list[tuple[Q, asyncio.Future[A]]] = []
         self._asking: asyncio.Task[None] | None = None
 
-    async def __call__(self, question: Q) -> A:
-        """The answer. One whose caller was cancelled is asked all the same, unless it still waits."""
+    async def ask(self, question: Q) -> A:
+        """The answer. The question of a caller that is cancelled is dropped, unless its request is on its way already.
+
+        Raises what `ask_together` raises.
+        """
         answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
         self._waiting.append((question, answer))
         if self._asking is None:
@@ -37,16 +40,16 @@ class Gathering(Generic[Q, A]):
                 batch = [each for each in self._waiting[: self._most] if not each[1].done()]
                 del self._waiting[: self._most]
                 if batch:
-                    await self._ask_together(batch)
+                    await self._request(batch)
         finally:
             self._asking = None
             for _, answer in self._waiting:
                 answer.cancel()
             self._waiting.clear()
 
-    async def _ask_together(self, batch: Sequence[tuple[Q, "asyncio.Future[A]"]]) -> None:
+    async def _request(self, batch: Sequence[tuple[Q, "asyncio.Future[A]"]]) -> None:
         try:
-            answers = await self._ask([question for question, _ in batch])
+            answers = await self._ask_together([question for question, _ in batch])
         except asyncio.CancelledError:
             for _, answer in batch:
                 answer.cancel()

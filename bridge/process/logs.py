@@ -1,42 +1,118 @@
-"""Logs: lines for a person on a terminal, JSON otherwise; every line has a stable `action`."""
+"""Logs: lines for a person on a terminal, JSON otherwise; every line has a stable `action`.
+
+Ours go through structlog. What libraries, asyncio and `warnings` say through the standard module becomes the same kind
+of line, with the action ``library.message``. In the journal each line begins with its syslog priority, so that
+``journalctl -p warning`` shows the warnings.
+"""
 
 import logging
+import os
 import sys
 from collections.abc import MutableMapping
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import structlog
+from structlog.dev import ConsoleRenderer, plain_traceback
+from structlog.processors import ExceptionRenderer, JSONRenderer, TimeStamper, add_log_level
+from structlog.stdlib import ProcessorFormatter
+from structlog.tracebacks import ExceptionDictTransformer
+from structlog.typing import Processor
 
 from bridge.settings import ObserveSettings
 
+_PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+"""Of syslog, for each level; see sd-daemon(3)."""
+
+_TO_SERVERS: Final = {
+    "psycopg": logging.ERROR,
+    "aio_pika": logging.ERROR,
+    "aiormq": logging.ERROR,
+    # It raises what it says at this level, so it would be a line for each attempt to connect.
+    "aiormq.connection": logging.CRITICAL,
+    "nats": logging.ERROR,
+    "grpc": logging.ERROR,
+    "google": logging.ERROR,
+}
+"""Libraries that speak to a server, and the lowest level that is logged of each. An outage is logged by `Outage`, once;
+of these lines only what went wrong beside that counts, and never with a stack trace."""
+
 
 def configure(settings: ObserveSettings) -> None:
-    """Sets structlog up for this process, on standard error, since standard output belongs to commands."""
-    terminal = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
-    level = getattr(logging, settings.log_level.upper())
-    shared: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    renderer: list[structlog.typing.Processor]
-    if terminal:
-        renderer = [structlog.dev.ConsoleRenderer(event_key="action", colors=sys.stderr.isatty())]
-    else:
-        renderer = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(ensure_ascii=False)]
+    """Sets the logs of this process up, on standard error, since standard output belongs to commands."""
+    text = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
+    level: int = getattr(logging, settings.log_level.upper())
+    first: list[Processor] = [structlog.contextvars.merge_contextvars, add_log_level, TimeStamper(fmt="iso", utc=True)]
+    last = [_action, *(_text() if text else _json())]
     structlog.configure(
-        processors=[*shared, _action, *renderer],
+        processors=[*first, *last],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    # Libraries log through the standard module; only what an operator must act on is let through.
-    logging.basicConfig(stream=sys.stderr, level=logging.ERROR, format="%(name)s: %(message)s")
-    # psycopg sets a level of its own, and its pool warns of every connection that a restart ended.
-    logging.getLogger("psycopg").setLevel(logging.ERROR)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(ProcessorFormatter(foreign_pre_chain=[*first, _library], processors=last))
+    # What libraries say below a warning is for their authors.
+    logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
+    for name, lowest in _TO_SERVERS.items():
+        logging.getLogger(name).setLevel(max(level, lowest))
+    logging.captureWarnings(True)
+
+
+def journal_prefix(level: str) -> str:
+    """What a line of this level begins with when the journal reads standard error, as ``<4>``; nothing otherwise."""
+    return _priority(level) if _journal_reads() else ""
+
+
+def _priority(level: str) -> str:
+    return f"<{_PRIORITIES.get(level, _PRIORITIES['info'])}>"
+
+
+def _journal_reads() -> bool:
+    """Whether standard error is the stream that systemd names in JOURNAL_STREAM; see systemd.exec(5)."""
+    try:
+        stderr = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
+
+
+# No values of variables in traces: they hold payloads and passwords.
+
+
+def _json() -> list[Processor]:
+    traces = ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
+    return [traces, _prioritized(JSONRenderer(ensure_ascii=False))]
+
+
+def _text() -> list[Processor]:
+    colors = sys.stderr.isatty()
+    return [_prioritized(ConsoleRenderer(event_key="action", colors=colors, exception_formatter=plain_traceback))]
+
+
+def _prioritized(renderer: Processor) -> Processor:
+    """The renderer, with a priority before each line if the journal reads them."""
+    return partial(_render_for_journal, renderer) if _journal_reads() else renderer
+
+
+def _render_for_journal(renderer: Processor, logger: Any, method: str, line: MutableMapping[str, Any]) -> str:
+    prefix = _priority(line["level"])
+    return "\n".join(prefix + each for each in str(renderer(logger, method, line)).split("\n"))
 
 
 def _action(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """structlog names the first argument `event`, a word that means something else here."""
     line["action"] = line.pop("event")
+    return line
+
+
+def _library(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """A record of the standard module, as a line of ours."""
+    record: logging.LogRecord = line.pop("_record")
+    del line["_from_structlog"]
+    line["logger"], line["message"], line["event"] = record.name, line["event"], "library.message"
+    if record.exc_info and record.exc_info[1] is not None and record.name.split(".")[0] in _TO_SERVERS:
+        error = record.exc_info[1]
+        line["reason"] = f"{type(error).__name__}: {error}"
+        del line["exc_info"]
     return line

@@ -1,7 +1,7 @@
 """Counters and gauges, in Prometheus' terms. One registry a process; `health.py` serves it.
 
-Whatever an event passes on its way is counted a page or a batch at a time: counting each event would cost as much as
-publishing it. What only the database knows (`operate/sample.py`) is asked by the leader, every quarter of a minute.
+What happens to events is counted a page or a batch at a time: counting each event would cost as much as publishing it.
+What only the database knows is asked by the leader, every 15 s (`postgres/status.py`).
 """
 
 from prometheus_client import Counter, Gauge, Histogram

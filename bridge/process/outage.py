@@ -1,69 +1,115 @@
-"""An outage of a server: waiting it out, and telling its begin and its length once each."""
+"""An outage of one server, from its loss to its return: what is logged, what `/health` says, how long to wait.
 
+    <server>.lost       it does not answer
+    <server>.refusing   it answers, and says no: a refused login, a missing privilege, a full queue
+    <server>.restored   it works again, after `seconds`
+
+The first line comes when the outage begins, and another one whenever the *type* of the error changes, since a server
+that was down and now refuses the login is a matter for a person. What only repeats is not logged again.
+"""
+
+import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import structlog
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState
+from tenacity.wait import wait_base
 
-from bridge.errors import PgbridgeError
+from bridge.errors import PgbridgeError, ReadOnlyServerError, UnavailableError
 
-_log = structlog.get_logger("workers")
+log = structlog.get_logger()
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Patience:
-    """Repeats calls to one server for ever, with exponential backoff and jitter, while it does not answer."""
+class Outage:
+    """The outages of one server, one after the other; between them there is none. All times are in seconds."""
 
-    def __init__(self, server: str, worker: str, errors: type[PgbridgeError], longest: float = 10.0) -> None:
-        """`server` is the first word of the actions, ``<server>.lost`` and ``<server>.restored``; `longest` the
-        longest delay in seconds; `errors` what is waited out."""
+    def __init__(
+        self, server: str, backoff: wait_base, *, outlasts: type[PgbridgeError] = PgbridgeError, **fields: str
+    ) -> None:
+        """`server` is the first word of the log's actions, `fields` say which server of that kind it is.
+
+        `backoff` is one of tenacity's wait strategies; `outlasts` is the kind of error that `outlast` waits out.
+        """
         self._server = server
-        self._worker = worker
-        self._errors = errors
-        self._longest = longest
-        self._lost_at: float | None = None
+        self._backoff = backoff
+        self._outlasts = outlasts
+        self._fields = fields
+        self._since: float | None = None
+        self._error: BaseException | None = None
+        self.failures = 0
+        """Failed attempts since the last success; the delays of `wait` grow with it."""
 
-    async def __call__(self, call: Callable[[], Awaitable[T]]) -> T:
-        """The call's result, once it has one. Other errors pass through."""
-        try:
-            result = await call()
-        except self._errors as error:
-            self.lost(error)
-            result = await self._again(call)
-        self._restored()
-        return result
+    def lost(self, error: BaseException) -> None:
+        """An attempt failed. Logs the begin of an outage, and each change of the error's type."""
+        if self._since is None:
+            self._since = time.monotonic()
+        if type(error) is not type(self._error):
+            log.warning(f"{self._server}.{_kind(error)}", **self._fields, reason=str(error))
+        self._error = error
 
-    async def _again(self, call: Callable[[], Awaitable[T]]) -> T:
-        # One object a call: tenacity keeps the state of its iteration in it.
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(self._errors),
-            wait=wait_random_exponential(multiplier=0.1, max=self._longest),
-        )
+    def restored(self) -> None:
+        """The server works. Logs the end of an outage, if there was one."""
+        self.failures = 0
+        if self._since is not None:
+            log.info(f"{self._server}.restored", **self._fields, seconds=round(time.monotonic() - self._since, 3))
+        self._since = self._error = None
 
-        async def again() -> T:
-            # tenacity awaits only what is an async function by declaration.
-            return await call()
-
-        return await retrying(again)
+    @property
+    def lasts(self) -> bool:
+        """Whether there is an outage now."""
+        return self._since is not None
 
     @property
     def problem(self) -> str | None:
-        """What `/health` says of the server while it is gone; None while it is not."""
-        if (lost_at := self._lost_at) is None:
+        """For `/health`: what is lost, for how long, and the last reason; None when nothing is. Any thread may ask."""
+        since, error = self._since, self._error
+        if since is None or error is None:
             return None
-        return f"the {self._server} is lost for {time.monotonic() - lost_at:.0f} s"
+        which = " ".join((self._server, *self._fields.values()))
+        return f"{which}: {_kind(error)} for {time.monotonic() - since:.0f} s: {error}"
 
-    def lost(self, error: BaseException) -> None:
-        """Says that the server is gone, unless that has been said."""
-        if self._lost_at is None:
-            self._lost_at = time.monotonic()
-            _log.warning(f"{self._server}.lost", worker=self._worker, error=str(error))
+    def delay(self, failures: int) -> float:
+        """How long to wait after so many failures in a row."""
+        state = RetryCallState(AsyncRetrying(), None, (), {})
+        state.attempt_number = failures
+        return float(self._backoff(state))
 
-    def _restored(self) -> None:
-        if self._lost_at is not None:
-            seconds = round(time.monotonic() - self._lost_at, 3)
-            self._lost_at = None
-            _log.info(f"{self._server}.restored", worker=self._worker, outage_s=seconds)
+    async def wait(self, stop: asyncio.Event | None = None) -> None:
+        """Counts a failure, and waits before the next attempt; `stop` cuts the wait short."""
+        self.failures += 1
+        seconds = self.delay(self.failures)
+        if stop is None:
+            await asyncio.sleep(seconds)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await stop.wait()
+
+    async def outlast(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Makes the call until the server answers it. Raises errors that are not of the kind `outlasts`.
+
+        Several calls may share an outage: each counts its failures for itself.
+        """
+        failures = 0
+        while True:
+            try:
+                result = await call(*args, **kwargs)
+            except self._outlasts as error:
+                self.lost(error)
+                failures += 1
+                await asyncio.sleep(self.delay(failures))
+            else:
+                self.restored()
+                return result
+
+
+def _kind(error: BaseException) -> str:
+    """Whether the server says nothing, or no. A standby answers, and takes no writes."""
+    silent = isinstance(error, UnavailableError) and not isinstance(error, ReadOnlyServerError)
+    return "lost" if silent else "refusing"

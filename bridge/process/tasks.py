@@ -1,10 +1,10 @@
-"""The event loop of a process: uvloop, and for daemons a garbage collector that leaves them time to work."""
+"""The event loop of a process, tasks beside each other, and the signals that stop them."""
 
 import asyncio
 import gc
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, TypeVar
 
@@ -14,6 +14,8 @@ import uvloop
 from bridge.errors import PgbridgeError
 from bridge.process.health import notify
 
+log = structlog.get_logger()
+
 T = TypeVar("T")
 
 _YOUNG: Final = 50_000
@@ -22,7 +24,7 @@ again, although counting references frees them: a tenth of the bridge's time and
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs it to its end."""
+    """Runs it to its end, on uvloop."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(work)
 
@@ -69,14 +71,14 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
 
 
 async def unless_stopped(
-    stop: asyncio.Event, work: Coroutine[Any, Any, None], *, obeys: Callable[[], bool] = lambda: False
+    stop: asyncio.Event, work: Coroutine[Any, Any, None], *, obeys: asyncio.Event | None = None
 ) -> None:
-    """Does the work, and cancels it when `stop` is set. Work that `obeys()` looks at `stop` itself and may finish."""
+    """Does the work, and cancels it when `stop` is set. Once `obeys` is set, the work ends by itself after a stop."""
     stopping = asyncio.ensure_future(stop.wait())
     working = asyncio.ensure_future(work)
     try:
         await asyncio.wait((stopping, working), return_when=asyncio.FIRST_COMPLETED)
-        if working.done() or obeys():
+        if working.done() or (obeys is not None and obeys.is_set()):
             await working
     finally:
         stopping.cancel()
@@ -84,23 +86,23 @@ async def unless_stopped(
         await asyncio.gather(stopping, working, return_exceptions=True)
 
 
-log = structlog.get_logger()
+def stop_on_signals(process: str) -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set; a second signal ends the process at once.
 
-
-def stop_on_signals() -> asyncio.Event:
-    """Set by SIGTERM or SIGINT; a second signal ends the process at once, which loses nothing."""
+    `process` is the first word of the log's actions, as in ``bridge.stopping``.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-
-    def asked(number: signal.Signals) -> None:
-        if stop.is_set():
-            log.warning("bridge.stopped_at_once", signal=number.name)
-            # What is in flight was not settled, so the next start publishes it again.
-            os._exit(128 + number)
-        log.info("bridge.stopping", signal=number.name)
-        notify("STOPPING=1")
-        stop.set()
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked, number)
+        loop.add_signal_handler(number, _asked_to_stop, number, process, stop)
     return stop
+
+
+def _asked_to_stop(number: signal.Signals, process: str, stop: asyncio.Event) -> None:
+    if stop.is_set():
+        log.warning(f"{process}.stopped_at_once", signal=number.name)
+        # This loses nothing: what is not settled comes again, from the log at the next start or from the broker.
+        os._exit(128 + number)
+    log.info(f"{process}.stopping", signal=number.name)
+    notify("STOPPING=1")
+    stop.set()

@@ -14,7 +14,7 @@ class Page:
 
     events: Sequence[Event]
     position: object
-    """Where the source stands behind this page; only the source that made it knows its form."""
+    """The source's position behind this page; only the source that made it knows its form."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
-"""Plain pg_notify as a source of its own, straight from memory (`buffer = "memory"`): at most once.
+"""What plain pg_notify says, and the two ways to carry it on.
 
-LISTEN forgets whoever is not connected, so a gap in listening is measured and told. What was heard is bounded in
-memory: what it cannot hold is dropped and counted.
+`ChannelSource` (`buffer = "memory"`) is a source of its own, straight from memory, at most once: what the buffer cannot
+hold is dropped and counted. `Intake` (`buffer = "outbox"`) writes it into the log, from where it is carried at least
+once. For both, PostgreSQL keeps nothing for whoever does not listen: `Deafness` measures for how long nobody did.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 
 import structlog
 from psycopg import AsyncConnection, Notify
@@ -26,41 +28,47 @@ from bridge.sources.listener import Listener
 
 log = structlog.get_logger()
 
+_PAGE = 2000
+"""Notifications in one page."""
 
-class GapWatch:
-    """Measures for how long nobody listened, and says so: what was sent meanwhile is gone."""
+_BATCH = 2000
+"""Notifications in one INSERT."""
+
+_LEAD_INTERVAL = 1.0
+"""Seconds between two tries to lead."""
+
+_PULSE = 2.0
+"""Seconds between two looks whether the session of the lead lives."""
+
+
+class Deafness:
+    """The time in which this process did not listen, although it had listened before: what was sent then is gone."""
 
     def __init__(self) -> None:
-        self._hears = False
-        self._deaf_since: float | None = None
+        self._listens = False
+        self._since: float | None = None
 
-    def lost(self, reason: str | None) -> None:
-        """The listening connection went away; None: with the session of the lead, which tells the reason."""
-        if self._hears:
-            self._hears = False
-            self._deaf_since = time.monotonic()
+    def begin(self, reason: str | None) -> None:
+        """The listening connection went away. None: together with the session of the lead, whose loss is logged."""
+        if self._listens:
+            self._listens = False
+            self._since = time.monotonic()
             if reason is not None:
                 log.warning("channels.deaf", reason=reason)
 
-    def restored(self) -> None:
-        """It hears."""
-        self._hears = True
+    def end(self) -> None:
+        """The process listens. Counts and logs how long it did not."""
+        self._listens = True
         log.info("channels.listening")
-        if self._deaf_since is not None:
-            gap = time.monotonic() - self._deaf_since
-            self._deaf_since = None
+        if self._since is not None:
+            gap = time.monotonic() - self._since
+            self._since = None
             DEAF_SECONDS.inc(gap)
             log.error(
                 "channels.gap",
                 seconds=round(gap, 3),
                 hint="notifications sent in this time are lost; bridge.notify() would have kept them",
             )
-
-
-log = structlog.get_logger()
-
-_PAGE = 2000
-"""Notifications in one page."""
 
 
 class ChannelSource:
@@ -74,11 +82,11 @@ class ChannelSource:
         self._arrived = asyncio.Event()
         self._empty = asyncio.Event()
         self._dropped = 0
-        self._gap = GapWatch()
+        self._deafness = Deafness()
         self._source = ""
 
     async def session(self, ready: Callable[[], None]) -> None:
-        """Listens until a connection is lost; calls `ready` once it stands by or hears.
+        """Listens until a connection is lost; calls `ready` once it is a standby, or listens.
 
         Raises DatabaseUnavailableError, PrivilegeError, ListenError, RefusedError on a standby server.
         """
@@ -92,24 +100,24 @@ class ChannelSource:
             application_name=f"pgbridge {self._name} channels",
         )
 
-        def hears() -> None:
-            self._gap.restored()
-            ready()
-
         try:
             while not await _leads(lead, self._name):
                 ready()
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(_LEAD_INTERVAL)
             await listener.open()
             with one_error():
                 async with background(_watch(lead)):
-                    await listener.run(hears)
+                    await listener.run(partial(self._listens, ready))
         except PgbridgeError as error:
-            self._gap.lost(str(error))
+            self._deafness.begin(str(error))
             raise
         finally:
             await listener.close()
             await lead.close()
+
+    def _listens(self, ready: Callable[[], None]) -> None:
+        self._deafness.end()
+        ready()
 
     def hear(self, notification: Notify) -> None:
         """Takes one notification, or drops and counts it when the buffer is full."""
@@ -128,6 +136,7 @@ class ChannelSource:
         self._arrived.set()
 
     async def read(self) -> Page:
+        """What was heard and not read yet; waits until there is something."""
         while not self._heard:
             self._empty.set()
             self._arrived.clear()
@@ -172,9 +181,9 @@ async def _leads(session: AsyncConnection[TupleRow], name: str) -> bool:
 
 
 async def _watch(session: AsyncConnection[TupleRow]) -> None:
-    """Notices the end of the session that holds the lead."""
+    """Raises DatabaseUnavailableError when the session that holds the lead ends."""
     while True:
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(_PULSE)
         with answered(session):
             await session.execute("select 1")
 
@@ -192,10 +201,6 @@ def _event(notification: Notify, source: str) -> Event:
     )
 
 
-_BATCH = 2000
-"""Notifications in one INSERT."""
-
-
 class Intake:
     """Writes notifications into the log, in batches, durably; from there the outbox carries them."""
 
@@ -205,7 +210,7 @@ class Intake:
         self._channels = channels
         self._heard: deque[Notify] = deque()
         self._arrived = asyncio.Event()
-        self._gap = GapWatch()
+        self._deafness = Deafness()
         self.room = asyncio.Event()
         self.room.set()
 
@@ -226,12 +231,12 @@ class Intake:
             await listener.open()
             with one_error():
                 async with background(self._store_for_ever()):
-                    await listener.run(self._gap.restored)
+                    await listener.run(self._deafness.end)
         except PgbridgeError as error:
-            self._gap.lost(str(error))
+            self._deafness.begin(str(error))
             raise
         except asyncio.CancelledError:
-            self._gap.lost(None)
+            self._deafness.begin(None)
             raise
         finally:
             await listener.close()

@@ -26,7 +26,7 @@ _SHORTEST_REST, _LONGEST_REST = 0.001, 0.005
 
 
 class Position(NamedTuple):
-    """Where a reader stands behind a page."""
+    """A reader's position behind a page."""
 
     mark: int
     gaps: Ranges

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, Notify
 from psycopg.rows import TupleRow
 from psycopg.types.json import Jsonb
 
@@ -34,6 +34,25 @@ insert into bridge.dead_letter
 values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
 on conflict do nothing
 """
+
+
+class Calls:
+    """What the database calls out to the bridge `name`: that there are events, and that a leader left."""
+
+    CHANNELS = ("bridge_bell", "bridge_lead")
+
+    def __init__(self, name: str, doorbell: Doorbell) -> None:
+        self._name = name
+        self.doorbell = doorbell
+        self.left = asyncio.Event()
+        """Set when a bridge of this name hands the lead over."""
+
+    def heard(self, notification: Notify) -> None:
+        """Takes a notification of one of CHANNELS."""
+        if notification.channel == "bridge_bell":
+            self.doorbell.ring()
+        elif notification.payload == self._name:
+            self.left.set()
 
 
 class OutboxSource:
@@ -66,7 +85,10 @@ class OutboxSource:
         return session
 
     async def try_to_lead(self) -> bool:
-        """Whether this session now leads. Takes up the work where the last leader stored it."""
+        """Whether this session now leads. Takes up the work where the last leader stored it.
+
+        Raises DatabaseUnavailableError, PrivilegeError, SchemaError.
+        """
         who = f"{socket.gethostname()}:{os.getpid()}"
         rows = await self._log.fetch_all("select mark, gaps, horizon from bridge.take_lead(%s, %s)", (self._name, who))
         if not rows:
@@ -80,7 +102,7 @@ class OutboxSource:
     async def standby(self, left: asyncio.Event, able: Callable[[], None]) -> None:
         """Waits until this session leads: tries every second, and at once when `left` says that a leader went.
 
-        Calls `able` after each try, which shows that this session could lead.
+        Calls `able` after each try, which shows that this session could lead. Raises what `try_to_lead` raises.
         """
         while True:
             # Before the look: a leader may go right after it.
@@ -94,6 +116,7 @@ class OutboxSource:
                     await left.wait()
 
     async def read(self) -> Page:
+        """The next page; sleeps until the doorbell rings while there is none. Raises DatabaseUnavailableError."""
         while True:
             if not self._doorbell.asleep:
                 await asyncio.sleep(self._log.rest)
@@ -110,11 +133,12 @@ class OutboxSource:
                 await self._doorbell.wait(xmin)
 
     async def settle(self, page: Page) -> None:
+        """Remembers the position behind the page; `keep` and `leave` store it."""
         self._settled = cast(Position, page.position)
         self._news.set()
 
     async def store(self) -> None:
-        """Stores the cursor behind what is settled."""
+        """Stores the cursor behind what is settled. Raises DatabaseUnavailableError, PrivilegeError, SchemaError."""
         self._news.clear()
         if (settled := self._settled) is None:
             return
@@ -124,12 +148,13 @@ class OutboxSource:
             self._settled = None
 
     async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
+        """Writes them into `bridge.dead_letter`. Raises DatabaseUnavailableError, PrivilegeError."""
         await bury(self._connection, self._name, letters)
 
     async def keep(self) -> None:
         """Stores the cursor as it moves, at once if it rested, and shows the server that this bridge is not frozen.
 
-        Runs until it is cancelled or the session is lost.
+        Runs until it is cancelled. Raises DatabaseUnavailableError once the session is lost.
         """
         while True:
             try:
@@ -142,7 +167,10 @@ class OutboxSource:
                 await asyncio.sleep(_STORE_PAUSE)
 
     async def leave(self) -> None:
-        """Stores the cursor and hands the lead over, so that a standby need not wait for this session's end."""
+        """Stores the cursor and hands the lead over, so that a standby need not wait for this session's end.
+
+        Raises DatabaseUnavailableError, PrivilegeError, SchemaError.
+        """
         await self.store()
         await self._log.fetch_all("select bridge.leave_lead(%s)", (self._name,))
 

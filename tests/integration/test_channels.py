@@ -94,7 +94,7 @@ async def test_memory_drops_counts_and_says_what_it_cannot_hold_while_the_broker
             assert one(database, "select pg_notification_queue_usage()") == 0
             assert await metric(port, MEMORY) - before < 60_000_000
             wire.refuse = False
-            await asyncio.to_thread(bridge.wait_for, "sink.recovered")
+            await asyncio.to_thread(bridge.wait_for, "sink.restored")
             assert await asyncio.to_thread(bridge.stop) == 0
             dropped = sum(line["events"] for line in bridge.lines() if line["action"] == "channels.dropped")
             assert 0 < dropped < FLOOD

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from bridge.errors import DatabaseUnavailableError, PgbridgeError, PrivilegeError, RefusedError, SchemaError
 from bridge.settings import PostgresSettings
 from workers.inbox import Claim, ClaimLostError, Inbox, ReplyError
-from workers.session import Token
+from workers.session import ClaimSession
 
 
 @contextlib.asynccontextmanager
@@ -120,7 +120,7 @@ async def test_the_claim_of_an_ended_session_is_taken_over_at_once_and_fenced(
 ) -> None:
     async with opened(shop) as inbox, opened(shop) as other:
         lost = await claimed(inbox, event_id)
-        await inbox._token.close()
+        await inbox._session.close()
         taken = await taken_over(other, event_id)
         assert taken.attempt == 2
         with pytest.raises(ClaimLostError):
@@ -136,7 +136,7 @@ async def test_a_process_whose_token_is_gone_takes_a_new_one_before_it_claims(
     shop: PostgresSettings, bridge_database: str, event_id: str
 ) -> None:
     async with opened(shop) as inbox, opened(shop) as other:
-        before = inbox._token.value
+        before = inbox._session.token
         await asyncio.to_thread(end_sessions, bridge_database)
         while True:
             try:
@@ -144,7 +144,7 @@ async def test_a_process_whose_token_is_gone_takes_a_new_one_before_it_claims(
                 break
             except DatabaseUnavailableError:
                 continue  # the pool hands out each of its dead connections once
-        assert claim.token == inbox._token.value != before
+        assert claim.token == inbox._session.token != before
         while True:
             try:
                 assert await other.claim(event_id) == "busy"
@@ -158,7 +158,7 @@ async def test_work_that_survives_its_session_may_finish_if_nobody_took_over(
 ) -> None:
     async with opened(shop) as inbox:
         claim = await claimed(inbox, event_id)
-        await inbox._token.close()
+        await inbox._session.close()
         await inbox.finish(claim, {})
     assert len(rows(bridge_database, "SELECT 1 FROM shop.invoice")) == 1
 
@@ -308,10 +308,10 @@ async def test_a_worker_may_touch_the_inbox_only_through_its_functions(shop: Pos
 async def test_a_token_behind_a_pooler_is_refused(shop: PostgresSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     # A pooler answers with a backend number of its own.
     monkeypatch.setattr(psycopg.ConnectionInfo, "backend_pid", 1)
-    token = Token(shop, "pgbridge-worker invoices")
+    session = ClaimSession(shop, "pgbridge-worker invoices")
     with pytest.raises(RefusedError, match="connection pooler"):
-        await token.take(instead_of=0)
-    assert token.value == 0
+        await session.renew(instead_of=0)
+    assert session.token == 0
 
 
 async def test_of_ends_that_share_a_query_only_the_refused_one_fails(

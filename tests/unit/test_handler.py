@@ -11,7 +11,7 @@ from bridge.errors import SettingsError
 from bridge.settings import WorkerSettings
 from workers import Effect, Event, Options, effect, handler
 from workers.attempt import backoff, retry_delays
-from workers.effects import current_ledger
+from workers.effects import current_effects
 from workers.handler import load_handler
 from workers.worker import subscription
 
@@ -112,7 +112,7 @@ class Recording:
 
 async def test_the_result_of_an_effect_spares_the_next_attempt_the_call() -> None:
     ledger = Recording()
-    token = current_ledger.set(ledger)
+    token = current_effects.set(ledger)
     calls = []
     try:
         for _ in range(2):
@@ -122,7 +122,7 @@ async def test_the_result_of_an_effect_spares_the_next_attempt_the_call() -> Non
                     charge.result = {"status": "paid"}
             assert charge.result == {"status": "paid"}
     finally:
-        current_ledger.reset(token)
+        current_effects.reset(token)
     assert calls == [f"{EVENT.id}:charge"]
 
 
@@ -133,12 +133,12 @@ async def test_an_effect_whose_code_raises_has_no_result() -> None:
             raise ConnectionError
 
     ledger = Recording()
-    token = current_ledger.set(ledger)
+    token = current_effects.set(ledger)
     try:
         with pytest.raises(ConnectionError):
             await charge_and_fail()
     finally:
-        current_ledger.reset(token)
+        current_effects.reset(token)
     assert ledger.effects == {}
 
 

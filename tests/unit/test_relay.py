@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import pytest
+from structlog.testing import capture_logs
 
 from bridge.brokers.contract import CONFIRMED, Declaration, Never, NotSent, Outcome, Refused, Unknown
-from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError
+from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError, RefusedError
 from bridge.event import NO_HEADERS, Event
+from bridge.lane import sink_outage
 from bridge.process.tasks import one_error
 from bridge.relay import Limits, Relay, Routes
 from bridge.sources import DeadLetter, Page
@@ -104,8 +106,8 @@ class Broker:
         self.open_now = False
 
 
-async def carry(log: Log, broker: Broker, routes: Routes | None = None, **options: bool) -> None:
-    relay = Relay(log, {"s": broker}, routes or Routes([("#", "s")]), limits=LIMITS, **options)
+async def carry(log: Log, broker: Broker, routes: Routes | None = None, *, drop_unrouted: bool = False) -> None:
+    relay = Relay(log, {"s": broker}, routes or Routes([("#", "s")]), limits=LIMITS, drop_unrouted=drop_unrouted)
     async with asyncio.timeout(20):
         await relay.run(log.done)
 
@@ -226,3 +228,68 @@ async def test_fan_out_settles_a_page_only_when_every_sink_has_confirmed() -> No
         second.gate.set()
         await running
     assert len(first.arrived) == len(second.arrived) == 10
+
+
+async def test_an_outage_of_a_sink_that_spans_two_relays_is_told_once() -> None:
+    class Gone(Broker):
+        may_open = False
+
+        async def open(self) -> None:
+            if not self.may_open:
+                raise BrokerUnavailableError("not yet")
+            self.open_now = True
+
+    broker = Gone()
+    broker.open_now = False
+    outages = {"s": sink_outage("s", retry_initial=0.001, retry_max=0.01)}
+
+    async def lost() -> None:
+        async with asyncio.timeout(5):
+            while not outages["s"].lasts:
+                await asyncio.sleep(0.001)
+
+    with capture_logs() as lines:
+        first = Relay(Log([event(1)]), {"s": broker}, Routes([("#", "s")]), limits=LIMITS, outages=outages)
+        running = asyncio.create_task(first.run(asyncio.Event()))
+        await lost()
+        running.cancel()
+        await asyncio.wait([running])
+        broker.may_open = True
+        log = Log([event(1)])
+        second = Relay(log, {"s": broker}, Routes([("#", "s")]), limits=LIMITS, outages=outages)
+        async with asyncio.timeout(5):
+            await second.run(log.done)
+    assert [line["event"] for line in lines if line["event"].startswith("sink.")] == ["sink.lost", "sink.restored"]
+
+
+async def test_a_sink_that_refuses_and_recovers_between_two_relays_is_restored_by_the_second() -> None:
+    broker, log = Broker(), Log([])
+    outages = {"s": sink_outage("s", retry_initial=0.001, retry_max=0.01)}
+    outages["s"].lost(RefusedError("a queue is full"))
+    stop = asyncio.Event()
+    running = asyncio.create_task(
+        Relay(log, {"s": broker}, Routes([("#", "s")]), limits=LIMITS, outages=outages).run(stop)
+    )
+    async with asyncio.timeout(5):
+        while outages["s"].lasts:
+            await asyncio.sleep(0.001)
+        stop.set()
+        await running
+
+
+async def test_what_waits_is_named_with_the_last_reason() -> None:
+    broker = Broker()
+    broker.refuse["id-1"] = Refused("a queue is full")
+    outages = {"s": sink_outage("s", retry_initial=0.001, retry_max=0.01)}
+    log = Log([event(1)])
+    with capture_logs() as lines:
+        running = asyncio.create_task(
+            Relay(log, {"s": broker}, Routes([("#", "s")]), limits=LIMITS, outages=outages).run(log.done)
+        )
+        async with asyncio.timeout(5):
+            while not outages["s"].lasts:
+                await asyncio.sleep(0.001)
+            assert outages["s"].problem == "sink s: refusing for 0 s: a queue is full"
+            broker.refuse.clear()
+            await running
+    assert [line["event"] for line in lines if line["event"].startswith("sink.")] == ["sink.refusing", "sink.restored"]

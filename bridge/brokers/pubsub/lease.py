@@ -9,9 +9,9 @@ from google.pubsub_v1 import types
 
 from bridge.brokers.pubsub.connection import Connection
 from bridge.errors import PgbridgeError
-from bridge.process.batching import Gathering
+from bridge.process.batching import Batcher
 
-log = structlog.get_logger("workers")
+log = structlog.get_logger()
 
 IDS_IN_REQUEST: Final = 1000
 """Most ack ids in one request; the service takes half a megabyte, and an id has some two hundred bytes."""
@@ -38,7 +38,7 @@ class Leases:
         self._deadline = deadline
         self._lost = lost
         self._held: dict[str, None] = {}
-        self._acks = Gathering(self._acknowledge, IDS_IN_REQUEST)
+        self._acks = Batcher(self._acknowledge, IDS_IN_REQUEST)
         self._extending = asyncio.create_task(self._extend())
 
     def hold(self, ack_id: str) -> None:
@@ -48,7 +48,7 @@ class Leases:
     async def acknowledge(self, ack_id: str) -> None:
         """Returns once the service has taken it. Raises BrokerUnavailableError or RefusedError."""
         self._held.pop(ack_id, None)
-        await self._acks(ack_id)
+        await self._acks.ask(ack_id)
 
     @property
     def count(self) -> int:

@@ -33,7 +33,7 @@ from bridge.brokers.rabbitmq.message import copy_of, count_of, event_of
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.topology import LOOK_LIMIT, WorkerTopology, declarations, require
 from bridge.errors import BrokerUnavailableError
-from bridge.process.batching import Gathering
+from bridge.process.batching import Batcher
 
 _TOGETHER: Final = 1000
 """Most acknowledgements that are sent at once."""
@@ -64,11 +64,11 @@ class Acks:
     def __init__(self, channel: UnderlayChannel) -> None:
         self._channel = channel
         self._tags = Tags()
-        self._gathering = Gathering(self._ack_together, _TOGETHER)
+        self._batcher = Batcher(self._ack_together, _TOGETHER)
 
     async def ack(self, message: AbstractIncomingMessage) -> None:
         """Settles a message for ever; returns when that is on its way."""
-        await self._gathering(_tag(message))
+        await self._batcher.ask(_tag(message))
 
     async def give_back(self, message: AbstractIncomingMessage) -> None:
         """Lets a message come again at once."""

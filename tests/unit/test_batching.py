@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from bridge.process.batching import Gathering
+from bridge.process.batching import Batcher
 
 
 class Server:
@@ -23,9 +23,9 @@ class Server:
         return [2 * number for number in numbers]
 
 
-async def begun(gathering: Gathering[int, int], *numbers: int) -> list[asyncio.Task[int]]:
+async def begun(batcher: Batcher[int, int], *numbers: int) -> list[asyncio.Task[int]]:
     async def ask(number: int) -> int:
-        return await gathering(number)
+        return await batcher.ask(number)
 
     tasks = [asyncio.create_task(ask(number)) for number in numbers]
     await asyncio.sleep(0)
@@ -35,10 +35,10 @@ async def begun(gathering: Gathering[int, int], *numbers: int) -> list[asyncio.T
 
 async def test_one_alone_goes_at_once_and_what_comes_meanwhile_goes_together() -> None:
     server = Server()
-    gathering = Gathering(server.double, 3)
-    tasks = await begun(gathering, 1)
+    batcher = Batcher(server.double, 3)
+    tasks = await begun(batcher, 1)
     assert server.asked == [[1]]
-    tasks += await begun(gathering, 2, 3, 4, 5)
+    tasks += await begun(batcher, 2, 3, 4, 5)
     server.open.set()
     assert await asyncio.gather(*tasks) == [2, 4, 6, 8, 10]
     assert server.asked == [[1], [2, 3, 4], [5]]
@@ -46,8 +46,8 @@ async def test_one_alone_goes_at_once_and_what_comes_meanwhile_goes_together() -
 
 async def test_an_error_goes_to_those_who_asked_together_and_the_next_are_asked() -> None:
     server = Server()
-    gathering = Gathering(server.double, 2)
-    tasks = await begun(gathering, 1, -2, 3, 4)
+    batcher = Batcher(server.double, 2)
+    tasks = await begun(batcher, 1, -2, 3, 4)
     server.open.set()
     answers = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(answer) for answer in answers] == [ValueError, ValueError, int, int]
@@ -55,9 +55,9 @@ async def test_an_error_goes_to_those_who_asked_together_and_the_next_are_asked(
 
 async def test_who_gives_up_while_waiting_is_not_asked_for() -> None:
     server = Server()
-    gathering = Gathering(server.double, 1)
-    tasks = await begun(gathering, 1)
-    tasks += await begun(gathering, 2, 3)
+    batcher = Batcher(server.double, 1)
+    tasks = await begun(batcher, 1)
+    tasks += await begun(batcher, 2, 3)
     tasks[1].cancel()
     await asyncio.sleep(0)
     server.open.set()
@@ -69,19 +69,19 @@ async def test_who_gives_up_while_waiting_is_not_asked_for() -> None:
 
 async def test_draining_waits_for_what_is_on_its_way() -> None:
     server = Server()
-    gathering = Gathering(server.double, 10)
-    await gathering.drain(1.0)
-    (task,) = await begun(gathering, 1)
+    batcher = Batcher(server.double, 10)
+    await batcher.drain(1.0)
+    (task,) = await begun(batcher, 1)
     asyncio.get_running_loop().call_later(0.01, server.open.set)
-    await gathering.drain(10.0)
+    await batcher.drain(10.0)
     assert task.done() or await asyncio.wait_for(task, 1) == 2
 
 
 async def test_a_stop_while_asking_leaves_nobody_waiting() -> None:
     server = Server()
-    gathering = Gathering(server.double, 1)
-    tasks = await begun(gathering, 1, 2)
-    asking = gathering._asking
+    batcher = Batcher(server.double, 1)
+    tasks = await begun(batcher, 1, 2)
+    asking = batcher._asking
     assert asking is not None
     asking.cancel()
     answers = await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,83 @@
+"""Signals that stop a process, and work that is cut short or may finish."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from bridge.process.tasks import unless_stopped
+
+PROCESS = """
+import asyncio
+from bridge.process.logs import configure
+from bridge.process.tasks import run, stop_on_signals
+from bridge.settings import ObserveSettings
+configure(ObserveSettings(log_format="json"))
+
+async def main():
+    stop = stop_on_signals("worker")
+    print("ready", flush=True)
+    await stop.wait()
+    print("stopping", flush=True)
+    await asyncio.sleep({seconds})
+
+run(main())
+"""
+
+
+def started(seconds: float) -> "subprocess.Popen[str]":
+    """A process that needs so long to stop, and is ready for signals."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROCESS.format(seconds=seconds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_lets_a_process_finish(number: signal.Signals) -> None:
+    with started(0.0) as process:
+        process.send_signal(number)
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert f'"signal": "{number.name}"' in log
+    assert '"action": "worker.stopping"' in log
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(second: signal.Signals) -> None:
+    with started(60.0) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "stopping\n"
+        process.send_signal(second)
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == 128 + second
+    assert '"action": "worker.stopped_at_once"' in log
+
+
+async def test_a_stop_cancels_work_unless_it_obeys_the_stop_by_itself() -> None:
+    stop, obeys = asyncio.Event(), asyncio.Event()
+    ends: list[str] = []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(0.01)
+            ends.append("finished")
+        except asyncio.CancelledError:
+            ends.append("cancelled")
+            raise
+
+    async with asyncio.timeout(5):
+        await unless_stopped(stop, work())
+        stop.set()
+        await unless_stopped(stop, work(), obeys=obeys)
+        obeys.set()
+        await unless_stopped(stop, work(), obeys=obeys)
+    assert ends == ["finished", "cancelled", "finished"]
