@@ -132,6 +132,10 @@ class PostgresSettings(Model):
     connect_timeout: Duration = 10.0
     """How long one attempt to connect may take."""
 
+    def key(self, field: str) -> str:
+        """The dotted key of one of its fields, for errors: ``postgres.dsn``."""
+        return f"postgres.{field}"
+
 
 class OutboxSettings(Model):
     retention: Duration = 7 * 86400.0
