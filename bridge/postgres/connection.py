@@ -34,7 +34,7 @@ OLDEST_POSTGRES = 14
 
 ANSWER_LIMIT = 30.0
 """Seconds after which a statement without an answer shows a dead connection. Keepalives cannot show it where a proxy or
-a load balancer stands between, since that is what acknowledges them."""
+a load balancer is in between, since that is what acknowledges them."""
 
 _CANCEL_LIMIT = 1.0
 """Seconds that the server has to take the request to cancel a statement."""

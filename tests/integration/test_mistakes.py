@@ -91,32 +91,23 @@ def asking(server_folder: Path) -> Iterator[PasswordServer]:
         yield server
 
 
+AT = "host=127.0.0.1 port={port} dbname=postgres"
+REFUSED = "PostgreSQL at 127.0.0.1:{port} refuses the login: "
 MISTAKES = {
     "a wrong password": (
-        lambda server: f"host=127.0.0.1 port={server.port} dbname=postgres user=known password=hunter2",
-        'PostgreSQL at 127.0.0.1:{port} refuses the login: password authentication failed for user "known". Correct ',
-    ),
-    "no password": (
-        lambda server: f"host=127.0.0.1 port={server.port} dbname=postgres user=known",
-        "PostgreSQL at 127.0.0.1:{port} asks for a password, and none is given. Put it into the DSN",
-    ),
-    "a user whom pg_hba.conf rejects": (
-        lambda server: f"host=127.0.0.1 port={server.port} dbname=postgres user=stranger",
-        "PostgreSQL at 127.0.0.1:{port} refuses the login: pg_hba.conf rejects connection for host",
+        f"{AT} user=known password=hunter2",
+        f'{REFUSED}password authentication failed for user "known". Correct user and password in the DSN',
     ),
     "a missing database": (
-        lambda server: server.dsn("gone"),
+        "postgresql://postgres@127.0.0.1:{port}/gone",
         'PostgreSQL at 127.0.0.1:{port} does not have this database: database "gone" does not exist. Create it, or ',
     ),
     "a server that is down": (
-        lambda _: "postgresql://postgres:hunter2@127.0.0.1:1/postgres",
+        "postgresql://postgres:hunter2@127.0.0.1:1/postgres",
         "PostgreSQL at 127.0.0.1:1 does not answer: Connection refused",
     ),
-    "a missing schema": (lambda server: server.dsn("empty"), "pgbridge migrate"),
-    "a missing privilege": (
-        lambda server: f"host=127.0.0.1 port={server.port} dbname=postgres user=known password=right",
-        "permission denied for ",
-    ),
+    "a missing schema": ("postgresql://postgres@127.0.0.1:{port}/empty", "pgbridge migrate"),
+    "a missing privilege": (f"{AT} user=known password=right", "permission denied for "),
 }
 
 COMMANDS = {
@@ -131,7 +122,6 @@ COMMANDS = {
     "dead list": ("dead", "list"),
     "dead show": ("dead", "show", "outbox:1"),
     "dead replay": ("dead", "replay", "--all"),
-    "dead discard": ("dead", "discard", "--all", "--why", "a test"),
     "worker": ("run", "refuser"),
 }
 
@@ -142,11 +132,11 @@ def test_one_mistake_has_one_answer_in_every_command(
     asking: PasswordServer, tmp_path: Path, mistake: str, command: str
 ) -> None:
     if command.startswith("migrate") and mistake == "a missing schema":
-        pytest.skip("migrate is what mends it")
-    dsn_of, expected = MISTAKES[mistake]
+        pytest.skip("migrate is what installs it")
+    dsn, expected = MISTAKES[mistake]
     path = tmp_path / "bridge.toml"
     handler = '[workers.refuser]\nhandler = "tests.support.worker_handlers:refuse"\n'
-    path.write_text(BASE.format(dsn=dsn_of(asking)) + handler)
+    path.write_text(BASE.format(dsn=dsn.format(port=asking.port)) + handler)
     module = "workers.cli" if command == "worker" else "bridge.cli"
     done = run_command(*COMMANDS[command], "--config", str(path), module=module)
     said = done.stdout + done.stderr
@@ -155,6 +145,19 @@ def test_one_mistake_has_one_answer_in_every_command(
     assert "hunter2" not in said
     (line,) = [line for line in said.splitlines() if expected.format(port=asking.port) in line]
     assert "postgres.dsn: " in line
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ("user=known", "PostgreSQL at 127.0.0.1:{port} asks for a password, and none is given. Put it into the DSN"),
+        ("user=stranger", f"{REFUSED}pg_hba.conf rejects connection for host"),
+    ],
+)
+def test_a_refused_login_says_why(told: Told, asking: PasswordServer, parameters: str, expected: str) -> None:
+    code, said = told(BASE.format(dsn=f"{AT} {parameters}".format(port=asking.port)))
+    assert code == 69
+    assert f"postgres.dsn: {expected}".format(port=asking.port) in said
 
 
 def test_a_missing_schema_points_to_migrate(told: Told, database: str) -> None:
@@ -224,7 +227,7 @@ def test_what_is_wrong_with_a_dsn_has_its_own_words(
     dsn = f"host=127.0.0.1 port={tls_server.port} user=postgres {parameters.format_map(at)}"
     code, said = told(BASE.format(dsn=dsn))
     assert expected.format_map(at) in said
-    assert "pgbridge: postgres.dsn: " in said.replace("cli.py: ", "pgbridge: ")
+    assert ": postgres.dsn: " in said
     assert code == exit_code
 
 
