@@ -111,13 +111,16 @@ def _is_cut_wrongly(dsn: str) -> bool:
 
 
 async def connect(settings: PostgresSettings, application_name: str, **overrides: str) -> AsyncConnection[TupleRow]:
-    """An autocommit connection. `overrides` are libpq parameters.
+    """An autocommit connection. `overrides` are libpq parameters; `options` are added to those of the DSN.
 
     Raises SettingsError for what the DSN holds, DatabaseUnavailableError, ReadOnlyServerError, LoginError,
     PrivilegeError, RefusedError for what the server says, and SchemaError on a server that is too old.
     """
     key = settings.key("dsn")
-    parameters = {**connection_parameters(settings, application_name), **overrides}
+    parameters = connection_parameters(settings, application_name)
+    if "options" in parameters and "options" in overrides:
+        overrides["options"] = f"{parameters['options']} {overrides['options']}"
+    parameters |= overrides
     try:
         with connecting(parameters, key):
             connection = await _Connection.connect(**parameters, autocommit=True)

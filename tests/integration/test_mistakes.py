@@ -76,7 +76,7 @@ def test_an_unreachable_broker_ends_with_69(told: Told, bridge_database: str) ->
     sink = 'type = "rabbitmq"\nurl = "amqp://guest:hunter2@127.0.0.1:1/"'
     code, said = told(BASE.format(dsn=bridge_database).replace('type = "memory"', sink))
     assert code == 69
-    assert "sinks.events: RabbitMQ at 127.0.0.1:1 does not answer" in said
+    assert "sinks.events.url: RabbitMQ at 127.0.0.1:1 does not answer" in said
     assert "hunter2" not in said
 
 
@@ -254,6 +254,17 @@ def test_what_speaks_another_protocol_is_not_called_unreachable(told: Told) -> N
         thread.join()
     assert code == 69
     assert f"postgres.dsn: what answers at {address} does not speak PostgreSQL's protocol" in said
+
+
+@pytest.mark.parametrize("command", ["run", "status"])
+def test_the_options_of_a_dsn_count_beside_those_of_a_command(
+    bridge_database: str, tmp_path: Path, command: str
+) -> None:
+    path = tmp_path / "bridge.toml"
+    path.write_text(BASE.format(dsn=f"{bridge_database}?options=-c%20nothing%3D1"))
+    done = run_command(command, "--config", str(path))
+    assert 'unrecognized configuration parameter "nothing"' in done.stderr
+    assert done.returncode == 78
 
 
 def test_every_host_is_named(told: Told, asking: PasswordServer) -> None:
