@@ -82,8 +82,8 @@ def connection_parameters(settings: PostgresSettings, application_name: str) -> 
     # libpq's messages repeat parts of the DSN, which may hold the password, so none of them is shown.
     if _is_cut_wrongly(dsn):
         raise SettingsError(
-            f"{key}: has an '@' behind the one before the host, or a '/' before it. "
-            "In user and password write '@' as %40, '/' as %2F, ':' as %3A"
+            f"{key}: it cannot be seen where the password ends and the host begins. "
+            "In user, password and database write '@' as %40 and '/' as %2F"
         )
     try:
         given = conninfo.conninfo_to_dict(dsn)
@@ -93,7 +93,7 @@ def connection_parameters(settings: PostgresSettings, application_name: str) -> 
             'write "postgresql://user@host:5432/database" or "host=... dbname=... user=..."'
         ) from None
     if not re.fullmatch(r"[\d,]*", str(given.get("port", ""))):
-        raise SettingsError(f"{key}: the port is not a number. In a password write ':' as %3A")
+        raise SettingsError(f"{key}: the port is not a number")
     return {
         **_DEFAULTS,
         "connect_timeout": max(2, round(settings.connect_timeout)),

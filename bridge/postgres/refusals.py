@@ -54,7 +54,7 @@ _REASONS: Final = (
         SettingsError,
         "asks for a server that takes no writes, which cannot store the cursor; remove target_session_attrs ({words})",
     ),
-    # TLS, and what is no PostgreSQL.
+    # TLS, and what is not PostgreSQL.
     _Reason(
         r"certificate verify failed",
         RefusedError,
@@ -110,7 +110,7 @@ _REASONS: Final = (
         LoginError,
         "PostgreSQL at {place} refuses the login: {words}. Create the role with LOGIN, or correct the user in the DSN",
     ),
-    # What the server lacks or forbids.
+    # What the server does not have or does not allow.
     _Reason(
         r'database "[^"]*" does not exist|no such database',
         RefusedError,

@@ -79,7 +79,7 @@ def migrate(dsn: str) -> list[Migration]:
     pgbridge), and what `bridge.postgres.connection.connect` raises.
     """
     applied: list[Migration] = []
-    with _connect(dsn) as connection:
+    with database_errors(), _connect(dsn) as connection:
         while (migration := _apply_next(connection)) is not None:
             applied.append(migration)
         _run(connection, "roles.sql", _roles_sql())
@@ -88,22 +88,26 @@ def migrate(dsn: str) -> list[Migration]:
 
 def pending(dsn: str) -> list[Migration]:
     """What `migrate` would apply. Raises as `migrate` does."""
-    with _connect(dsn) as connection:
+    with database_errors(), _connect(dsn) as connection:
         return _pending(_applied(connection))
 
 
 async def check_version(connection: AsyncConnection[Any]) -> None:
-    """Raises SchemaError unless the database has exactly the schema that this pgbridge works with."""
+    """Raises SchemaError unless the database has exactly the schema that this pgbridge works with.
+
+    Raises what `translated` raises, too.
+    """
     with database_errors():
         cursor = await connection.execute("select to_regclass('bridge.migration') is not null")
         row = await cursor.fetchone()
         if row is None or not row[0]:
             raise SchemaError(f"{DSN_KEY}: the schema bridge is not installed in this database; run: pgbridge migrate")
         cursor = await connection.execute("select version, checksum from bridge.migration")
-    missing = _pending(dict(await cursor.fetchall()))
+        applied = dict(await cursor.fetchall())
+    missing = _pending(applied)
     if missing:
         raise SchemaError(
-            f"{DSN_KEY}: the schema bridge lacks migration {missing[0].version:04} ({missing[0].name}) "
+            f"{DSN_KEY}: the schema bridge does not have migration {missing[0].version:04} ({missing[0].name}) "
             f"and with it {len(missing)} in all; run: pgbridge migrate"
         )
 
@@ -183,7 +187,7 @@ def _connect(dsn: str) -> Connection[tuple[Any, ...]]:
 
 def _apply_next(connection: Connection[tuple[Any, ...]]) -> Migration | None:
     """One migration in one transaction; None when nothing is left to do."""
-    with database_errors(), connection.transaction():
+    with connection.transaction():
         connection.execute(_LOCK)
         missing = _pending(_applied(connection))
         if not missing:
@@ -229,19 +233,15 @@ def _run(connection: Connection[tuple[Any, ...]], what: str, sql: str) -> None:
 
 @contextmanager
 def _owner_errors(what: str) -> Iterator[None]:
-    """As `database_errors`, with what a role needs that migrates. `what` begins the message."""
+    """Says what a role needs that migrates, and when a table is in use; `what` begins the message."""
     try:
-        with database_errors():
-            yield
-    except PrivilegeError as error:
-        said = error.__cause__.diag.message_primary if isinstance(error.__cause__, psycopg.Error) else error
+        yield
+    except psycopg.errors.InsufficientPrivilege as error:
         raise PrivilegeError(
-            f"{DSN_KEY}: {what}: {said}. Run it as a role that owns the database and has CREATEROLE, "
-            "or give a DBA the script that this prints: pgbridge migrate --sql"
+            f"{DSN_KEY}: {what}: {error.diag.message_primary}. Run it as a role that owns the database and has "
+            "CREATEROLE, or give a DBA the script that this prints: pgbridge migrate --sql"
         ) from error
-    except DatabaseUnavailableError as error:
-        if not isinstance(error.__cause__, psycopg.errors.LockNotAvailable):
-            raise
+    except psycopg.errors.LockNotAvailable as error:
         raise DatabaseUnavailableError(
             f"{DSN_KEY}: {what}: a table of pgbridge is in use and was not free within {LOCK_TIMEOUT}; nothing was "
             "changed. Run it again when no long transaction uses it"

@@ -139,7 +139,7 @@ class Rates:
 
 
 def rates(before: Status, after: Status, name: str) -> Rates | None:
-    """Of one bridge; None when either look lacks it."""
+    """Of one bridge; None when it is missing from either look."""
     seconds = (after.at - before.at).total_seconds()
     old = {bridge.name: bridge for bridge in before.bridges}.get(name)
     new = {bridge.name: bridge for bridge in after.bridges}.get(name)
