@@ -292,6 +292,7 @@ def test_a_password_that_is_not_encoded_is_never_shown_as_a_host(told: Told, pas
         (("a", "x", "--header", "ce-id=1"), "is reserved for CloudEvents attributes"),
         (("a", "x", "--header", "two words=1"), "is not legal"),
         (("a", "x", "--header", "words"), "is not of the form NAME=VALUE"),
+        (("a", "\udcff"), "topic, payload, key and headers must be UTF-8"),
     ],
 )
 def test_an_event_that_cannot_be_emitted_is_a_mistake_of_the_command_line(
