@@ -91,6 +91,8 @@ class Inbox:
     def __init__(self, worker: str, settings: PostgresSettings, *, concurrency: int, reply: str | None = None) -> None:
         self.worker = worker
         application_name = f"pgbridge-worker {worker}"
+        self._key = settings.key("dsn")
+        self._connect_timeout = settings.connect_timeout
         self._finishing = _finishing(reply)
         self._reply_name = reply
         self._pool = AsyncConnectionPool(
@@ -108,7 +110,7 @@ class Inbox:
     async def open(self) -> None:
         """Connects, and checks that the schema and the reply function are there and may be used.
 
-        Raises DatabaseUnavailableError, PrivilegeError, SchemaError, RefusedError.
+        Raises what `bridge.postgres.connection.connect` raises, SchemaError, and RefusedError behind a pooler.
         """
         await self._session.renew(instead_of=self._session.token)
         await self._pool.open()
@@ -173,10 +175,10 @@ class Inbox:
                 if conflicts == _SERIALIZATION_ATTEMPTS:
                     raise self._refused(error) from error
             except PoolTimeout as error:
-                raise DatabaseUnavailableError("PostgreSQL gave no connection in time") from error
+                raise self._no_connection() from error
             except psycopg.Error as error:
                 if _is_the_servers(error):
-                    raise translated(error) from error
+                    raise translated(error, self._key) from error
                 if alone:
                     raise self._refused(error) from error
                 # Of those that went together it may be another one's result that was refused.
@@ -210,11 +212,11 @@ class Inbox:
 
     async def _rows(self, query: LiteralString, *parameters: object) -> list[TupleRow]:
         try:
-            with database_errors():
+            with database_errors(self._key):
                 async with self._pool.connection() as connection:
                     return await (await connection.execute(query, parameters, prepare=True)).fetchall()
         except PoolTimeout as error:
-            raise DatabaseUnavailableError("PostgreSQL gave no connection in time") from error
+            raise self._no_connection() from error
 
     async def _finish_alone(self, claim: Claim, outcome: Jsonb | None) -> bool:
         """With the reply, if there is one. Whether the claim was still ours."""
@@ -236,6 +238,11 @@ class Inbox:
             finished = {event for (event,) in await cursor.fetchall()}
         return [claim.event_id in finished for claim, _ in ends]
 
+    def _no_connection(self) -> DatabaseUnavailableError:
+        return DatabaseUnavailableError(
+            f"{self._key}: PostgreSQL gave no connection within {self._connect_timeout:g} s"
+        )
+
     def _refused(self, error: psycopg.Error) -> ReplyError:
         said = " ".join((error.diag.message_primary or str(error)).split())
         where = self._reply_name or "the inbox"
@@ -252,7 +259,8 @@ class Inbox:
         )
         if allowed is None:
             raise SchemaError(
-                f"workers.{self.worker}.reply: there is no function {reply}(uuid, jsonb). Create it, or mend the name"
+                f"workers.{self.worker}.reply: there is no function {reply}(uuid, jsonb). Create it, or correct "
+                "the name"
             )
         if not allowed:
             raise PrivilegeError(

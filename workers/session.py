@@ -38,8 +38,8 @@ class ClaimSession:
     async def renew(self, instead_of: int) -> None:
         """Opens a session with a new token; does nothing when another task has replaced `instead_of` already.
 
-        Raises DatabaseUnavailableError, PrivilegeError, and RefusedError behind a connection pooler, where a session
-        lock stays with a server connection that outlives this process.
+        Raises what `bridge.postgres.connection.connect` raises, and RefusedError behind a connection pooler, where a
+        session lock stays with a server connection that outlives this process.
         """
         async with self._renewing:
             if self.token != instead_of:
@@ -47,7 +47,7 @@ class ClaimSession:
             await self.close()
             self._connection = connection = await connect(self._settings, self._application_name)
             token = secrets.randbits(62) + 1
-            with database_errors():
+            with database_errors(self._settings.key("dsn")):
                 for setting in _SETTINGS:
                     await connection.execute(setting)
                 rows = await (
@@ -57,11 +57,13 @@ class ClaimSession:
             if backend != connection.info.backend_pid:
                 await self.close()
                 raise RefusedError(
-                    "a connection pooler stands between this worker and PostgreSQL, where session locks get lost. "
-                    "Connect directly: set postgres.dsn to the server's own host and port"
+                    f"{self._settings.key('dsn')}: a connection pooler is between this worker and PostgreSQL, where "
+                    "session locks get lost. Connect to the server's own host and port"
                 )
             if not locked:
-                raise DatabaseUnavailableError("another process holds the same token; taking a new one")
+                raise DatabaseUnavailableError(
+                    f"{self._settings.key('dsn')}: another process holds the same token; taking a new one"
+                )
             self.token = token
 
     async def close(self) -> None:

@@ -1,4 +1,5 @@
-"""What an operator does: install and upgrade the schema, check, look, and mend.
+"""What an operator does: one file a verb of `pgbridge`, loaded when the verb is called.
 
-Each module is one of these tasks as plain functions; `bridge.cli` gives them words and prints what they return.
+Each file reads from the work to the words: plain async functions first, and last the click command that calls them
+and prints what they return. `dead` and `replay` share `republish`, which publishes events again.
 """

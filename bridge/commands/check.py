@@ -1,10 +1,10 @@
-"""Everything that must be right before the daemons can run: one finding a line, each with its mend."""
+"""`pgbridge check`: looks at everything that must be right before the daemons can run, and prints a line for each."""
 
 import asyncio
-import json
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import click
 from psycopg import AsyncConnection
 
 from bridge.brokers.registry import broker_of
-from bridge.commands.topology import declarations
-from bridge.errors import PgbridgeError, PrivilegeError, TopologyError
-from bridge.postgres.connection import connect, database_errors, require_writes
+from bridge.commands.topology import declarations, require_complete
+from bridge.errors import PgbridgeError, PrivilegeError
+from bridge.postgres.connection import DSN_KEY, connect, database_errors, require_writes
 from bridge.postgres.schema import check_version
-from bridge.process.tasks import run as run_loop
-from bridge.process.terminal import config_option, exit_codes, json_option
-from bridge.settings import Settings, load
+from bridge.process.tasks import one_error, run
+from bridge.process.terminal import config_option, exit_codes, json_option, print_json
+from bridge.settings import Settings, SinkSettings, load
 from bridge.sources.listener import Listener
 
 Connection = AsyncConnection[tuple[Any, ...]]
@@ -44,25 +44,28 @@ class Finding:
     """One thing that was checked."""
 
     subject: str
-    """``postgres``, ``listen``, ``schema``, ``privileges``, ``sink <name>``, ``worker <name>``."""
+    """``postgres``, ``listen``, ``schema``, ``privileges``, ``sink <name>``, ``topology``."""
     ok: bool
     text: str
-    """What was found; when it is wrong, with the mend."""
+    """What was found; when it is wrong, with what to do about it."""
     exit_code: int = 0
+    """What `check` ends with when this is the first one that is wrong."""
 
 
 async def findings(settings: Settings) -> AsyncIterator[Finding]:
-    """Checks one thing after the other. A finding that makes later ones meaningless ends its group only."""
-    connected = await _finding("postgres", lambda: _postgres(settings))
+    """Checks one thing after the other, and leaves out what a failure before has made meaningless."""
+    connected = await _finding("postgres", partial(_postgres, settings))
     yield connected
     if connected.ok:
-        yield await _finding("listen", lambda: _listen(settings))
-        if settings.reads_outbox:
-            yield await _finding("schema", lambda: _schema(settings))
-            yield await _finding("privileges", lambda: _privileges(settings))
+        yield await _finding("listen", partial(_listen, settings))
+    if connected.ok and settings.reads_outbox:
+        schema = await _finding("schema", partial(_schema, settings))
+        yield schema
+        if schema.ok:
+            yield await _finding("privileges", partial(_privileges, settings))
     for name, sink in settings.sinks.items():
-        yield await _finding(f"sink {name}", lambda sink=sink: _sink(sink))  # type: ignore[misc]
-    yield await _finding("topology", lambda: _topology(settings))
+        yield await _finding(f"sink {name}", partial(_sink, sink))
+    yield await _finding("topology", partial(_topology, settings))
 
 
 async def _finding(subject: str, look: Callable[[], Awaitable[str]]) -> Finding:
@@ -94,17 +97,11 @@ async def _listen(settings: Settings) -> str:
         waiting.cancel()
         listening.cancel()
         if not heard.is_set():
-            await _raise_the_first(listening)
+            with one_error():
+                await listening
     finally:
         await listener.close()
     return "hears its own NOTIFY"
-
-
-async def _raise_the_first(listening: asyncio.Task[None]) -> None:
-    try:
-        await listening
-    except BaseExceptionGroup as group:
-        raise group.exceptions[0] from group
 
 
 async def _schema(settings: Settings) -> str:
@@ -122,28 +119,23 @@ async def _privileges(settings: Settings) -> str:
             missing = [row[0] for row in await cursor.fetchall()]
         if missing:
             raise PrivilegeError(
-                f"the role {connection.info.user!r} lacks {', '.join(missing)}. "
-                f"grant bridge_relay to {connection.info.user}"
+                f"{DSN_KEY}: the role {connection.info.user!r} does not have {', '.join(missing)}. "
+                f"Run: grant bridge_relay to {connection.info.user}"
             )
     return "as in roles.sql"
 
 
-async def _sink(settings: Any) -> str:
+async def _sink(settings: SinkSettings) -> str:
     sink = broker_of(settings).sink(settings)
-    await sink.open()
-    await sink.close()
+    try:
+        await sink.open()
+    finally:
+        await sink.close()
     return f"{settings.type}, answers"
 
 
 async def _topology(settings: Settings) -> str:
-    wrong = [
-        f"{item.kind} {item.name} ({owner}) {item.state}{': ' + item.detail if item.state == 'differs' else ''}"
-        for owner, declared in await declarations(settings, apply=False)
-        for item in declared
-        if item.state in ("missing", "differs")
-    ]
-    if wrong:
-        raise TopologyError(f"{'; '.join(wrong)}. Declare what is missing: pgbridge topology --apply")
+    require_complete(await declarations(settings, apply=False))
     return "complete"
 
 
@@ -152,25 +144,28 @@ async def _topology(settings: Settings) -> str:
 @json_option
 @exit_codes
 def check(config: Path | None, as_json: bool) -> None:
-    """Checks settings, database, privileges, brokers and topology: one line each, with the mend."""
+    """Checks settings, database, privileges, brokers and topology.
+
+    Prints one line for each, with what to do about what is wrong, and ends with the code of the first that is wrong.
+    """
     settings = load(config)
-    worst = 0
+    first_wrong = 0
 
     async def look() -> None:
-        nonlocal worst
+        nonlocal first_wrong
         if not as_json:
-            _say(True, "settings", f"name {settings.name!r}")
+            _print(Finding("settings", ok=True, text=f"name {settings.name!r}"))
         async for finding in findings(settings):
-            worst = worst or finding.exit_code
+            first_wrong = first_wrong or finding.exit_code
             if as_json:
-                click.echo(json.dumps({"subject": finding.subject, "ok": finding.ok, "text": finding.text}))
+                print_json({"subject": finding.subject, "ok": finding.ok, "text": finding.text})
             else:
-                _say(finding.ok, finding.subject, finding.text)
+                _print(finding)
 
-    run_loop(look())
-    sys.exit(worst)
+    run(look())
+    sys.exit(first_wrong)
 
 
-def _say(ok: bool, subject: str, text: str) -> None:
-    mark = click.style("ok  ", fg="green") if ok else click.style("FAIL", fg="red")
-    click.echo(f"{mark}  {subject:<18} {text}")
+def _print(finding: Finding) -> None:
+    mark = click.style("ok  ", fg="green") if finding.ok else click.style("FAIL", fg="red")
+    click.echo(f"{mark}  {finding.subject:<18} {finding.text}")

@@ -1,4 +1,4 @@
-"""`pgbridge demo`: the embedded world."""
+"""`pgbridge demo`: runs the embedded world, see `bridge.demo`."""
 
 import sys
 from pathlib import Path
@@ -18,9 +18,12 @@ from bridge.process.terminal import exit_codes, json_option
 @json_option
 @exit_codes
 def demo(broker: str, orders: int, rate: float, kill: bool, keep: Path | None, as_json: bool) -> None:
-    """The embedded world: a shop whose orders become events, messages and invoices, live."""
+    """Runs the embedded world: a shop from orders to invoices, live.
+
+    It ends with a count of what was lost, which is 0.
+    """
     try:
         from bridge.demo.run import run as run_demo
     except ImportError as error:
-        raise UsageError(f"the demo lacks the package {error.name!r}: pip install 'pgbridge[demo]'") from error
+        raise UsageError(f"the demo needs the package {error.name!r}: pip install 'pgbridge[demo]'") from error
     sys.exit(run_demo(broker, orders, rate, kill, as_json, keep))

@@ -1,23 +1,25 @@
-"""Sending one event, and watching events pass."""
+"""`pgbridge emit`: sends one event. `pgbridge tail`: shows events as they are committed."""
 
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
+import psycopg
 
 from bridge.errors import UsageError
 from bridge.event import Event, matches
 from bridge.postgres.connection import connect, database_errors
-from bridge.process.tasks import run as run_loop
-from bridge.process.terminal import config_option, exit_codes, json_option
+from bridge.process.tasks import run
+from bridge.process.terminal import config_option, exit_codes, json_option, print_json, topic_option
 from bridge.settings import PostgresSettings, load
 from bridge.sources.log import LogReader, Position
 
 _TAIL_POLL = 0.2
-"""Seconds between two looks; a person watches."""
+"""Seconds between two looks, short enough for a person who watches."""
 
 
 async def emit_event(
@@ -25,25 +27,40 @@ async def emit_event(
 ) -> str:
     """Emits one event and returns its id; a payload that is JSON is sent as such, any other as text.
 
-    Raises DatabaseUnavailableError, PrivilegeError, SchemaError, RefusedError.
+    Raises UsageError for what `bridge.emit()` does not take, and what `connect` and `translated` raise.
     """
     kind = "json" if _is_json(payload) else "text"
     connection = await connect(settings, "pgbridge emit")
     async with connection:
-        with database_errors():
+        with database_errors(), _refused_words():
             cursor = await connection.execute(
                 f"select bridge.emit(%s::text, %s::{kind}, %s::text, %s::jsonb)::text",
                 (topic, payload, key, json.dumps(dict(headers))),
             )
-            row = await cursor.fetchone()
-    assert row is not None  # noqa: S101 - a function call gives one row
-    return str(row[0])
+            [(event_id,)] = await cursor.fetchall()
+    return str(event_id)
+
+
+@contextmanager
+def _refused_words() -> Iterator[None]:
+    """What the function says of its arguments is about the command line, and not about the server."""
+    try:
+        yield
+    except (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ReservedName) as error:
+        sentences = [error.diag.message_primary or str(error), error.diag.message_hint]
+        raise UsageError(". ".join(sentence for sentence in sentences if sentence)) from error
+    except UnicodeError as error:
+        raise UsageError("topic, payload, key and headers must be UTF-8") from error
 
 
 def _is_json(text: str) -> bool:
+    def no_json(constant: str) -> None:
+        raise ValueError(constant)
+
     try:
-        json.loads(text)
-    except ValueError:
+        # Python's reader takes NaN and Infinity, which are not JSON.
+        json.loads(text, parse_constant=no_json)
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -51,7 +68,7 @@ def _is_json(text: str) -> bool:
 async def tail_events(settings: PostgresSettings, name: str, topics: tuple[str, ...]) -> AsyncIterator[Event]:
     """Events from now on, as they are committed, without consuming them. `topics`: patterns; none means all.
 
-    Raises DatabaseUnavailableError, PrivilegeError, SchemaError.
+    Raises what `connect` and `translated` raise.
     """
     connection = await connect(settings, "pgbridge tail", options="-c timezone=UTC")
     async with connection:
@@ -83,37 +100,31 @@ def emit(topic: str, payload: str, key: str | None, headers: tuple[str, ...], co
         if not equals:
             raise UsageError(f"--header {header!r} is not of the form NAME=VALUE")
         pairs[name] = value
-    text = sys.stdin.read() if payload == "-" else payload
-    settings = load(config).postgres
-
-    async def send() -> None:
-        click.echo(await emit_event(settings, topic, text, key, pairs))
-
-    run_loop(send())
+    with _refused_words():
+        text = sys.stdin.read() if payload == "-" else payload
+    click.echo(run(emit_event(load(config).postgres, topic, text, key, pairs)))
 
 
 @click.command()
-@click.option("--topic", "topics", multiple=True, metavar="PATTERN", help="Only these; `*` one word, `#` any number.")
+@topic_option
 @config_option
 @json_option
 @exit_codes
 def tail(topics: tuple[str, ...], config: Path | None, as_json: bool) -> None:
-    """Shows events as they are committed, without consuming them, until Ctrl-C."""
+    """Shows events as they are committed, without consuming them. Ends with Ctrl-C."""
     settings = load(config)
 
     async def watch() -> None:
         async for event in tail_events(settings.postgres, settings.name, topics):
-            click.echo(_as_json(event) if as_json else _as_line(event))
+            if as_json:
+                print_json(event._asdict() | {"payload": event.payload.decode(), "headers": dict(event.headers)})
+            else:
+                click.echo(_as_line(event))
 
     try:
-        run_loop(watch())
+        run(watch())
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _as_json(event: Event) -> str:
-    fields = event._asdict() | {"payload": event.payload.decode(), "time": event.time.isoformat()}
-    return json.dumps(fields | {"headers": dict(event.headers)}, ensure_ascii=False)
 
 
 def _as_line(event: Event) -> str:

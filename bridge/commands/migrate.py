@@ -20,8 +20,8 @@ def migrate(config: Path | None, print_sql: bool, dry_run: bool) -> None:
         click.echo(schema.migrate_sql())
         return
     dsn = load(config).postgres.dsn.get_secret_value()
-    found = schema.pending(dsn) if dry_run else schema.migrate(dsn)
-    for one in found:
-        click.echo(f"{one.version:04} {one.name}: {'would be applied' if dry_run else 'applied'}")
-    if not found:
+    migrations = schema.pending(dsn) if dry_run else schema.migrate(dsn)
+    for migration in migrations:
+        click.echo(f"{migration.version:04} {migration.name}: {'would be applied' if dry_run else 'applied'}")
+    if not migrations:
         click.echo(f"The schema is at version {schema.schema_version():04}; nothing to do.")

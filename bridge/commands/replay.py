@@ -1,12 +1,11 @@
-"""Publishing part of the log again. The cursor is not touched, so a bridge that runs is not disturbed."""
+"""`pgbridge replay`: publishes part of the log again. It leaves the cursor alone, so a running bridge goes on."""
 
 import asyncio
-import json
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from psycopg import AsyncConnection
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from bridge.commands.republish import Pace, opened, republish
+from bridge.commands.republish import Pace, open_sinks, republish
 from bridge.errors import UsageError
 from bridge.event import Event, matches
 from bridge.postgres.connection import connect
@@ -27,9 +26,11 @@ from bridge.process.terminal import (
     dry_run_option,
     exit_codes,
     json_option,
+    print_json,
     rate_option,
     stop_on_interrupt,
     table,
+    topic_option,
 )
 from bridge.relay import Routes
 from bridge.settings import Settings, load
@@ -38,7 +39,8 @@ from bridge.sources.log import LogReader, Position
 from bridge.sources.outbox import bury
 
 _SLACK = timedelta(minutes=1)
-"""Ids and times rise together, but for transactions side by side and clocks that are set: so far is looked around."""
+"""How far beyond its times a part is read. Ids rise with the times of their events, but not strictly: transactions run
+side by side, and clocks are set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Replayed:
     confirmed: int = 0
     """Events that every sink took."""
     refused: int = 0
-    """Events that a sink, or all routes, refused for ever; they stand among the dead letters."""
+    """Events that a sink refused for good, or that no route takes; they are among the dead letters now."""
     by_topic: Counter[str] = field(default_factory=Counter)
     """Events of the part, by topic."""
     log_begins: datetime | None = None
@@ -86,35 +88,35 @@ async def replay_log(
 ) -> Replayed:
     """Publishes a part of the log again, in order, through today's routes; with `dry_run`, only counts it.
 
-    Returns when all is confirmed or dead-lettered, or soon after `stop` is set. Raises DatabaseUnavailableError,
-    PrivilegeError, SchemaError, BrokerUnavailableError, RefusedError, SettingsError.
+    Returns when all is confirmed or dead-lettered, or soon after `stop` is set. Raises what `connect`, `translated`
+    and the sinks raise.
     """
-    told = Replayed()
+    replayed = Replayed()
     connection = await connect(settings.postgres, "pgbridge replay", options="-c timezone=UTC")
     async with connection:
-        pages = _pages(settings, connection, part, Pace(rate).chunk, told)
+        pages = _pages(settings, connection, part, Pace(rate).chunk, replayed)
         if dry_run:
             async for _ in pages:
-                progress(told)
-            return told
+                progress(replayed)
+            return replayed
 
         async def settled(events: Sequence[Event], refused: Sequence[DeadLetter]) -> None:
             if refused:
                 await bury(connection, settings.name, refused)
             lost = {letter.event.id for letter in refused}
-            told.refused += len(lost)
-            told.confirmed += len(events) - len(lost)
-            told.position = events[-1].sequence
-            progress(told)
+            replayed.refused += len(lost)
+            replayed.confirmed += len(events) - len(lost)
+            replayed.position = events[-1].sequence
+            progress(replayed)
 
         routes = Routes([(route.topic, route.sink) for route in settings.routes])
-        async with opened(settings, settings.sinks) as sinks:
+        async with open_sinks(settings, settings.sinks) as sinks:
             await republish(settings.relay, sinks, routes, pages, Pace(rate), settled, stop)
-    return told
+    return replayed
 
 
 async def _pages(
-    settings: Settings, connection: AsyncConnection[tuple[Any, ...]], part: Part, chunk: int, told: Replayed
+    settings: Settings, connection: AsyncConnection[tuple[Any, ...]], part: Part, chunk: int, replayed: Replayed
 ) -> AsyncIterator[Sequence[Event]]:
     """The part's events in chunks, read in larger pages."""
     outbox = settings.outbox_or_default
@@ -124,9 +126,9 @@ async def _pages(
         "left join (select id, created_at from bridge.outbox order by id limit 1) first on true",
         (part.since - _SLACK, part.until + _SLACK),
     )
-    told.begin = told.position = mark = begin - 1
-    told.end = end
-    told.log_begins = oldest if first_id is not None and first_id > 1 and oldest > part.since else None
+    replayed.begin = replayed.position = mark = begin - 1
+    replayed.end = end
+    replayed.log_begins = oldest if first_id is not None and first_id > 1 and oldest > part.since else None
     while mark < end - 1:
         # Without gaps: a replay takes what is committed now.
         reader.start(Position(mark, ()), None)
@@ -135,7 +137,7 @@ async def _pages(
             return
         mark = position.mark
         wanted = [event for event in events if event.sequence < end and part.takes(event)]
-        told.by_topic.update(event.topic for event in wanted)
+        replayed.by_topic.update(event.topic for event in wanted)
         for start in range(0, len(wanted), chunk):
             yield wanted[start : start + chunk]
         if not wanted:
@@ -145,7 +147,7 @@ async def _pages(
 @click.command()
 @click.option("--from", "since", type=Moment(), required=True, help='From this time: "2026-02-03 14:05", or "2h" ago.')
 @click.option("--to", "until", type=Moment(), help="Up to, and without, this time; default: now.")
-@click.option("--topic", "topics", multiple=True, metavar="PATTERN", help="Only these; `*` one word, `#` any number.")
+@topic_option
 @rate_option
 @dry_run_option
 @config_option
@@ -155,10 +157,13 @@ def replay(
     since: datetime, until: datetime | None, topics: tuple[str, ...], rate: float | None, dry_run: bool,
     config: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Publishes part of the log again, in order, under the same event ids, with the header `replayed: true`."""
+    """Publishes part of the log again, in order.
+
+    The events keep their ids and get the header `replayed: true`. Ends with 1 when a sink refused some of them.
+    """
     settings = load(config)
     configure(settings.observe)
-    part = Part(since, until or Moment().convert("0s", None, None), topics)
+    part = Part(since, until or datetime.now(UTC), topics)
     if part.since >= part.until:
         raise UsageError(f"--from {part.since.isoformat()} is not before --to {part.until.isoformat()}")
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
@@ -173,19 +178,20 @@ def replay(
             done = so_far.position - so_far.begin
             bar.update(task, description=text, total=max(1, so_far.end - so_far.begin), completed=done)
 
-        told = await replay_log(settings, part, rate=rate, dry_run=dry_run, stop=stop, progress=show)
-        return told, stop.is_set()
+        replayed = await replay_log(settings, part, rate=rate, dry_run=dry_run, stop=stop, progress=show)
+        return replayed, stop.is_set()
 
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        told, stopped = run(work(bar))
-    if told.log_begins is not None:
-        click.echo(f"The log begins at {told.log_begins.isoformat()}; events before that are pruned.", err=True)
+        replayed, stopped = run(work(bar))
+    if replayed.log_begins is not None:
+        click.echo(f"The log begins at {replayed.log_begins.isoformat()}; events before that are pruned.", err=True)
     if as_json:
-        click.echo(json.dumps({"confirmed": told.confirmed, "refused": told.refused, "by_topic": told.by_topic}))
+        print_json({"confirmed": replayed.confirmed, "refused": replayed.refused, "by_topic": replayed.by_topic})
     elif dry_run:
-        table([{"topic": topic, "events": str(count)} for topic, count in sorted(told.by_topic.items())])
-        click.echo(f"{told.by_topic.total()} would be published.", err=True)
+        table([{"topic": topic, "events": str(count)} for topic, count in sorted(replayed.by_topic.items())])
+        click.echo(f"{replayed.by_topic.total()} would be published.", err=True)
     else:
-        click.echo(f"{told.confirmed} published, {told.refused} refused (see: pgbridge dead list).")
-    sys.exit(130 if stopped else int(bool(told.refused)))
+        refused_hint = " and now among the dead letters: pgbridge dead list" if replayed.refused else ""
+        click.echo(f"{replayed.confirmed} published, {replayed.refused} refused{refused_hint}.")
+    sys.exit(130 if stopped else int(bool(replayed.refused)))

@@ -1,4 +1,8 @@
-"""Publishing events again through the relay, marked as a replay, at a chosen rate: the engine of both replays."""
+"""Publishing events again through the relay, marked as a replay, at a chosen rate.
+
+`pgbridge replay` and `pgbridge dead replay` both do it with `republish`: they bring pages of events, and say what is
+to become of each page once every sink has confirmed or refused its events.
+"""
 
 import asyncio
 import math
@@ -6,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from typing import Final
 
 from bridge.brokers.contract import Sink
 from bridge.brokers.registry import broker_of
@@ -15,8 +20,10 @@ from bridge.relay import Limits, Relay, Routes
 from bridge.settings import RelaySettings, Settings
 from bridge.sources import DeadLetter, Page
 
-MARK: Mapping[str, str] = {REPLAYED: "true"}
+_REPLAYED: Final[Mapping[str, str]] = {REPLAYED: "true"}
 """What a replay adds to an event's headers."""
+_LARGEST_CHUNK: Final = 500
+"""Events."""
 
 
 class Pace:
@@ -29,7 +36,7 @@ class Pace:
     @property
     def chunk(self) -> int:
         """How many events to ask for at once."""
-        return 500 if self._rate is None else max(1, min(500, math.ceil(self._rate / 10)))
+        return _LARGEST_CHUNK if self._rate is None else max(1, min(_LARGEST_CHUNK, math.ceil(self._rate / 10)))
 
     async def wait(self, count: int) -> None:
         """Waits until `count` more events may go."""
@@ -45,8 +52,8 @@ Settled = Callable[[Sequence[Event], Sequence[DeadLetter]], Awaitable[None]]
 """Gets the events of each page in their order, once each is confirmed or refused, and those that were refused."""
 
 
-class _Finite:
-    """A source that ends: it sets `stop` once its last page is settled."""
+class _Pages:
+    """The pages as a `bridge.sources.Source`. After the last one is settled it sets `stop`, which ends the relay."""
 
     def __init__(
         self, pages: AsyncIterator[Sequence[Event]], pace: Pace, settled: Settled, stop: asyncio.Event
@@ -67,7 +74,7 @@ class _Finite:
             self._stop.set()
             await asyncio.Event().wait()
         await self._pace.wait(len(events))
-        page = Page([event._replace(headers={**event.headers, **MARK}) for event in events], None)
+        page = Page([event._replace(headers={**event.headers, **_REPLAYED}) for event in events], None)
         self._open.append(page)
         self._idle.clear()
         return page
@@ -108,7 +115,7 @@ async def republish(
 ) -> None:
     """Publishes every page, in order; returns when all is settled, or soon after `stop` is set.
 
-    Refusals that may pass are tried again for ever. Raises what `pages` and `settled` raise.
+    A sink that may take an event later is tried again without end. Raises what `pages` and `settled` raise.
     """
     ended = asyncio.Event()
 
@@ -120,14 +127,14 @@ async def republish(
     limits = Limits(**settings.model_dump())
     try:
         with one_error():
-            await Relay(_Finite(pages, pace, settled, ended), sinks, routes, limits=limits).run(ended)
+            await Relay(_Pages(pages, pace, settled, ended), sinks, routes, limits=limits).run(ended)
     finally:
         watching.cancel()
 
 
 @asynccontextmanager
-async def opened(settings: Settings, names: Iterable[str]) -> AsyncIterator[Mapping[str, Sink]]:
-    """These sinks, open. Raises BrokerUnavailableError, RefusedError, SettingsError."""
+async def open_sinks(settings: Settings, names: Iterable[str]) -> AsyncIterator[Mapping[str, Sink]]:
+    """These sinks, open while the body runs. Raises BrokerUnavailableError, RefusedError, SettingsError."""
     sinks = {name: broker_of(settings.sinks[name]).sink(settings.sinks[name]) for name in names}
     try:
         for sink in sinks.values():

@@ -1,4 +1,4 @@
-"""`pgbridge run`: the daemon."""
+"""`pgbridge run`: the daemon, see `bridge.daemon`."""
 
 from pathlib import Path
 

@@ -1,9 +1,8 @@
-"""The status, for people."""
+"""`pgbridge status`: who leads, what waits, and what endangers the database, as text or JSON."""
 
-import json
 import sys
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,13 @@ import click
 
 from bridge.postgres.status import Bridge, Guards, Rates, Status, rates, watch
 from bridge.process.tasks import run
-from bridge.process.terminal import (
-    age,
-    config_option,
-    exit_codes,
-    json_option,
-)
+from bridge.process.terminal import age, config_option, exit_codes, json_option, print_json
 from bridge.settings import Settings, load
 
 _LONG_TRANSACTION = 3600.0
+"""Seconds from which a transaction is shown in red."""
 _FULL_QUEUE = 0.5
+"""Used part of the NOTIFY queue, 0 to 1, from which it is shown in red."""
 
 
 def status_text(settings: Settings, before: Status | None, now: Status) -> str:
@@ -48,7 +44,9 @@ def _bridge(bridge: Bridge, rate: Rates | None, now: Status) -> str:
         ),
         _line("backlog", f"{'' if bridge.backlog_exact else 'about '}{bridge.backlog} events"),
         _line("oldest unsent", age(bridge.oldest_unsent_seconds)),
-        _line("doorbell", "asleep: rung for" if bridge.asleep else "awake: polls"),
+        _line(
+            "looks for events", "when a NOTIFY wakes it" if bridge.asleep else "all the time, since events keep coming"
+        ),
         _line("dead letters", _bad(str(bridge.dead_letters)) if bridge.dead_letters else "0"),
     ]
     if rate is not None:
@@ -100,15 +98,15 @@ def _bad(text: str) -> str:
 def status(config: Path | None, as_json: bool, watching: bool, interval: float) -> None:
     """Shows who leads, what waits, and what endangers the database. Ends with 1 when nobody leads."""
     settings = load(config)
-    led = False
+    is_led = False
 
     async def look() -> None:
-        nonlocal led
+        nonlocal is_led
         before: Status | None = None
         async for now in watch(settings, interval if watching else None):
-            led = any(bridge.name == settings.name and bridge.leader for bridge in now.bridges)
+            is_led = any(bridge.name == settings.name and bridge.leader for bridge in now.bridges)
             if as_json:
-                click.echo(json.dumps(_status_json(before, now), default=datetime.isoformat))
+                print_json(_status_json(before, now))
             else:
                 if before is not None and sys.stdout.isatty():
                     click.clear()
@@ -119,14 +117,14 @@ def status(config: Path | None, as_json: bool, watching: bool, interval: float) 
         run(look())
     except KeyboardInterrupt:
         sys.exit(130)
-    if not led:
+    if not is_led:
         click.echo(f"No bridge named {settings.name!r} is running; start one with: pgbridge run", err=True)
         sys.exit(1)
 
 
 def _status_json(before: Status | None, now: Status) -> dict[str, Any]:
-    told = asdict(now)
-    for bridge in told["bridges"]:
+    fields = asdict(now)
+    for bridge in fields["bridges"]:
         rate = rates(before, now, bridge["name"]) if before else None
         bridge |= {"emitted_per_second": rate and rate.emitted, "settled_per_second": rate and rate.settled}
-    return told
+    return fields

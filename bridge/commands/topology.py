@@ -1,7 +1,5 @@
-"""What the brokers have of what the settings need, and how it is declared."""
+"""`pgbridge topology`: what the brokers have of what the settings need, and declaring what is missing."""
 
-import json
-import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -10,15 +8,19 @@ import click
 
 from bridge.brokers.contract import Declaration
 from bridge.brokers.registry import broker_of
-from bridge.process.tasks import run as run_loop
-from bridge.process.terminal import config_option, exit_codes, json_option, table
+from bridge.errors import TopologyError
+from bridge.process.tasks import run
+from bridge.process.terminal import config_option, exit_codes, json_option, print_json, table
 from bridge.settings import Settings, load
 
+Declared = Sequence[tuple[str, Sequence[Declaration]]]
+"""Pairs of an owner, ``sink <name>`` or ``worker <name>``, and what it needs."""
 
-async def declarations(settings: Settings, *, apply: bool) -> Sequence[tuple[str, Sequence[Declaration]]]:
-    """Pairs of an owner (``sink <name>``, ``worker <name>``) and its declarations; with `apply`, declares the missing.
 
-    Raises BrokerUnavailableError, SettingsError.
+async def declarations(settings: Settings, *, apply: bool) -> Declared:
+    """What every sink and worker needs, and whether its broker has it; with `apply`, declares what is missing first.
+
+    Raises BrokerUnavailableError, RefusedError, SettingsError.
     """
     found = [
         (f"sink {name}", await broker_of(sink).sink(sink).topology(apply=apply))
@@ -32,27 +34,35 @@ async def declarations(settings: Settings, *, apply: bool) -> Sequence[tuple[str
     return found
 
 
+def require_complete(declared: Declared) -> None:
+    """Raises TopologyError that names everything that is missing or differs, and what to do about it."""
+    found = [(owner, one) for owner, all_of_it in declared for one in all_of_it]
+    missing = [f"{one.kind} {one.name} ({owner})" for owner, one in found if one.state == "missing"]
+    differs = [f"{one.kind} {one.name} ({owner}): {one.detail}" for owner, one in found if one.state == "differs"]
+    sentences = []
+    if missing:
+        sentences.append(f"missing: {', '.join(missing)}. Declare what is missing: pgbridge topology --apply")
+    if differs:
+        sentences.append(f"different: {'; '.join(differs)}. Change it on the broker, or change the settings")
+    if sentences:
+        raise TopologyError(". ".join(sentences))
+
+
 @click.command()
 @config_option
 @click.option("--apply", is_flag=True, help="Declares what is missing.")
 @json_option
 @exit_codes
 def topology(config: Path | None, apply: bool, as_json: bool) -> None:
-    """Shows what the brokers have of what these settings need."""
-    settings = load(config)
-    rows: list[dict[str, str]] = []
-
-    async def look() -> None:
-        for owner, declared in await declarations(settings, apply=apply):
-            rows.extend(
-                {"owner": owner, "kind": d.kind, "name": d.name, "state": d.state, "detail": d.detail} for d in declared
-            )
-
-    run_loop(look())
+    """Shows what the brokers have of what these settings need. Ends with 69 when something is missing or different."""
+    declared = run(declarations(load(config), apply=apply))
+    rows = [
+        {"owner": owner, "kind": one.kind, "name": one.name, "state": one.state, "detail": one.detail}
+        for owner, all_of_it in declared
+        for one in all_of_it
+    ]
     if as_json:
-        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        print_json(rows, indent=2)
     else:
         table(rows)
-    if any(row["state"] in ("missing", "differs") for row in rows):
-        click.echo("Something is missing or differs; declare what is missing with: pgbridge topology --apply", err=True)
-        sys.exit(1)
+    require_complete(declared)

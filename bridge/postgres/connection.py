@@ -6,10 +6,11 @@ gives up on unacknowledged data, and a multi-host DSN goes on to the host that a
 
 import asyncio
 import os
+import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 from psycopg import AsyncConnection, conninfo
@@ -17,6 +18,7 @@ from psycopg.rows import TupleRow
 
 from bridge.errors import (
     DatabaseUnavailableError,
+    LoginError,
     PgbridgeError,
     PrivilegeError,
     ReadOnlyServerError,
@@ -24,6 +26,7 @@ from bridge.errors import (
     SchemaError,
     SettingsError,
 )
+from bridge.postgres.refusals import connection_refused
 from bridge.settings import PostgresSettings
 
 OLDEST_POSTGRES = 14
@@ -31,10 +34,13 @@ OLDEST_POSTGRES = 14
 
 ANSWER_LIMIT = 30.0
 """Seconds after which a statement without an answer shows a dead connection. Keepalives cannot show it where a proxy or
-a load balancer stands between, since that is what acknowledges them."""
+a load balancer is in between, since that is what acknowledges them."""
 
 _CANCEL_LIMIT = 1.0
 """Seconds that the server has to take the request to cancel a statement."""
+
+DSN_KEY: Final = "postgres.dsn"
+"""The setting that nearly every connection comes from. Errors begin with it, or with the key that a caller names."""
 
 _DEFAULTS: dict[str, str] = {
     "keepalives": "1",
@@ -71,14 +77,23 @@ def connection_parameters(settings: PostgresSettings, application_name: str) -> 
 
     Raises SettingsError when the DSN cannot be parsed.
     """
-    try:
-        given = conninfo.conninfo_to_dict(settings.dsn.get_secret_value())
-    except psycopg.ProgrammingError:
-        # libpq's message repeats parts of the DSN, which may hold the password.
+    dsn = settings.dsn.get_secret_value()
+    key = settings.key("dsn")
+    # libpq's messages repeat parts of the DSN, which may hold the password, so none of them is shown.
+    if _is_cut_wrongly(dsn):
         raise SettingsError(
-            "postgres.dsn: is no libpq connection string; "
+            f"{key}: it cannot be seen where the password ends and the host begins. "
+            "In user, password and database write '@' as %40 and '/' as %2F"
+        )
+    try:
+        given = conninfo.conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        raise SettingsError(
+            f"{key}: is not a libpq connection string; "
             'write "postgresql://user@host:5432/database" or "host=... dbname=... user=..."'
         ) from None
+    if not re.fullmatch(r"[\d,]*", str(given.get("port", ""))):
+        raise SettingsError(f"{key}: the port is not a number")
     return {
         **_DEFAULTS,
         "connect_timeout": max(2, round(settings.connect_timeout)),
@@ -87,59 +102,91 @@ def connection_parameters(settings: PostgresSettings, application_name: str) -> 
     }
 
 
-async def connect(settings: PostgresSettings, application_name: str, **overrides: str) -> AsyncConnection[TupleRow]:
-    """An autocommit connection. `overrides` are libpq parameters.
+def _is_cut_wrongly(dsn: str) -> bool:
+    """Whether a URI has a character in its password that makes libpq take the rest of it for a host."""
+    scheme, found, rest = dsn.partition("://")
+    place = rest.partition("?")[0]
+    user, at, behind = place.partition("@")
+    return bool(found) and scheme in ("postgresql", "postgres") and bool(at) and ("@" in behind or "/" in user)
 
-    Raises DatabaseUnavailableError, ReadOnlyServerError, PrivilegeError, SettingsError, and SchemaError on a server
-    that is too old.
+
+async def connect(settings: PostgresSettings, application_name: str, **overrides: str) -> AsyncConnection[TupleRow]:
+    """An autocommit connection. `overrides` are libpq parameters; `options` are added to those of the DSN.
+
+    Raises SettingsError for what the DSN holds, DatabaseUnavailableError, ReadOnlyServerError, LoginError,
+    PrivilegeError, RefusedError for what the server says, and SchemaError on a server that is too old.
     """
-    parameters = {**connection_parameters(settings, application_name), **overrides}
+    key = settings.key("dsn")
+    parameters = connection_parameters(settings, application_name)
+    if "options" in parameters and "options" in overrides:
+        overrides["options"] = f"{parameters['options']} {overrides['options']}"
+    parameters |= overrides
     try:
-        with database_errors():
+        with connecting(parameters, key):
             connection = await _Connection.connect(**parameters, autocommit=True)
     except ReadOnlyServerError:
-        # libpq has one text for a standby and for a read-only role; what to mend differs.
-        with database_errors():
-            looking = await AsyncConnection.connect(**{**parameters, "target_session_attrs": "any"}, autocommit=True)
+        # libpq has one text for a standby and for a read-only role; what to change differs.
+        anywhere = {**parameters, "target_session_attrs": "any"}
+        with connecting(anywhere, key):
+            looking = await AsyncConnection.connect(**anywhere, autocommit=True)
         async with looking:
-            await require_writes(looking)
+            await require_writes(looking, key)
         raise
-    major = connection.info.server_version // 10_000
-    if major < OLDEST_POSTGRES:
+    try:
+        require_version(connection.info, key)
+    except SchemaError:
         await connection.close()
-        raise SchemaError(f"this is PostgreSQL {major}; pgbridge needs {OLDEST_POSTGRES} or newer")
+        raise
     return connection
 
 
-async def require_writes(connection: AsyncConnection[TupleRow]) -> None:
+@contextmanager
+def connecting(parameters: Mapping[str, Any], key: str) -> Iterator[None]:
+    """Turns a failure to connect into our error, which names `key`, the setting, and the server at `parameters`."""
+    try:
+        yield
+    except psycopg.Error as error:
+        raise connection_refused(error, parameters, key) from error
+    except UnicodeError as error:
+        raise SettingsError(f"{key}: a host in it is not a host name") from error
+
+
+def require_version(info: psycopg.ConnectionInfo, key: str) -> None:
+    """Raises SchemaError on a server that is older than what our SQL needs."""
+    major = info.server_version // 10_000
+    if major < OLDEST_POSTGRES:
+        raise SchemaError(f"{key}: this is PostgreSQL {major}; pgbridge needs {OLDEST_POSTGRES} or newer")
+
+
+async def require_writes(connection: AsyncConnection[TupleRow], key: str = DSN_KEY) -> None:
     """Raises ReadOnlyServerError, which says why, where nothing may be written."""
-    with database_errors():
+    with database_errors(key):
         cursor = await connection.execute("select pg_is_in_recovery(), current_setting('transaction_read_only')")
         row = await cursor.fetchone()
     if row is None or row[0]:
         raise ReadOnlyServerError(
-            f"{connection.info.host}:{connection.info.port} is a hot standby, which can neither LISTEN nor store the "
-            "cursor. Point postgres.dsn to the primary, or name all hosts in it"
+            f"{key}: {connection.info.host}:{connection.info.port} is a hot standby, which can neither LISTEN nor "
+            "store the cursor. Point the DSN to the primary, or name all hosts in it"
         )
     if row[1] == "on":
         raise ReadOnlyServerError(
-            f"sessions of the role {connection.info.user!r} in the database {connection.info.dbname!r} are read-only "
-            "(default_transaction_read_only), so the cursor cannot be stored. "
+            f"{key}: sessions of the role {connection.info.user!r} in the database {connection.info.dbname!r} are "
+            "read-only (default_transaction_read_only), so the cursor cannot be stored. "
             "ALTER ROLE ... SET default_transaction_read_only = off, or the same for the database"
         )
 
 
 @contextmanager
-def database_errors() -> Iterator[None]:
-    """Turns psycopg's errors into ours: gone (try again), not allowed, not installed, refused."""
+def database_errors(key: str = DSN_KEY) -> Iterator[None]:
+    """Turns the errors of statements into ours, see `translated`."""
     try:
         yield
     except psycopg.Error as error:
-        raise translated(error) from error
+        raise translated(error, key) from error
 
 
 @contextmanager
-def answered(connection: AsyncConnection[TupleRow]) -> Iterator[None]:
+def answered(connection: AsyncConnection[TupleRow], key: str = DSN_KEY) -> Iterator[None]:
     """As `database_errors`, and gives a connection up that does not answer within ANSWER_LIMIT.
 
     It ends the socket itself: a cancelled psycopg would ask the server to cancel too, and wait for it again.
@@ -155,44 +202,39 @@ def answered(connection: AsyncConnection[TupleRow]) -> Iterator[None]:
 
     timer = asyncio.get_running_loop().call_later(limit, give_up)
     try:
-        with database_errors():
+        with database_errors(key):
             yield
     except PgbridgeError as error:
         if given_up:
-            raise DatabaseUnavailableError(f"PostgreSQL did not answer within {limit:g} s") from error
+            raise DatabaseUnavailableError(f"{key}: PostgreSQL did not answer within {limit:g} s") from error
         raise
     finally:
         timer.cancel()
 
 
-def translated(error: psycopg.Error) -> PgbridgeError:
-    """Our error for one of psycopg's; the message is the server's, which holds no secret."""
+def translated(error: psycopg.Error, key: str = DSN_KEY) -> PgbridgeError:
+    """Our error for a statement's, by its SQLSTATE; the message is the server's, which holds no secret.
+
+    `key` names the setting that leads to the database.
+    """
     text = _one_line(error)
     match error:
         case psycopg.errors.InvalidPassword() | psycopg.errors.InvalidAuthorizationSpecification():
-            return PrivilegeError(f"PostgreSQL refuses the login: {text}")
+            return LoginError(f"{key}: PostgreSQL refuses the login: {text}")
         case psycopg.errors.InsufficientPrivilege():
-            return PrivilegeError(f"{text}. Grant the role that roles.sql defines for this process")
+            return PrivilegeError(f"{key}: {text}. Grant the role that roles.sql defines for this process")
         case psycopg.errors.UndefinedTable() | psycopg.errors.InvalidSchemaName() | psycopg.errors.UndefinedFunction():
-            return SchemaError(f"{text}. Install or upgrade the schema: pgbridge migrate")
+            return SchemaError(f"{key}: {text}. Install or upgrade the schema: pgbridge migrate")
         case psycopg.errors.ReadOnlySqlTransaction():
-            return ReadOnlyServerError(f"{text}. This server is a standby or read-only; connect to the primary")
-        case psycopg.OperationalError() | psycopg.InterfaceError():
-            return _unreachable(text)
+            return ReadOnlyServerError(f"{key}: {text}. This server is a standby or read-only; connect to the primary")
+        case psycopg.errors.AdminShutdown() | psycopg.errors.CrashShutdown() | psycopg.errors.CannotConnectNow():
+            return DatabaseUnavailableError(f"{key}: PostgreSQL ended the session: {text}")
+        case psycopg.OperationalError() | psycopg.InterfaceError() if error.sqlstate is None:
+            return DatabaseUnavailableError(f"{key}: the connection to PostgreSQL is lost: {text}")
+        case psycopg.OperationalError():
+            return DatabaseUnavailableError(f"{key}: PostgreSQL cannot do this now: {text}")
         case _:
-            return RefusedError(f"PostgreSQL refuses: {text}")
-
-
-def _unreachable(text: str) -> DatabaseUnavailableError | PrivilegeError:
-    # libpq reports what failed while connecting only as text, in English whatever the locale.
-    if "password authentication failed" in text or "no password supplied" in text:
-        return PrivilegeError(f"PostgreSQL refuses the login: {text}. Mend the DSN or the role's password")
-    if "session is read-only" in text:
-        return ReadOnlyServerError(
-            f"{text}. It is a hot standby, or default_transaction_read_only is on for this role or database. "
-            "Point the DSN to the primary, or name all hosts in it"
-        )
-    return DatabaseUnavailableError(f"PostgreSQL does not answer: {text}")
+            return RefusedError(f"{key}: PostgreSQL refuses: {text}")
 
 
 def _one_line(error: psycopg.Error) -> str:

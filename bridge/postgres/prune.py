@@ -25,13 +25,16 @@ Connection = AsyncConnection[tuple[Any, ...]]
 
 
 async def prune_for_ever(settings: Settings, interval: float = INTERVAL) -> None:
-    """Prunes in rounds until it is cancelled; a failure is logged, and the next round tries again."""
+    """Prunes in rounds until it is cancelled; a failure is logged, and the next round tries again.
+
+    `interval`: seconds between two rounds.
+    """
     after = 0
     while True:
         try:
             connection = await connect(settings.postgres, f"pgbridge {settings.name} prune")
             async with connection:
-                # A DELETE that a crash takes back is only made again.
+                # Rows that a crash brings back are deleted by a later round, so the commit need not wait for the disk.
                 with database_errors():
                     await connection.execute("set synchronous_commit = off")
                 deleted, after = await prune(connection, settings.outbox_or_default.retention, after)

@@ -7,16 +7,26 @@ transaction pooler too, and a failure leaves a whole version behind.
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import AsyncConnection, Connection
+from pydantic import SecretStr
 
 from bridge.errors import DatabaseUnavailableError, PrivilegeError, SchemaError, SettingsError
-from bridge.postgres.connection import OLDEST_POSTGRES, database_errors, translated
+from bridge.postgres.connection import (
+    DSN_KEY,
+    OLDEST_POSTGRES,
+    connecting,
+    connection_parameters,
+    database_errors,
+    require_version,
+)
+from bridge.settings import PostgresSettings
 
 LOCK_TIMEOUT = "10s"
 """A migration that waits for a table lock makes everyone behind it wait as well, so it gives up."""
@@ -44,16 +54,16 @@ def sql_folder() -> Path:
 
 @cache
 def migrations() -> Sequence[Migration]:
-    """Every migration that this version of pgbridge brings, in order."""
+    """Every migration that this version of pgbridge brings, in order. Raises SettingsError when it brings none."""
     found = []
     for path in sorted((sql_folder() / "migrations").glob("*.sql")):
         match = _FILE.fullmatch(path.name)
         if match is None:
-            raise SchemaError(f"{path.name} is no migration: name it NNNN_words.sql")
+            raise SettingsError(f"{path}: is not a migration; name it NNNN_words.sql")
         sql = path.read_text(encoding="utf-8")
         found.append(Migration(int(match[1]), match[2], hashlib.sha256(sql.encode()).hexdigest(), sql))
     if not found:
-        raise SchemaError(f"{sql_folder()} holds no migrations; install pgbridge again")
+        raise SettingsError(f"{sql_folder()}: holds no migrations; install pgbridge again")
     return tuple(found)
 
 
@@ -66,10 +76,10 @@ def migrate(dsn: str) -> list[Migration]:
     """Applies what is missing, then the roles; returns what was applied. Running it again is harmless.
 
     Raises SchemaError (PostgreSQL too old, a migration changed after it was applied, schema newer than this
-    pgbridge), PrivilegeError, DatabaseUnavailableError, SettingsError.
+    pgbridge), and what `bridge.postgres.connection.connect` raises.
     """
     applied: list[Migration] = []
-    with _connect(dsn) as connection:
+    with database_errors(), _connect(dsn) as connection:
         while (migration := _apply_next(connection)) is not None:
             applied.append(migration)
         _run(connection, "roles.sql", _roles_sql())
@@ -78,22 +88,26 @@ def migrate(dsn: str) -> list[Migration]:
 
 def pending(dsn: str) -> list[Migration]:
     """What `migrate` would apply. Raises as `migrate` does."""
-    with _connect(dsn) as connection:
+    with database_errors(), _connect(dsn) as connection:
         return _pending(_applied(connection))
 
 
 async def check_version(connection: AsyncConnection[Any]) -> None:
-    """Raises SchemaError unless the database has exactly the schema that this pgbridge works with."""
+    """Raises SchemaError unless the database has exactly the schema that this pgbridge works with.
+
+    Raises what `translated` raises, too.
+    """
     with database_errors():
         cursor = await connection.execute("select to_regclass('bridge.migration') is not null")
         row = await cursor.fetchone()
         if row is None or not row[0]:
-            raise SchemaError("the schema bridge is not installed in this database; run: pgbridge migrate")
+            raise SchemaError(f"{DSN_KEY}: the schema bridge is not installed in this database; run: pgbridge migrate")
         cursor = await connection.execute("select version, checksum from bridge.migration")
-    missing = _pending(dict(await cursor.fetchall()))
+        applied = dict(await cursor.fetchall())
+    missing = _pending(applied)
     if missing:
         raise SchemaError(
-            f"the schema bridge lacks migration {missing[0].version:04} ({missing[0].name}) "
+            f"{DSN_KEY}: the schema bridge does not have migration {missing[0].version:04} ({missing[0].name}) "
             f"and with it {len(missing)} in all; run: pgbridge migrate"
         )
 
@@ -160,81 +174,77 @@ commit;
 
 
 def _connect(dsn: str) -> Connection[tuple[Any, ...]]:
+    parameters = connection_parameters(PostgresSettings(dsn=SecretStr(dsn)), "pgbridge migrate")
+    with connecting(parameters, DSN_KEY):
+        connection = psycopg.connect(**parameters)
     try:
-        connection = psycopg.connect(dsn, application_name="pgbridge migrate", options="-c client_min_messages=warning")
-    except psycopg.ProgrammingError:
-        raise SettingsError("postgres.dsn: is no libpq connection string") from None
-    except psycopg.Error as error:
-        raise translated(error) from error
-    major = connection.info.server_version // 10000
-    if major < OLDEST_POSTGRES:
+        require_version(connection.info, DSN_KEY)
+    except SchemaError:
         connection.close()
-        raise SchemaError(f"this is PostgreSQL {major}; pgbridge needs {OLDEST_POSTGRES} or newer")
+        raise
     return connection
 
 
 def _apply_next(connection: Connection[tuple[Any, ...]]) -> Migration | None:
     """One migration in one transaction; None when nothing is left to do."""
-    try:
-        with connection.transaction():
-            connection.execute(_LOCK)
-            missing = _pending(_applied(connection))
-            if not missing:
-                return None
-            _run(connection, f"migration {missing[0].version:04} ({missing[0].name})", missing[0].sql)
-            connection.execute(
-                "insert into bridge.migration (version, name, checksum) values (%s, %s, %s)", missing[0][:3]
-            )
-            return missing[0]
-    except psycopg.Error as error:
-        raise translated(error) from error
+    with connection.transaction():
+        connection.execute(_LOCK)
+        missing = _pending(_applied(connection))
+        if not missing:
+            return None
+        _run(connection, f"migration {missing[0].version:04} ({missing[0].name})", missing[0].sql)
+        connection.execute("insert into bridge.migration (version, name, checksum) values (%s, %s, %s)", missing[0][:3])
+        return missing[0]
 
 
 def _applied(connection: Connection[tuple[Any, ...]]) -> dict[int, str]:
-    try:
-        with connection.transaction():
-            installed = connection.execute("select to_regclass('bridge.migration') is not null").fetchone()
-            if installed is None or not installed[0]:
-                return {}
-            return dict(connection.execute("select version, checksum from bridge.migration").fetchall())
-    except psycopg.Error as error:
-        raise translated(error) from error
+    with _owner_errors("the schema bridge"), connection.transaction():
+        installed = connection.execute("select to_regclass('bridge.migration') is not null").fetchone()
+        if installed is None or not installed[0]:
+            return {}
+        return dict(connection.execute("select version, checksum from bridge.migration").fetchall())
 
 
 def _pending(applied: Mapping[int, str]) -> list[Migration]:
-    """What the database lacks. Raises SchemaError when it has what we do not know, or knows otherwise."""
+    """What the database lacks. Raises SchemaError for a newer schema, and for a migration that was changed since."""
     known = {m.version: m for m in migrations()}
     newer = [version for version in applied if version not in known]
     if newer:
         raise SchemaError(
-            f"the schema bridge has version {max(newer)}; this pgbridge knows up to {schema_version()}. "
+            f"{DSN_KEY}: the schema bridge has version {max(newer)}; this pgbridge knows up to {schema_version()}. "
             "Upgrade pgbridge"
         )
     for version, checksum in sorted(applied.items()):
         if known[version].checksum != checksum:
             raise SchemaError(
-                f"migration {version:04} ({known[version].name}) is not the one applied to this database: its file "
-                "was changed. Restore the file, and put the change into a new migration"
+                f"{DSN_KEY}: migration {version:04} ({known[version].name}) is not the one applied to this database: "
+                "its file was changed. Restore the file, and put the change into a new migration"
             )
     return [m for m in migrations() if m.version not in applied]
 
 
 def _run(connection: Connection[tuple[Any, ...]], what: str, sql: str) -> None:
     """Runs one of our own files in a transaction, under the lock."""
+    with _owner_errors(what), connection.transaction():
+        connection.execute(_LOCK)
+        connection.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
+        connection.execute(sql)
+
+
+@contextmanager
+def _owner_errors(what: str) -> Iterator[None]:
+    """Says what a role needs that migrates, and when a table is in use; `what` begins the message."""
     try:
-        with connection.transaction():
-            connection.execute(_LOCK)
-            connection.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
-            connection.execute(sql)
+        yield
     except psycopg.errors.InsufficientPrivilege as error:
         raise PrivilegeError(
-            f"{what}: {error.diag.message_primary}. Run it as a role that owns the database and has CREATEROLE, "
-            "or give a DBA the script that this prints: pgbridge migrate --sql"
+            f"{DSN_KEY}: {what}: {error.diag.message_primary}. Run it as a role that owns the database and has "
+            "CREATEROLE, or give a DBA the script that this prints: pgbridge migrate --sql"
         ) from error
     except psycopg.errors.LockNotAvailable as error:
         raise DatabaseUnavailableError(
-            f"{what}: a table of pgbridge is in use and was not free within {LOCK_TIMEOUT}; nothing was changed. "
-            "Run it again when no long transaction uses it"
+            f"{DSN_KEY}: {what}: a table of pgbridge is in use and was not free within {LOCK_TIMEOUT}; nothing was "
+            "changed. Run it again when no long transaction uses it"
         ) from error
 
 

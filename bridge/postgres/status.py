@@ -1,4 +1,4 @@
-"""How things stand: what `pgbridge status` shows, and what the leader's gauges say."""
+"""Where every bridge is in the log: what `pgbridge status` shows, and what the leader's gauges say."""
 
 import asyncio
 import time
@@ -18,6 +18,7 @@ from bridge.settings import Settings
 log = structlog.get_logger()
 
 _SAMPLE_INTERVAL = 15.0
+"""Seconds."""
 
 Connection = AsyncConnection[tuple[Any, ...]]
 
@@ -37,7 +38,7 @@ class Bridge:
     backlog: int
     """Events that are not settled."""
     backlog_exact: bool
-    """False for a backlog above 100,000, which is then told by the distance of ids: a little too large."""
+    """False for a backlog above 100,000: it is then the distance of the ids, which is a little too large."""
     oldest_unsent_seconds: float | None
     stored_seconds: float
     """Since the cursor was stored; it is stored only when something was settled."""
@@ -111,7 +112,10 @@ def _age(now: datetime, then: datetime | None) -> float | None:
 
 
 async def watch(settings: Settings, interval: float | None) -> AsyncIterator[Status]:
-    """A look, and with `interval` (seconds) another one each time, for ever. Raises as `look`, and UsageError."""
+    """A look, and with `interval` (seconds) further ones without end.
+
+    Raises what `look` and `connect` raise, and UsageError where the settings keep nothing in the database.
+    """
     if not settings.reads_outbox:
         raise UsageError(
             'with channels.buffer = "memory" nothing is kept in the database, so it has no status; '
@@ -135,7 +139,7 @@ class Rates:
 
 
 def rates(before: Status, after: Status, name: str) -> Rates | None:
-    """Of one bridge; None when either look lacks it."""
+    """Of one bridge; None when it is missing from either look."""
     seconds = (after.at - before.at).total_seconds()
     old = {bridge.name: bridge for bridge in before.bridges}.get(name)
     new = {bridge.name: bridge for bridge in after.bridges}.get(name)

@@ -1,6 +1,7 @@
-"""What the commands share: options, values, the event loop, tables."""
+"""What the commands share: options, how they print, how they stop, and what they end with."""
 
 import asyncio
+import json
 import re
 import signal
 import sys
@@ -23,6 +24,9 @@ config_option = click.option(
     help="The settings; default: $PGBRIDGE_CONFIG, bridge.toml or /etc/pgbridge/bridge.toml.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs: JSON.")
+topic_option = click.option(
+    "--topic", "topics", multiple=True, metavar="PATTERN", help="Only these topics; `*` one word, `#` any number."
+)
 rate_option = click.option(
     "--rate", type=click.FloatRange(0.01), help="Most events a second; default: as fast as it goes."
 )
@@ -46,10 +50,20 @@ class Moment(click.ParamType[datetime]):
             return datetime.fromisoformat(value).astimezone(UTC)
         except ValueError:
             self.fail(
-                f'{value!r} is no time; write "2026-02-03 14:05", "2026-02-03T14:05:00Z", or how long ago: "2h"',
+                f'{value!r} is not a time; write "2026-02-03 14:05", "2026-02-03T14:05:00Z", or how long ago: "2h"',
                 param,
                 ctx,
             )
+
+
+def print_json(value: object, *, indent: int | None = None) -> None:
+    """Prints a value for programs: on one line, or indented; times as ISO 8601."""
+    click.echo(json.dumps(value, indent=indent, ensure_ascii=False, default=datetime.isoformat))
+
+
+def complain(message: str) -> None:
+    """Prints a message on standard error, behind the program's name."""
+    click.echo(f"{click.get_current_context().find_root().info_name}: {message}", err=True)
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> None:
@@ -99,7 +113,7 @@ def exit_codes(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except PgbridgeError as error:
-            print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
+            complain(str(error))
             sys.exit(error.exit_code)
 
     return run

@@ -1,7 +1,7 @@
 """The settings: one file, `bridge.toml`, for bridge and workers, overridden by environment and credentials.
 
-Nothing else in the project reads configuration. `models` and `sinks` say what there is, `values` how durations, sizes
-and secrets are written, `load` where they come from and how a mistake is told.
+Nothing else in the project reads configuration. `models` says what there is and how durations, sizes and secrets are
+written, `load` where settings come from and what a mistake in them is called, `document` writes the pages about them.
 """
 
 from bridge.settings.load import load

@@ -24,7 +24,7 @@ _INTRODUCTION = """\
 One file, `bridge.toml`, serves bridge and workers: `--config`, or `$PGBRIDGE_CONFIG`, or `./bridge.toml`, or
 `/etc/pgbridge/bridge.toml`. Three more places override it, the later ones winning:
 
-- **Environment**: `PGBRIDGE_POSTGRES__DSN` is `postgres.dsn`; two underscores stand for a dot. Lists are written as in
+- **Environment**: `PGBRIDGE_POSTGRES__DSN` is `postgres.dsn`; two underscores are a dot. Lists are written as in
   TOML: `PGBRIDGE_CHANNELS__LISTEN='["orders", "stock"]'`.
 - **Secret files**: a key marked *secret* may be given as `<key>_file`, the path of a file that holds it.
 - **systemd credentials**: `LoadCredential=sinks.events.url:/etc/pgbridge/amqp-url` sets `sinks.events.url`.

@@ -1,4 +1,4 @@
-"""Where settings come from, and how a mistake in them is told.
+"""Where settings come from, and what a mistake in them is called: one line each, with its key.
 
 Later ones win: `bridge.toml`; environment variables (``PGBRIDGE_POSTGRES__DSN`` is ``postgres.dsn``); systemd
 credentials (a file ``sinks.events.url`` in ``$CREDENTIALS_DIRECTORY``).
@@ -31,8 +31,8 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
     """
     path = path or _find(environ)
     data = _read(path)
-    _overlay(data, _from_environment(environ))
-    _overlay(data, _from_credentials(environ))
+    _overlay(data, _from_environment(environ), "the environment")
+    _overlay(data, _from_credentials(environ), "a systemd credential")
     try:
         return _validate(data)
     except _Mistakes as mistakes:
@@ -66,7 +66,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: is no TOML: {error}") from error
+        raise SettingsError(f"{path}: is not TOML: {error}") from error
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -81,33 +81,35 @@ def _from_credentials(environ: Mapping[str, str]) -> dict[str, str]:
     folder = environ.get("CREDENTIALS_DIRECTORY")
     if not folder:
         return {}
-    return {
-        file.name: file.read_text(encoding="utf-8").rstrip("\n")
-        for file in sorted(Path(folder).iterdir())
-        if file.is_file() and file.name.split(".")[0] in Settings.model_fields
-    }
+    try:
+        files = [file for file in sorted(Path(folder).iterdir()) if file.name.split(".")[0] in Settings.model_fields]
+        return {file.name: file.read_text(encoding="utf-8").rstrip("\n") for file in files if file.is_file()}
+    except OSError as error:
+        raise SettingsError(f"the systemd credential {error.filename} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"a systemd credential in {folder} is not UTF-8") from error
 
 
-def _overlay(data: MutableMapping[str, Any], values: Mapping[str, str]) -> None:
+def _overlay(data: MutableMapping[str, Any], values: Mapping[str, str], source: str) -> None:
     for dotted, text in values.items():
         *parents, last = dotted.split(".")
         table: Any = data
         for parent in parents:
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
-                raise SettingsError(f"{dotted} (from the environment): {parent} is no table")
-        table[last] = _as_toml(dotted, text)
+                raise SettingsError(f"{dotted} (from {source}): {parent} is not a table")
+        table[last] = _as_toml(dotted, text, source)
         # A value given here replaces the file that the settings name for the same secret.
         table.pop(f"{last}_file", None)
 
 
-def _as_toml(dotted: str, text: str) -> Any:
+def _as_toml(dotted: str, text: str, source: str) -> Any:
     if not text.startswith(("[", "{")):
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"{dotted} (from the environment): is no TOML value: {error}") from error
+        raise SettingsError(f"{dotted} (from {source}): is not a TOML value: {error}") from error
 
 
 def _validate(data: dict[str, Any]) -> Settings:
@@ -120,7 +122,7 @@ def _validate(data: dict[str, Any]) -> Settings:
                 built[name] = _sink(name, table)
             except _Mistakes as error:
                 mistakes += error.lines
-                # Stands in for the broken one, so that every other mistake is told in the same run.
+                # Stands in for the broken one, so that every other mistake is found in the same run.
                 built[name] = SinkSettings(type="broken")
         data = {**data, "sinks": built}
     try:
@@ -137,8 +139,8 @@ def _sink(name: str, table: object) -> SinkSettings:
     kind = table.get("type") if isinstance(table, dict) else None
     if kind not in kinds:
         known = ", ".join(sorted(kinds))
-        said = "is missing" if kind is None else f"there is no broker of type {kind!r}"
-        raise _Mistakes([f"sinks.{name}.type: {said}; installed: {known}"])
+        problem = "is missing" if kind is None else f"there is no broker of type {kind!r}"
+        raise _Mistakes([f"sinks.{name}.type: {problem}; installed: {known}"])
     broker = kinds[kind].load()
     if not _is_installed(broker.requires):
         raise _Mistakes(
@@ -166,8 +168,8 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -
             case "extra_forbidden":
                 known = _fields_at(model, detail["loc"][:-1])
                 close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
-                mend = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-                lines.append(f"{key}: unknown key; {mend}")
+                instead = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+                lines.append(f"{key}: unknown key; {instead}")
             case "missing":
                 lines.append(f"{key}: is missing")
             case _:

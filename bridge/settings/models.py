@@ -31,7 +31,7 @@ def parse_duration(value: object) -> float:
     elif isinstance(value, str) and (match := _DURATION.fullmatch(value.strip())):
         seconds = float(match[1]) * _SECONDS[match[2]]
     else:
-        raise ValueError('is no duration; write a number and a unit, as in "500ms", "30s", "5m", "2h", "7d"')
+        raise ValueError('is not a duration; write a number and a unit, as in "500ms", "30s", "5m", "2h", "7d"')
     if seconds < 0:
         raise ValueError("is negative; a duration is zero or more")
     return seconds
@@ -43,7 +43,7 @@ def parse_size(value: object) -> int:
         return value
     if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
         return int(float(match[1]) * _BYTES[match[2]])
-    raise ValueError('is no size; write a number and a unit, as in "10MB" or "64MiB"')
+    raise ValueError('is not a size; write a number and a unit, as in "10MB" or "64MiB"')
 
 
 Duration = Annotated[
@@ -80,9 +80,10 @@ class Model(BaseModel):
             path = data.pop(f"{name}_file")
             try:
                 data[name] = Path(path).read_text(encoding="utf-8").rstrip("\n")
-            except (OSError, TypeError) as error:
-                said = error.strerror if isinstance(error, OSError) else "is no path"
-                raise ValueError(f"{name}_file: the secret file {path!r} cannot be read: {said}") from None
+            except (OSError, TypeError, UnicodeDecodeError) as error:
+                reasons = {TypeError: "it is not a path", UnicodeDecodeError: "it is not UTF-8"}
+                reason = error.strerror if isinstance(error, OSError) else reasons[type(error)]
+                raise ValueError(f"{name}_file: the secret file {path!r} cannot be read: {reason}") from None
         return data
 
 
@@ -123,7 +124,7 @@ class SinkSettings(Model):
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 TopicPattern = Annotated[str, Field(min_length=1, max_length=255)]
 LISTEN = r"^(\[[0-9a-fA-F:.]+\]|[^:\s\[\]]+):\d{1,5}$"
-"""host:port; an IPv6 address stands in brackets."""
+"""host:port; an IPv6 address is in brackets."""
 
 
 class PostgresSettings(Model):
@@ -131,6 +132,10 @@ class PostgresSettings(Model):
     """Where the database is: a libpq URI or key=value string, of one or several hosts. Empty: PGHOST, PGUSER, ..."""
     connect_timeout: Duration = 10.0
     """How long one attempt to connect may take."""
+
+    def key(self, field: str) -> str:
+        """The dotted key of one of its fields, for errors: ``postgres.dsn``."""
+        return f"postgres.{field}"
 
 
 class OutboxSettings(Model):
@@ -170,7 +175,7 @@ class RelaySettings(Model):
 
 class RouteSettings(Model):
     topic: TopicPattern
-    """Pattern of topics: `*` stands for one word, `#` for any number of words."""
+    """Pattern of topics: `*` is one word, `#` any number of words."""
     sink: Name
     """The sink that takes them."""
 
@@ -259,7 +264,7 @@ class Settings(Model):
         return self
 
     def sink_of(self, worker: str) -> str:
-        """The name of the sink that a worker consumes from. Raises SettingsError when it cannot be told."""
+        """The name of the sink that a worker consumes from. Raises SettingsError where none is named."""
         named = self.workers[worker].sink
         if named is not None:
             return named

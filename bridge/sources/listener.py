@@ -21,6 +21,7 @@ _SLICE = 0.5
 """Seconds that one run of psycopg's generator lasts; between two runs the heartbeat is looked at."""
 
 _PROBE_TIMEOUT = 5.0
+"""Seconds without any notification after which the own NOTIFY counts as not heard."""
 
 
 class Listener:
@@ -91,15 +92,17 @@ class Listener:
         """Sends a probe through a connection of its own, which a pooler cannot mistake for the listening one."""
         if not await self._heard_itself():
             raise ListenError(
-                f"the connection that listens did not hear a NOTIFY within {_PROBE_TIMEOUT:g} s. Is there a pooler "
-                "in transaction mode (PgBouncer) between? Connect postgres.dsn to the server itself, or to a pool "
-                "in session mode"
+                f"{self._settings.key('dsn')}: the connection that listens did not hear a NOTIFY within "
+                f"{_PROBE_TIMEOUT:g} s. Is there a pooler in transaction mode (PgBouncer) between? Connect to the "
+                "server itself, or to a pool in session mode"
             )
         ready()
         while True:
             await asyncio.sleep(self._heartbeat)
             if not await self._heard_itself():
-                raise DatabaseUnavailableError("the listening connection no longer hears; it is opened anew")
+                raise DatabaseUnavailableError(
+                    f"{self._settings.key('dsn')}: the listening connection no longer hears; it is opened anew"
+                )
 
     async def _heard_itself(self) -> bool:
         self._probed.clear()

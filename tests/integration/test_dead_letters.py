@@ -62,7 +62,7 @@ async def test_a_letter_is_published_again_to_the_sink_that_refused_it_and_audit
     _, said = await command("dead", "replay", "--all", "--dry-run", "--config", config)
     assert "250 would be replayed" in said
     _, said = await command("dead", "replay", "--all", "--config", config)
-    assert "250 replayed, 0 refused again" in said
+    assert "250 replayed." in said
     taken = await messages.take(250)
     assert [(message.message_id,) for message in taken] == wanted
     assert {(m.headers["replayed"], m.headers["tenant"], m.headers["cloudEvents_subject"]) for m in taken} == {
@@ -85,7 +85,7 @@ async def test_a_letter_that_is_refused_again_stays_with_the_new_reason(
     await execute(bridge_database, LETTER, "shop.a", None, "old", 1)
     out, said = await command("dead", "replay", "--code", "old", "--config", config, expect=1)
     assert "outbox:1  refused again: no route takes the topic 'other'" in out
-    assert "1 replayed, 1 refused again" in said
+    assert "1 replayed.\n1 refused again; they stay" in said
     assert await execute(bridge_database, "select id, code, attempts from bridge.dead_letter") == [(1, "no_route", 3)]
     (message,) = await messages.take(1)
     assert message.routing_key == "shop.a"
@@ -201,6 +201,35 @@ async def test_letters_of_a_worker_are_shown_replayed_and_discarded(
         (by_topic["refuse.1"]["id"], "discarded", "nonsense"),
         (by_topic["refuse.2"]["id"], "replayed", ""),
     ]
+
+
+async def test_a_missing_queue_of_dead_letters_ends_with_69_and_the_outbox_is_still_listed(
+    bridge_database: str, messages: Messages, tmp_path: Path, unique: str
+) -> None:
+    text = with_worker(settings(bridge_database, messages), unique)
+    config = ("--config", str(Daemon(tmp_path, text).config))
+    await execute(bridge_database, LETTER, "shop.a", "events", "too_large", 1)
+    out, said = await command("dead", "list", *config, expect=69)
+    assert "outbox:1" in out
+    assert f"the dead letters of {unique}: " in said
+    assert "pgbridge topology --apply" in said
+
+
+async def test_what_the_broker_lacks_ends_topology_and_check_with_the_same_words_and_code(
+    bridge_database: str, messages: Messages, tmp_path: Path, unique: str
+) -> None:
+    text = with_worker(settings(bridge_database, messages), unique)
+    config = ("--config", str(Daemon(tmp_path, text).config))
+    out, said = await command("topology", *config, expect=69)
+    assert "missing" in out
+    (words,) = [line.partition(": ")[2] for line in said.splitlines()]
+    assert words.startswith("missing: ")
+    assert f"queue {unique} (worker {unique})" in words
+    assert words.endswith(". Declare what is missing: pgbridge topology --apply")
+    out, _ = await command("check", *config, expect=69)
+    assert f"FAIL  topology           {words}" in out
+    await command("topology", "--apply", *config)
+    await command("topology", *config)
 
 
 async def test_a_message_that_is_no_event_can_be_discarded(

@@ -85,7 +85,7 @@ async def test_what_is_pruned_is_told(bridge_database: str, messages: Messages, 
     assert "The log begins at" in said
     assert "2 would be published" in said
     _, said = await command("replay", "--from", "yesterday", "--config", config, expect=2)
-    assert "is no time" in said
+    assert "is not a time" in said
 
 
 async def test_an_empty_log_replays_nothing(bridge_database: str, messages: Messages, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_the_workers_are_listed_for_people_and_for_programs(shop: PostgresSettin
         (["run", "echo"], ("concurrency = 8", "options = {x = 1}"), 78, "workers.echo.options.x: unknown key"),
         (["run", "echo"], ("concurrency = 8", "concurency = 8"), 78, "did you mean concurrency?"),
         (["run", "echo"], None, 69, "127.0.0.1"),
-        (["run", "echo"], ("shop.rendered", "shop.missing"), 78, "there is no function shop.missing(uuid, jsonb)"),
+        (["run", "echo"], ("shop.rendered", "shop.missing"), 69, "there is no function shop.missing(uuid, jsonb)"),
     ],
 )
 def test_a_mistake_ends_with_its_exit_code_and_one_plain_message(

@@ -1,4 +1,4 @@
-"""Places where a bridge cannot work: each is told by its own message, by `run` and by `check`, with exit code 78."""
+"""Places where a bridge cannot work: each is told by its own message, by `run` and by `check`, with exit code 69."""
 
 import asyncio
 import contextlib
@@ -31,15 +31,16 @@ sink = "events"
 
 
 async def told(tmp_path: Path, dsn: str, expected: str) -> None:
-    """`run` and `check` both say this, and both end with 78."""
+    """`run` and `check` both say this, and both end with 69."""
     config = tmp_path / "bridge.toml"
     config.write_text(SETTINGS.format(dsn=dsn))
     for command in ("run", "check"):
         done = await asyncio.to_thread(run_command, command, "--config", str(config))
         said = done.stdout + done.stderr
         assert expected in said, f"{command}: {said}"
+        assert "postgres.dsn: " in said
         assert "Traceback" not in said
-        assert done.returncode == 78, f"{command}: {said}"
+        assert done.returncode == 69, f"{command}: {said}"
 
 
 @pytest.fixture

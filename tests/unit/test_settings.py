@@ -86,7 +86,7 @@ def test_durations(text: object, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "5", "5 parsecs", "-1s", -1, True, None])
 def test_what_is_no_duration_is_refused(text: object) -> None:
-    with pytest.raises(ValueError, match="duration"):
+    with pytest.raises(ValueError, match=r"is not a duration|is negative"):
         parse_duration(text)
 
 

@@ -1,6 +1,7 @@
-"""The dead letters of the log: read, published again to the sink that had refused them, or discarded.
+"""The dead letters of the outbox, rows of `bridge.dead_letter`: reading, discarding and publishing them again.
 
-A replay goes straight to that sink, and not through the log: other sinks and other bridges have the event already.
+A replay goes straight to the sink that had refused the letter, and not through the log: other sinks and other bridges
+have the event already.
 """
 
 import asyncio
@@ -11,7 +12,7 @@ from typing import Any
 from psycopg import AsyncConnection
 
 from bridge.brokers.contract import Letter
-from bridge.commands.republish import Pace, opened, republish
+from bridge.commands.republish import Pace, open_sinks, republish
 from bridge.errors import UsageError
 from bridge.event import Event, header_values
 from bridge.postgres.connection import database_errors
@@ -19,11 +20,13 @@ from bridge.relay import Routes
 from bridge.settings import Settings
 from bridge.sources import DeadLetter
 
-BOX = "outbox"
+OUTBOX = "outbox"
+"""The box of these letters, and what their ids begin with; every other box is a worker's."""
 
 Connection = AsyncConnection[tuple[Any, ...]]
-Replayed = Callable[[Letter, str | None], None]
-"""Is told of each letter, and why its replay was refused; None when it was published."""
+
+Report = Callable[[Letter, str | None], None]
+"""Gets each letter that was acted on, and why a replay was refused; None when nothing was."""
 
 _COLUMNS = (
     "select id, event_id::text, topic, key, sink, code, reason, attempts, failed_at, content_type, created_at, "
@@ -39,15 +42,18 @@ async def list_letters(connection: Connection, name: str) -> list[Letter]:
 
 
 async def read_letters(connection: Connection, name: str, ids: Sequence[str]) -> list[Letter]:
-    """These, with payloads; those that are gone are left out. Raises UsageError for an id that is none."""
-    return await _fetch(connection, _READ, name, [number(id_) for id_ in ids])
+    """The letters with these ids, with payloads; those that are gone are left out.
+
+    Raises UsageError for what is not such an id.
+    """
+    return await _fetch(connection, _READ, name, [row_id(id_) for id_ in ids])
 
 
-def number(id_: str) -> int:
+def row_id(id_: str) -> int:
     """The row's id in ``outbox:<number>``. Raises UsageError."""
     box, _, digits = id_.partition(":")
-    if box != BOX or not digits.isdecimal():
-        raise UsageError(f"{id_!r} is no id of a dead letter of the outbox; it looks like {BOX}:12")
+    if box != OUTBOX or not digits.isdecimal():
+        raise UsageError(f"{id_!r} is not the id of a dead letter of the outbox, which looks like {OUTBOX}:12")
     return int(digits)
 
 
@@ -57,8 +63,8 @@ async def _fetch(connection: Connection, query: str, *values: object) -> list[Le
         rows = await cursor.fetchall()
     return [
         Letter(
-            id=f"{BOX}:{row[0]}",
-            box=BOX,
+            id=f"{OUTBOX}:{row[0]}",
+            box=OUTBOX,
             event_id=row[1],
             topic=row[2],
             key=row[3],
@@ -77,7 +83,7 @@ async def _fetch(connection: Connection, query: str, *values: object) -> list[Le
 
 
 async def discard_letters(connection: Connection, letters: Sequence[Letter], person: str, why: str) -> None:
-    """Deletes them, with an audit."""
+    """Deletes them, with an audit. Raises what `translated` raises."""
     await _end(connection, letters, "discarded", person, why)
 
 
@@ -88,10 +94,10 @@ async def replay_letters(
     pace: Pace,
     person: str,
     *,
-    told: Replayed,
+    report: Report,
     stop: asyncio.Event,
 ) -> None:
-    """Publishes them again; those that are confirmed leave, with an audit, the others get the new reason.
+    """Publishes them again: the table loses those that are confirmed, with an audit, and the others get the new reason.
 
     A letter that no route had taken goes where today's routes say. Raises UsageError for a letter whose sink is no
     longer in the settings, and what sinks and database raise.
@@ -111,11 +117,11 @@ async def replay_letters(
         async def settled(
             events: Sequence[Event], refused: Sequence[DeadLetter], of_sink: dict[str, Letter] = of_sink
         ) -> None:
-            await _settle(connection, of_sink, events, refused, person, told)
+            await _settle(connection, of_sink, events, refused, person, report)
 
-        async with opened(settings, [sink] if sink else settings.sinks) as open_sinks:
+        async with open_sinks(settings, [sink] if sink else settings.sinks) as opened:
             pages = _pages(settings.name, connection, list(of_sink), pace.chunk)
-            await republish(settings.relay, open_sinks, routes, pages, pace, settled, stop)
+            await republish(settings.relay, opened, routes, pages, pace, settled, stop)
 
 
 async def _settle(
@@ -124,27 +130,27 @@ async def _settle(
     events: Sequence[Event],
     refused: Sequence[DeadLetter],
     person: str,
-    told: Replayed,
+    report: Report,
 ) -> None:
-    again = {f"{BOX}:{letter.event.sequence}": letter for letter in refused}
+    again = {f"{OUTBOX}:{letter.event.sequence}": letter for letter in refused}
     for id_, letter in again.items():
         with database_errors():
             await connection.execute(
                 "select bridge.refuse_dead_letter(%s, %s, %s, %s)",
-                (number(id_), letter.failure.code, letter.failure.reason, max(1, letter.attempts)),
+                (row_id(id_), letter.failure.code, letter.failure.reason, max(1, letter.attempts)),
             )
-    gone = [letters[f"{BOX}:{event.sequence}"] for event in events if f"{BOX}:{event.sequence}" not in again]
+    gone = [letters[f"{OUTBOX}:{event.sequence}"] for event in events if f"{OUTBOX}:{event.sequence}" not in again]
     await _end(connection, gone, "replayed", person, "")
     for event in events:
-        id_ = f"{BOX}:{event.sequence}"
-        told(letters[id_], again[id_].failure.reason if id_ in again else None)
+        id_ = f"{OUTBOX}:{event.sequence}"
+        report(letters[id_], again[id_].failure.reason if id_ in again else None)
 
 
 async def _end(connection: Connection, letters: Sequence[Letter], action: str, person: str, why: str) -> None:
     with database_errors():
         await connection.execute(
             "select bridge.end_dead_letters(%s, %s, %s, %s)",
-            ([number(letter.id) for letter in letters], action, person, why),
+            ([row_id(letter.id) for letter in letters], action, person, why),
         )
 
 
@@ -163,7 +169,7 @@ async def _pages(name: str, connection: Connection, ids: Sequence[str], chunk: i
                 content_type=letter.content_type or "",
                 headers=letter.headers,
                 # Tells the letters apart on their way: one event may have several, of different sinks.
-                sequence=number(letter.id),
+                sequence=row_id(letter.id),
             )
             for letter in letters
         ]

@@ -1,4 +1,7 @@
-"""Dead letters, those of the log and those of the workers' queues, as one list that an operator works on."""
+"""All dead letters as one list: the outbox's, and those of each worker's queue, in boxes with one name each.
+
+`pgbridge dead` (dead.py) is the command; dead_outbox.py has the rows of the outbox, and each broker its own queues.
+"""
 
 import asyncio
 import getpass
@@ -11,7 +14,15 @@ from typing import Literal
 
 from bridge.brokers.contract import DeadLetters, Letter, Verdict
 from bridge.brokers.registry import broker_of
-from bridge.commands.outbox_letters import BOX, Connection, discard_letters, list_letters, read_letters, replay_letters
+from bridge.commands.dead_outbox import (
+    OUTBOX,
+    Connection,
+    Report,
+    discard_letters,
+    list_letters,
+    read_letters,
+    replay_letters,
+)
 from bridge.commands.republish import Pace
 from bridge.errors import PgbridgeError, UsageError
 from bridge.event import matches
@@ -45,7 +56,7 @@ class Choice:
             (not self.ids or letter.id in self.ids)
             and (not self.topics or any(matches(pattern, letter.topic or "") for pattern in self.topics))
             and (not self.codes or letter.code in self.codes)
-            and (not self.sinks or (letter.box == BOX and letter.sink in self.sinks))
+            and (not self.sinks or (letter.box == OUTBOX and letter.sink in self.sinks))
             and (not self.workers or letter.box in self.workers)
             and (self.since is None or (letter.failed_at is not None and letter.failed_at >= self.since))
         )
@@ -55,18 +66,18 @@ class Choice:
         return (
             (not self.ids or any(id_.partition(":")[0] == box for id_ in self.ids))
             and (not self.workers or box in self.workers)
-            and (not self.sinks or box == BOX)
+            and (not self.sinks or box == OUTBOX)
         )
 
 
 Unreachable = Callable[[str, PgbridgeError], None]
-"""Is told of a box that could not be looked into."""
+"""Gets the name of a box that could not be looked into, and why."""
 
 
 async def find(settings: Settings, choice: Choice, unreachable: Unreachable) -> list[Letter]:
     """The letters that are meant: the outbox's first, then each worker's, each oldest first. They stay.
 
-    Raises UsageError for an id or a worker that there cannot be.
+    Raises UsageError for an id or a worker that there cannot be. Whatever a box raises goes to `unreachable`.
     """
     found: list[Letter] = []
 
@@ -76,13 +87,13 @@ async def find(settings: Settings, choice: Choice, unreachable: Unreachable) -> 
         return "keep"
 
     boxes = _boxes(settings, choice)
-    if settings.reads_outbox and choice.looks_into(BOX):
+    if settings.reads_outbox and choice.looks_into(OUTBOX):
         try:
             async with _connected(settings) as connection:
                 for letter in await list_letters(connection, settings.name):
                     await keep(letter)
         except PgbridgeError as error:
-            unreachable(BOX, error)
+            unreachable(OUTBOX, error)
     for name, box in boxes.items():
         try:
             await box.walk(keep)
@@ -92,13 +103,13 @@ async def find(settings: Settings, choice: Choice, unreachable: Unreachable) -> 
 
 
 async def show(settings: Settings, id_: str) -> Letter:
-    """One letter with all that is known of it. Raises UsageError when there is none."""
+    """One letter with all that is known of it. Raises UsageError when there is none, and what its box raises."""
     found: list[Letter] = []
 
     def fail(_: str, error: PgbridgeError) -> None:
         raise error
 
-    if id_.startswith(f"{BOX}:"):
+    if id_.startswith(f"{OUTBOX}:"):
         async with _connected(settings) as connection:
             found = await read_letters(connection, settings.name, [id_])
     else:
@@ -109,53 +120,53 @@ async def show(settings: Settings, id_: str) -> Letter:
 
 
 @dataclass(slots=True)
-class Ended:
+class Outcome:
     """What came of a replay or a discard."""
 
     done: int = 0
     refused: int = 0
     """Letters whose replay was refused again; they stay."""
     seen: set[str] = field(default_factory=set)
-    """Ids of all of these."""
+    """Ids of the letters that were acted on."""
     stopped: bool = False
     """Whether it was interrupted."""
 
 
-async def end(
+async def replay_or_discard(
     settings: Settings,
     action: Literal["replay", "discard"],
     choice: Choice,
     *,
     why: str = "",
     rate: float | None = None,
-    told: Callable[[Letter, str | None], None],
+    report: Report,
     stop: asyncio.Event,
-) -> Ended:
-    """Replays or discards the letters that are meant; each is audited. `told` hears of every one.
+) -> Outcome:
+    """Replays or discards the letters that are meant; each is audited and reported.
 
     Stops soon after `stop` is set. Raises UsageError, and what database and brokers raise.
     """
-    ended = Ended()
+    outcome = Outcome()
     pace = Pace(rate)
     person = f"{getpass.getuser()}@{socket.gethostname()}"
 
     def count(letter: Letter, problem: str | None) -> None:
         if problem is None:
-            ended.done += 1
+            outcome.done += 1
         else:
-            ended.refused += 1
-        ended.seen.add(letter.id)
-        told(letter, problem)
+            outcome.refused += 1
+        outcome.seen.add(letter.id)
+        report(letter, problem)
 
     boxes = _boxes(settings, choice)
     async with _connected(settings) as connection:
         taken = 0
-        if choice.looks_into(BOX):
+        if choice.looks_into(OUTBOX):
             letters = [letter for letter in await list_letters(connection, settings.name) if choice.takes(letter)]
             letters = letters[: choice.limit]
             taken = len(letters)
             if action == "replay":
-                await replay_letters(settings, connection, letters, pace, person, told=count, stop=stop)
+                await replay_letters(settings, connection, letters, pace, person, report=count, stop=stop)
             elif letters:
                 await discard_letters(connection, letters, person, why)
                 for letter in letters:
@@ -175,8 +186,8 @@ async def end(
 
         for box in boxes.values():
             await box.walk(decide)
-    ended.stopped = stop.is_set()
-    return ended
+    outcome.stopped = stop.is_set()
+    return outcome
 
 
 async def _audit(connection: Connection, letter: Letter, action: str, person: str, why: str) -> None:
@@ -188,10 +199,10 @@ async def _audit(connection: Connection, letter: Letter, action: str, person: st
 
 
 def _boxes(settings: Settings, choice: Choice) -> Mapping[str, DeadLetters]:
-    """The workers' boxes that can be meant. Raises UsageError for names that there are not, SettingsError."""
-    named = {*choice.workers, *(id_.partition(":")[0] for id_ in choice.ids)} - {BOX}
+    """The workers' boxes that can be meant, by worker. Raises UsageError for an unknown worker, and SettingsError."""
+    named = {*choice.workers, *(id_.partition(":")[0] for id_ in choice.ids)} - {OUTBOX}
     if unknown := sorted(named - set(settings.workers)):
-        known = ", ".join([BOX, *sorted(settings.workers)])
+        known = ", ".join([OUTBOX, *sorted(settings.workers)])
         raise UsageError(f"there is no worker {', '.join(map(repr, unknown))}; ids begin with one of: {known}")
     wanted = [name for name in settings.workers if choice.looks_into(name)]
     boxes: dict[str, DeadLetters] = {}
@@ -214,5 +225,7 @@ def selected_ids(ids: Sequence[str]) -> tuple[str, ...]:
     """Ids as given on the command line. Raises UsageError for one without a colon."""
     for id_ in ids:
         if ":" not in id_:
-            raise UsageError(f"{id_!r} is no id of a dead letter; it looks like outbox:12 or <worker>:<event id>")
+            raise UsageError(
+                f"{id_!r} is not the id of a dead letter, which looks like outbox:12 or <worker>:<event id>"
+            )
     return tuple(ids)

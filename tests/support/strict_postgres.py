@@ -1,0 +1,43 @@
+"""PostgreSQL servers that ask who comes: for a password, or with a certificate of their own."""
+
+import os
+import subprocess
+from pathlib import Path
+
+from bridge.demo.servers import PostgresServer
+from tests.support.postgres15 import Postgres15Server
+
+
+class PasswordServer(PostgresServer):
+    """Asks every role but `postgres` for its password, and has no entry for the role `stranger`."""
+
+    name = "postgres-password"
+
+    def _initialise(self, programs: Path) -> None:
+        super()._initialise(programs)
+        (self._data / "pg_hba.conf").write_text(
+            "host all postgres 127.0.0.1/32 trust\n"
+            "host all stranger 127.0.0.1/32 reject\n"
+            "host all all 127.0.0.1/32 scram-sha-256\n"
+        )
+
+
+class TlsPostgresServer(Postgres15Server):
+    """Speaks TLS with a certificate for `db.test` that signs itself. The embedded server is built without TLS."""
+
+    name = "postgres-tls"
+
+    @property
+    def certificate(self) -> Path:
+        return self.folder / "certificate.pem"
+
+    def _initialise(self, programs: Path) -> None:
+        super()._initialise(programs)
+        key = self._data / "key.pem"
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=db.test"]
+        command += ["-addext", "subjectAltName=DNS:db.test", "-keyout", str(key), "-out", str(self.certificate)]
+        subprocess.run(command, check=True, capture_output=True)
+        if self._user is not None:
+            os.chown(key, *self._user)
+        key.chmod(0o600)
+        self.settings |= {"ssl": "on", "ssl_cert_file": str(self.certificate), "ssl_key_file": str(key)}

@@ -1,0 +1,69 @@
+"""`pgbridge-worker run`: runs one worker process. `pgbridge-worker list`: lists the workers of the settings."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bridge.process.health import serving
+from bridge.process.logs import configure
+from bridge.process.tasks import run_daemon, stop_on_signals
+from bridge.process.terminal import config_option, exit_codes, json_option, print_json, table
+from bridge.settings import Settings, load
+from workers.handler import load_handler
+from workers.worker import build
+
+
+@click.command()
+@click.argument("name")
+@config_option
+@exit_codes
+def run_worker(name: str, config: Path | None) -> None:
+    """Runs one process of the worker NAME until SIGTERM or SIGINT. Several may run side by side."""
+    settings = load(config)
+    configure(settings.observe)
+    run_daemon(_run(name, settings))
+
+
+async def _run(name: str, settings: Settings) -> None:
+    worker = build(name, settings)
+    stop = stop_on_signals("worker")
+    with serving(f"workers.{name}.listen", settings.workers[name].listen, worker.health):
+        await worker.run(stop)
+
+
+@click.command()
+@config_option
+@json_option
+@exit_codes
+def list_workers(config: Path | None, as_json: bool) -> None:
+    """Lists the workers that the settings define."""
+    settings = load(config)
+    workers = [_fields(name, settings) for name in sorted(settings.workers)]
+    if as_json:
+        print_json(workers, indent=2)
+    elif workers:
+        table([_row(worker) for worker in workers])
+    else:
+        click.echo("The settings define no worker; add a table [workers.<name>].")
+
+
+def _fields(name: str, settings: Settings) -> dict[str, Any]:
+    own = settings.workers[name]
+    return {
+        "name": name,
+        "handler": own.handler,
+        "topics": own.subscribe or list(load_handler(own.handler, name).topics),
+        "sink": settings.sink_of(name),
+        "concurrency": own.concurrency,
+        "reply": own.reply,
+    }
+
+
+def _row(worker: dict[str, Any]) -> dict[str, str]:
+    return {
+        **worker,
+        "topics": ", ".join(worker["topics"]),
+        "concurrency": str(worker["concurrency"]),
+        "reply": worker["reply"] or "-",
+    }
