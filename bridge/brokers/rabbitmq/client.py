@@ -96,7 +96,7 @@ def refusals(
     except LOST as error:
         closure = closure_of(error, during)
         if not closure.code and (known := lost()) is not None:
-            # It says only that the channel is gone. Why is told where it was found; here the connection is lost.
+            # The error says only that the channel is gone. Whatever closed it, for this call the connection is lost.
             closure = Closure(str(known))
         raise error_of(settings, closure) from error
 

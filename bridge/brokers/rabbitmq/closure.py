@@ -89,7 +89,10 @@ def error_of(settings: RabbitMQSettings, closure: Closure) -> PgbridgeError:
         case "greeting", _:
             return BrokerUnavailableError(f"{broker} gives no greeting of AMQP 0-9-1: {closure}{_hint(settings)}")
         case "login", Reply.ACCESS_REFUSED:
-            return LoginError(f"{broker} refuses the user {address.user!r} or its password: {said}")
+            return LoginError(
+                f"{broker} refuses the user {address.user!r} or its password: {said.rstrip('.')}; correct "
+                "the URL, or the account with `rabbitmqctl add_user` or `change_password`"
+            )
         case "virtual host", Reply.NOT_ALLOWED:
             return RefusedError(
                 f"{broker} does not open the virtual host {address.virtual_host!r} to user {address.user!r}: {said}; "
@@ -139,8 +142,8 @@ def connecting_failed(settings: RabbitMQSettings, error: OSError) -> PgbridgeErr
     match error:
         case ssl.SSLCertVerificationError() if error.verify_code in _NAME_MISMATCH:
             return BrokerUnavailableError(
-                f"{broker} shows a certificate for another name: {error.verify_message}; write a host that it names "
-                f"({settings.key('tls.ca_file')} says only who may sign it)"
+                f"{broker} shows a certificate for another name: {error.verify_message.rstrip('.')}; write a host "
+                f"that it names ({settings.key('tls.ca_file')} says only who may sign it)"
             )
         case ssl.SSLCertVerificationError():
             return BrokerUnavailableError(

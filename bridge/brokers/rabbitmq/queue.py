@@ -3,7 +3,7 @@
 ``<worker>``                bound to the topic exchange, once for each pattern
 ``<worker>.retry.<delay>``  its messages expire back into ``<worker>``; one queue a delay, since a quorum queue
                             expires only at its head
-``<worker>.dead``           dead letters, with ``x-pgbridge-...`` headers that tell why
+``<worker>.dead``           dead letters, with ``x-pgbridge-...`` headers that say why
 
 A retry or a dead letter is published, persistent and mandatory, and the original is acknowledged only once the broker
 has confirmed the copy: a crash in between repeats a message, and none is lost.
@@ -228,7 +228,7 @@ class RabbitMQQueue:
         return refusals(self._settings, lambda: self._lost)
 
     def _gone(self, closure: Closure) -> BrokerUnavailableError:
-        """Whatever the broker said: what is wrong, if anything, the next `open` finds out."""
+        """Always the error that is waited out, whatever the broker said: if it will refuse, the next `open` says so."""
         return BrokerUnavailableError(f"{rabbitmq_at(self._settings)} ended the connection: {closure}")
 
     async def topology(self, *, apply: bool) -> Sequence[Declaration]:
