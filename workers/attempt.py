@@ -17,7 +17,7 @@ import structlog
 from tenacity import wait_random_exponential
 
 from bridge.brokers.contract import Delivery, Failure
-from bridge.errors import BrokerUnavailableError, PgbridgeError
+from bridge.errors import PgbridgeError
 from bridge.event import Event, Malformed
 from bridge.process.metrics import WORKER_EVENTS
 from bridge.process.outage import Outage
@@ -63,11 +63,12 @@ class Attempts:
     async def handle(self, delivery: Delivery) -> None:
         """Handles one delivery to its end. Cancelling it gives the delivery back, without counting an attempt.
 
-        A broker that is gone cannot take the outcome: the delivery comes again, and the inbox knows what was done.
+        A broker that is gone, or says no, cannot take the outcome: the delivery comes again, and the inbox knows what
+        was done.
         """
         try:
             await self._handle(delivery)
-        except BrokerUnavailableError as error:
+        except PgbridgeError as error:
             log.warning("event.unsettled", worker=self._worker, reason=str(error), **_names(delivery.event))
 
     async def _handle(self, delivery: Delivery) -> None:

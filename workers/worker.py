@@ -15,7 +15,7 @@ import structlog
 
 from bridge.brokers.contract import Delivery, Queue, Subscription
 from bridge.brokers.registry import broker_of
-from bridge.errors import BrokerUnavailableError, PgbridgeError, SettingsError, UsageError
+from bridge.errors import PgbridgeError, SettingsError, UsageError
 from bridge.process.health import Health, notify, watchdog_for_ever
 from bridge.process.outage import Outage
 from bridge.settings import Settings, WorkerSettings
@@ -58,7 +58,7 @@ class Worker:
         self._inbox = inbox
         self._keep_finished = keep_finished
         self._attempts = Attempts(name, settings, run, inbox)
-        self._broker = Outage("queue", OUTAGE_BACKOFF, outlasts=BrokerUnavailableError, worker=name)
+        self._broker = Outage("queue", OUTAGE_BACKOFF, worker=name)
         self._stopping = asyncio.Event()
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._running: set[asyncio.Task[None]] = set()
@@ -72,10 +72,10 @@ class Worker:
         return Health(self._name, role, tuple(filter(None, problems)))
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Works until `stop` is set, or until the broker says no to a connection that is opened again.
+        """Works until `stop` is set.
 
-        Raises PgbridgeError at the start when database or broker cannot be used, and later when the broker refuses;
-        while they only do not answer, it waits.
+        Raises PgbridgeError at the start when database or broker cannot be used. Once started it comes back from
+        everything, as the bridge does, a refused login too: what is wrong then is wrong on the server.
         """
         try:
             await self._start()
@@ -131,11 +131,14 @@ class Worker:
         while not self._stopping.is_set():
             try:
                 if self._queue is None:
-                    self._queue = await self._broker.outlast(self._open)
+                    self._queue = await self._open()
+                    self._broker.restored()
                 await self._take(self._queue.deliveries())
-            except BrokerUnavailableError as error:
+            except PgbridgeError as error:
                 self._broker.lost(error)
                 await self._close()
+                # A broker that opens the queue and ends it at once must not be asked without a pause.
+                await self._broker.wait(self._stopping)
             else:
                 if not self._stopping.is_set():
                     raise RuntimeError("the queue ended its deliveries although nobody had stopped it")
@@ -169,7 +172,7 @@ class Worker:
 
     async def _drain(self, consumer: asyncio.Task[None]) -> None:
         if self._queue is not None:
-            with contextlib.suppress(BrokerUnavailableError):  # gone already: nothing comes any more
+            with contextlib.suppress(PgbridgeError):  # gone already: nothing comes any more
                 await self._queue.stop()
         if self._running:
             log.info("worker.draining", worker=self._name, running=len(self._running))

@@ -29,16 +29,13 @@ T = TypeVar("T")
 class Outage:
     """The outages of one server, one after the other; between them there is none. All times are in seconds."""
 
-    def __init__(
-        self, server: str, backoff: wait_base, *, outlasts: type[PgbridgeError] = PgbridgeError, **fields: str
-    ) -> None:
+    def __init__(self, server: str, backoff: wait_base, **fields: str) -> None:
         """`server` is the first word of the log's actions, `fields` say which server of that kind it is.
 
-        `backoff` is one of tenacity's wait strategies; `outlasts` is the kind of error that `outlast` waits out.
+        `backoff` is one of tenacity's wait strategies.
         """
         self._server = server
         self._backoff = backoff
-        self._outlasts = outlasts
         self._fields = fields
         self._since: float | None = None
         self._error: BaseException | None = None
@@ -92,7 +89,7 @@ class Outage:
                 await stop.wait()
 
     async def outlast(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Makes the call until the server answers it. Raises errors that are not of the kind `outlasts`.
+        """Makes the call until the server answers it, whatever PgbridgeError it raises before.
 
         Several calls may share an outage: each counts its failures for itself.
         """
@@ -100,7 +97,7 @@ class Outage:
         while True:
             try:
                 result = await call(*args, **kwargs)
-            except self._outlasts as error:
+            except PgbridgeError as error:
                 self.lost(error)
                 failures += 1
                 await asyncio.sleep(self.delay(failures))

@@ -87,10 +87,11 @@ async def _tls_server(at: Place) -> int:
 
 async def nats(mistake: str, at: Place) -> Mistake:
     user = f"user: u, password: {SECRET}"
+    denied = 'permissions: { publish: { deny: ["$JS.API.>"] } }'
     lines = {
         "wrong password": 'authorization { user: "u", password: "another" }',
         "missing place": f"accounts {{ WITHOUT: {{ users: [{{ {user} }}] }}, WITH: {{ jetstream: enabled }} }}",
-        "no permission": f'authorization {{ users: [{{ {user}, permissions: {{ publish: {{ deny: ["$JS.API.>"] }} }} }}] }}',
+        "no permission": f"authorization {{ users: [{{ {user}, {denied} }}] }}",
     }
     if mistake == "server down":
         return Mistake(_nats(NOBODY))
@@ -121,7 +122,9 @@ async def pubsub(mistake: str, at: Place) -> Mistake:
             service = await _refusing(
                 at, grpc.StatusCode.NOT_FOUND, "GetTopic", "CreateTopic", "Pull", "GetSubscription"
             )
-            return Mistake(_pubsub(emulator_host=service.address), "project")
+            # Who only looks cannot tell a missing project from a missing topic.
+            late = ("sink", "queue", "dead letters")
+            return Mistake(_pubsub(emulator_host=service.address), "project", met_late_by=late)
         case "no permission":
             denied = grpc.StatusCode.PERMISSION_DENIED
             methods = ("GetTopic", "GetSubscription", "TestIamPermissions", "Pull")

@@ -130,13 +130,13 @@ MISTAKES = {
     ),
     "untrusted": Mistake(
         "amqps://guest:hunter2@127.0.0.1:{tls_port}/",
-        BrokerUnavailableError,
+        RefusedError,
         ["not trusted", "self-signed certificate"],
         key="tls.ca_file",
     ),
     "another name": Mistake(
         "amqps://guest:hunter2@0.0.0.0:{tls_port}/",
-        BrokerUnavailableError,
+        RefusedError,
         ["for another name", "IP address mismatch", "sinks.events.tls.ca_file"],
         tls=TRUSTED,
     ),

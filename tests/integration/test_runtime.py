@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from bridge.brokers.contract import Failure
 from bridge.demo.servers import PostgresServer
-from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError
+from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError, LoginError
 from bridge.event import Event, Malformed
 from bridge.settings import PostgresSettings, WorkerSettings
 from tests.support.proxy import Proxy
@@ -318,6 +318,19 @@ async def test_a_lost_broker_is_told_once_and_connected_again(shop: PostgresSett
     assert next(line for line in lines if line["event"] == "queue.restored")["seconds"] > 0
     assert queue.opened == 5
     assert len(replies(bridge_database)) == 2
+
+
+async def test_a_login_that_is_refused_after_the_start_is_waited_out(
+    shop: PostgresSettings, bridge_database: str
+) -> None:
+    with capture_logs() as lines:
+        async with working(echo, shop) as queue:
+            queue.lose(refusals=2, refusal=LoginError("the password was changed"))
+            queue.add(event_of(1))
+            await queue.outcomes(1)
+    told = [(line["event"], line["reason"]) for line in lines if line["event"] in ("queue.lost", "queue.refusing")]
+    assert told == [("queue.lost", "the connection is lost"), ("queue.refusing", "the password was changed")]
+    assert len(replies(bridge_database)) == 1
 
 
 async def test_work_done_while_the_broker_was_lost_is_not_done_again(

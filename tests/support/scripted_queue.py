@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from bridge.brokers.contract import Declaration, Failure
-from bridge.errors import BrokerUnavailableError
+from bridge.errors import BrokerUnavailableError, PgbridgeError
 from bridge.event import Event, Malformed
 
 
@@ -54,11 +54,12 @@ class ScriptedDelivery:
 
 @dataclass(eq=False)
 class ScriptedQueue:
-    """Give it `add(event)`; `lose()` ends the connection and makes the next `refusals` calls of `open` fail."""
+    """Give it `add(event)`; `lose()` ends the connection, and the next `refusals` calls of `open` raise `refusal`."""
 
     settled: list[tuple[ScriptedDelivery, str, object]] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     refusals: int = 0
+    refusal: PgbridgeError = field(default_factory=lambda: BrokerUnavailableError("nobody listens on the port"))
     opened: int = 0
     _waiting: asyncio.Queue[ScriptedDelivery | str] = field(default_factory=asyncio.Queue)
     _in_hand: list[ScriptedDelivery] = field(default_factory=list)
@@ -68,8 +69,8 @@ class ScriptedQueue:
         self._waiting.put_nowait(delivery)
         return delivery
 
-    def lose(self, refusals: int = 0) -> None:
-        self.refusals = refusals
+    def lose(self, refusals: int = 0, refusal: PgbridgeError | None = None) -> None:
+        self.refusals, self.refusal = refusals, refusal or self.refusal
         for delivery in self._in_hand:
             delivery.connected = False
         self._waiting.put_nowait("lost")
@@ -79,7 +80,7 @@ class ScriptedQueue:
         self.changed.set()
         if self.refusals:
             self.refusals -= 1
-            raise BrokerUnavailableError("nobody listens on the port")
+            raise self.refusal
 
     async def deliveries(self) -> AsyncIterator[ScriptedDelivery]:
         while (item := await self._waiting.get()) != "stop":

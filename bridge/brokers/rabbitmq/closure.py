@@ -141,12 +141,12 @@ def connecting_failed(settings: RabbitMQSettings, error: OSError) -> PgbridgeErr
     broker, address = rabbitmq_at(settings), settings.address
     match error:
         case ssl.SSLCertVerificationError() if error.verify_code in _NAME_MISMATCH:
-            return BrokerUnavailableError(
+            return RefusedError(
                 f"{broker} shows a certificate for another name: {error.verify_message.rstrip('.')}; write a host "
                 f"that it names ({settings.key('tls.ca_file')} says only who may sign it)"
             )
         case ssl.SSLCertVerificationError():
-            return BrokerUnavailableError(
+            return RefusedError(
                 f"{rabbitmq_at(settings, 'tls.ca_file')} shows a certificate that is not trusted: "
                 f"{error.verify_message}; name a file with the certificate of its authority"
             )
