@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bridge.errors import PgbridgeError
+from bridge.process.logs import journal_prefix
 from bridge.settings.models import parse_duration
 
 config_option = click.option(
@@ -62,8 +63,10 @@ def print_json(value: object, *, indent: int | None = None) -> None:
 
 
 def complain(message: str) -> None:
-    """Prints a message on standard error, behind the program's name."""
-    click.echo(f"{click.get_current_context().find_root().info_name}: {message}", err=True)
+    """Prints an error on standard error, behind the program's name; in the journal with the priority of an error."""
+    prefix = journal_prefix("error")
+    said = f"{click.get_current_context().find_root().info_name}: {message}"
+    click.echo("\n".join(prefix + line for line in said.splitlines()), err=True)
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> None:

@@ -164,3 +164,17 @@ def test_a_journal_that_is_named_wrongly_is_no_journal(tmp_path: Path, stream: s
         subprocess.run([sys.executable, "-c", program], stderr=stderr, env=environment, check=True, timeout=60)
         stderr.seek(0)
         assert all(line.startswith(b"{") for line in stderr.read().splitlines())
+
+
+def test_an_error_that_ends_a_command_has_a_priority_too(tmp_path: Path) -> None:
+    (tmp_path / "bridge.toml").write_text("name = 1\nnmae = 2\n")
+    with (tmp_path / "stderr").open("w+b") as stderr:
+        at = os.fstat(stderr.fileno())
+        environment = {**os.environ, "JOURNAL_STREAM": f"{at.st_dev}:{at.st_ino}"}
+        command = [sys.executable, "-m", "bridge", "check", "--config", str(tmp_path / "bridge.toml")]
+        done = subprocess.run(command, stderr=stderr, env=environment, check=False, timeout=60)
+        stderr.seek(0)
+        lines = stderr.read().decode().splitlines()
+    assert done.returncode == 78
+    assert len(lines) == 3
+    assert all(line.startswith("<3>") for line in lines)
