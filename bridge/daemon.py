@@ -8,7 +8,7 @@ knowledge of outages outlive it.
 import asyncio
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import structlog
 from tenacity import wait_exponential_jitter
@@ -34,9 +34,9 @@ from bridge.sources.outbox import Calls, OutboxSource
 
 log = structlog.get_logger()
 
-_SINKS_LOOK = 5.0
+_SINKS_LOOK: Final = 5.0
 """Seconds between two looks at the sinks' connections while standing by."""
-_BACKOFF = wait_exponential_jitter(multiplier=0.1, max=5.0, jitter=0.5)
+_BACKOFF: Final = wait_exponential_jitter(multiplier=0.1, max=5.0, jitter=0.5)
 """Seconds between two attempts to reach PostgreSQL."""
 
 

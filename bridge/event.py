@@ -8,21 +8,21 @@ import json
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-SPECVERSION = "1.0"
+SPECVERSION: Final = "1.0"
 """The CloudEvents version that the attributes follow."""
 
-AMQP_PREFIX = "cloudEvents_"
+AMQP_PREFIX: Final = "cloudEvents_"
 """Prefix of CloudEvents attributes in an AMQP header table (CloudEvents AMQP binding, 3.1.3)."""
 
-ATTRIBUTE_PREFIX = "ce-"
+ATTRIBUTE_PREFIX: Final = "ce-"
 """Prefix of CloudEvents attributes in Pub/Sub attributes and NATS headers."""
 
-REPLAYED = "replayed"
+REPLAYED: Final = "replayed"
 """The header that tells consumers of a replay. The event's id stays what it was, so an inbox recognises it."""
 
-NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 """What an event without headers of its own carries; one object, shared."""
 
 
@@ -133,8 +133,8 @@ def _words_match(pattern: list[str], words: list[str]) -> bool:
     return bool(words) and head in ("*", words[0]) and _words_match(rest, words[1:])
 
 
-_ONE_SECOND = timedelta(seconds=1)
-_ZERO = timedelta(0)
+_ONE_SECOND: Final = timedelta(seconds=1)
+_ZERO: Final = timedelta(0)
 
 
 class TimeWriter:

@@ -12,7 +12,7 @@
 import asyncio
 from bisect import insort
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from tenacity import wait_exponential_jitter
 
@@ -22,7 +22,7 @@ from bridge.event import Event
 from bridge.process.metrics import EVENTS_CONFIRMED, EVENTS_RETRIED
 from bridge.process.outage import Outage
 
-_IDLE_LOOK = 1.0
+_IDLE_LOOK: Final = 1.0
 """Seconds between two looks whether a connection went while nothing was published."""
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import takewhile
+from typing import Final
 
 import structlog
 
@@ -23,7 +24,7 @@ from bridge.sources import DeadLetter, Page, Source
 
 log = structlog.get_logger()
 
-_CACHED_TOPICS = 65_536
+_CACHED_TOPICS: Final = 65_536
 """Most topics that the routing table remembers an answer for."""
 
 

@@ -213,7 +213,7 @@ def _readable(event: Event | Malformed) -> Event | Malformed:
     try:
         return event._replace(id=str(uuid.UUID(event.id)))
     except ValueError:
-        return Malformed(f"the event's id {event.id[:80]!r} is no UUID, which the inbox needs")
+        return Malformed(f"the event's id {event.id[:80]!r} is not a UUID, which the inbox needs")
 
 
 def _checked(result: object) -> Result:

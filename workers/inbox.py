@@ -59,7 +59,7 @@ class Claim:
 
     async def begin_effect(self, operation: str) -> Effect:
         """See `effects.EffectStore`. Raises ClaimLostError, DatabaseUnavailableError."""
-        entry = await self.inbox.value("SELECT bridge.inbox_effect_begin(%s, %s, %s, %s, %s)", *self.fence, operation)
+        entry = await self.inbox.value("select bridge.inbox_effect_begin(%s, %s, %s, %s, %s)", *self.fence, operation)
         if entry is None:
             raise ClaimLostError
         return Effect(
@@ -69,7 +69,7 @@ class Claim:
     async def end_effect(self, effect: Effect) -> None:
         """See `effects.EffectStore`. Raises ClaimLostError, DatabaseUnavailableError."""
         if not await self.inbox.value(
-            "SELECT bridge.inbox_effect_end(%s, %s, %s, %s, %s, %s)",
+            "select bridge.inbox_effect_end(%s, %s, %s, %s, %s, %s)",
             *self.fence,
             effect.operation,
             Jsonb(effect.result),
@@ -114,7 +114,7 @@ class Inbox:
         """
         await self._session.renew(instead_of=self._session.token)
         await self._pool.open()
-        await self.value("SELECT bridge.inbox_prune(%s, '-infinity')", self.worker)
+        await self.value("select bridge.inbox_prune(%s, '-infinity')", self.worker)
         if self._reply_name is not None:
             await self._check_reply(self._reply_name)
 
@@ -140,7 +140,7 @@ class Inbox:
         while True:
             token = self._session.token
             rows = await self._rows(
-                "SELECT event::text, state, attempt FROM bridge.inbox_claim(%s, %s::uuid[], %s)",
+                "select event::text, state, attempt from bridge.inbox_claim(%s, %s::uuid[], %s)",
                 self.worker,
                 # In one order in every process, so that no two wait for each other.
                 sorted(events),
@@ -192,7 +192,7 @@ class Inbox:
 
         Raises DatabaseUnavailableError, or another PgbridgeError when PostgreSQL refuses.
         """
-        await self.value("SELECT bridge.inbox_release(%s, %s, %s, %s, %s)", *claim.fence, counted)
+        await self.value("select bridge.inbox_release(%s, %s, %s, %s, %s)", *claim.fence, counted)
         self._in_hand.discard(claim.event_id)
 
     async def prune(self, keep: timedelta, chunk: int = 1000) -> int:
@@ -200,7 +200,7 @@ class Inbox:
         before = datetime.now(UTC) - keep
         total = 0
         while True:
-            deleted: int = await self.value("SELECT bridge.inbox_prune(%s, %s, %s)", self.worker, before, chunk)
+            deleted: int = await self.value("select bridge.inbox_prune(%s, %s, %s)", self.worker, before, chunk)
             total += deleted
             if deleted < chunk:
                 return total
@@ -251,9 +251,9 @@ class Inbox:
     async def _check_reply(self, reply: str) -> None:
         schema, name = reply.split(".", 1)
         allowed = await self.value(
-            "SELECT bool_or(has_schema_privilege(n.oid, 'usage') AND has_function_privilege(p.oid, 'execute'))"
-            "  FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace"
-            " WHERE n.nspname = %s AND p.proname = %s AND oidvectortypes(p.proargtypes) = 'uuid, jsonb'",
+            "select bool_or(has_schema_privilege(n.oid, 'usage') and has_function_privilege(p.oid, 'execute'))"
+            "  from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace"
+            " where n.nspname = %s and p.proname = %s and oidvectortypes(p.proargtypes) = 'uuid, jsonb'",
             schema,
             name,
         )
@@ -278,7 +278,7 @@ def _is_the_servers(error: psycopg.Error) -> bool:
 
 
 _FINISH_TOGETHER: Final = (
-    "SELECT event::text FROM bridge.inbox_finish_all(%s, %s::uuid[], %s::bigint[], %s::int[], %s::jsonb[]) AS event"
+    "select event::text from bridge.inbox_finish_all(%s, %s::uuid[], %s::bigint[], %s::int[], %s::jsonb[]) as event"
 )
 
 
@@ -289,6 +289,6 @@ def _finishing(reply: str | None) -> sql.Composed:
     """
     finish = sql.SQL("bridge.inbox_finish(%s::text, %s::uuid, %s::bigint, %s::int, %s::jsonb)")
     if reply is None:
-        return sql.SQL("SELECT {}").format(finish)
-    called = sql.SQL("SELECT {}(%s::uuid, %s::jsonb)").format(sql.Identifier(*reply.split(".", 1)))
-    return sql.SQL("SELECT CASE WHEN {} THEN (SELECT count(*) >= 0 FROM ({}) AS reply) END").format(finish, called)
+        return sql.SQL("select {}").format(finish)
+    called = sql.SQL("select {}(%s::uuid, %s::jsonb)").format(sql.Identifier(*reply.split(".", 1)))
+    return sql.SQL("select case when {} then (select count(*) >= 0 from ({}) as reply) end").format(finish, called)

@@ -8,19 +8,16 @@ import asyncio
 import secrets
 from typing import Final, LiteralString
 
-from psycopg import AsyncConnection
-from psycopg.rows import TupleRow
-
 from bridge.errors import DatabaseUnavailableError, RefusedError
-from bridge.postgres.connection import connect, database_errors
+from bridge.postgres.connection import Connection, connect, database_errors
 from bridge.settings import PostgresSettings
 
 _SETTINGS: Final[tuple[LiteralString, ...]] = (
     # The server must notice within seconds that our machine is gone, and never end us for being idle.
-    "SET tcp_keepalives_idle = 10",
-    "SET tcp_keepalives_interval = 5",
-    "SET tcp_keepalives_count = 3",
-    "SET idle_session_timeout = 0",
+    "set tcp_keepalives_idle = 10",
+    "set tcp_keepalives_interval = 5",
+    "set tcp_keepalives_count = 3",
+    "set idle_session_timeout = 0",
 )
 
 
@@ -30,7 +27,7 @@ class ClaimSession:
     def __init__(self, settings: PostgresSettings, application_name: str) -> None:
         self._settings = settings
         self._application_name = application_name
-        self._connection: AsyncConnection[TupleRow] | None = None
+        self._connection: Connection | None = None
         self._renewing = asyncio.Lock()
         self.token = 0
         """0 until the first `renew`; no lock is ever held on 0."""
@@ -51,7 +48,7 @@ class ClaimSession:
                 for setting in _SETTINGS:
                     await connection.execute(setting)
                 rows = await (
-                    await connection.execute("SELECT pg_backend_pid(), pg_try_advisory_lock(%s)", [token])
+                    await connection.execute("select pg_backend_pid(), pg_try_advisory_lock(%s)", [token])
                 ).fetchall()
             [(backend, locked)] = rows
             if backend != connection.info.backend_pid:

@@ -34,7 +34,7 @@ LEASE: Final = 30.0
 _GIVE_BACK_LIMIT: Final = 5.0
 """Seconds that cancelled handlers have for giving their deliveries back."""
 
-_REMEMBERED = timedelta(days=30)
+_REMEMBERED: Final = timedelta(days=30)
 """How long finished events are remembered at least."""
 
 

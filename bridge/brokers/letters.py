@@ -6,20 +6,21 @@ when the dead letters are shown. Both know only names and texts: how a broker ho
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Final
 
 from bridge.brokers.contract import Failure, Letter
 from bridge.event import Event, Malformed
 
-PREFIX = "x-pgbridge-"
+PREFIX: Final = "x-pgbridge-"
 """Begins the name of every header that a queue writes. Such headers are not part of the event."""
 
-ATTEMPTS = f"{PREFIX}attempts"
+ATTEMPTS: Final = f"{PREFIX}attempts"
 """How often the message was delivered before it was given up."""
 
-MAX_REASON = 300
+MAX_REASON: Final = 300
 """Characters. With the other headers, but not the trace, it fits into the room that sinks keep free for a letter."""
 
-MAX_TRACE = 8000
+MAX_TRACE: Final = 8000
 """Characters; the end is kept, since it names the error."""
 
 

@@ -20,7 +20,7 @@ from bridge.brokers.contract import (
 from bridge.event import Event, Malformed
 from bridge.settings import SinkSettings
 
-_NOT_OPEN = NotSent("the sink is not open")
+_NOT_OPEN: Final = NotSent("the sink is not open")
 
 
 class MemorySettings(SinkSettings):

@@ -6,10 +6,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 import click
-from psycopg import AsyncConnection
 
 from bridge.brokers.registry import broker_of
 from bridge.commands.topology import declarations, require_complete
@@ -21,9 +20,7 @@ from bridge.process.terminal import config_option, exit_codes, json_option, prin
 from bridge.settings import Settings, SinkSettings, load
 from bridge.sources.listener import Listener
 
-Connection = AsyncConnection[tuple[Any, ...]]
-
-_PRIVILEGES = """
+_PRIVILEGES: Final = """
 select what from (values
     ('SELECT on bridge.outbox', has_table_privilege('bridge.outbox', 'select')),
     ('UPDATE on bridge.cursor', has_table_privilege('bridge.cursor', 'update')),

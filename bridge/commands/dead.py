@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import click
 
@@ -31,7 +31,7 @@ from bridge.process.terminal import (
 )
 from bridge.settings import load
 
-_LONGEST_REASON = 120
+_LONGEST_REASON: Final = 120
 """Characters of a reason in a list; `show` has all of it."""
 
 

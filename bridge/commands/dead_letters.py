@@ -16,7 +16,6 @@ from bridge.brokers.contract import DeadLetters, Letter, Verdict
 from bridge.brokers.registry import broker_of
 from bridge.commands.dead_outbox import (
     OUTBOX,
-    Connection,
     Report,
     discard_letters,
     list_letters,
@@ -26,7 +25,7 @@ from bridge.commands.dead_outbox import (
 from bridge.commands.republish import Pace
 from bridge.errors import PgbridgeError, UsageError
 from bridge.event import matches
-from bridge.postgres.connection import connect, database_errors
+from bridge.postgres.connection import Connection, connect, database_errors
 from bridge.settings import Settings
 
 

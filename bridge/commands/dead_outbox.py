@@ -7,33 +7,29 @@ have the event already.
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
-
-from psycopg import AsyncConnection
+from typing import Final
 
 from bridge.brokers.contract import Letter
 from bridge.commands.republish import Pace, open_sinks, republish
 from bridge.errors import UsageError
 from bridge.event import Event, header_values
-from bridge.postgres.connection import database_errors
+from bridge.postgres.connection import Connection, database_errors
 from bridge.relay import Routes
 from bridge.settings import Settings
 from bridge.sources import DeadLetter
 
-OUTBOX = "outbox"
+OUTBOX: Final = "outbox"
 """The box of these letters, and what their ids begin with; every other box is a worker's."""
-
-Connection = AsyncConnection[tuple[Any, ...]]
 
 Report = Callable[[Letter, str | None], None]
 """Gets each letter that was acted on, and why a replay was refused; None when nothing was."""
 
-_COLUMNS = (
+_COLUMNS: Final = (
     "select id, event_id::text, topic, key, sink, code, reason, attempts, failed_at, content_type, created_at, "
     "headers::text, {payload} from bridge.dead_letter where {which} order by id"
 )
-_LIST = _COLUMNS.format(payload="null::bytea", which="bridge = %s")
-_READ = _COLUMNS.format(payload="convert_to(payload, 'UTF8')", which="bridge = %s and id = any(%s)")
+_LIST: Final = _COLUMNS.format(payload="null::bytea", which="bridge = %s")
+_READ: Final = _COLUMNS.format(payload="convert_to(payload, 'UTF8')", which="bridge = %s and id = any(%s)")
 
 
 async def list_letters(connection: Connection, name: str) -> list[Letter]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import click
 import psycopg
@@ -18,7 +19,7 @@ from bridge.process.terminal import config_option, exit_codes, json_option, prin
 from bridge.settings import PostgresSettings, load
 from bridge.sources.log import LogReader, Position
 
-_TAIL_POLL = 0.2
+_TAIL_POLL: Final = 0.2
 """Seconds between two looks, short enough for a person who watches."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 from psycopg import AsyncConnection
@@ -38,7 +38,7 @@ from bridge.sources import DeadLetter
 from bridge.sources.log import LogReader, Position
 from bridge.sources.outbox import bury
 
-_SLACK = timedelta(minutes=1)
+_SLACK: Final = timedelta(minutes=1)
 """How far beyond its times a part is read. Ids rise with the times of their events, but not strictly: transactions run
 side by side, and clocks are set."""
 

@@ -4,7 +4,7 @@ import sys
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -13,9 +13,9 @@ from bridge.process.tasks import run
 from bridge.process.terminal import age, config_option, exit_codes, json_option, print_json
 from bridge.settings import Settings, load
 
-_LONG_TRANSACTION = 3600.0
+_LONG_TRANSACTION: Final = 3600.0
 """Seconds from which a transaction is shown in red."""
-_FULL_QUEUE = 0.5
+_FULL_QUEUE: Final = 0.5
 """Used part of the NOTIFY queue, 0 to 1, from which it is shown in red."""
 
 

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import aio_pika
 import nats
@@ -22,11 +22,11 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from bridge.demo.servers import MissingProgramError, NatsServer, PubSubEmulator, RabbitMQServer, Server
 from bridge.process.tasks import background
 
-TARGET = "events"
+TARGET: Final = "events"
 """The exchange, stream or topic that the demo's bridge publishes to."""
 
-_NAME = "audit"
-_PULL_INTERVAL = 0.1
+_NAME: Final = "audit"
+_PULL_INTERVAL: Final = 0.1
 
 
 class Arrivals:

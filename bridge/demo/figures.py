@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 from psycopg import AsyncConnection
@@ -26,7 +26,7 @@ class Figures:
     p99: float | None = None
 
 
-_FIGURES = """
+_FIGURES: Final = """
 select (select count(*) from shop.orders) as orders,
        (select count(*) from bridge.outbox) as events,
        (select count(*) from shop.invoices where rendered_at is not null) as invoices,
@@ -40,7 +40,7 @@ from (
 """
 
 # Sent: the stock events that crossed the level downwards, as the trigger's condition has it.
-_WARNINGS = """
+_WARNINGS: Final = """
 select (select count(*) from bridge.outbox as o join shop.stock as s on s.sku = o.key,
                lateral (select o.payload::jsonb as p) as read
         where o.topic = 'shop.stock.updated' and (p -> 'new' ->> 'quantity')::int < s.reorder_level

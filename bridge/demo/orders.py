@@ -6,7 +6,7 @@ import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection
@@ -15,10 +15,10 @@ from psycopg.rows import TupleRow
 from bridge.demo.world import World
 from bridge.postgres.connection import database_errors
 
-_RECONNECT_DELAY = 0.1
-_ORDERS_A_RESTOCK = 20
-_MOST_LINES = 4
-_MOST_OF_A_PRODUCT = 5
+_RECONNECT_DELAY: Final = 0.1
+_ORDERS_A_RESTOCK: Final = 20
+_MOST_LINES: Final = 4
+_MOST_OF_A_PRODUCT: Final = 5
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ async def _restock(connection: AsyncConnection[TupleRow]) -> None:
 
 FIRST, LAST = 0.1, 0.9
 """The part of the orders between which the kills lie."""
-ORDERS_A_ROUND = 500
+ORDERS_A_ROUND: Final = 500
 """Each such number of orders, begun or full, brings one more kill of each."""
 
 

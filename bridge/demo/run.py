@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import psycopg
 from rich.console import Console
@@ -23,13 +24,13 @@ from bridge.demo.world import World
 from bridge.errors import UsageError
 from bridge.process.tasks import background, one_error
 
-STALL_LIMIT = 90.0
+STALL_LIMIT: Final = 90.0
 """Seconds without any progress after which what has not arrived counts as lost. Longer than any redelivery takes."""
-QUIET = 1.0
+QUIET: Final = 1.0
 """Seconds for which everything must have arrived before the demo ends: a plain notification may still follow."""
 
-_REFRESH = 0.25
-_INTERRUPTED = 128 + signal.SIGINT
+_REFRESH: Final = 0.25
+_INTERRUPTED: Final = 128 + signal.SIGINT
 
 
 def run(broker: str, orders: int, rate: float, kill: bool, as_json: bool, folder: Path | None) -> int:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -14,8 +15,8 @@ from rich.text import Text
 
 from bridge.demo.figures import Figures
 
-_LINE_INTERVAL = 2.0
-_LINE_INTERVAL_UNCHANGED = 10.0
+_LINE_INTERVAL: Final = 2.0
+_LINE_INTERVAL_UNCHANGED: Final = 10.0
 
 
 @dataclass

@@ -6,19 +6,20 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import bridge
 from bridge.demo.servers.process import Process
 from bridge.errors import PgbridgeError, UnavailableError
 
-RESTART_DELAY = 0.5
+RESTART_DELAY: Final = 0.5
 """Seconds between an end and the next start (RestartSec)."""
-START_LIMIT = 60.0
+START_LIMIT: Final = 60.0
 """Seconds until the first start must say that it is ready. It only costs time when something is wrong."""
-MOST_FAILURES = 60
+MOST_FAILURES: Final = 60
 """Ends in a row, none of them a kill of ours, after which a service counts as broken: half a minute of an outage."""
-_STOP_LIMIT = 30.0
-_LOG_TAIL_LINES = 10
+_STOP_LIMIT: Final = 30.0
+_LOG_TAIL_LINES: Final = 10
 
 
 class Service:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import psycopg
 from psycopg import sql
@@ -18,16 +18,16 @@ from bridge.demo.services import Service, inherited_environment
 from bridge.errors import PgbridgeError
 from bridge.postgres.schema import migrate, sql_folder
 
-DATABASE = "shop"
+DATABASE: Final = "shop"
 
-LOGINS: Mapping[str, str] = {
+LOGINS: Final[Mapping[str, str]] = {
     "shop_bridge": "bridge_relay",
     "shop_worker": "bridge_worker",
     "shop_checkout": "shop_seller",
 }
 """Login roles, each in the one group that has exactly the rights it needs. The checkout's is in bridge_emitter."""
 
-_SETTINGS = """\
+_SETTINGS: Final = """\
 # What `pgbridge demo` runs on. The worker's login comes from its environment: PGBRIDGE_POSTGRES__DSN.
 name = "shop"
 

@@ -29,20 +29,20 @@ from bridge.errors import (
 from bridge.postgres.refusals import connection_refused
 from bridge.settings import PostgresSettings
 
-OLDEST_POSTGRES = 14
+OLDEST_POSTGRES: Final = 14
 """The oldest major version that has what we use: idle_session_timeout, multiranges, parsed SQL functions."""
 
-ANSWER_LIMIT = 30.0
+ANSWER_LIMIT: Final = 30.0
 """Seconds after which a statement without an answer shows a dead connection. Keepalives cannot show it where a proxy or
 a load balancer is in between, since that is what acknowledges them."""
 
-_CANCEL_LIMIT = 1.0
+_CANCEL_LIMIT: Final = 1.0
 """Seconds that the server has to take the request to cancel a statement."""
 
 DSN_KEY: Final = "postgres.dsn"
 """The setting that nearly every connection comes from. Errors begin with it, or with the key that a caller names."""
 
-_DEFAULTS: dict[str, str] = {
+_DEFAULTS: Final[dict[str, str]] = {
     "keepalives": "1",
     "keepalives_idle": "5",
     "keepalives_interval": "2",
@@ -50,6 +50,10 @@ _DEFAULTS: dict[str, str] = {
     "tcp_user_timeout": "10000",
     "target_session_attrs": "read-write",
 }
+
+
+Connection = AsyncConnection[TupleRow]
+"""A connection whose rows are tuples, as all of ours are."""
 
 
 class _Connection(AsyncConnection[TupleRow]):

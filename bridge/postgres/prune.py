@@ -3,25 +3,22 @@
 import asyncio
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Final
 
 import structlog
-from psycopg import AsyncConnection
 
 from bridge.errors import PgbridgeError
-from bridge.postgres.connection import connect, database_errors
+from bridge.postgres.connection import Connection, connect, database_errors
 from bridge.process.metrics import EVENTS_PRUNED
 from bridge.settings import Settings
 
 log = structlog.get_logger()
 
-INTERVAL = 60.0
+INTERVAL: Final = 60.0
 """Seconds between two rounds."""
 
-CHUNK = 2000
+CHUNK: Final = 2000
 """Rows in one DELETE: a few milliseconds."""
-
-Connection = AsyncConnection[tuple[Any, ...]]
 
 
 async def prune_for_ever(settings: Settings, interval: float = INTERVAL) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import psycopg
 from psycopg import AsyncConnection, Connection
@@ -28,11 +28,11 @@ from bridge.postgres.connection import (
 )
 from bridge.settings import PostgresSettings
 
-LOCK_TIMEOUT = "10s"
+LOCK_TIMEOUT: Final = "10s"
 """A migration that waits for a table lock makes everyone behind it wait as well, so it gives up."""
 
-_LOCK = "select pg_advisory_xact_lock(hashtext('pgbridge.migrate'))"
-_FILE = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
+_LOCK: Final = "select pg_advisory_xact_lock(hashtext('pgbridge.migrate'))"
+_FILE: Final = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
 
 
 class Migration(NamedTuple):

@@ -5,22 +5,19 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Final
 
 import structlog
-from psycopg import AsyncConnection
 
 from bridge.errors import PgbridgeError, UsageError
-from bridge.postgres.connection import connect, database_errors
+from bridge.postgres.connection import Connection, connect, database_errors
 from bridge.process import metrics
 from bridge.settings import Settings
 
 log = structlog.get_logger()
 
-_SAMPLE_INTERVAL = 15.0
+_SAMPLE_INTERVAL: Final = 15.0
 """Seconds."""
-
-Connection = AsyncConnection[tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
@@ -18,7 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from bridge.settings.models import Settings, SinkSettings, parse_duration, parse_size
 
-_INTRODUCTION = """\
+_INTRODUCTION: Final = """\
 # Settings
 
 One file, `bridge.toml`, serves bridge and workers: `--config`, or `$PGBRIDGE_CONFIG`, or `./bridge.toml`, or

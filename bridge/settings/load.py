@@ -12,16 +12,16 @@ from collections.abc import Mapping, MutableMapping
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
 
 from bridge.errors import SettingsError
 from bridge.settings.models import Settings, SinkSettings
 
-ENVIRONMENT_PREFIX = "PGBRIDGE_"
-CONFIG_VARIABLE = "PGBRIDGE_CONFIG"
-DEFAULT_PATHS = (Path("bridge.toml"), Path("/etc/pgbridge/bridge.toml"))
+ENVIRONMENT_PREFIX: Final = "PGBRIDGE_"
+CONFIG_VARIABLE: Final = "PGBRIDGE_CONFIG"
+DEFAULT_PATHS: Final = (Path("bridge.toml"), Path("/etc/pgbridge/bridge.toml"))
 
 
 def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -40,7 +40,7 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
         raise SettingsError(f"{path}:\n{lines}") from None
 
 
-_OWN_KEY = re.compile(r"\w+_file: ")
+_OWN_KEY: Final = re.compile(r"\w+_file: ")
 
 
 class _Mistakes(Exception):  # noqa: N818 - never leaves this module

@@ -12,14 +12,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from typing import Final
 
 import structlog
-from psycopg import AsyncConnection, Notify
-from psycopg.rows import TupleRow
+from psycopg import Notify
 
 from bridge.errors import PgbridgeError
 from bridge.event import NO_HEADERS, Event
-from bridge.postgres.connection import answered, connect
+from bridge.postgres.connection import Connection, answered, connect
 from bridge.process.metrics import DEAF_SECONDS, NOTIFICATIONS, NOTIFICATIONS_DROPPED
 from bridge.process.tasks import background, one_error
 from bridge.settings import ChannelsSettings, PostgresSettings
@@ -28,16 +28,16 @@ from bridge.sources.listener import Listener
 
 log = structlog.get_logger()
 
-_PAGE = 2000
+_PAGE: Final = 2000
 """Notifications in one page."""
 
-_BATCH = 2000
+_BATCH: Final = 2000
 """Notifications in one INSERT."""
 
-_LEAD_INTERVAL = 1.0
+_LEAD_INTERVAL: Final = 1.0
 """Seconds between two tries to lead."""
 
-_PULSE = 2.0
+_PULSE: Final = 2.0
 """Seconds between two looks whether the session of the lead lives."""
 
 
@@ -170,7 +170,7 @@ class ChannelSource:
         """Nothing is stored, so nothing has to be settled."""
 
 
-async def _leads(session: AsyncConnection[TupleRow], name: str) -> bool:
+async def _leads(session: Connection, name: str) -> bool:
     """Whether this session is the only one of its name that listens, so that nothing is forwarded twice."""
     with answered(session):
         cursor = await session.execute(
@@ -180,7 +180,7 @@ async def _leads(session: AsyncConnection[TupleRow], name: str) -> bool:
     return row is not None and bool(row[0])
 
 
-async def _watch(session: AsyncConnection[TupleRow]) -> None:
+async def _watch(session: Connection) -> None:
     """Raises DatabaseUnavailableError when the session that holds the lead ends."""
     while True:
         await asyncio.sleep(_PULSE)
@@ -276,7 +276,7 @@ class Intake:
                 NOTIFICATIONS_DROPPED.inc(len(self._heard))
                 log.error("channels.dropped", events=len(self._heard))
 
-    async def _store(self, connection: AsyncConnection[TupleRow]) -> None:
+    async def _store(self, connection: Connection) -> None:
         batch = [self._heard[index] for index in range(min(_BATCH, len(self._heard)))]
         with answered(connection):
             await connection.execute(

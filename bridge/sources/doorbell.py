@@ -11,12 +11,13 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from typing import Final
 
-QUIET = 1.0
+QUIET: Final = 1.0
 """Seconds without an event after which the bridge falls asleep."""
-BUSY_PAGES = 20
+BUSY_PAGES: Final = 20
 """So many pages within one second of sleep show a load that is cheaper to poll for than to be rung for."""
-UNCERTAIN_POLL = 0.02
+UNCERTAIN_POLL: Final = 0.02
 """Seconds between two looks while a transaction from before the sleep may still commit unheard."""
 
 

@@ -9,18 +9,18 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from typing import Final
 
-from psycopg import AsyncConnection, Notify, sql
-from psycopg.rows import TupleRow
+from psycopg import Notify, sql
 
 from bridge.errors import DatabaseUnavailableError, ListenError
-from bridge.postgres.connection import answered, connect, database_errors
+from bridge.postgres.connection import Connection, answered, connect, database_errors
 from bridge.settings import PostgresSettings
 
-_SLICE = 0.5
+_SLICE: Final = 0.5
 """Seconds that one run of psycopg's generator lasts; between two runs the heartbeat is looked at."""
 
-_PROBE_TIMEOUT = 5.0
+_PROBE_TIMEOUT: Final = 5.0
 """Seconds without any notification after which the own NOTIFY counts as not heard."""
 
 
@@ -47,7 +47,7 @@ class Listener:
         self._heartbeat = heartbeat
         self._application_name = application_name
         self._probe_channel = f"pgbridge_probe_{secrets.token_hex(8)}"
-        self._connection: AsyncConnection[TupleRow] | None = None
+        self._connection: Connection | None = None
         self._probed = asyncio.Event()
         self._last_heard = 0.0
 

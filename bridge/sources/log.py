@@ -3,24 +3,23 @@
 import asyncio
 import json
 import time
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import psycopg
-from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 from psycopg.types.multirange import Multirange
 from psycopg.types.range import Range
 
 from bridge.errors import DatabaseUnavailableError
 from bridge.event import NO_HEADERS, Event, header_values
-from bridge.postgres.connection import answered
+from bridge.postgres.connection import Connection, answered
 from bridge.sources.gaps import Gaps, Ranges
 
-_SLOW = 0.03
+_SLOW: Final = 0.03
 """Seconds; a page of the usual size takes a third of that from a database nearby."""
-_GROWTH = 4
+_GROWTH: Final = 4
 """A page grows to so many times `outbox.page_size` at most."""
-_REST = 3
+_REST: Final = 3
 """Times the duration of the last read: a trickle is read in pages of a few, for a quarter of the time at most."""
 _SHORTEST_REST, _LONGEST_REST = 0.001, 0.005
 
@@ -35,7 +34,7 @@ class Position(NamedTuple):
 class LogReader:
     """The position in the log, and the statements that move it."""
 
-    def __init__(self, connection: AsyncConnection[TupleRow], name: str, *, page_size: int, page_bytes: int) -> None:
+    def __init__(self, connection: Connection, name: str, *, page_size: int, page_bytes: int) -> None:
         self._connection = connection
         # Events name where they come from: the database and the bridge.
         self._source = f"/{connection.info.dbname}/{name}"

@@ -9,26 +9,25 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
-from psycopg import AsyncConnection, Notify
-from psycopg.rows import TupleRow
+from psycopg import Notify
 from psycopg.types.json import Jsonb
 
-from bridge.postgres.connection import answered, connect
+from bridge.postgres.connection import Connection, answered, connect
 from bridge.settings import OutboxSettings, PostgresSettings
 from bridge.sources import DeadLetter, Page
 from bridge.sources.doorbell import Doorbell
 from bridge.sources.log import LogReader, Position
 
-_FROZEN_AFTER = "15s"
+_FROZEN_AFTER: Final = "15s"
 """The server ends a session that is silent for so long: its bridge is frozen, and another one may lead."""
-_PULSE = 2.0
+_PULSE: Final = 2.0
 """Seconds between two signs of life while the relay has no room for another page."""
-_STORE_PAUSE = 0.05
+_STORE_PAUSE: Final = 0.05
 """Seconds between two stores of the cursor. What was settled since the last one is published again after a crash."""
 
-_BURY = """
+_BURY: Final = """
 insert into bridge.dead_letter
     (bridge, event_id, sequence, topic, key, payload, content_type, headers, created_at, sink, code, reason, attempts)
 values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
@@ -58,9 +57,7 @@ class Calls:
 class OutboxSource:
     """The log, read by the leader of `name`. Implements `bridge.sources.Source`."""
 
-    def __init__(
-        self, name: str, connection: AsyncConnection[TupleRow], outbox: OutboxSettings, doorbell: Doorbell
-    ) -> None:
+    def __init__(self, name: str, connection: Connection, outbox: OutboxSettings, doorbell: Doorbell) -> None:
         self._name = name
         self._connection = connection
         self._log = LogReader(connection, name, page_size=outbox.page_size, page_bytes=outbox.page_bytes)
@@ -70,7 +67,7 @@ class OutboxSource:
         self._news = asyncio.Event()
 
     @staticmethod
-    async def connect(name: str, postgres: PostgresSettings) -> AsyncConnection[TupleRow]:
+    async def connect(name: str, postgres: PostgresSettings) -> Connection:
         """A session for a source. Raises DatabaseUnavailableError, PrivilegeError, RefusedError."""
         session = await connect(postgres, f"pgbridge {name}")
         with answered(session):
@@ -178,7 +175,7 @@ class OutboxSource:
         await self._log.fetch_all("select bridge.set_asleep(%s, %s)", (self._name, sleeps))
 
 
-async def bury(connection: AsyncConnection[TupleRow], name: str, letters: Sequence[DeadLetter]) -> None:
+async def bury(connection: Connection, name: str, letters: Sequence[DeadLetter]) -> None:
     """Stores dead letters of the bridge `name`. Raises DatabaseUnavailableError, PrivilegeError."""
     with answered(connection):
         async with connection.cursor() as cursor:

@@ -1,5 +1,6 @@
 """The dead letters of a worker on NATS: the stream ``<worker>_dead``, read by a consumer that settles nothing."""
 
+from typing import Final
 from urllib.parse import unquote
 
 import nats.errors
@@ -17,7 +18,7 @@ from bridge.brokers.nats.topology import dead_stream
 from bridge.errors import TopologyError
 from bridge.event import REPLAYED
 
-_BATCH = 100
+_BATCH: Final = 100
 
 
 class NatsDeadLetters:

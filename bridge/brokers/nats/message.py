@@ -14,6 +14,7 @@ and so is the first letter of a name that NATS or the bridge would take for its 
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Final
 from urllib.parse import quote, unquote
 
 from nats.aio.msg import Msg
@@ -21,18 +22,18 @@ from nats.aio.msg import Msg
 from bridge.brokers.letters import PREFIX
 from bridge.event import Event, Malformed, from_attributes
 
-ID_HEADER = "Nats-Msg-Id"
+ID_HEADER: Final = "Nats-Msg-Id"
 """JetStream stores one message with this id within the stream's duplicate window."""
 
-CONTENT_TYPE = "content-type"
+CONTENT_TYPE: Final = "content-type"
 
-_PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
-_SUBJECT_SAFE = _PRINTABLE.translate({ord(character): None for character in "*>%"})
-_VALUE_SAFE = _PRINTABLE.translate({ord(character): None for character in '"%'})
-_NAME_SAFE = "!#$&'*+-.^_`|~"
-_NAME = re.compile(r"[!#$&'*+\-.^_`|~0-9A-Za-z]+")
-_VALUE = re.compile(r"[!#$&-~]*")
-_OURS = re.compile(r"nats-|content-type$", re.IGNORECASE)
+_PRINTABLE: Final = "".join(map(chr, range(0x21, 0x7F)))
+_SUBJECT_SAFE: Final = _PRINTABLE.translate({ord(character): None for character in "*>%"})
+_VALUE_SAFE: Final = _PRINTABLE.translate({ord(character): None for character in '"%'})
+_NAME_SAFE: Final = "!#$&'*+-.^_`|~"
+_NAME: Final = re.compile(r"[!#$&'*+\-.^_`|~0-9A-Za-z]+")
+_VALUE: Final = re.compile(r"[!#$&-~]*")
+_OURS: Final = re.compile(r"nats-|content-type$", re.IGNORECASE)
 
 
 @lru_cache(4096)
@@ -76,10 +77,10 @@ def headers_size(headers: Mapping[str, str]) -> int:
     return len("NATS/1.0\r\n\r\n") + sum(len(name) + len(value) + len(": \r\n") for name, value in headers.items())
 
 
-_HEADERS_LIMIT = 60_000
+_HEADERS_LIMIT: Final = 60_000
 """Bytes; JetStream stores no more than 65535 of headers."""
 
-_TRACE = f"{PREFIX}trace"
+_TRACE: Final = f"{PREFIX}trace"
 
 
 def event_of(message: Msg) -> Event | Malformed:

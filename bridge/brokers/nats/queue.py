@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Sequence
+from typing import Final
 
 import nats.aio.subscription
 from nats.aio.msg import Msg
@@ -34,19 +35,19 @@ from bridge.errors import (
 )
 from bridge.event import matches
 
-_NANOSECONDS = 1_000_000_000
+_NANOSECONDS: Final = 1_000_000_000
 """In one second: how JetStream writes durations."""
 
-HEARTBEAT = 5.0
+HEARTBEAT: Final = 5.0
 """Seconds between the signs of life that the server gives while a request for messages is open."""
 
-_REQUEST_OPEN = 30.0
+_REQUEST_OPEN: Final = 30.0
 """Seconds after which such a request ends; the next follows."""
 
-_SILENCE = 3 * HEARTBEAT
+_SILENCE: Final = 3 * HEARTBEAT
 """Seconds without a sign of the server, after which a request for messages counts as lost."""
 
-_CLOSE_LIMIT = 3.0
+_CLOSE_LIMIT: Final = 3.0
 """Seconds that a close waits until what is in hand has gone back."""
 
 

@@ -12,6 +12,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from itertools import count
+from typing import Final
 
 import nats.errors
 from nats.aio.msg import Msg
@@ -24,19 +25,19 @@ from bridge.brokers.nats.topology import require, stream_declaration
 from bridge.errors import PrivilegeError
 from bridge.event import REPLAYED, Event, Malformed, attributes
 
-ROOM = 16_000_000
+ROOM: Final = 16_000_000
 """Bytes queued for the connection beyond which a batch waits."""
 
-DEAD_LETTER_ROOM = 4096
+DEAD_LETTER_ROOM: Final = 4096
 """Bytes kept free below the server's limit, so that a worker can dead-letter whatever was published."""
 
-MAX_SUBJECT = 3000
+MAX_SUBJECT: Final = 3000
 """Bytes; the server closes the connection over a protocol line beyond 4096, and ours holds a reply subject too."""
 
-_DISCONNECTED = NotSent("the connection to NATS is not open")
-_BLOCKED = NotSent("NATS did not take what was written before within publish_timeout")
-_NO_STREAM = Refused("no stream answered for the subject: it is gone, or JetStream is not ready")
-_TOO_LARGE = {10054, 10097}
+_DISCONNECTED: Final = NotSent("the connection to NATS is not open")
+_BLOCKED: Final = NotSent("NATS did not take what was written before within publish_timeout")
+_NO_STREAM: Final = Refused("no stream answered for the subject: it is gone, or JetStream is not ready")
+_TOO_LARGE: Final = {10054, 10097}
 """JetStream's codes for a message, or its headers, beyond the stream's limit: refusals that no waiting can help."""
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import combinations, takewhile
+from typing import Final
 
 from nats.js import JetStreamContext
 from nats.js.api import (
@@ -20,7 +21,7 @@ from bridge.brokers.nats.message import quote_word
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.errors import TopologyError
 
-DUPLICATE_WINDOW = 120.0
+DUPLICATE_WINDOW: Final = 120.0
 """Seconds within which a message that is published again is stored once."""
 
 
@@ -95,7 +96,7 @@ def require(found: Sequence[Declaration], settings: NatsSettings) -> None:
         )
 
 
-MAX_UNSETTLED = 10_000
+MAX_UNSETTLED: Final = 10_000
 """Messages that all processes of a worker have in hand, or that wait for another attempt; beyond, no more are given."""
 
 Words = tuple[str, ...]

@@ -115,7 +115,7 @@ class Encoder:
                     ordering_key = key
                     parts += (_ORDERING_KEY, _varint(len(data)), data)
         except (UnicodeError, TypeError, AttributeError) as error:
-            # A lone surrogate, a header that is no string: it must not stop the other events.
+            # A lone surrogate, a header that is not a string: it must not stop the other events.
             raise Unsendable("malformed", f"the event has no Pub/Sub form: {error}") from error
         if payload:
             parts += (_DATA, _varint(size), payload)

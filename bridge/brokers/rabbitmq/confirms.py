@@ -8,11 +8,12 @@ from asyncio import Future
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
+from typing import Final
 
 from bridge.brokers.contract import CONFIRMED, Never, NotSent, Outcome, Refused, Unknown
 from bridge.event import Event
 
-NACKED = Refused("RabbitMQ refused the message (basic.nack): a queue is full or could not store it")
+NACKED: Final = Refused("RabbitMQ refused the message (basic.nack): a queue is full or could not store it")
 
 _first = attrgetter("first")
 

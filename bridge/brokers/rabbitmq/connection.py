@@ -23,19 +23,19 @@ from bridge.errors import BrokerUnavailableError
 CONNECT_LIMIT: Final = 10.0
 """Seconds that connecting, TLS and the handshake may take together."""
 
-_CLOSE_LIMIT = 3.0
+_CLOSE_LIMIT: Final = 3.0
 """Seconds that the broker may take to answer a goodbye."""
 
-_BUFFER_HIGH = 1_048_576
-_BUFFER_LOW = 262_144
+_BUFFER_HIGH: Final = 1_048_576
+_BUFFER_LOW: Final = 262_144
 """Bytes that are not yet sent, at which `has_room` becomes false, and true again."""
 
-_HEARTBEAT = Heartbeat.marshal()
-_CHANNEL_MAX = 16
+_HEARTBEAT: Final = Heartbeat.marshal()
+_CHANNEL_MAX: Final = 16
 _EXCHANGE_CLASS, _QUEUE_CLASS = 40, 50
 """AMQP's ids of the classes whose methods ask for, declare and bind."""
 
-_TLS_ALERT = b"\x15\x03"
+_TLS_ALERT: Final = b"\x15\x03"
 """How a server begins that expects TLS and is spoken to in AMQP."""
 
 _PROPERTIES: FieldTable = {
@@ -46,7 +46,7 @@ _PROPERTIES: FieldTable = {
         "publisher_confirms": True,
         "basic.nack": True,
         "connection.blocked": True,
-        # A wrong password is told with connection.close, instead of a socket that closes without a word.
+        # A wrong password is answered with connection.close, instead of a socket that closes without a word.
         "authentication_failure_close": True,
     },
 }

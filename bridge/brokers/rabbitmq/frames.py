@@ -9,35 +9,35 @@ import struct
 from collections.abc import Mapping
 from functools import lru_cache
 from struct import Struct
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from bridge.brokers.contract import Never
 from bridge.event import AMQP_PREFIX, SPECVERSION, Event, TimeWriter
 
-CHANNEL = 1
+CHANNEL: Final = 1
 """The channel that publishes."""
 
-SHORT_STRING = 255
+SHORT_STRING: Final = 255
 """Most bytes of an AMQP short string: routing key, message id, app id, content type, exchange."""
 
-HEADER_NAME = 128
+HEADER_NAME: Final = 128
 """Most bytes of a header's name (AMQP 0-9-1, 4.2.5.5)."""
 
-_FRAME_OVERHEAD = 8
-_FRAME_END = b"\xce"
-_FRAME = Struct(">BHI")
-_LONG = Struct(">I")
+_FRAME_OVERHEAD: Final = 8
+_FRAME_END: Final = b"\xce"
+_FRAME: Final = Struct(">BHI")
+_LONG: Final = Struct(">I")
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _BASIC, _PUBLISH = 60, 40
-_MANDATORY = b"\x01"
-_PERSISTENT = b"\x02"
+_MANDATORY: Final = b"\x01"
+_PERSISTENT: Final = b"\x02"
 # content_type, headers, delivery_mode, message_id, timestamp, app_id
-_FLAGS = 0x8000 | 0x2000 | 0x1000 | 0x0080 | 0x0040 | 0x0008
-_CONTENT_TYPE_FLAG = 0x8000
-_APP_ID_FLAG = 0x0008
-_CACHED_TOPICS = 4096
-_BYTE = [bytes([number]) for number in range(256)]
-_LENGTH = [_LONG.pack(number) for number in range(1024)]
+_FLAGS: Final = 0x8000 | 0x2000 | 0x1000 | 0x0080 | 0x0040 | 0x0008
+_CONTENT_TYPE_FLAG: Final = 0x8000
+_APP_ID_FLAG: Final = 0x0008
+_CACHED_TOPICS: Final = 4096
+_BYTE: Final = [bytes([number]) for number in range(256)]
+_LENGTH: Final = [_LONG.pack(number) for number in range(1024)]
 
 
 class RefusedEvent(Exception):  # noqa: N818 - an outcome on its way
@@ -109,9 +109,9 @@ def _field(name: str, value: str) -> bytes:
     return _field_name(name) + _long(value.encode())
 
 
-_ID = _field_name(f"{AMQP_PREFIX}id")
-_SUBJECT = _field_name(f"{AMQP_PREFIX}subject")
-_TIME = _field_name(f"{AMQP_PREFIX}time")
+_ID: Final = _field_name(f"{AMQP_PREFIX}id")
+_SUBJECT: Final = _field_name(f"{AMQP_PREFIX}subject")
+_TIME: Final = _field_name(f"{AMQP_PREFIX}time")
 
 
 def _own_headers(headers: Mapping[str, str]) -> tuple[bytes, bytes]:
@@ -205,7 +205,7 @@ class Encoder:
                 )
             )
         except (ValueError, TypeError, AttributeError, OverflowError, struct.error) as error:
-            # A lone surrogate, a time before 1970, a header that is no string: it must not stop the other events.
+            # A lone surrogate, a time before 1970, a header that is not a string: it must not stop the other events.
             raise _malformed(f"the event has no AMQP form: {error}") from error
 
     def _check_size(self, header_size: int, body_size: int) -> None:

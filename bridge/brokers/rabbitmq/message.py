@@ -1,7 +1,7 @@
 """A message of RabbitMQ: the event in it, its counts, and its copy for another queue."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from aio_pika import DeliveryMode, Message
 from aio_pika.abc import AbstractIncomingMessage, HeadersType
@@ -9,7 +9,7 @@ from aio_pika.abc import AbstractIncomingMessage, HeadersType
 from bridge.brokers.letters import PREFIX
 from bridge.event import AMQP_PREFIX, Event, Malformed, from_attributes
 
-_BROKERS = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count")
+_BROKERS: Final = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count")
 """What RabbitMQ adds to a message's headers; no part of the event, and not to be published again."""
 
 

@@ -5,6 +5,7 @@ import re
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Final
 
 from pamqp import commands
 
@@ -15,13 +16,13 @@ from bridge.brokers.rabbitmq.connection import Connection
 from bridge.brokers.rabbitmq.frames import CHANNEL, Encoder, RefusedEvent, too_large
 from bridge.event import Event
 
-UNCONFIRMED_LIMIT = 200_000
+UNCONFIRMED_LIMIT: Final = 200_000
 """Messages whose time ran out and whose confirms may still come. Beyond them the connection is dropped, since a broker
 that takes messages and confirms none would fill both memories with retries."""
 
-_CHUNK_MESSAGES = 200
-_CHUNK_BYTES = 262_144
-_TOO_LARGE = re.compile(r"message size \d+ (?:is )?larger than (?:configured )?max size (\d+)")
+_CHUNK_MESSAGES: Final = 200
+_CHUNK_BYTES: Final = 262_144
+_TOO_LARGE: Final = re.compile(r"message size \d+ (?:is )?larger than (?:configured )?max size (\d+)")
 
 
 class Publisher:

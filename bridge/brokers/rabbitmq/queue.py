@@ -67,7 +67,7 @@ class Acks:
         self._batcher = Batcher(self._ack_together, _TOGETHER)
 
     async def ack(self, message: AbstractIncomingMessage) -> None:
-        """Settles a message for ever; returns when that is on its way."""
+        """Settles a message, which never comes again; returns when that is on its way."""
         await self._batcher.ask(_tag(message))
 
     async def give_back(self, message: AbstractIncomingMessage) -> None:

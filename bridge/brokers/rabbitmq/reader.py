@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Callable
+from typing import Final
 
 from pamqp import commands, exceptions, frame
 from pamqp.base import Frame
@@ -9,17 +10,17 @@ from pamqp.header import ContentHeader
 
 from bridge.brokers.rabbitmq.frames import CHANNEL
 
-_OVERHEAD = 8
-_FRAME_END = 0xCE
+_OVERHEAD: Final = 8
+_FRAME_END: Final = 0xCE
 _METHOD, _BODY = 1, 3
-_FRAME_TYPES = (1, 2, 3, 8)
-FRAME_MAX = 131_072
+_FRAME_TYPES: Final = (1, 2, 3, 8)
+FRAME_MAX: Final = 131_072
 """What we ask for, and RabbitMQ's own default."""
-_CONFIRM_SIZE = 21
+_CONFIRM_SIZE: Final = 21
 # A method frame of 13 bytes on the publishing channel: class 60, method 80 (basic.ack) or 120 (basic.nack).
-_ACK = struct.pack(">BHIHH", _METHOD, CHANNEL, 13, 60, 80)
-_NACK = struct.pack(">BHIHH", _METHOD, CHANNEL, 13, 60, 120)
-_TAG_AND_FLAGS = struct.Struct(">QB")
+_ACK: Final = struct.pack(">BHIHH", _METHOD, CHANNEL, 13, 60, 80)
+_NACK: Final = struct.pack(">BHIHH", _METHOD, CHANNEL, 13, 60, 120)
+_TAG_AND_FLAGS: Final = struct.Struct(">QB")
 
 
 class BrokenStreamError(Exception):

@@ -20,7 +20,7 @@ from bridge.event import Event
 _START_LIMIT: Final = 10.0
 """Seconds that looking for the exchange and opening the channel may take, once connected."""
 
-_NOT_OPEN = NotSent("the sink is not open")
+_NOT_OPEN: Final = NotSent("the sink is not open")
 
 
 class RabbitMQSink:

@@ -5,10 +5,11 @@ import json
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from bridge.demo.servers.process import MissingProgramError, Process, Server
 
-MAX_PAYLOAD = 8 * 1024 * 1024
+MAX_PAYLOAD: Final = 8 * 1024 * 1024
 """Bytes; the most that the server recommends."""
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 from urllib.parse import quote
 
 import psycopg
@@ -16,10 +17,10 @@ from psycopg import sql
 from bridge.demo.servers.process import MissingProgramError, Process, Server
 from bridge.errors import UnavailableError
 
-UNPRIVILEGED_USER = "nobody"
+UNPRIVILEGED_USER: Final = "nobody"
 """Whom PostgreSQL runs as when we are root, which it refuses to be."""
 
-DEFAULT_SETTINGS: Mapping[str, str] = {
+DEFAULT_SETTINGS: Final[Mapping[str, str]] = {
     "listen_addresses": "127.0.0.1",
     # A socket's path is limited to 107 bytes, and the folder may be longer.
     "unix_socket_directories": "",

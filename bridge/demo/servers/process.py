@@ -9,14 +9,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from bridge.demo.servers import guard
 from bridge.errors import UnavailableError
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK: Final = "127.0.0.1"
 
-_LOG_TAIL_LINES = 20
+_LOG_TAIL_LINES: Final = 20
 
 _reservations: dict[int, socket.socket] = {}
 """By port, the socket that keeps it for this process."""

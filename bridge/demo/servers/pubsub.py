@@ -5,11 +5,12 @@ import shutil
 import subprocess
 import urllib.request
 from pathlib import Path
+from typing import Final
 
 from bridge.demo.servers.process import MissingProgramError, Process, Server
 from bridge.errors import UnavailableError
 
-INSTALL = (
+INSTALL: Final = (
     "install a Java runtime and 'gcloud components install pubsub-emulator' (Debian: apt-get install "
     "default-jre-headless google-cloud-cli-pubsub-emulator), or set PUBSUB_EMULATOR_HOST to one that runs"
 )

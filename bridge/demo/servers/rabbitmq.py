@@ -5,14 +5,15 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
+from typing import Final
 
 from bridge.demo.servers.process import LOOPBACK, MissingProgramError, Process, Server, free_port
 from bridge.errors import UnavailableError
 
-SCRIPTS = Path("/usr/lib/rabbitmq/bin")
+SCRIPTS: Final = Path("/usr/lib/rabbitmq/bin")
 """Not /usr/sbin: Debian's wrappers there switch to the system's user `rabbitmq`."""
 
-DEFAULT_WATERMARK = "0.4"
+DEFAULT_WATERMARK: Final = "0.4"
 """RabbitMQ's own default: the part of the memory beyond which it blocks publishers."""
 
 
