@@ -48,6 +48,9 @@ is read, and what we send meanwhile may destroy it."""
 _CLOSE_LIMIT: Final = 3.0
 """Seconds that saying goodbye may take."""
 
+_TIDY_LIMIT: Final = 0.1
+"""Seconds that nats-py has for what is left of a connection that is lost, or was never made."""
+
 _WATCH_INTERVAL: Final = 0.1
 """Seconds between two looks at whether the connection is lost."""
 
@@ -166,8 +169,10 @@ class Connection:
 
     async def close(self) -> None:
         """Says goodbye and closes, by force when the server no longer reads what is written."""
+        # After a TLS handshake that failed, nats-py waits in vain for the end of a transport that has ended.
+        limit = _CLOSE_LIMIT if self.client.is_connected else _TIDY_LIMIT
         with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-            async with asyncio.timeout(_CLOSE_LIMIT):
+            async with asyncio.timeout(limit):
                 await self.client.close()
         if (transport := transport_of(self.client)) is not None:
             transport.abort()
