@@ -26,10 +26,22 @@ OUTPUT = Path("build/bench.json")
 @click.option("--only", multiple=True, metavar="ROW", help="Only rows whose names begin so; may be repeated.")
 @click.option("--rounds", type=click.IntRange(1), help="Rounds; default 5, with --quick 1.")
 @click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True, help="The JSON file.")
+@click.option(
+    "--beside",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="PYTHON",
+    help="The interpreter of another checkout's environment, whose bridge takes part in rows rabbitmq and nats.",
+)
 @click.option("--list", "list_only", is_flag=True, help="Lists the themes and ends.")
 @click.argument("more", nargs=-1, metavar="[ROW ...]")
 def main(
-    quick: bool, only: tuple[str, ...], rounds: int | None, output: Path, list_only: bool, more: tuple[str, ...]
+    quick: bool,
+    only: tuple[str, ...],
+    rounds: int | None,
+    output: Path,
+    beside: Path | None,
+    list_only: bool,
+    more: tuple[str, ...],
 ) -> None:
     """Measures pgbridge beside its peers. ROWs that follow --only's are taken as well."""
     if list_only:
@@ -43,7 +55,7 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     rows: list[Row] = []
-    with World(quick=quick, rounds=rounds or (1 if quick else 5)) as world:
+    with World(quick=quick, rounds=rounds or (1 if quick else 5), beside=beside) as world:
         for name in names:
             rows += measure(name, world)
             write_json(rows, output)

@@ -49,20 +49,30 @@ def settings_of(name: str, dsn: str, sink: Mapping[str, str | int]) -> str:
     return "\n".join([*lines, "[[routes]]", f'topic = "{TOPIC.partition(".")[0]}.#"', 'sink = "events"', ""])
 
 
-def daemon(world: World, name: str, dsn: str, sink: Mapping[str, str | int]) -> Daemon:
-    """The bridge `name`, not yet started."""
-    return Daemon(world.folder / name, settings_of(name, dsn, sink))
+OTHER = "the other version of the bridge"
+"""The contender that `World.beside` names."""
+
+
+def daemon(world: World, name: str, dsn: str, sink: Mapping[str, str | int], python: Path | None = None) -> Daemon:
+    """The bridge `name`, not yet started; `python` as in `Daemon`."""
+    return Daemon(world.folder / name, settings_of(name, dsn, sink), python=python)
 
 
 def drain(
-    world: World, log: Log, sink: Mapping[str, str | int], *, dsn: str | None = None, limit: float = 120.0
+    world: World,
+    log: Log,
+    sink: Mapping[str, str | int],
+    *,
+    dsn: str | None = None,
+    limit: float = 120.0,
+    python: Path | None = None,
 ) -> Drained:
     """Runs a bridge with a new cursor over a log until all of it is confirmed; `dsn` overrides where it connects.
 
     Raises TimeoutError after `limit` seconds, RuntimeError when the daemon ends.
     """
     name = world.unique("bridge")
-    process = daemon(world, name, dsn or log.dsn, sink)
+    process = daemon(world, name, dsn or log.dsn, sink, python)
     with psycopg.connect(log.dsn, autocommit=True) as watcher, process:
         samples, began = _watch(watcher, name, log.last, process, time.monotonic() + limit)
         assert process.process is not None

@@ -2,15 +2,16 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import nats
 from nats.js.errors import NotFoundError
 
-from tests.bench.bridge import drain, settings_of
+from tests.bench.bridge import OTHER, drain, settings_of
 from tests.bench.peers import run
 from tests.bench.registry import theme
 from tests.bench.results import Row, at_least
-from tests.bench.rounds import interleave
+from tests.bench.rounds import Measure, interleave
 from tests.bench.world import Log, World
 from tests.support.daemons import run_command
 
@@ -39,9 +40,9 @@ def to_nats(world: World) -> Sequence[Row]:
         asyncio.run(_delete_stream(world.nats.url))
         declare(world, log.dsn, sink)
 
-    def ours() -> float:
+    def ours(python: Path | None = None) -> float:
         stream()
-        rate = drain(world, log, sink).rate
+        rate = drain(world, log, sink, python=python).rate
         _expect(log, asyncio.run(_stream_messages(world.nats.url)))
         return rate
 
@@ -51,8 +52,12 @@ def to_nats(world: World) -> Sequence[Row]:
         _expect(log, asyncio.run(_stream_messages(world.nats.url)))
         return rate
 
-    found = interleave(world.rounds, {"ours": ours, ASYNC: peer})
-    return [found.row("nats: the client's best", "events/s", ASYNC, at_least(0.8))]
+    contenders: dict[str, Measure] = {"ours": ours, ASYNC: peer}
+    if world.beside is not None:
+        contenders[OTHER] = lambda: ours(world.beside)
+    found = interleave(world.rounds, contenders)
+    other = [] if world.beside is None else [found.row("nats: the other version", "events/s", OTHER)]
+    return [*other, found.row("nats: the client's best", "events/s", ASYNC, at_least(0.8))]
 
 
 @theme("pubsub")

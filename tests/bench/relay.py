@@ -1,8 +1,9 @@
 """The outbox to RabbitMQ: beside the broker's limit, and beside other ways to relay it."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from tests.bench.bridge import drain
+from tests.bench.bridge import OTHER, drain
 from tests.bench.peers import run
 from tests.bench.rabbit import Target, quorum_queue
 from tests.bench.registry import theme
@@ -18,10 +19,10 @@ AIO_PIKA, GATHERED = "psycopg + aio-pika", "psycopg + aio-pika, gathered"
 FASTSTREAM = "faststream-outbox"
 
 
-def ours(world: World, log: Log) -> float:
-    """Confirmed events a second."""
+def ours(world: World, log: Log, python: Path | None = None) -> float:
+    """Confirmed events a second; of another version of the bridge with the `python` of its environment."""
     with quorum_queue(world) as target:
-        drained = drain(world, log, target.sink)
+        drained = drain(world, log, target.sink, python=python)
         target.expect(log.events)
         return drained.rate
 
@@ -58,8 +59,12 @@ def rabbitmq(world: World) -> Sequence[Row]:
         ),
         FASTSTREAM: lambda: published(world, few, lambda to: run.foreign("faststream_relay.py", *_to(to, log, few))),
     }
+    if world.beside is not None:
+        contenders[OTHER] = lambda: ours(world, log, world.beside)
     found = interleave(world.rounds, contenders)
+    other = [] if world.beside is None else [found.row("rabbitmq: the other version", "events/s", OTHER)]
     return [
+        *other,
         found.row("rabbitmq: the broker's limit", "events/s", LIMIT, at_least(0.8)),
         found.row("rabbitmq: Node.js", "events/s", NODE, faster()),
         found.row("rabbitmq: aio-pika, one by one", "events/s", AIO_PIKA, faster()),

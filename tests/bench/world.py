@@ -50,9 +50,11 @@ class Log:
 class World:
     """Servers start when the first theme asks for them, and end with the block."""
 
-    def __init__(self, *, quick: bool, rounds: int) -> None:
+    def __init__(self, *, quick: bool, rounds: int, beside: Path | None = None) -> None:
+        """`beside` is the interpreter of an environment with another version of the bridge."""
         self.quick = quick
         self.rounds = rounds
+        self.beside = beside
         self._stack = ExitStack()
         self._logs: dict[tuple[int, int, int, int], Log] = {}
         self._names = 0

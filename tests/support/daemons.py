@@ -14,13 +14,17 @@ from typing import Any, Self
 class Daemon:
     """`python -m bridge.cli run` (or another module and command) over one settings file."""
 
-    def __init__(self, folder: Path, settings: str, *command: str, module: str = "bridge.cli") -> None:
-        """`settings` is the text of bridge.toml; `command` defaults to ``run``."""
+    def __init__(
+        self, folder: Path, settings: str, *command: str, module: str = "bridge.cli", python: Path | None = None
+    ) -> None:
+        """`settings` is the text of bridge.toml; `command` defaults to ``run``, `python` to this interpreter; with
+        another one, what is installed in its environment runs."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.config = folder / "bridge.toml"
         self.config.write_text(settings, encoding="utf-8")
-        self.command = [sys.executable, "-m", module, *(command or ("run",)), "--config", str(self.config)]
+        interpreter = [sys.executable] if python is None else [str(python), "-P"]
+        self.command = [*interpreter, "-m", module, *(command or ("run",)), "--config", str(self.config)]
         self.log = folder / f"{module}.log"
         self.process: subprocess.Popen[bytes] | None = None
         self._read_from = 0
