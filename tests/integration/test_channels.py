@@ -45,7 +45,7 @@ async def heard(port: int, count: int) -> None:
             await asyncio.sleep(0.05)
 
 
-async def test_a_flood_of_100000_is_kept_in_order_in_bounded_memory_and_leaves_the_servers_queue_empty(
+async def test_a_flood_keeps_its_order_in_bounded_memory_and_empties_the_servers_queue(
     bridge_database: str, messages: Messages, tmp_path: Path
 ) -> None:
     port = free_port()

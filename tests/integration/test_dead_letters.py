@@ -203,7 +203,7 @@ async def test_letters_of_a_worker_are_shown_replayed_and_discarded(
     ]
 
 
-async def test_a_missing_queue_of_dead_letters_ends_with_69_and_the_outbox_is_still_listed(
+async def test_a_missing_dead_letter_queue_ends_with_69_and_the_outbox_is_still_listed(
     bridge_database: str, messages: Messages, tmp_path: Path, unique: str
 ) -> None:
     text = with_worker(settings(bridge_database, messages), unique)

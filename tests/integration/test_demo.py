@@ -65,7 +65,7 @@ def test_every_order_becomes_messages_and_an_invoice_and_nothing_is_lost(
     assert 0 < told["latency_ms"]["p50"] <= told["latency_ms"]["p99"]
 
 
-def test_with_json_standard_output_is_one_object_and_progress_goes_to_standard_error(
+def test_json_is_one_object_on_standard_output_and_progress_on_standard_error(
     run: subprocess.CompletedProcess[str],
 ) -> None:
     assert len(run.stdout.splitlines()) == 1

@@ -71,7 +71,7 @@ async def wake_up(reader: Reader, dsn: str) -> None:
                 await asyncio.sleep(0.002)
 
 
-async def test_a_transaction_that_saw_the_bridge_awake_is_found_at_once_although_it_does_not_ring(
+async def test_a_transaction_that_saw_the_bridge_awake_is_found_although_it_does_not_ring(
     bridge_database: str,
 ) -> None:
     async with Reader(bridge_database, 30.0) as reader:

@@ -135,7 +135,7 @@ async def test_a_bridge_that_stands_by_or_waits_holds_no_snapshot(
         assert len(rows) == 4
 
 
-async def test_the_server_ends_the_session_of_a_leader_that_is_frozen_in_the_middle_of_a_page(
+async def test_the_server_ends_the_session_of_a_leader_that_is_frozen_within_a_page(
     bridge_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outbox_module, "_FROZEN_AFTER", "1s")

@@ -151,7 +151,7 @@ def test_large_bodies_and_many_messages_pass_on_both_event_loops(
         runner.run(scenario())
 
 
-async def test_a_message_beyond_the_brokers_own_limit_is_found_and_the_others_may_be_sent_again(
+async def test_a_message_beyond_the_brokers_limit_is_found_and_the_others_go_again(
     node: TlsRabbitMQServer, unique: str, open_sink: Any, bind: Any
 ) -> None:
     sink = await open_sink(node.url)
@@ -227,7 +227,7 @@ async def test_a_blocked_connection_buffers_little_and_goes_on_when_the_alarm_en
     assert ids(await drain(queue))[1:] == ids(event for batch in events for event in batch)
 
 
-async def test_when_time_runs_out_while_blocked_the_unsent_failed_and_the_sent_are_unknown(
+async def test_a_time_out_while_blocked_leaves_the_unsent_not_sent_and_the_sent_unknown(
     node: TlsRabbitMQServer, unique: str, open_sink: Any, bind: Any
 ) -> None:
     sink = await open_sink(node.url, publish_timeout=1.0)

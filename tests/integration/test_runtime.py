@@ -281,7 +281,7 @@ async def test_a_stop_lets_running_handlers_finish_and_starts_no_more(
     assert replies(bridge_database) == [{"of": 1}]
 
 
-async def test_what_still_runs_at_the_shutdown_limit_is_given_back_without_counting_an_attempt(
+async def test_what_runs_beyond_the_shutdown_limit_is_given_back_without_an_attempt(
     shop: PostgresSettings, bridge_database: str
 ) -> None:
     started = asyncio.Event()

@@ -24,7 +24,7 @@ def mark(dsn: str) -> int:
     return int(row[0])
 
 
-async def test_sigterm_under_load_settles_what_is_in_flight_so_that_the_next_start_repeats_nothing(
+async def test_sigterm_under_load_settles_what_is_in_flight_and_nothing_is_repeated(
     bridge_database: str, messages: Messages, tmp_path: Path
 ) -> None:
     with Daemon(tmp_path, settings(bridge_database, messages, SMALL_PAGES)) as bridge:

@@ -146,7 +146,7 @@ def _settings(**values: Any) -> WorkerSettings:
     return WorkerSettings(handler="a:b", **values)
 
 
-def test_the_ladder_doubles_up_to_the_longest_delay_and_has_a_rung_less_than_attempts() -> None:
+def test_delays_double_up_to_the_longest_and_are_one_fewer_than_the_attempts() -> None:
     assert retry_delays(_settings(max_attempts=5, retry_initial="1s", retry_max="1h")) == [1, 2, 4, 8]
     assert retry_delays(_settings(max_attempts=8, retry_initial="1s", retry_max="5s")) == [1, 2, 4, 5]
     assert retry_delays(_settings(max_attempts=1)) == []
@@ -164,6 +164,6 @@ def test_a_backoff_rounds_up_to_the_rung_of_its_attempt(
     assert next(index for index, step in enumerate(ladder) if delay <= step) == rung
 
 
-def test_a_subscription_takes_the_topics_of_the_handler_unless_the_settings_name_others() -> None:
+def test_a_worker_subscribes_to_its_handlers_topics_unless_the_settings_name_others() -> None:
     assert subscription("w", _settings(), plain.topics).topics == ["a.b", "a.c"]
     assert subscription("w", _settings(subscribe=["x.#"]), plain.topics).topics == ["x.#"]
