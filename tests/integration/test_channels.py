@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
@@ -20,15 +19,10 @@ from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.metrics import MEMORY, metric
 from tests.support.proxy import Proxy
+from tests.support.until import until
 
 FLOOD = 100_000
 NOTIFY = "select pg_notify('Orders', n::text) from generate_series({}, {}) n order by n"
-
-
-async def until(condition: Callable[[], bool], limit: float = 20.0) -> None:
-    async with asyncio.timeout(limit):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 def one(dsn: str, query: str) -> object:
@@ -40,9 +34,11 @@ def one(dsn: str, query: str) -> object:
 
 async def heard(port: int, count: int) -> None:
     """Waits until the bridge has heard so many notifications; the server cannot tell, since its sockets hold some."""
-    async with asyncio.timeout(30):
-        while await metric(port, "pgbridge_notifications_total") != count:
-            await asyncio.sleep(0.05)
+
+    async def heard_all() -> bool:
+        return await metric(port, "pgbridge_notifications_total") == count
+
+    await until(heard_all, f"{count} notifications are heard")
 
 
 async def test_a_flood_keeps_its_order_in_bounded_memory_and_empties_the_servers_queue(

@@ -12,10 +12,11 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from bridge.demo.servers import RabbitMQServer
-from tests.support.commands import command, eventually, json_of
+from tests.support.commands import command, json_of
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.pubsub import PROJECT
+from tests.support.until import rows_become
 
 LETTER = """
 insert into bridge.dead_letter
@@ -243,5 +244,5 @@ async def test_a_message_that_is_no_event_can_be_discarded(
     (letter,) = await json_of("dead", "list", *config)
     assert (letter["id"], letter["topic"], letter["event_id"]) == (f"{unique}:strange", None, None)
     await command("dead", "discard", letter["id"], "--why", "not ours", *config)
-    await eventually(bridge_database, "select letter, event_id from bridge.dead_letter_audit", [(letter["id"], None)])
+    await rows_become(bridge_database, "select letter, event_id from bridge.dead_letter_audit", [(letter["id"], None)])
     assert await json_of("dead", "list", *config) == []

@@ -15,6 +15,7 @@ from bridge.sources.doorbell import BUSY_PAGES, Doorbell
 from bridge.sources.outbox import OutboxSource
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
+from tests.support.until import until
 
 
 def asleep(dsn: str) -> bool:
@@ -64,11 +65,13 @@ class Reader:
 async def wake_up(reader: Reader, dsn: str) -> None:
     """A burst, as of a load."""
     async with await AsyncConnection.connect(dsn, autocommit=True) as connection:
-        async with asyncio.timeout(10):
-            while reader.doorbell.asleep:
-                await connection.execute("select bridge.emit('load', 'x')")
-                reader.doorbell.ring()
-                await asyncio.sleep(0.002)
+
+        async def is_awake() -> bool:
+            await connection.execute("select bridge.emit('load', 'x')")
+            reader.doorbell.ring()
+            return not reader.doorbell.asleep
+
+        await until(is_awake)
 
 
 async def test_a_transaction_that_saw_the_bridge_awake_is_found_although_it_does_not_ring(
@@ -79,9 +82,7 @@ async def test_a_transaction_that_saw_the_bridge_awake_is_found_although_it_does
         async with await AsyncConnection.connect(bridge_database) as writer:
             row = await (await writer.execute("select bridge.emit('load', 'late')::text")).fetchone()
             assert row is not None
-            async with asyncio.timeout(10):
-                while not reader.doorbell.asleep:
-                    await asyncio.sleep(0.01)
+            await until(lambda: reader.doorbell.asleep)
             # It sleeps now, and has gone on looking, since this transaction may commit unheard.
             await asyncio.sleep(0.5)
             await writer.commit()
@@ -97,9 +98,7 @@ async def test_no_wake_up_is_later_than_the_poll_interval_whatever_the_snapshot_
         async with await AsyncConnection.connect(bridge_database) as writer:
             await writer.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
             await writer.execute("select 1 from bridge.bell")
-            async with asyncio.timeout(10):
-                while not reader.doorbell.asleep:
-                    await asyncio.sleep(0.01)
+            await until(lambda: reader.doorbell.asleep)
             await asyncio.sleep(0.2)
             row = await (await writer.execute("select bridge.emit('load', 'old snapshot')::text")).fetchone()
             await writer.commit()
@@ -154,9 +153,7 @@ async def test_a_trickle_leaves_the_bridge_asleep_and_a_load_wakes_it_until_it_i
                 while asleep(bridge_database):
                     await writer.execute("select bridge.emit('load', 'x')")
             assert await _notifications_during(bridge_database, "select bridge.emit('load', 'awake')") == 0
-            async with asyncio.timeout(10):
-                while not asleep(bridge_database):
-                    await asyncio.sleep(0.02)
+            await until(lambda: asleep(bridge_database))
         assert await _notifications_during(bridge_database, "select bridge.emit('load', 'asleep')") == 1
 
 

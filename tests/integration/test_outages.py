@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import psycopg
@@ -27,6 +27,7 @@ from tests.support.messages import Messages, execute, settings
 from tests.support.metrics import MEMORY, metric
 from tests.support.proxy import Proxy
 from tests.support.standby import StandbyServer
+from tests.support.until import rows_become, until
 
 BRISK = "[relay]\nretry_max = 0.5"
 READ = "pgbridge_events_read_total"
@@ -50,12 +51,6 @@ async def take(messages: Messages, count: int) -> list[int]:
         own = [number for number in numbers if number % 5 == key]
         assert own == sorted(own)
     return sorted(numbers)
-
-
-async def until(condition: Callable[[], bool], limit: float = 20.0) -> None:
-    async with asyncio.timeout(limit):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +230,8 @@ async def test_a_failover_to_another_host_loses_nothing(
             with Daemon(tmp_path, settings(both, messages)) as bridge:
                 bridge.wait_for("bridge.leading")
                 await emit(primary_dsn, 1, 500)
-                await asyncio.to_thread(_caught_up, primary_dsn, standby_dsn)
+                ((there,),) = await execute(primary_dsn, "select pg_current_wal_lsn()::text")
+                await rows_become(standby_dsn, f"select pg_last_wal_replay_lsn() >= '{there}'", [(True,)])
                 await asyncio.to_thread(primary.kill)
                 await asyncio.to_thread(standby.promote)
                 await asyncio.to_thread(bridge.wait_for, "bridge.leading", count=2)
@@ -243,16 +239,6 @@ async def test_a_failover_to_another_host_loses_nothing(
                 assert await take(messages, 1000) == list(range(1, 1001))
                 assert of(bridge, "postgres.lost", "postgres.restored") == ["postgres.lost", "postgres.restored"]
                 assert bridge.stop() == 0
-
-
-def _caught_up(primary: str, standby: str) -> None:
-    with psycopg.connect(primary) as one, psycopg.connect(standby, autocommit=True) as other:
-        there = one.execute("select pg_current_wal_lsn()").fetchone()
-        assert there is not None
-        deadline = time.monotonic() + 20
-        while other.execute("select pg_last_wal_replay_lsn() >= %s", there).fetchone() != (True,):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
 
 
 async def test_a_changed_password_is_waited_out_and_told(
@@ -343,13 +329,15 @@ async def test_a_memory_alarm_stops_reading_and_loses_nothing(
 ) -> None:
     port = free_port()
     more = f'{BRISK}\npages_in_flight = 2\n[observe]\nlisten = "127.0.0.1:{port}"'
+
+    async def full() -> bool:
+        return await metric(port, "pgbridge_pages_in_flight") >= 2
+
     async with carrying(bridge_database, messages, tmp_path, more=more):
         await asyncio.to_thread(rabbitmq.alarm, True)
         try:
             await emit(bridge_database, 6, 12_000)
-            async with asyncio.timeout(20):
-                while await metric(port, "pgbridge_pages_in_flight") < 2:
-                    await asyncio.sleep(0.02)
+            await until(full, "two pages are in flight")
             read, memory = [await metric(port, name) for name in (READ, MEMORY)]
             assert read < 12_000
             for _ in range(20):
@@ -402,7 +390,7 @@ async def test_a_full_queue_that_refuses_takes_a_keys_events_in_order_once_it_ha
         await full.bind(messages.exchange, "#")
         await emit(bridge_database, 6, 1500)
         await asyncio.to_thread(bridge.wait_for, "sink.refusing")
-        await until(lambda: not _settled(bridge_database, 1500), 5)
+        assert not _settled(bridge_database, 1500)
         seen: list[int] = []
         async with asyncio.timeout(60), full.iterator() as iterator:
             async for message in iterator:

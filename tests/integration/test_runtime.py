@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -19,6 +20,7 @@ from bridge.event import Event, Malformed
 from bridge.settings import PostgresSettings, WorkerSettings
 from tests.support.proxy import Proxy
 from tests.support.scripted_queue import ScriptedQueue, event_of
+from tests.support.until import until
 from workers.effects import effect
 from workers.handler import Reject, Result, Retry, Run
 from workers.inbox import Claim, Inbox
@@ -47,12 +49,6 @@ async def working(
         stop.set()
         async with asyncio.timeout(30):
             await task
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(15):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def replies(dsn: str) -> list[Any]:
@@ -214,6 +210,10 @@ async def test_a_result_that_cannot_be_replied_is_an_attempt_that_failed(
     assert replies(bridge_database) == []
 
 
+async def claims(inbox: Inbox, event_id: str) -> bool:
+    return isinstance(await inbox.claim(event_id), Claim)
+
+
 async def test_an_event_that_kills_its_process_again_and_again_is_dead_lettered_unrun(
     shop: PostgresSettings, bridge_database: str
 ) -> None:
@@ -221,10 +221,8 @@ async def test_an_event_that_kills_its_process_again_and_again_is_dead_lettered_
     for _ in range(3):
         dying = Inbox("invoices", shop, concurrency=1)
         await dying.open()
-        async with asyncio.timeout(10):
-            # The server learns a moment later that the session before has ended.
-            while not isinstance(await dying.claim(event.id), Claim):
-                await asyncio.sleep(0.01)
+        # The server learns a moment later that the session before has ended.
+        await until(partial(claims, dying, event.id), "the event is claimed")
         await dying.close()
     async with working(echo, shop, max_attempts=3) as queue:
         queue.add(event)

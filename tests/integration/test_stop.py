@@ -11,6 +11,7 @@ from bridge.demo.servers import PostgresServer, RabbitMQServer
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.proxy import Proxy
+from tests.support.until import until
 
 COUNT = 20_000
 LOAD = f"select bridge.emit('load', n::text, 'key-' || n %% 50) from generate_series(1, {COUNT}) n order by n"
@@ -33,9 +34,7 @@ async def test_sigterm_under_load_settles_what_is_in_flight_and_nothing_is_repea
         loading = asyncio.create_task(execute(bridge_database, LOAD))
         stops_in_the_middle = 0
         for threshold in (300, 4000, 9000):
-            async with asyncio.timeout(30):
-                while messages.seen < threshold:
-                    await asyncio.sleep(0.001)
+            await until(lambda least=threshold: messages.seen >= least)  # type: ignore[misc]
             assert await asyncio.to_thread(bridge.stop) == 0
             stops_in_the_middle += 0 < mark(bridge_database) < COUNT
             bridge.start()

@@ -16,6 +16,7 @@ from bridge.lane import sink_outage
 from bridge.process.tasks import one_error
 from bridge.relay import Limits, Relay, Routes
 from bridge.sources import DeadLetter, Page
+from tests.support.until import until
 
 LIMITS = Limits(pages_in_flight=4, retry_initial=0.001, retry_max=0.01, shutdown_limit=5.0)
 
@@ -140,9 +141,7 @@ async def test_a_refused_event_stops_its_key_and_no_other() -> None:
     broker.refuse["id-1"] = Refused("full")
     carrying = asyncio.create_task(carry(log, broker))
     free = [one for one in events if one.key != "stuck"]
-    async with asyncio.timeout(5):
-        while sum(one in broker.arrived for one in free) < len(free):
-            await asyncio.sleep(0.005)
+    await until(lambda: all(one in broker.arrived for one in free))
     assert log.settled == -1
     # What was in flight in the same page had left already; all later pages wait.
     assert not [one for one in broker.arrived if one.key == "stuck" and one.sequence >= 5]
@@ -176,9 +175,7 @@ async def test_reading_stops_while_the_broker_does_not_confirm() -> None:
     log, broker = Log([event(n) for n in range(500)]), Broker()
     broker.gate = asyncio.Event()
     carrying = asyncio.create_task(carry(log, broker))
-    async with asyncio.timeout(5):
-        while log.next < LIMITS.pages_in_flight:
-            await asyncio.sleep(0.001)
+    await until(lambda: log.next >= LIMITS.pages_in_flight)
     for _ in range(50):
         await asyncio.sleep(0)
     assert log.next == LIMITS.pages_in_flight
@@ -192,12 +189,10 @@ async def test_a_stop_settles_what_is_in_flight_and_reads_nothing_more() -> None
     broker.gate = asyncio.Event()
     relay = Relay(log, {"s": broker}, Routes([("#", "s")]), limits=LIMITS)
     running = asyncio.create_task(relay.run(stop))
-    async with asyncio.timeout(5):
-        while log.next < LIMITS.pages_in_flight:
-            await asyncio.sleep(0.001)
-        stop.set()
-        broker.gate.set()
-        await running
+    await until(lambda: log.next >= LIMITS.pages_in_flight)
+    stop.set()
+    broker.gate.set()
+    await asyncio.wait_for(running, 5)
     assert log.settled == log.next - 1 == LIMITS.pages_in_flight - 1
 
 
@@ -221,12 +216,10 @@ async def test_fan_out_settles_a_page_only_when_every_sink_has_confirmed() -> No
     second.gate = asyncio.Event()
     relay = Relay(log, {"a": first, "b": second}, Routes([("#", "a"), ("t", "b")]), limits=LIMITS)
     running = asyncio.create_task(relay.run(log.done))
-    async with asyncio.timeout(5):
-        while len(second.arrived) < 10:
-            await asyncio.sleep(0.001)
-        assert log.settled == -1
-        second.gate.set()
-        await running
+    await until(lambda: len(second.arrived) >= 10)
+    assert log.settled == -1
+    second.gate.set()
+    await asyncio.wait_for(running, 5)
     assert len(first.arrived) == len(second.arrived) == 10
 
 
@@ -243,15 +236,10 @@ async def test_an_outage_of_a_sink_that_spans_two_relays_is_told_once() -> None:
     broker.open_now = False
     outages = {"s": sink_outage("s", retry_initial=0.001, retry_max=0.01)}
 
-    async def lost() -> None:
-        async with asyncio.timeout(5):
-            while not outages["s"].lasts:
-                await asyncio.sleep(0.001)
-
     with capture_logs() as lines:
         first = Relay(Log([event(1)]), {"s": broker}, Routes([("#", "s")]), limits=LIMITS, outages=outages)
         running = asyncio.create_task(first.run(asyncio.Event()))
-        await lost()
+        await until(lambda: outages["s"].lasts)
         running.cancel()
         await asyncio.wait([running])
         broker.may_open = True
@@ -270,11 +258,9 @@ async def test_a_sink_that_recovers_between_two_relays_is_restored_by_the_second
     running = asyncio.create_task(
         Relay(log, {"s": broker}, Routes([("#", "s")]), limits=LIMITS, outages=outages).run(stop)
     )
-    async with asyncio.timeout(5):
-        while outages["s"].lasts:
-            await asyncio.sleep(0.001)
-        stop.set()
-        await running
+    await until(lambda: not outages["s"].lasts)
+    stop.set()
+    await asyncio.wait_for(running, 5)
 
 
 async def test_what_waits_is_named_with_the_last_reason() -> None:
@@ -286,10 +272,8 @@ async def test_what_waits_is_named_with_the_last_reason() -> None:
         running = asyncio.create_task(
             Relay(log, {"s": broker}, Routes([("#", "s")]), limits=LIMITS, outages=outages).run(log.done)
         )
-        async with asyncio.timeout(5):
-            while not outages["s"].lasts:
-                await asyncio.sleep(0.001)
-            assert outages["s"].problem == "sink s: refusing for 0 s: a queue is full"
-            broker.refuse.clear()
-            await running
+        await until(lambda: outages["s"].lasts)
+        assert outages["s"].problem == "sink s: refusing for 0 s: a queue is full"
+        broker.refuse.clear()
+        await asyncio.wait_for(running, 5)
     assert [line["event"] for line in lines if line["event"].startswith("sink.")] == ["sink.refusing", "sink.restored"]
