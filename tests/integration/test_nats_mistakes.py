@@ -26,8 +26,8 @@ from bridge.errors import (
     TopologyError,
 )
 from bridge.settings import load
-from tests.integration.test_nats_sink import make_event
 from tests.support.certificates import self_signed
+from tests.support.events import make_event
 from tests.support.proxy import Proxy
 
 DEADLINE = 20.0

@@ -2,9 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from uuid import uuid4
 
 import nats
 import pytest
@@ -23,26 +21,13 @@ from bridge.brokers.nats.topology import filters
 from bridge.demo.servers import NatsServer
 from bridge.demo.servers.nats import MAX_PAYLOAD
 from bridge.event import REPLAYED, Event, matches
+from tests.support.events import make_event
 
 DEADLINE = 20.0
 
 
 def settings_of(url: str, stream: str, publish_timeout: float = 30.0) -> NatsSettings:
     return NatsSettings(type="nats", url=SecretStr(url), stream=stream, publish_timeout=publish_timeout)
-
-
-def make_event(**changes: object) -> Event:
-    event = Event(
-        id=str(uuid4()),
-        topic="shop.order.inserted",
-        payload=b"{}",
-        key=None,
-        source="/shop/test",
-        time=datetime(2026, 1, 1, tzinfo=UTC),
-        content_type="application/json",
-        headers={},
-    )
-    return event._replace(**changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture

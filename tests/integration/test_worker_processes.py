@@ -19,7 +19,7 @@ from bridge.brokers.registry import broker_of
 from bridge.demo.servers import RabbitMQServer
 from bridge.event import AMQP_PREFIX, Event, attributes
 from bridge.settings import PostgresSettings, Settings, load
-from tests.support.scripted_queue import event_of
+from tests.support.events import make_event
 from tests.support.until import until
 from workers.worker import subscription
 
@@ -111,7 +111,9 @@ async def test_every_event_is_replied_exactly_once_although_workers_are_killed(
     victims = [processes.start(), processes.start()]
     # Else the first might do it all before the second has started.
     await until(lambda: processes.logs().count('"worker.started"') == 2)
-    await publish(rabbitmq.url, unique, [event_of(number) for number in range(400)])
+    await publish(
+        rabbitmq.url, unique, [make_event(topic="shop.order.placed", payload=number) for number in range(400)]
+    )
     for number, victim in enumerate(victims, 1):
         await until(lambda least=100 * number: len(replies(bridge_database)) >= least, limit=60)  # type: ignore[misc]
         victim.send_signal(signal.SIGKILL)

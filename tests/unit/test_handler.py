@@ -1,6 +1,5 @@
 """Handlers: how they are marked, found and given their options; effects; the ladder of retries."""
 
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -9,22 +8,14 @@ from hypothesis import strategies as st
 
 from bridge.errors import SettingsError
 from bridge.settings import WorkerSettings
+from tests.support.events import make_event
 from workers import Effect, Event, Options, effect, handler
 from workers.attempt import backoff, retry_delays
 from workers.effects import current_effects
 from workers.handler import load_handler
 from workers.worker import subscription
 
-EVENT = Event(
-    id="5f2b9c1e-7f7b-4a55-9d5b-3f1c2d1e0a01",
-    topic="shop.order.placed",
-    payload=b"{}",
-    key=None,
-    source="/shop/shop",
-    time=datetime(2026, 11, 21, tzinfo=UTC),
-    content_type="application/json",
-    headers={},
-)
+EVENT = make_event(topic="shop.order.placed")
 
 
 class Greeting(Options):

@@ -4,26 +4,26 @@ import asyncio
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 import pytest
 from structlog.testing import capture_logs
 
 from bridge.brokers.contract import CONFIRMED, Declaration, Never, NotSent, Outcome, Refused, Unknown
 from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError, RefusedError
-from bridge.event import NO_HEADERS, Event
+from bridge.event import Event
 from bridge.lane import sink_outage
 from bridge.process.tasks import one_error
 from bridge.relay import Limits, Relay, Routes
 from bridge.sources import DeadLetter, Page
+from tests.support.events import make_event
 from tests.support.until import until
 
 LIMITS = Limits(pages_in_flight=4, retry_initial=0.001, retry_max=0.01, shutdown_limit=5.0)
 
 
 def event(number: int, key: str | None = None, topic: str = "t") -> Event:
-    now = datetime.now(UTC)
-    return Event(f"id-{number}", topic, str(number).encode(), key, "/s", now, "text/plain", NO_HEADERS, number)
+    """Its number is in its id and is its place in the log."""
+    return make_event(number, id=f"id-{number}", key=key, topic=topic, sequence=number)
 
 
 class Log:
