@@ -17,7 +17,8 @@ from bridge.brokers.pubsub.sink import PubSubSink
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
 from bridge.demo.servers import NatsServer, PubSubEmulator, RabbitMQServer
-from bridge.event import AMQP_PREFIX, Event, from_attributes
+from bridge.event import Event, from_attributes
+from tests.support.messages import drain
 from tests.support.proxy import Proxy
 from tests.support.pubsub import PubSubReader, pubsub_settings
 from tests.support.until import LIMIT, until
@@ -113,20 +114,6 @@ class RabbitMQHarness:
 
     def stall(self, on: bool) -> None:
         self._proxy.blackhole = on
-
-
-def event_of(message: aio_pika.abc.AbstractIncomingMessage) -> Event:
-    """The event that a worker would read."""
-    headers = {name: str(value) for name, value in message.headers.items()}
-    return from_attributes(headers, message.body, message.content_type, AMQP_PREFIX)
-
-
-async def drain(queue: aio_pika.abc.AbstractQueue) -> list[Event]:
-    """Takes all that a queue holds."""
-    events = []
-    while (message := await queue.get(no_ack=True, fail=False)) is not None:
-        events.append(event_of(message))
-    return events
 
 
 @asynccontextmanager

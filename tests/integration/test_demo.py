@@ -189,7 +189,7 @@ def test_a_run_without_loss_is_good() -> None:
     [
         ({"missing_events": 2}, "2 events were committed and never arrived", 2),
         ({"missing_pdfs": ("2026-100001",)}, "1 invoices have no PDF that matches size and SHA-256: 2026-100001", 1),
-        ({"figures": Figures(orders=1, events=5, invoices=1)}, "1 orders stand, 2 were placed", 0),
+        ({"figures": Figures(orders=1, events=5, invoices=1)}, "1 orders are in the table, 2 were placed", 0),
         ({"dead_letters": 1}, "1 dead letters", 0),
         ({"faults": ("nothing moved for 90 s",)}, "nothing moved for 90 s", 0),
     ],

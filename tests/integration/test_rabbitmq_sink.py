@@ -19,8 +19,8 @@ from bridge.demo.servers import RabbitMQServer
 from bridge.errors import BrokerUnavailableError, TopologyError
 from bridge.event import Event
 from bridge.settings import TlsSettings
-from tests.contract.sinks import drain
 from tests.support.events import ids, make_event, make_events
+from tests.support.messages import drain
 from tests.support.proxy import Proxy
 from tests.support.tls_rabbitmq import BROKER_LIMIT, TlsRabbitMQServer
 from tests.support.until import until
@@ -367,7 +367,7 @@ async def test_tls_with_a_trusted_certificate_carries_events(
     node: TlsRabbitMQServer, unique: str, open_sink: Any, bind: Any
 ) -> None:
     url = f"amqps://guest:guest@127.0.0.1:{node.tls_port}/"
-    sink = await open_sink(url, tls=TlsSettings(ca_file=node.certificate))
+    sink = await open_sink(url, tls=TlsSettings(ca_file=node.certificate.file))
     queue = await bind(node.url, unique)
     events = [make_event(payload=bytes(500_000)), *make_events(2000)]
     assert list(await sink.publish(events)) == [CONFIRMED] * 2001

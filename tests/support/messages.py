@@ -5,6 +5,8 @@ import asyncio
 import aio_pika
 import psycopg
 
+from bridge.event import AMQP_PREFIX, Event, from_attributes
+
 
 class Messages:
     """A queue bound to everything on one exchange."""
@@ -47,6 +49,15 @@ class Messages:
                 if len(seen) >= count:
                     break
         return taken
+
+
+async def drain(queue: aio_pika.abc.AbstractQueue) -> list[Event]:
+    """Takes all that a queue holds, as the events that a worker would read."""
+    events = []
+    while (message := await queue.get(no_ack=True, fail=False)) is not None:
+        headers = {name: str(value) for name, value in message.headers.items()}
+        events.append(from_attributes(headers, message.body, message.content_type, AMQP_PREFIX))
+    return events
 
 
 def settings(dsn: str, messages: Messages, more: str = "") -> str:
