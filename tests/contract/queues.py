@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from bridge.brokers.contract import CONFIRMED, Queue, Sink, Subscription
 from bridge.brokers.letters import PREFIX, letter_headers
-from bridge.brokers.memory import MemoryBroker, MemoryQueue, MemorySettings
+from bridge.brokers.memory import MemoryBroker, MemoryQueue, MemorySettings, Message
 from bridge.brokers.nats.message import unquote_headers
 from bridge.brokers.nats.queue import NatsQueue
 from bridge.brokers.nats.settings import NatsSettings
@@ -24,10 +24,10 @@ from bridge.brokers.pubsub.sink import PubSubSink
 from bridge.brokers.rabbitmq.queue import RabbitMQQueue
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
-from bridge.demo.servers import NatsServer, PubSubEmulator, RabbitMQServer
 from bridge.event import Event, Malformed
 from tests.support.proxy import Proxy
 from tests.support.pubsub import PROJECT, PubSubReader, pubsub_settings
+from tests.support.servers import NatsServer, PubSubEmulator, RabbitMQServer
 from tests.support.until import until
 
 DEADLINE = 20.0
@@ -101,10 +101,10 @@ class MemoryHarness:
 
     async def publish(self, *events: Event) -> None:
         for event in events:
-            await self._broker.put(event)
+            await self._broker.append(Message(event))
 
     async def publish_strange(self, payload: bytes) -> None:
-        await self._broker.put(Malformed(payload.decode()))
+        await self._broker.append(Message(Malformed(payload.decode())))
 
     async def dead_letters(self, count: int) -> Sequence[Letter]:
         assert len(self._broker.dead) == count

@@ -8,9 +8,9 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from pydantic import SecretStr
 
-from bridge.demo.servers import RabbitMQServer
 from bridge.settings import PostgresSettings
 from tests.support.messages import Messages
+from tests.support.servers import RabbitMQServer
 from tests.support.shop import SHOP
 
 

@@ -9,7 +9,6 @@ import pytest
 from psycopg import Notify
 from pydantic import SecretStr
 
-from bridge.demo.servers import PostgresServer, RabbitMQServer, free_port
 from bridge.errors import DatabaseUnavailableError
 from bridge.process.tasks import background, one_error
 from bridge.settings import PostgresSettings
@@ -19,6 +18,7 @@ from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.metrics import MEMORY, metric
 from tests.support.proxy import Proxy
+from tests.support.servers import PostgresServer, RabbitMQServer, free_port
 from tests.support.until import until
 
 FLOOD = 100_000

@@ -11,11 +11,11 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from bridge.demo.servers import RabbitMQServer
 from tests.support.commands import command, json_of
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.pubsub import PROJECT
+from tests.support.servers import RabbitMQServer
 from tests.support.until import rows_become
 
 LETTER = """

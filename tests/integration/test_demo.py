@@ -20,10 +20,10 @@ from pypdf import PdfReader
 
 from bridge.demo.brokers import Arrivals
 from bridge.demo.figures import Figures
-from bridge.demo.servers import MissingProgramError, RabbitMQServer
 from bridge.demo.servers.guard import tree
 from bridge.demo.verdict import Verdict
 from bridge.postgres.schema import sql_folder
+from tests.support.servers import MissingProgramError, RabbitMQServer
 from tests.support.until import until
 
 LIMIT = 170.0

@@ -10,10 +10,9 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
-from bridge.demo.servers import MissingProgramError
 from bridge.postgres.schema import migrate
-from tests.conftest import NOT_DURABLE
 from tests.support.daemons import run_command
+from tests.support.servers import NOT_DURABLE, MissingProgramError
 from tests.support.strict_postgres import PasswordServer, TlsPostgresServer
 
 BASE = """

@@ -14,7 +14,6 @@ from bridge.brokers.nats.connection import connect, tasks_of, transport_of
 from bridge.brokers.nats.queue import NatsQueue
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.sink import NatsSink
-from bridge.demo.servers import NatsServer
 from bridge.errors import (
     BrokerUnavailableError,
     LoginError,
@@ -29,6 +28,7 @@ from tests.support.certificates import self_signed
 from tests.support.events import make_event
 from tests.support.proxy import Proxy
 from tests.support.refusals import SINK, all_are_refused, everything_that_connects
+from tests.support.servers import NatsServer
 from tests.support.until import LIMIT
 
 

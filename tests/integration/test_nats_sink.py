@@ -18,10 +18,9 @@ from bridge.brokers.nats.queue import NatsQueue
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.sink import DEAD_LETTER_ROOM, NatsSink
 from bridge.brokers.nats.topology import filters
-from bridge.demo.servers import NatsServer
-from bridge.demo.servers.nats import MAX_PAYLOAD
 from bridge.event import REPLAYED, Event, matches
 from tests.support.events import make_event
+from tests.support.servers import MAX_PAYLOAD, NatsServer
 
 DEADLINE = 20.0
 

@@ -16,7 +16,6 @@ from structlog.testing import capture_logs
 import bridge.daemon
 import bridge.postgres.connection
 from bridge.daemon import Daemon as InProcessDaemon
-from bridge.demo.servers import PostgresServer, RabbitMQServer, free_port
 from bridge.errors import DatabaseUnavailableError
 from bridge.postgres.schema import migrate
 from bridge.settings import OutboxSettings, PostgresSettings, load
@@ -26,6 +25,7 @@ from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.metrics import MEMORY, metric
 from tests.support.proxy import Proxy
+from tests.support.servers import PostgresServer, RabbitMQServer, free_port
 from tests.support.standby import StandbyServer
 from tests.support.until import rows_become, until
 
@@ -62,7 +62,7 @@ def durable(server_folder: Path) -> Iterator[PostgresServer]:
 
 @pytest.fixture
 def durable_database(durable: PostgresServer, unique: str) -> Iterator[str]:
-    yield durable.create_database(unique, template="durable")
+    yield durable.copy_database(unique, "durable")
     durable.drop_database(unique)
 
 

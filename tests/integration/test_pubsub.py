@@ -16,12 +16,12 @@ from bridge.brokers.contract import CONFIRMED, Never, NotSent, Outcome, Unknown
 from bridge.brokers.pubsub.connection import connect
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.sink import PubSubSink
-from bridge.demo.servers import PubSubEmulator
 from bridge.errors import SettingsError, TopologyError
 from bridge.event import Event
 from tests.support.events import make_event
 from tests.support.pubsub import PROJECT, PubSubReader, pubsub_settings
 from tests.support.scripted_pubsub import ScriptedPubSub
+from tests.support.servers import PubSubEmulator
 from tests.support.until import until
 
 

@@ -17,7 +17,6 @@ from bridge.brokers.pubsub.connection import Connection, connect
 from bridge.brokers.pubsub.queue import PubSubQueue
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.sink import PubSubSink
-from bridge.demo.servers import free_port
 from bridge.errors import (
     BrokerUnavailableError,
     LoginError,
@@ -30,6 +29,7 @@ from bridge.errors import (
 from tests.support.certificates import self_signed
 from tests.support.refusals import SINK, all_are_refused, everything_that_connects
 from tests.support.scripted_pubsub import ScriptedPubSub
+from tests.support.servers import free_port
 from tests.support.tokens import REFUSED, TOKEN, service_account, token_server
 from tests.support.until import LIMIT
 

@@ -14,11 +14,11 @@ from bridge.brokers.pubsub.queue import PubSubDelivery, PubSubQueue
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.sink import PubSubSink
 from bridge.brokers.pubsub.topology import filter_of
-from bridge.demo.servers import PubSubEmulator
 from bridge.errors import SettingsError, TopologyError
 from bridge.event import Event, Malformed
 from tests.support.events import make_event
 from tests.support.pubsub import PROJECT, pubsub_settings
+from tests.support.servers import PubSubEmulator
 
 
 def subscription(worker: str, *topics: str, prefetch: int = 20, ack_wait: float = 30.0) -> Subscription:

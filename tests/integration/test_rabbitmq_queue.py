@@ -12,9 +12,9 @@ from bridge.brokers.contract import Subscription
 from bridge.brokers.rabbitmq.queue import RabbitMQQueue
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.topology import DELIVERY_LIMIT, duration
-from bridge.demo.servers import RabbitMQServer
 from bridge.errors import BrokerUnavailableError, TopologyError
 from bridge.event import Malformed
+from tests.support.servers import RabbitMQServer
 
 DEADLINE = 20.0
 

@@ -15,7 +15,6 @@ from bridge.brokers.rabbitmq import client, connection
 from bridge.brokers.rabbitmq.queue import RabbitMQQueue
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
-from bridge.demo.servers import RabbitMQServer, free_port
 from bridge.errors import (
     BrokerUnavailableError,
     LoginError,
@@ -28,6 +27,7 @@ from bridge.errors import (
 from tests.support.certificates import self_signed, signed_by
 from tests.support.daemons import run_command
 from tests.support.refusals import SINK, all_are_refused, everything_that_connects
+from tests.support.servers import RabbitMQServer, free_port
 from tests.support.tls_rabbitmq import TlsRabbitMQServer
 from tests.support.until import LIMIT
 

@@ -15,13 +15,13 @@ from bridge.brokers.contract import CONFIRMED, Never, NotSent, Refused, Unknown
 from bridge.brokers.rabbitmq import publisher
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
-from bridge.demo.servers import RabbitMQServer
 from bridge.errors import BrokerUnavailableError, TopologyError
 from bridge.event import Event
 from bridge.settings import TlsSettings
 from tests.support.events import ids, make_event, make_events
 from tests.support.messages import drain
 from tests.support.proxy import Proxy
+from tests.support.servers import RabbitMQServer
 from tests.support.tls_rabbitmq import BROKER_LIMIT, TlsRabbitMQServer
 from tests.support.until import until
 

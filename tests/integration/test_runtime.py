@@ -13,13 +13,13 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from bridge.brokers.contract import Failure
-from bridge.demo.servers import PostgresServer
 from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError, LoginError
 from bridge.event import Event, Malformed
 from bridge.settings import PostgresSettings, WorkerSettings
 from tests.support.events import make_event
 from tests.support.proxy import Proxy
 from tests.support.scripted_queue import ScriptedQueue
+from tests.support.servers import PostgresServer
 from tests.support.until import until
 from workers.effects import effect
 from workers.handler import Reject, Result, Retry, Run

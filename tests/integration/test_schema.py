@@ -8,8 +8,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from bridge.demo.servers import PostgresServer
 from bridge.postgres.schema import migrate, schema_sql
+from tests.support.servers import PostgresServer
 from tests.support.until import until
 
 ROOT = Path(__file__).parents[2]

@@ -16,10 +16,10 @@ import nats
 import psycopg
 import pytest
 
-from bridge.demo.servers import NatsServer, PostgresServer, PubSubEmulator, RabbitMQServer, Server, free_port
 from bridge.demo.servers.guard import tree
 from bridge.errors import UnavailableError
 from tests.support.proxy import Proxy
+from tests.support.servers import NatsServer, PostgresServer, PubSubEmulator, RabbitMQServer, Server, free_port
 from tests.support.until import until
 
 
@@ -87,7 +87,7 @@ def test_a_server_ends_with_the_process_that_started_it(server_folder: Path, uni
     script = """if True:
         import sys
         from pathlib import Path
-        from bridge.demo.servers import PostgresServer
+        from tests.support.servers import PostgresServer
         with PostgresServer(Path(sys.argv[1])) as server:
             print(server.pid, flush=True)
             server.freeze()
@@ -123,7 +123,7 @@ def test_every_bridge_database_has_the_schema_and_its_own_log(bridge_database: s
 
 
 async def test_nats_keeps_its_stream_through_a_kill(server_folder: Path, unique: str) -> None:
-    with NatsServer(server_folder / unique, sync_always=True) as server:
+    with NatsServer(server_folder / unique) as server:
         client = await nats.connect(server.url)
         await client.jetstream().add_stream(name=unique, subjects=[unique])
         await client.jetstream().publish(unique, b"kept")
@@ -275,7 +275,7 @@ async def test_the_proxy_as_a_blackhole_accepts_and_passes_nothing_until_it_ends
 
 
 PORTS_OF_ANOTHER_PROCESS = """
-from bridge.demo.servers import free_port
+from tests.support.servers import free_port
 print(*[free_port() for _ in range(300)], flush=True)
 input()
 """

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import psycopg
 
-from bridge.demo.servers import NatsServer, RabbitMQServer, free_port
 from tests.support.commands import command, json_of
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.metrics import get
+from tests.support.servers import NatsServer, RabbitMQServer, free_port
 from tests.support.until import rows_become, until
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import psycopg
 
-from bridge.demo.servers import PostgresServer, RabbitMQServer
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.proxy import Proxy
+from tests.support.servers import PostgresServer, RabbitMQServer
 from tests.support.until import until
 
 COUNT = 20_000

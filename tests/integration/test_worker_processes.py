@@ -16,10 +16,10 @@ import psycopg
 import pytest
 
 from bridge.brokers.registry import broker_of
-from bridge.demo.servers import RabbitMQServer
 from bridge.event import AMQP_PREFIX, Event, attributes
 from bridge.settings import PostgresSettings, Settings, load
 from tests.support.events import make_event
+from tests.support.servers import RabbitMQServer
 from tests.support.until import until
 from workers.worker import subscription
 

@@ -12,9 +12,8 @@ import psycopg
 import pytest
 from psycopg import conninfo, sql
 
-from bridge.demo.servers import PostgresServer, free_port
-from tests.conftest import NOT_DURABLE
 from tests.support.daemons import run_command
+from tests.support.servers import NOT_DURABLE, PostgresServer, free_port
 from tests.support.standby import StandbyServer
 from tests.support.until import until
 

@@ -9,7 +9,7 @@ from google.iam.v1 import iam_policy_pb2
 from google.protobuf import empty_pb2
 from google.pubsub_v1 import types
 
-from bridge.demo.servers import free_port
+from tests.support.servers import free_port
 from tests.support.until import until
 
 Answer = Callable[[Sequence[Any]], Awaitable[grpc.StatusCode | None]]

@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from bridge.demo.servers import PostgresServer
 from tests.support.certificates import self_signed
 from tests.support.postgres15 import Postgres15Server
+from tests.support.servers import PostgresServer
 
 
 class PasswordServer(PostgresServer):

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from bridge.demo.servers import RabbitMQServer, free_port
 from tests.support.certificates import Certificate, self_signed
+from tests.support.servers import RabbitMQServer, free_port
 
 BROKER_LIMIT = 3_000_000
 """`max_message_size` of the node, in bytes."""
