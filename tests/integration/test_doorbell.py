@@ -25,6 +25,16 @@ def asleep(dsn: str) -> bool:
     return bool(row[0])
 
 
+class CountingDoorbell(Doorbell):
+    """Counts the looks that found nothing."""
+
+    looks = 0
+
+    async def wait(self, xmin: int) -> None:
+        self.looks += 1
+        await super().wait(xmin)
+
+
 class Reader:
     """A leading source whose bell nobody hears, read on in the background: only its own looks find events."""
 
@@ -35,7 +45,7 @@ class Reader:
 
     async def __aenter__(self) -> "Reader":
         self._session = await OutboxSource.connect("test", PostgresSettings(dsn=SecretStr(self._dsn)))
-        self.doorbell = Doorbell(self._poll_interval)
+        self.doorbell = CountingDoorbell(self._poll_interval)
         self.source = OutboxSource(
             "test", self._session, OutboxSettings(poll_interval=self._poll_interval), self.doorbell
         )
@@ -83,8 +93,8 @@ async def test_a_transaction_that_saw_the_bridge_awake_is_found_although_it_does
             row = await (await writer.execute("select bridge.emit('load', 'late')::text")).fetchone()
             assert row is not None
             await until(lambda: reader.doorbell.asleep)
-            # It sleeps now, and has gone on looking, since this transaction may commit unheard.
-            await asyncio.sleep(0.5)
+            # It sleeps, and goes on looking all the same, since this transaction may commit unheard.
+            await until(lambda enough=reader.doorbell.looks + 10: reader.doorbell.looks >= enough)  # type: ignore[misc]
             await writer.commit()
             committed = time.monotonic()
             assert await reader.find(str(row[0])) - committed < 0.5
@@ -98,8 +108,7 @@ async def test_no_wake_up_is_later_than_the_poll_interval_whatever_the_snapshot_
         async with await AsyncConnection.connect(bridge_database) as writer:
             await writer.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
             await writer.execute("select 1 from bridge.bell")
-            await until(lambda: reader.doorbell.asleep)
-            await asyncio.sleep(0.2)
+            await until(lambda: reader.doorbell.asleep and reader.doorbell._certain_at is None)
             row = await (await writer.execute("select bridge.emit('load', 'old snapshot')::text")).fetchone()
             await writer.commit()
             committed = time.monotonic()
@@ -127,6 +136,7 @@ async def test_no_event_is_late_while_the_bridge_falls_asleep_and_wakes_up_all_t
         async with await AsyncConnection.connect(bridge_database) as writer:
             for number in range(150):
                 row = await (await writer.execute("select bridge.emit('load', 'x')::text")).fetchone()
+                # Nothing is waited for: the commits are to fall everywhere between two sleeps.
                 await asyncio.sleep(0.007 * (number % 7))
                 await writer.commit()
                 committed = time.monotonic()
@@ -147,7 +157,7 @@ async def test_a_trickle_leaves_the_bridge_asleep_and_a_load_wakes_it_until_it_i
         async with await AsyncConnection.connect(bridge_database, autocommit=True) as writer:
             for number in range(BUSY_PAGES // 2):
                 await writer.execute("select bridge.emit('load', %s::text)", (str(number),))
-                await asyncio.sleep(0.1)
+                await messages.take(1)
                 assert asleep(bridge_database)
             async with asyncio.timeout(10):
                 while asleep(bridge_database):

@@ -15,7 +15,7 @@ from bridge.sources import outbox as outbox_module
 from bridge.sources.doorbell import Doorbell
 from bridge.sources.outbox import OutboxSource
 from tests.support.daemons import Daemon
-from tests.support.messages import Messages, execute, settings
+from tests.support.messages import Messages, execute, settings, stored_mark
 from tests.support.until import rows_become, until
 
 TERMINATE_LEADER = """
@@ -99,13 +99,6 @@ async def test_a_frozen_leader_stores_nothing_when_it_wakes_and_stands_by(
         assert [x["action"] for x in first.lines()].count("bridge.leading") == 1
         assert await execute(bridge_database, "select mark, gaps::text, stored_at, leader from bridge.cursor") == stored
         assert [first.stop(), second.stop()] == [0, 0]
-
-
-def stored_mark(dsn: str) -> int:
-    with psycopg.connect(dsn) as connection:
-        row = connection.execute("select mark from bridge.cursor").fetchone()
-    assert row is not None
-    return int(row[0])
 
 
 async def test_a_bridge_that_stands_by_or_waits_holds_no_snapshot(

@@ -153,7 +153,7 @@ async def test_a_throttled_key_holds_back_its_later_events_and_no_other_key(scri
 
 async def test_a_time_out_is_unknown_and_closes_the_sink(scripted: ScriptedPubSub) -> None:
     async def answer(messages: Sequence[Any]) -> None:
-        await asyncio.sleep(60)
+        await asyncio.Event().wait()
 
     scripted.answer = answer
     sink = await opened(scripted.address, publish_timeout=0.2)

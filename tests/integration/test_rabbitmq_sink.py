@@ -340,7 +340,7 @@ async def test_heartbeats_keep_an_idle_connection(
 ) -> None:
     sink = await open_sink(rabbitmq.url, heartbeat=1.0)
     await bind(rabbitmq.url, unique)
-    # RabbitMQ drops a client whose heartbeats are missing for two intervals.
+    # RabbitMQ drops a client whose heartbeats are missing for two intervals, and says nothing while they come.
     await asyncio.sleep(3.5)
     assert await sink.publish([make_event()]) == [CONFIRMED]
 

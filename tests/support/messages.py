@@ -80,3 +80,11 @@ async def execute(dsn: str, query: str, *values: object) -> list[tuple[object, .
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
         cursor = await connection.execute(query, values)
         return await cursor.fetchall() if cursor.description else []
+
+
+def stored_mark(dsn: str) -> int:
+    """The mark of the one bridge: every event up to it is settled."""
+    with psycopg.connect(dsn) as connection:
+        row = connection.execute("select mark from bridge.cursor").fetchone()
+    assert row is not None
+    return int(row[0])

@@ -97,7 +97,7 @@ async def fail():
 
 async def main():
     asyncio.create_task(fail())
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
 
 asyncio.run(main())
 """

@@ -2,8 +2,8 @@
 
 import asyncio
 import random
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 
 import pytest
 from structlog.testing import capture_logs
@@ -29,20 +29,19 @@ def event(number: int, key: str | None = None, topic: str = "t") -> Event:
 class Log:
     """A source over a list; remembers what was settled and how far reading ran ahead."""
 
-    def __init__(self, events: Sequence[Event], page_size: int = 10, pause: float = 0.0) -> None:
-        self.pause = pause
+    def __init__(self, events: Sequence[Event], page_size: int = 10) -> None:
         self.pages = [Page(events[start : start + page_size], start) for start in range(0, len(events), page_size)]
         self.next = 0
         self.settled = -1
         self.ahead = 0
         self.letters: list[DeadLetter] = []
         self.done = asyncio.Event()
+        self.may_read: Callable[[], bool] = lambda: True
 
     async def read(self) -> Page:
         if self.next == len(self.pages):
             await asyncio.Event().wait()
-        if self.pause:
-            await asyncio.sleep(self.pause)
+        await until(self.may_read)
         self.next += 1
         self.ahead = max(self.ahead, self.next - 1 - self.settled)
         return self.pages[self.next - 1]
@@ -67,6 +66,7 @@ class Broker:
         self.arrived: list[Event] = []
         self.open_now = True
         self.refuse: dict[str, Outcome] = {}
+        self.refused: Counter[str] = Counter()
         self.gate: asyncio.Event | None = None
 
     @property
@@ -87,6 +87,7 @@ class Broker:
         for index, one in enumerate(events):
             if one.id in self.refuse:
                 outcomes.append(self.refuse[one.id])
+                self.refused[one.id] += 1
             elif index < arriving:
                 self.arrived.append(one)
                 # The confirm of what arrived may be lost with the connection.
@@ -136,8 +137,9 @@ async def test_lost_connections_lose_no_event_and_break_no_keys_order(seed: int)
 
 async def test_a_refused_event_stops_its_key_and_no_other() -> None:
     events = [event(n, "stuck" if n % 2 else f"free-{n}") for n in range(20)]
-    # The pause lets the outcomes of a page come before the next one is read.
-    log, broker = Log(events, page_size=5, pause=0.02), Broker()
+    log, broker = Log(events, page_size=5), Broker()
+    # At the second refusal the relay knows of the first.
+    log.may_read = lambda: log.next == 0 or broker.refused["id-1"] >= 2
     broker.refuse["id-1"] = Refused("full")
     carrying = asyncio.create_task(carry(log, broker))
     free = [one for one in events if one.key != "stuck"]
