@@ -28,7 +28,7 @@ MAX_MESSAGE_BYTES = 100_000
 
 
 class SinkHarness(Protocol):
-    """A sink on a target of its own (exchange and queue, stream), which stands and takes every topic."""
+    """A sink on a target of its own (exchange and queue, stream), which exists and takes every topic."""
 
     @property
     def sink(self) -> Sink:

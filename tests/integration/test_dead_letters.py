@@ -233,7 +233,7 @@ async def test_what_the_broker_lacks_ends_topology_and_check_with_the_same_words
     await command("topology", *config)
 
 
-async def test_a_message_that_is_no_event_can_be_discarded(
+async def test_a_message_that_is_not_an_event_can_be_discarded(
     bridge_database: str, rabbitmq: RabbitMQServer, messages: Messages, tmp_path: Path, unique: str
 ) -> None:
     text = with_worker(settings(bridge_database, messages), unique)

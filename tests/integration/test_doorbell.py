@@ -104,7 +104,7 @@ async def test_no_wake_up_is_later_than_the_poll_interval_whatever_the_snapshot_
     interval = 0.6
     async with Reader(bridge_database, interval) as reader:
         await wake_up(reader, bridge_database)
-        # Its snapshot says awake for ever, and it has no transaction id that a horizon could wait for.
+        # Its snapshot goes on saying awake, and it has no transaction id that a horizon could wait for.
         async with await AsyncConnection.connect(bridge_database) as writer:
             await writer.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
             await writer.execute("select 1 from bridge.bell")

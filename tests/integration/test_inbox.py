@@ -202,7 +202,7 @@ async def test_a_reply_that_raises_leaves_the_event_unfinished(
 
 
 @pytest.mark.parametrize("sqlstate", ["57P01", "53100", "25006", "08006"])
-async def test_a_server_in_trouble_is_no_fault_of_the_reply(
+async def test_a_server_in_trouble_is_not_the_replys_fault(
     shop: PostgresSettings, event_id: str, sqlstate: str
 ) -> None:
     async with opened(shop) as inbox:

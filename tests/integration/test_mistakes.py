@@ -1,4 +1,4 @@
-"""What a person gets who made a mistake: one message that names the key and the mend, an exit code, no stack trace."""
+"""What a mistake gives: one message that names the key and what to do, an exit code, no stack trace."""
 
 import os
 import socket

@@ -423,5 +423,5 @@ async def test_a_crash_of_the_broker_loses_nothing(
                     missing -= {int(message.body) for message in await messages.take(len(missing))}
             said = of(bridge, "sink.lost", "sink.restored")
             assert said == ["sink.lost", "sink.restored"], json.dumps(bridge.lines()[-20:])
-            # What the libraries have to say of it is no line of another form.
+            # What the libraries have to say of it is logged in the same form.
             assert all(line.startswith("{") for line in bridge.log.read_text().splitlines())

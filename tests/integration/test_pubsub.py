@@ -168,7 +168,7 @@ async def test_a_time_out_is_unknown_and_closes_the_sink(scripted: ScriptedPubSu
 
 
 @pytest.mark.parametrize("code", ["PERMISSION_DENIED", "UNAUTHENTICATED", "NOT_FOUND"])
-async def test_what_a_person_must_mend_is_tried_again_until_then(scripted: ScriptedPubSub, code: str) -> None:
+async def test_what_a_person_must_put_right_is_tried_again_until_then(scripted: ScriptedPubSub, code: str) -> None:
     async def answer(messages: Sequence[Any]) -> grpc.StatusCode | None:
         return grpc.StatusCode[code]
 

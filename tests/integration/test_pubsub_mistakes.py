@@ -173,7 +173,7 @@ async def test_a_token_server_that_does_not_answer_is_not_a_refused_login(tmp_pa
 
 
 @pytest.mark.parametrize("given", ["hunter2", '{"type": "hunter2"}', '{"type": "service_account"}'])
-async def test_credentials_that_are_none_are_a_mistake_in_the_settings(given: str) -> None:
+async def test_credentials_that_are_not_a_key_are_a_mistake_in_the_settings(given: str) -> None:
     await all_are_refused(everything_that_connects(settings_of(credentials=given)), SettingsError, key="credentials")
 
 

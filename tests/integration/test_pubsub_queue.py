@@ -192,7 +192,7 @@ def test_a_filter_lets_pass_all_that_the_patterns_take(patterns: Sequence[str], 
     assert filter_of(list(reversed(patterns))) == expected
 
 
-async def test_another_filter_is_refused_with_the_way_to_mend_it(desk: Desk, unique: str) -> None:
+async def test_another_filter_is_refused_with_what_to_do_about_it(desk: Desk, unique: str) -> None:
     await desk.queue(subscription(unique, "shop.paid"))
     changed = PubSubQueue(desk.settings, subscription(unique, "shop.paid", "shop.sent"))
     with pytest.raises(TopologyError, match="pgbridge topology"):

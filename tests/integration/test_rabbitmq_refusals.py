@@ -190,7 +190,7 @@ async def answering() -> AsyncIterator[Callable[[bytes | None], Awaitable[int]]]
         ("amqps", None, "does not answer: nothing came within 0.5 s"),
     ],
 )
-async def test_a_server_that_is_no_rabbitmq_is_told(
+async def test_a_server_that_is_not_rabbitmq_is_told(
     unique: str,
     answering: Callable[[bytes | None], Awaitable[int]],
     monkeypatch: pytest.MonkeyPatch,

@@ -78,7 +78,7 @@ async def bind_queue(connection: Any, exchange: str, pattern: str = "#", **argum
     return queue
 
 
-async def test_unroutable_events_fail_for_ever_among_confirmed_ones(
+async def test_unroutable_events_are_found_among_confirmed_ones(
     rabbitmq: RabbitMQServer, unique: str, open_sink: Any, bind: Any
 ) -> None:
     sink = await open_sink(rabbitmq.url)
@@ -172,7 +172,7 @@ async def test_a_message_beyond_the_brokers_limit_is_found_and_the_others_go_aga
     assert set(arrived) == {events[n].id for n in (0, 1, 3, 4)}
 
 
-async def test_a_deleted_exchange_closes_the_sink_and_open_says_how_to_mend_it(
+async def test_a_deleted_exchange_closes_the_sink_and_open_says_what_to_do(
     rabbitmq: RabbitMQServer, unique: str, open_sink: Any
 ) -> None:
     sink = await open_sink(rabbitmq.url)

@@ -102,7 +102,7 @@ async def test_an_event_that_another_process_has_comes_back_soon_without_an_atte
         await other.close()
 
 
-async def test_what_is_no_event_is_dead_lettered_as_malformed(shop: PostgresSettings) -> None:
+async def test_what_is_not_an_event_is_dead_lettered_as_malformed(shop: PostgresSettings) -> None:
     async with working(echo, shop) as queue:
         queue.add(Malformed("the message has no attribute ce-id"))
         queue.add(make_event(payload=1, id="order-17"))

@@ -1,4 +1,4 @@
-"""The servers that every other test stands on: they start, keep their data, and can be killed, frozen and cut off."""
+"""The servers that every other test needs: they start, keep their data, and can be killed, frozen and cut off."""
 
 import asyncio
 import contextlib
@@ -60,11 +60,9 @@ async def test_a_frozen_postgres_answers_no_session_until_it_is_thawed(own_postg
         assert await (await asyncio.wait_for(query, 10)).fetchone() == (1,)
 
 
-def test_a_postmaster_that_dies_by_itself_is_noticed_and_started_again(own_postgres: PostgresServer) -> None:
+async def test_a_postmaster_that_dies_by_itself_is_noticed_and_started_again(own_postgres: PostgresServer) -> None:
     os.kill(own_postgres.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while own_postgres.running:
-        assert time.monotonic() < deadline
+    await until(lambda: not own_postgres.running)
     own_postgres.start()
     psycopg.connect(own_postgres.dsn()).close()
 
@@ -83,7 +81,7 @@ def test_postgres_as_root_names_a_folder_that_its_user_cannot_enter(tmp_path: Pa
         PostgresServer(tmp_path).start()
 
 
-def test_a_server_ends_with_the_process_that_started_it(server_folder: Path, unique: str) -> None:
+async def test_a_server_ends_with_the_process_that_started_it(server_folder: Path, unique: str) -> None:
     script = """if True:
         import sys
         from pathlib import Path
@@ -100,9 +98,7 @@ def test_a_server_ends_with_the_process_that_started_it(server_folder: Path, uni
         members = tree(server)
         assert len(members) > 1
         parent.kill()
-    deadline = time.monotonic() + 10
-    while any(tree(pid) for pid in members):
-        assert time.monotonic() < deadline, "the server outlived its parent"
+    await until(lambda: not any(tree(pid) for pid in members), "the server ends with its parent")
 
 
 def test_postgres_15_answers_as_version_15(database15: str) -> None:

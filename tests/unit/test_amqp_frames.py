@@ -125,7 +125,7 @@ def test_without_a_frame_limit_a_body_is_one_frame() -> None:
         ({"time": datetime(1969, 12, 31, tzinfo=UTC)}, "no AMQP form"),
     ],
 )
-def test_what_amqp_cannot_carry_is_malformed_for_ever_and_says_why(changes: dict[str, Any], says: str) -> None:
+def test_what_amqp_cannot_carry_is_malformed_and_says_why(changes: dict[str, Any], says: str) -> None:
     ours = encoder()
     with pytest.raises(RefusedEvent) as caught:
         ours.encode(EVENT._replace(**changes))
