@@ -90,7 +90,7 @@ async def test_pruning_under_load_loses_nothing(bridge_database: str, messages: 
             while not done.is_set():
                 deleted, after = await prune(connection, 0.0, after, 50)
                 total += deleted
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.01)  # a pace: pruning without a rest takes the machine from what it runs beside
         return total
 
     with Daemon(tmp_path, text) as bridge:
