@@ -15,7 +15,10 @@ from typing import TypeVar
 import hypothesis
 import pytest
 
-from bridge.demo.servers import (
+from bridge.postgres.schema import migrate
+from tests.support.postgres15 import Postgres15Server
+from tests.support.servers import (
+    NOT_DURABLE,
     MissingProgramError,
     NatsServer,
     PostgresServer,
@@ -23,8 +26,6 @@ from bridge.demo.servers import (
     RabbitMQServer,
     Server,
 )
-from bridge.postgres.schema import migrate
-from tests.support.postgres15 import Postgres15Server
 
 S = TypeVar("S", bound=Server)
 
@@ -33,9 +34,6 @@ S = TypeVar("S", bound=Server)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("search", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
-
-NOT_DURABLE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
-"""Faster, and enough here: only a crash of the machine could tell. A test that kills a server starts a durable one."""
 
 
 def _serve(make: Callable[[], S]) -> Iterator[S]:
@@ -111,7 +109,7 @@ def _migrated(postgres: PostgresServer) -> str:
 @pytest.fixture
 def bridge_database(postgres: PostgresServer, unique: str, _migrated: str) -> Iterator[str]:
     """The DSN, as superuser, of a database of this test's own with the schema `bridge`, on PostgreSQL 18."""
-    yield postgres.create_database(unique, template=_migrated)
+    yield postgres.copy_database(unique, _migrated)
     postgres.drop_database(unique)
 
 

@@ -2,20 +2,18 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from bridge.brokers.contract import (
     CONFIRMED,
     Broker,
-    Confirmed,
     Declaration,
     Failure,
     NotSent,
     Outcome,
     Subscription,
-    Unknown,
 )
 from bridge.event import Event, Malformed
 from bridge.settings import SinkSettings
@@ -28,52 +26,31 @@ class MemorySettings(SinkSettings):
 
 
 class MemorySink:
-    """Keeps what it confirms, in order."""
+    """Confirms every event and keeps none, so that a dry run needs no more memory for a large log than for a small."""
 
-    def __init__(
-        self,
-        settings: MemorySettings,
-        answer: Callable[[Event], Outcome] = lambda event: CONFIRMED,
-    ) -> None:
-        """`answer` decides each event's outcome; it may be replaced at any time."""
+    def __init__(self, settings: MemorySettings) -> None:
         self.settings = settings
-        self.answer = answer
-        self.held: dict[str, Event] = {}
-        """What arrived, by event id, in the order of first arrival."""
-        self.arrivals: list[Event] = []
-        """What arrived, with repetitions."""
         self._open = False
 
     @property
     def is_open(self) -> bool:
-        """As `Sink.is_open`."""
+        """See `contract.Sink.is_open`."""
         return self._open
 
     async def open(self) -> None:
-        """As `Sink.open`; nothing can be missing."""
+        """Nothing can be missing."""
         self._open = True
 
     async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
-        """As `Sink.publish`. An event that `answer` calls Unknown has arrived, which is the harder case."""
-        return [self._take(event) for event in events]
-
-    def _take(self, event: Event) -> Outcome:
-        outcome = self.answer(event) if self._open else _NOT_OPEN
-        if isinstance(outcome, Confirmed | Unknown):
-            self.held.setdefault(event.id, event)
-            self.arrivals.append(event)
-        return outcome
-
-    def disconnect(self) -> None:
-        """Loses the connection, as a broker's crash would."""
-        self._open = False
+        """Confirmed at once, or not sent while it is closed."""
+        return [CONFIRMED if self._open else _NOT_OPEN] * len(events)
 
     async def topology(self, *, apply: bool) -> Sequence[Declaration]:
-        """As `Sink.topology`: memory needs nothing."""
+        """Nothing is needed."""
         return []
 
     async def close(self) -> None:
-        """As `Sink.close`."""
+        """See `contract.Sink.close`."""
         self._open = False
 
 
@@ -102,10 +79,6 @@ class MemoryBroker:
     dead: list[DeadLetter] = field(default_factory=list)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     timers: set[asyncio.Task[None]] = field(default_factory=set)
-
-    async def put(self, event: Event | Malformed) -> None:
-        """Publishes an event, or a message that is none."""
-        await self.append(Message(event))
 
     async def append(self, message: Message) -> None:
         """Behind all that waits."""

@@ -14,9 +14,9 @@ from typing import Self, TypeVar
 
 import psycopg
 
-from bridge.demo.servers import NatsServer, PostgresServer, PubSubEmulator, RabbitMQServer, Server
 from bridge.postgres.schema import migrate
 from tests.bench.rounds import say
+from tests.support.servers import NatsServer, PostgresServer, PubSubEmulator, RabbitMQServer, Server
 
 S = TypeVar("S", bound=Server)
 

@@ -13,11 +13,11 @@ import grpc
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
-from bridge.demo.servers import NatsServer, RabbitMQServer
 from bridge.settings import SinkSettings
 from tests.support.certificates import self_signed
 from tests.support.refusals import SECRET, SINK
 from tests.support.scripted_pubsub import ScriptedPubSub
+from tests.support.servers import NatsServer, RabbitMQServer
 from tests.support.tokens import REFUSED, TOKEN, service_account, token_server
 
 NOBODY = "127.0.0.1:1"

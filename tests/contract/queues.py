@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from bridge.brokers.contract import CONFIRMED, Queue, Sink, Subscription
 from bridge.brokers.letters import PREFIX, letter_headers
-from bridge.brokers.memory import MemoryBroker, MemoryQueue, MemorySettings
+from bridge.brokers.memory import MemoryBroker, MemoryQueue, MemorySettings, Message
 from bridge.brokers.nats.message import unquote_headers
 from bridge.brokers.nats.queue import NatsQueue
 from bridge.brokers.nats.settings import NatsSettings
@@ -24,13 +24,12 @@ from bridge.brokers.pubsub.sink import PubSubSink
 from bridge.brokers.rabbitmq.queue import RabbitMQQueue
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
-from bridge.demo.servers import NatsServer, PubSubEmulator, RabbitMQServer
 from bridge.event import Event, Malformed
 from tests.support.proxy import Proxy
 from tests.support.pubsub import PROJECT, PubSubReader, pubsub_settings
-from tests.support.until import until
+from tests.support.servers import NatsServer, PubSubEmulator, RabbitMQServer
+from tests.support.until import LIMIT, until
 
-DEADLINE = 20.0
 """Seconds after which what a test waits for counts as never coming."""
 
 ACK_WAIT = 3.0
@@ -49,7 +48,7 @@ class Letter:
 
 
 class QueueHarness(Protocol):
-    """One worker's queue on a target of its own, which stands and takes every topic below ``shop``."""
+    """One worker's queue on a target of its own, which exists and takes every topic below ``shop``."""
 
     @property
     def lacking(self) -> Queue | None:
@@ -70,7 +69,7 @@ class QueueHarness(Protocol):
         """As the bridge would."""
 
     async def publish_strange(self, payload: bytes) -> None:
-        """A message that is no CloudEvent, on a topic that the worker subscribes to."""
+        """A message that is not a CloudEvent, on a topic that the worker subscribes to."""
 
     async def dead_letters(self, count: int) -> Sequence[Letter]:
         """Waits for this many dead letters, and takes them."""
@@ -101,10 +100,10 @@ class MemoryHarness:
 
     async def publish(self, *events: Event) -> None:
         for event in events:
-            await self._broker.put(event)
+            await self._broker.append(Message(event))
 
     async def publish_strange(self, payload: bytes) -> None:
-        await self._broker.put(Malformed(payload.decode()))
+        await self._broker.append(Message(Malformed(payload.decode())))
 
     async def dead_letters(self, count: int) -> Sequence[Letter]:
         assert len(self._broker.dead) == count
@@ -156,7 +155,7 @@ class RabbitMQHarness:
         async with await aio_pika.connect(self._server.url) as connection:
             channel = await connection.channel()
             queue = await channel.get_queue(f"{self._name}.dead", ensure=False)
-            messages = [await queue.get(no_ack=True, timeout=DEADLINE) for _ in range(count)]
+            messages = [await queue.get(no_ack=True, timeout=LIMIT) for _ in range(count)]
             assert await queue.get(no_ack=True, fail=False) is None
         return [
             Letter(message.body, _ours({name: str(value) for name, value in message.headers.items()}))
@@ -210,7 +209,7 @@ class NatsHarness:
             jetstream = client.jetstream()
             assert (await jetstream.stream_info(stream)).state.messages == count
             reader = await jetstream.subscribe(f"{stream}.>", ordered_consumer=True)
-            messages = [await reader.next_msg(DEADLINE) for _ in range(count)]
+            messages = [await reader.next_msg(LIMIT) for _ in range(count)]
         return [Letter(message.data, _ours(unquote_headers(message.headers or {}))) for message in messages]
 
     async def break_connections(self) -> None:

@@ -8,7 +8,7 @@ import aio_pika
 import nats
 from pydantic import SecretStr
 
-from bridge.brokers.contract import Sink
+from bridge.brokers.contract import CONFIRMED, Outcome, Sink
 from bridge.brokers.memory import MemorySettings, MemorySink
 from bridge.brokers.nats.message import CONTENT_TYPE, unquote_headers
 from bridge.brokers.nats.settings import NatsSettings
@@ -16,10 +16,11 @@ from bridge.brokers.nats.sink import NatsSink
 from bridge.brokers.pubsub.sink import PubSubSink
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
-from bridge.demo.servers import NatsServer, PubSubEmulator, RabbitMQServer
-from bridge.event import AMQP_PREFIX, Event, from_attributes
+from bridge.event import Event, from_attributes
+from tests.support.messages import drain
 from tests.support.proxy import Proxy
 from tests.support.pubsub import PubSubReader, pubsub_settings
+from tests.support.servers import NatsServer, PubSubEmulator, RabbitMQServer
 from tests.support.until import LIMIT, until
 
 MAX_MESSAGE_BYTES = 100_000
@@ -27,7 +28,7 @@ MAX_MESSAGE_BYTES = 100_000
 
 
 class SinkHarness(Protocol):
-    """A sink on a target of its own (exchange and queue, stream), which stands and takes every topic."""
+    """A sink on a target of its own (exchange and queue, stream), which exists and takes every topic."""
 
     @property
     def sink(self) -> Sink:
@@ -63,6 +64,19 @@ Start = Callable[[Any, str], AbstractAsyncContextManager[SinkHarness]]
 """From the server that the fixture gave (None without one) and a unique name to a harness."""
 
 
+class RecordingSink(MemorySink):
+    """Notes what it confirmed."""
+
+    def __init__(self) -> None:
+        super().__init__(MemorySettings(type="memory"))
+        self.confirmed: list[Event] = []
+
+    async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
+        outcomes = await super().publish(events)
+        self.confirmed += [event for event, outcome in zip(events, outcomes, strict=True) if outcome is CONFIRMED]
+        return outcomes
+
+
 class MemoryHarness:
     lacking = None
     unreachable = None
@@ -70,13 +84,13 @@ class MemoryHarness:
     ordered_by_key = False
 
     def __init__(self) -> None:
-        self.sink = MemorySink(MemorySettings(type="memory"))
+        self.sink = RecordingSink()
 
     async def arrived(self) -> Sequence[Event]:
-        return self.sink.arrivals
+        return self.sink.confirmed
 
     async def break_connection(self) -> None:
-        self.sink.disconnect()
+        await self.sink.close()
 
     def stall(self, on: bool) -> None:
         """Nothing is ever in flight."""
@@ -113,20 +127,6 @@ class RabbitMQHarness:
 
     def stall(self, on: bool) -> None:
         self._proxy.blackhole = on
-
-
-def event_of(message: aio_pika.abc.AbstractIncomingMessage) -> Event:
-    """The event that a worker would read."""
-    headers = {name: str(value) for name, value in message.headers.items()}
-    return from_attributes(headers, message.body, message.content_type, AMQP_PREFIX)
-
-
-async def drain(queue: aio_pika.abc.AbstractQueue) -> list[Event]:
-    """Takes all that a queue holds."""
-    events = []
-    while (message := await queue.get(no_ack=True, fail=False)) is not None:
-        events.append(event_of(message))
-    return events
 
 
 @asynccontextmanager

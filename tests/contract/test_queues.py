@@ -11,8 +11,9 @@ import pytest
 from bridge.brokers.contract import Delivery, Failure, Queue
 from bridge.errors import BrokerUnavailableError, TopologyError
 from bridge.event import Event, Malformed
-from tests.contract.queues import ACK_WAIT, DEADLINE, HARNESSES, RETRY_DELAYS, QueueHarness
+from tests.contract.queues import ACK_WAIT, HARNESSES, RETRY_DELAYS, QueueHarness
 from tests.support.events import make_event
+from tests.support.until import LIMIT
 
 FAILURE = Failure("error", "ValueError: kein Betrag für »A-1«\r\nzweite Zeile", "Traceback: \n  füür 🎉\n  ValueError")
 
@@ -37,7 +38,7 @@ async def consuming(harness: QueueHarness, prefetch: int = 10) -> AsyncIterator[
 
 
 async def take(deliveries: AsyncIterator[Delivery]) -> Delivery:
-    return await asyncio.wait_for(anext(deliveries), DEADLINE)
+    return await asyncio.wait_for(anext(deliveries), LIMIT)
 
 
 async def comes_within(deliveries: AsyncIterator[Delivery], seconds: float) -> bool:
@@ -103,7 +104,7 @@ async def test_no_more_than_the_prefetch_is_in_hand_and_settling_makes_room(harn
         done, _ = await asyncio.wait([following], timeout=0.3)
         assert not done
         await in_hand.pop().ack()
-        in_hand.append(await asyncio.wait_for(following, DEADLINE))
+        in_hand.append(await asyncio.wait_for(following, LIMIT))
         for _ in range(4):
             await in_hand.pop(0).ack()
             in_hand.append(await take(deliveries))
@@ -196,7 +197,7 @@ async def test_a_long_trace_is_cut_at_its_begin(harness: QueueHarness) -> None:
     assert len(letter.headers["reason"]) == 300
 
 
-async def test_what_is_no_event_is_delivered_as_malformed_and_can_be_dead_lettered(harness: QueueHarness) -> None:
+async def test_what_is_not_an_event_is_delivered_as_malformed_and_can_be_dead_lettered(harness: QueueHarness) -> None:
     await harness.publish_strange(b"hello")
     await harness.publish(make_event())
     async with consuming(harness) as (_, deliveries):
@@ -250,7 +251,7 @@ async def test_stop_ends_deliveries_that_wait(harness: QueueHarness) -> None:
         await asyncio.sleep(0)
         await queue.stop()
         with pytest.raises(StopAsyncIteration):
-            await asyncio.wait_for(waiting, DEADLINE)
+            await asyncio.wait_for(waiting, LIMIT)
 
 
 async def test_what_was_in_hand_at_close_comes_again(harness: QueueHarness) -> None:
@@ -307,7 +308,7 @@ async def test_a_retry_and_a_dead_letter_on_a_lost_connection_are_told(harness: 
 
 async def test_open_without_its_queue_points_to_the_command_that_declares_it(harness: QueueHarness) -> None:
     if harness.lacking is None:
-        pytest.skip("this queue needs nothing to stand")
+        pytest.skip("this queue needs nothing on its broker")
     with pytest.raises(TopologyError, match="pgbridge topology --apply"):
         await harness.lacking.open()
     await harness.lacking.close()

@@ -97,7 +97,7 @@ async def test_a_call_that_need_not_wait_for_room_hands_over_its_bytes_before_it
     assert order(harness, await harness.arrived()) == order(harness, [first, second])
 
 
-async def test_a_payload_beyond_the_limit_fails_for_ever_and_disturbs_no_other(harness: SinkHarness) -> None:
+async def test_a_payload_beyond_the_limit_is_never_sent_and_disturbs_no_other(harness: SinkHarness) -> None:
     if harness.size_limit is None:
         pytest.skip("this sink takes any size")
     await harness.sink.open()
@@ -162,7 +162,7 @@ async def test_close_answers_what_is_in_flight_and_may_be_called_twice(harness: 
 
 async def test_open_without_its_target_points_to_the_command_that_declares_it(harness: SinkHarness) -> None:
     if harness.lacking is None:
-        pytest.skip("this sink needs nothing to stand")
+        pytest.skip("this sink needs nothing on its broker")
     with pytest.raises(TopologyError, match="pgbridge topology --apply"):
         await harness.lacking.open()
     assert not harness.lacking.is_open

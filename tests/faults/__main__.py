@@ -9,9 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bridge.demo.servers import PostgresServer, RabbitMQServer
 from tests.faults.report import Report
 from tests.faults.run import deck, play
+from tests.support.servers import PostgresServer, RabbitMQServer
 
 
 async def _run(folder: Path, faults: int, seed: int, seconds: float | None) -> Report:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import psycopg
 
-from bridge.demo.servers import PostgresServer, RabbitMQServer
 from tests.faults.kinds import KINDS, Kind
 from tests.faults.load import probe
 from tests.faults.report import Report, Row
 from tests.faults.world import World, running
+from tests.support.servers import PostgresServer, RabbitMQServer
 
 _OVERLAP = 0.3
 """How often the next fault does not wait until the last one is recovered from."""

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge.demo.servers import PostgresServer, RabbitMQServer
 from tests.faults.kinds import KINDS
 from tests.faults.run import deck, play
+from tests.support.servers import PostgresServer, RabbitMQServer
 
 SHORT = [
     "bridge: kill -9",

@@ -18,13 +18,14 @@ import pytest
 
 from bridge.brokers.contract import CONFIRMED, Outcome
 from bridge.brokers.pubsub.sink import PubSubSink
-from bridge.demo.servers import MissingProgramError, PubSubEmulator, free_port
 from bridge.errors import BrokerUnavailableError
 from bridge.event import Event
 from bridge.relay import Limits, Relay, Routes
 from bridge.sources import DeadLetter, Page
 from tests.support.events import make_event
 from tests.support.pubsub import PubSubReader, pubsub_settings
+from tests.support.servers import MissingProgramError, PubSubEmulator
+from tests.support.until import until
 
 EVENTS = int(os.environ.get("PGBRIDGE_ORDER_EVENTS", "5000"))
 KEYS = int(os.environ.get("PGBRIDGE_ORDER_KEYS", "100"))
@@ -99,9 +100,11 @@ def _number_of(message: Any) -> int:
 
 
 @pytest.fixture
-def emulator(server_folder: Path, unique: str) -> Iterator[PubSubEmulator]:
+def emulator(server_folder: Path, unique: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[PubSubEmulator]:
+    # One of our own, since it is killed.
+    monkeypatch.delenv("PUBSUB_EMULATOR_HOST", raising=False)
     try:
-        server = PubSubEmulator(server_folder / unique, port=free_port())
+        server = PubSubEmulator(server_folder / unique)
     except MissingProgramError as error:
         if os.environ.get("CI") == "true":
             pytest.fail(f"CI must have every server: {error}")
@@ -149,13 +152,11 @@ async def test_no_event_is_lost_and_keys_keep_their_order_while_the_emulator_is_
             if life < RESTARTS:
                 # Killed in the middle: some of this life's events are confirmed, and others in flight.
                 half = (log.allowed - confirmed_before) // 2
-                while len(sink.confirmed) < confirmed_before + half:
-                    await asyncio.sleep(0.001)
+                await until(lambda least=confirmed_before + half: len(sink.confirmed) >= least, limit=LIMIT)  # type: ignore[misc]
                 sink.may_open.clear()
                 await asyncio.to_thread(emulator.kill)
                 await reading
-                while sink.is_open or sink.calls:
-                    await asyncio.sleep(0.01)
+                await until(lambda: not sink.is_open and not sink.calls, limit=LIMIT)
                 gone |= set(sink.confirmed[confirmed_before:]) - set(map(_number_of, read))
                 await asyncio.to_thread(emulator.start)
                 await PubSubSink(pubsub_settings(emulator.address, unique)).topology(apply=True)
@@ -163,8 +164,7 @@ async def test_no_event_is_lost_and_keys_keep_their_order_while_the_emulator_is_
                 sink.may_open.set()
             else:
                 log.allow(EVENTS)
-                while log.settled < EVENTS:
-                    await asyncio.sleep(0.01)
+                await until(lambda: log.settled >= EVENTS, limit=LIMIT)
                 end_of_life.set()
                 await reading
     stop.set()

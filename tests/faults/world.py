@@ -11,12 +11,12 @@ from pathlib import Path
 
 import psycopg
 
-from bridge.demo.servers import PostgresServer, RabbitMQServer
 from bridge.postgres.schema import migrate
 from tests.faults.audit import EXCHANGE, Audit
 from tests.faults.load import SCHEMA, Ledger, Writer
 from tests.support.daemons import Daemon, run_command
 from tests.support.proxy import Proxy
+from tests.support.servers import PostgresServer, RabbitMQServer
 
 KEYS = [f"key-{number}" for number in range(20)]
 WRITERS = 5

@@ -8,24 +8,10 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from pydantic import SecretStr
 
-from bridge.demo.servers import RabbitMQServer
 from bridge.settings import PostgresSettings
 from tests.support.messages import Messages
-
-SHOP = """
-CREATE SCHEMA shop;
-CREATE TABLE shop.invoice (event_id uuid, result jsonb);
-CREATE FUNCTION shop.rendered(event_id uuid, result jsonb) RETURNS void LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = shop, pg_temp AS $$
-BEGIN
-    IF result ? 'refuse' THEN
-        RAISE EXCEPTION 'no such order' USING ERRCODE = result ->> 'refuse';
-    END IF;
-    INSERT INTO shop.invoice VALUES (event_id, result);
-    PERFORM bridge.emit('shop.invoice.rendered', result);
-END $$;
-GRANT USAGE ON SCHEMA shop TO bridge_worker;
-"""
+from tests.support.servers import RabbitMQServer
+from tests.support.shop import SHOP
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
@@ -10,7 +9,6 @@ import pytest
 from psycopg import Notify
 from pydantic import SecretStr
 
-from bridge.demo.servers import PostgresServer, RabbitMQServer, free_port
 from bridge.errors import DatabaseUnavailableError
 from bridge.process.tasks import background, one_error
 from bridge.settings import PostgresSettings
@@ -20,15 +18,11 @@ from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.metrics import MEMORY, metric
 from tests.support.proxy import Proxy
+from tests.support.servers import PostgresServer, RabbitMQServer, free_port
+from tests.support.until import until
 
 FLOOD = 100_000
 NOTIFY = "select pg_notify('Orders', n::text) from generate_series({}, {}) n order by n"
-
-
-async def until(condition: Callable[[], bool], limit: float = 20.0) -> None:
-    async with asyncio.timeout(limit):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 def one(dsn: str, query: str) -> object:
@@ -40,12 +34,14 @@ def one(dsn: str, query: str) -> object:
 
 async def heard(port: int, count: int) -> None:
     """Waits until the bridge has heard so many notifications; the server cannot tell, since its sockets hold some."""
-    async with asyncio.timeout(30):
-        while await metric(port, "pgbridge_notifications_total") != count:
-            await asyncio.sleep(0.05)
+
+    async def heard_all() -> bool:
+        return await metric(port, "pgbridge_notifications_total") == count
+
+    await until(heard_all, f"{count} notifications are heard")
 
 
-async def test_a_flood_of_100000_is_kept_in_order_in_bounded_memory_and_leaves_the_servers_queue_empty(
+async def test_a_flood_keeps_its_order_in_bounded_memory_and_empties_the_servers_queue(
     bridge_database: str, messages: Messages, tmp_path: Path
 ) -> None:
     port = free_port()
@@ -54,10 +50,13 @@ async def test_a_flood_of_100000_is_kept_in_order_in_bounded_memory_and_leaves_t
         await asyncio.to_thread(bridge.wait_for, "channels.listening")
         before, most = await metric(port, MEMORY), 0.0
         flooding = asyncio.create_task(execute(bridge_database, NOTIFY.format(1, FLOOD)))
-        async with asyncio.timeout(60):
-            while one(bridge_database, "select count(*) from bridge.outbox") != FLOOD:
-                most = max(most, await metric(port, MEMORY))
-                await asyncio.sleep(0.1)
+
+        async def stored_all() -> bool:
+            nonlocal most
+            most = max(most, await metric(port, MEMORY))
+            return one(bridge_database, "select count(*) from bridge.outbox") == FLOOD
+
+        await until(stored_all, limit=60)
         await flooding
         assert most - before < 60_000_000
         stored = await execute(
@@ -163,11 +162,11 @@ async def test_a_listener_that_has_no_room_is_not_taken_for_a_dead_one(
                 await hears.wait()
                 await execute(database, NOTIFY.format(1, 10_000))
                 await until(lambda: not room.is_set())
-                # Five times as long as silence is waited for.
+                # Five times as long as silence is waited for; a listener that waits for room shows no sign of it.
                 await asyncio.sleep(1.0)
                 while len(heard) < 10_000:
                     room.set()
-                    await asyncio.sleep(0.001)
+                    await asyncio.sleep(0)
         assert heard == list(range(1, 10_001))
     finally:
         await listener.close()

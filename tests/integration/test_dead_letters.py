@@ -11,11 +11,12 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from bridge.demo.servers import RabbitMQServer
-from tests.support.commands import command, eventually, json_of
+from tests.support.commands import command, json_of
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.pubsub import PROJECT
+from tests.support.servers import RabbitMQServer
+from tests.support.until import rows_become
 
 LETTER = """
 insert into bridge.dead_letter
@@ -203,7 +204,7 @@ async def test_letters_of_a_worker_are_shown_replayed_and_discarded(
     ]
 
 
-async def test_a_missing_queue_of_dead_letters_ends_with_69_and_the_outbox_is_still_listed(
+async def test_a_missing_dead_letter_queue_ends_with_69_and_the_outbox_is_still_listed(
     bridge_database: str, messages: Messages, tmp_path: Path, unique: str
 ) -> None:
     text = with_worker(settings(bridge_database, messages), unique)
@@ -232,7 +233,7 @@ async def test_what_the_broker_lacks_ends_topology_and_check_with_the_same_words
     await command("topology", *config)
 
 
-async def test_a_message_that_is_no_event_can_be_discarded(
+async def test_a_message_that_is_not_an_event_can_be_discarded(
     bridge_database: str, rabbitmq: RabbitMQServer, messages: Messages, tmp_path: Path, unique: str
 ) -> None:
     text = with_worker(settings(bridge_database, messages), unique)
@@ -243,5 +244,5 @@ async def test_a_message_that_is_no_event_can_be_discarded(
     (letter,) = await json_of("dead", "list", *config)
     assert (letter["id"], letter["topic"], letter["event_id"]) == (f"{unique}:strange", None, None)
     await command("dead", "discard", letter["id"], "--why", "not ours", *config)
-    await eventually(bridge_database, "select letter, event_id from bridge.dead_letter_audit", [(letter["id"], None)])
+    await rows_become(bridge_database, "select letter, event_id from bridge.dead_letter_audit", [(letter["id"], None)])
     assert await json_of("dead", "list", *config) == []

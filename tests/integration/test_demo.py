@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -21,10 +20,11 @@ from pypdf import PdfReader
 
 from bridge.demo.brokers import Arrivals
 from bridge.demo.figures import Figures
-from bridge.demo.servers import MissingProgramError, RabbitMQServer
 from bridge.demo.servers.guard import tree
 from bridge.demo.verdict import Verdict
 from bridge.postgres.schema import sql_folder
+from tests.support.servers import MissingProgramError, RabbitMQServer
+from tests.support.until import until
 
 LIMIT = 170.0
 ORDERS = 60
@@ -65,7 +65,7 @@ def test_every_order_becomes_messages_and_an_invoice_and_nothing_is_lost(
     assert 0 < told["latency_ms"]["p50"] <= told["latency_ms"]["p99"]
 
 
-def test_with_json_standard_output_is_one_object_and_progress_goes_to_standard_error(
+def test_json_is_one_object_on_standard_output_and_progress_on_standard_error(
     run: subprocess.CompletedProcess[str],
 ) -> None:
     assert len(run.stdout.splitlines()) == 1
@@ -135,7 +135,7 @@ def test_a_missing_broker_is_told_with_what_to_install() -> None:
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
-def test_everything_that_was_started_ends_with_the_demo(
+async def test_everything_that_was_started_ends_with_the_demo(
     signum: signal.Signals, code: int, server_folder: Path, unique: str
 ) -> None:
     kept = server_folder / unique
@@ -150,14 +150,11 @@ def test_everything_that_was_started_ends_with_the_demo(
         process.send_signal(signum)
         said = process.stdout.read()
         assert process.wait(60) == code, said
-    deadline = time.monotonic() + 20
-    while alive := [pid for pid in started if Path(f"/proc/{pid}/environ").exists() and _runs(pid)]:
-        assert time.monotonic() < deadline, f"still running: {alive}"
-        time.sleep(0.05)
+    await until(lambda: not any(_runs(pid) for pid in started), f"all of {started} have ended")
 
 
 def _runs(pid: int) -> bool:
-    return pid in tree(pid)
+    return Path(f"/proc/{pid}/environ").exists() and pid in tree(pid)
 
 
 # What the count is made of: a verdict that cannot be bad would prove nothing. ---------------------------------------

@@ -15,6 +15,7 @@ from bridge.sources.doorbell import BUSY_PAGES, Doorbell
 from bridge.sources.outbox import OutboxSource
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
+from tests.support.until import until
 
 
 def asleep(dsn: str) -> bool:
@@ -22,6 +23,16 @@ def asleep(dsn: str) -> bool:
         row = connection.execute("select asleep from bridge.bell").fetchone()
     assert row is not None
     return bool(row[0])
+
+
+class CountingDoorbell(Doorbell):
+    """Counts the looks that found nothing."""
+
+    looks = 0
+
+    async def wait(self, xmin: int) -> None:
+        self.looks += 1
+        await super().wait(xmin)
 
 
 class Reader:
@@ -34,7 +45,7 @@ class Reader:
 
     async def __aenter__(self) -> "Reader":
         self._session = await OutboxSource.connect("test", PostgresSettings(dsn=SecretStr(self._dsn)))
-        self.doorbell = Doorbell(self._poll_interval)
+        self.doorbell = CountingDoorbell(self._poll_interval)
         self.source = OutboxSource(
             "test", self._session, OutboxSettings(poll_interval=self._poll_interval), self.doorbell
         )
@@ -64,14 +75,16 @@ class Reader:
 async def wake_up(reader: Reader, dsn: str) -> None:
     """A burst, as of a load."""
     async with await AsyncConnection.connect(dsn, autocommit=True) as connection:
-        async with asyncio.timeout(10):
-            while reader.doorbell.asleep:
-                await connection.execute("select bridge.emit('load', 'x')")
-                reader.doorbell.ring()
-                await asyncio.sleep(0.002)
+
+        async def is_awake() -> bool:
+            await connection.execute("select bridge.emit('load', 'x')")
+            reader.doorbell.ring()
+            return not reader.doorbell.asleep
+
+        await until(is_awake)
 
 
-async def test_a_transaction_that_saw_the_bridge_awake_is_found_at_once_although_it_does_not_ring(
+async def test_a_transaction_that_saw_the_bridge_awake_is_found_although_it_does_not_ring(
     bridge_database: str,
 ) -> None:
     async with Reader(bridge_database, 30.0) as reader:
@@ -79,11 +92,9 @@ async def test_a_transaction_that_saw_the_bridge_awake_is_found_at_once_although
         async with await AsyncConnection.connect(bridge_database) as writer:
             row = await (await writer.execute("select bridge.emit('load', 'late')::text")).fetchone()
             assert row is not None
-            async with asyncio.timeout(10):
-                while not reader.doorbell.asleep:
-                    await asyncio.sleep(0.01)
-            # It sleeps now, and has gone on looking, since this transaction may commit unheard.
-            await asyncio.sleep(0.5)
+            await until(lambda: reader.doorbell.asleep)
+            # It sleeps, and goes on looking all the same, since this transaction may commit unheard.
+            await until(lambda enough=reader.doorbell.looks + 10: reader.doorbell.looks >= enough)  # type: ignore[misc]
             await writer.commit()
             committed = time.monotonic()
             assert await reader.find(str(row[0])) - committed < 0.5
@@ -93,14 +104,11 @@ async def test_no_wake_up_is_later_than_the_poll_interval_whatever_the_snapshot_
     interval = 0.6
     async with Reader(bridge_database, interval) as reader:
         await wake_up(reader, bridge_database)
-        # Its snapshot says awake for ever, and it has no transaction id that a horizon could wait for.
+        # Its snapshot goes on saying awake, and it has no transaction id that a horizon could wait for.
         async with await AsyncConnection.connect(bridge_database) as writer:
             await writer.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
             await writer.execute("select 1 from bridge.bell")
-            async with asyncio.timeout(10):
-                while not reader.doorbell.asleep:
-                    await asyncio.sleep(0.01)
-            await asyncio.sleep(0.2)
+            await until(lambda: reader.doorbell.asleep and reader.doorbell._certain_at is None)
             row = await (await writer.execute("select bridge.emit('load', 'old snapshot')::text")).fetchone()
             await writer.commit()
             committed = time.monotonic()
@@ -128,6 +136,7 @@ async def test_no_event_is_late_while_the_bridge_falls_asleep_and_wakes_up_all_t
         async with await AsyncConnection.connect(bridge_database) as writer:
             for number in range(150):
                 row = await (await writer.execute("select bridge.emit('load', 'x')::text")).fetchone()
+                # Nothing is waited for: the commits are to fall everywhere between two sleeps.
                 await asyncio.sleep(0.007 * (number % 7))
                 await writer.commit()
                 committed = time.monotonic()
@@ -148,15 +157,13 @@ async def test_a_trickle_leaves_the_bridge_asleep_and_a_load_wakes_it_until_it_i
         async with await AsyncConnection.connect(bridge_database, autocommit=True) as writer:
             for number in range(BUSY_PAGES // 2):
                 await writer.execute("select bridge.emit('load', %s::text)", (str(number),))
-                await asyncio.sleep(0.1)
+                await messages.take(1)
                 assert asleep(bridge_database)
             async with asyncio.timeout(10):
                 while asleep(bridge_database):
                     await writer.execute("select bridge.emit('load', 'x')")
             assert await _notifications_during(bridge_database, "select bridge.emit('load', 'awake')") == 0
-            async with asyncio.timeout(10):
-                while not asleep(bridge_database):
-                    await asyncio.sleep(0.02)
+            await until(lambda: asleep(bridge_database))
         assert await _notifications_during(bridge_database, "select bridge.emit('load', 'asleep')") == 1
 
 

@@ -3,9 +3,7 @@
 import asyncio
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import LiteralString
 
 import psycopg
 import pytest
@@ -17,19 +15,14 @@ from bridge.sources import outbox as outbox_module
 from bridge.sources.doorbell import Doorbell
 from bridge.sources.outbox import OutboxSource
 from tests.support.daemons import Daemon
-from tests.support.messages import Messages, execute, settings
+from tests.support.messages import Messages, execute, settings, stored_mark
+from tests.support.until import rows_become, until
 
 TERMINATE_LEADER = """
 select pg_terminate_backend(pid) from pg_locks
 where locktype = 'advisory' and granted and database = (select oid from pg_database where datname = current_database())
 """
 LOAD = "select bridge.emit('load', n::text, 'key-' || n %% 50) from generate_series({}, {}) n order by n"
-
-
-async def until(condition: Callable[[], bool], limit: float = 20.0) -> None:
-    async with asyncio.timeout(limit):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def pair(tmp_path: Path, text: str) -> tuple[Daemon, Daemon]:
@@ -108,13 +101,6 @@ async def test_a_frozen_leader_stores_nothing_when_it_wakes_and_stands_by(
         assert [first.stop(), second.stop()] == [0, 0]
 
 
-def stored_mark(dsn: str) -> int:
-    with psycopg.connect(dsn) as connection:
-        row = connection.execute("select mark from bridge.cursor").fetchone()
-    assert row is not None
-    return int(row[0])
-
-
 async def test_a_bridge_that_stands_by_or_waits_holds_no_snapshot(
     bridge_database: str, messages: Messages, tmp_path: Path
 ) -> None:
@@ -135,7 +121,7 @@ async def test_a_bridge_that_stands_by_or_waits_holds_no_snapshot(
         assert len(rows) == 4
 
 
-async def test_the_server_ends_the_session_of_a_leader_that_is_frozen_in_the_middle_of_a_page(
+async def test_the_server_ends_the_session_of_a_leader_that_is_frozen_within_a_page(
     bridge_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outbox_module, "_FROZEN_AFTER", "1s")
@@ -144,16 +130,12 @@ async def test_the_server_ends_the_session_of_a_leader_that_is_frozen_in_the_mid
         await session.execute("select bridge.take_lead('test', 'me')")
         # More than the sockets' buffers hold, and nobody reads it.
         session.pgconn.send_query(b"select repeat('x', 1000000) from generate_series(1, 100)")
-        async with asyncio.timeout(15):
-            while (
-                await execute(
-                    bridge_database,
-                    "select 1 from pg_locks where locktype = 'advisory' "
-                    "and database = (select oid from pg_database where datname = current_database())",
-                )
-                != []
-            ):
-                await asyncio.sleep(0.05)
+        await rows_become(
+            bridge_database,
+            "select 1 from pg_locks where locktype = 'advisory' "
+            "and database = (select oid from pg_database where datname = current_database())",
+            [],
+        )
     finally:
         await session.close()
 
@@ -182,16 +164,16 @@ async def test_a_session_that_lost_the_lead_can_store_nothing(bridge_database: s
 async def test_a_store_that_is_interrupted_by_the_stop_is_made_up_for_when_leaving(bridge_database: str) -> None:
     session = await OutboxSource.connect("test", PostgresSettings(dsn=SecretStr(bridge_database)))
     source = OutboxSource("test", session, OutboxSettings(), Doorbell(1.0))
-    waits = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%store_cursor%'"
+    waits = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%%store_cursor%%'"
     try:
         assert await source.try_to_lead()
         await execute(bridge_database, LOAD.format(1, 10))
         page = await source.read()
-        with psycopg.connect(bridge_database) as other, psycopg.connect(bridge_database, autocommit=True) as looking:
+        with psycopg.connect(bridge_database) as other:
             other.execute("select from bridge.cursor for update")
             keeping = asyncio.create_task(source.keep())
             await source.settle(page)
-            await until_waiting(looking, waits)
+            await rows_become(bridge_database, waits, [(1,)])
             keeping.cancel()
             await asyncio.wait([keeping])
             other.rollback()
@@ -199,12 +181,6 @@ async def test_a_store_that_is_interrupted_by_the_stop_is_made_up_for_when_leavi
         assert stored_mark(bridge_database) == 10
     finally:
         await session.close()
-
-
-async def until_waiting(connection: psycopg.Connection[tuple[int]], count: LiteralString) -> None:
-    async with asyncio.timeout(20):
-        while connection.execute(count).fetchone() != (1,):
-            await asyncio.sleep(0.01)
 
 
 async def test_a_page_in_flight_is_read_again_by_the_next_leader(bridge_database: str) -> None:

@@ -9,10 +9,10 @@ import psycopg
 import pytest
 from psycopg import AsyncConnection, sql
 
-from bridge.demo.servers import PostgresServer
 from bridge.errors import DatabaseUnavailableError, PrivilegeError, RefusedError, SchemaError, SettingsError
 from bridge.postgres import schema as module
 from bridge.postgres.schema import Migration, check_version, migrate, migrate_sql, migrations, pending, schema_version
+from tests.support.servers import PostgresServer
 
 PSQL = Path("/usr/lib/postgresql/15/bin/psql")
 

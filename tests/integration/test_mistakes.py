@@ -1,4 +1,4 @@
-"""What a person gets who made a mistake: one message that names the key and the mend, an exit code, no stack trace."""
+"""What a mistake gives: one message that names the key and what to do, an exit code, no stack trace."""
 
 import os
 import socket
@@ -10,10 +10,9 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
-from bridge.demo.servers import MissingProgramError
 from bridge.postgres.schema import migrate
-from tests.conftest import NOT_DURABLE
 from tests.support.daemons import run_command
+from tests.support.servers import NOT_DURABLE, MissingProgramError
 from tests.support.strict_postgres import PasswordServer, TlsPostgresServer
 
 BASE = """

@@ -1,7 +1,7 @@
 """One mistake has one answer on NATS, whoever meets it: its class, the key of the setting, the address, no secret."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from bridge.brokers.contract import CONFIRMED, Letter, Refused, Subscription, Verdict
+from bridge.brokers.contract import CONFIRMED, Refused, Subscription
 from bridge.brokers.nats.connection import connect, tasks_of, transport_of
-from bridge.brokers.nats.dead import NatsDeadLetters
 from bridge.brokers.nats.queue import NatsQueue
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.sink import NatsSink
-from bridge.demo.servers import NatsServer
 from bridge.errors import (
     BrokerUnavailableError,
     LoginError,
@@ -26,49 +24,27 @@ from bridge.errors import (
     TopologyError,
 )
 from bridge.settings import load
-from tests.integration.test_nats_sink import make_event
 from tests.support.certificates import self_signed
+from tests.support.events import make_event
 from tests.support.proxy import Proxy
-
-DEADLINE = 20.0
+from tests.support.refusals import SINK, all_are_refused, everything_that_connects
+from tests.support.servers import NatsServer
+from tests.support.until import LIMIT
 
 
 def settings_of(url: str, stream: str = "events", **changes: Any) -> NatsSettings:
     values = {"type": "nats", "url": url, "stream": stream, **changes}
-    return NatsSettings.model_validate(values, context={"sink": "mine"})
+    return NatsSettings.model_validate(values, context={"sink": SINK})
 
 
 def queue_of(settings: NatsSettings, worker: str = "shop") -> NatsQueue:
     return NatsQueue(settings, Subscription(worker, ["#"], 10, [1.0], max_attempts=3, ack_wait=3.0))
 
 
-async def keep(letter: Letter) -> Verdict:
-    return "keep"
-
-
-def users(settings: NatsSettings) -> dict[str, Callable[[], Awaitable[Any]]]:
-    """All that opens a connection, by name."""
-    return {
-        "sink": NatsSink(settings).open,
-        "sink's topology": lambda: NatsSink(settings).topology(apply=True),
-        "queue": queue_of(settings).open,
-        "queue's topology": lambda: queue_of(settings).topology(apply=True),
-        "dead letters": lambda: NatsDeadLetters(settings, "shop").walk(keep),
-    }
-
-
 async def all_meet(settings: NatsSettings, kind: type[PgbridgeError], *words: str, key: str = "url") -> None:
-    """Every user of these settings is refused with exactly this class, and soon."""
-    for name, use in users(settings).items():
-        with pytest.raises(PgbridgeError) as caught:
-            await asyncio.wait_for(use(), 4.0)
-        said = str(caught.value)
-        assert type(caught.value) is kind, f"{name}: {caught.value!r}"
-        assert said.startswith(f"sinks.mine.{key}: "), f"{name}: {said}"
-        assert str(settings.servers) in said, f"{name}: {said}"
-        assert "hunter2" not in said
-        for word in words:
-            assert word in said, f"{name}: {said}"
+    """Everything that connects is refused in this way within 4 s, by an error that names the servers."""
+    uses = everything_that_connects(settings, apply=True)
+    await all_are_refused(uses, kind, str(settings.servers), *words, key=key, limit=4.0)
 
 
 @contextmanager
@@ -171,7 +147,7 @@ async def test_a_subject_that_the_user_may_not_publish_to_holds_back_itself_and_
         await sink.topology(apply=True)
         await sink.open()
         topics = ["a", "Secret.a", "Secret.b", "b", "Secret.a"]
-        outcomes = await asyncio.wait_for(sink.publish([make_event(topic=topic) for topic in topics]), DEADLINE)
+        outcomes = await asyncio.wait_for(sink.publish([make_event(topic=topic) for topic in topics]), LIMIT)
         assert [type(outcome) for outcome in outcomes] == [type(CONFIRMED), Refused, Refused, type(CONFIRMED), Refused]
         assert isinstance(outcomes[1], Refused)
         assert "does not permit" in outcomes[1].reason
@@ -197,7 +173,7 @@ async def test_a_queue_that_may_not_do_its_work_says_so(tmp_path: Path, subject:
         with pytest.raises(PrivilegeError, match="does not permit"):
             await asyncio.wait_for(work(), 4.0)
         with pytest.raises(PrivilegeError, match="does not permit"):
-            await asyncio.wait_for(anext(aiter(queue.deliveries())), DEADLINE)
+            await asyncio.wait_for(anext(aiter(queue.deliveries())), LIMIT)
         await queue.close()
 
 
@@ -215,13 +191,9 @@ async def test_an_account_without_jetstream_is_told_apart(tmp_path: Path) -> Non
 
 async def test_what_is_missing_points_to_the_command_that_declares_it(nats_server: NatsServer, unique: str) -> None:
     settings = settings_of(nats_server.url, unique)
-    for use in (NatsSink(settings).open, queue_of(settings, unique).open, lambda: dead(settings, unique)):
-        with pytest.raises(TopologyError, match=r"sinks.mine.url: .*Run `pgbridge topology --apply`"):
-            await use()
-
-
-async def dead(settings: NatsSettings, worker: str) -> None:
-    await NatsDeadLetters(settings, worker).walk(keep)
+    uses = everything_that_connects(settings, unique)
+    missing = {name: uses[name] for name in ("sink", "queue", "dead letters")}
+    await all_are_refused(missing, TopologyError, "Run `pgbridge topology --apply`")
 
 
 async def test_a_stream_in_the_way_of_ours_is_said_in_jetstreams_words(nats_server: NatsServer, unique: str) -> None:

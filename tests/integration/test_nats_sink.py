@@ -2,9 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from uuid import uuid4
 
 import nats
 import pytest
@@ -20,29 +18,14 @@ from bridge.brokers.nats.queue import NatsQueue
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.sink import DEAD_LETTER_ROOM, NatsSink
 from bridge.brokers.nats.topology import filters
-from bridge.demo.servers import NatsServer
-from bridge.demo.servers.nats import MAX_PAYLOAD
 from bridge.event import REPLAYED, Event, matches
-
-DEADLINE = 20.0
+from tests.support.events import make_event
+from tests.support.servers import MAX_PAYLOAD, NatsServer
+from tests.support.until import LIMIT
 
 
 def settings_of(url: str, stream: str, publish_timeout: float = 30.0) -> NatsSettings:
     return NatsSettings(type="nats", url=SecretStr(url), stream=stream, publish_timeout=publish_timeout)
-
-
-def make_event(**changes: object) -> Event:
-    event = Event(
-        id=str(uuid4()),
-        topic="shop.order.inserted",
-        payload=b"{}",
-        key=None,
-        source="/shop/test",
-        time=datetime(2026, 1, 1, tzinfo=UTC),
-        content_type="application/json",
-        headers={},
-    )
-    return event._replace(**changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -101,7 +84,7 @@ async def test_a_full_stream_fails_for_now(sink: NatsSink, jetstream: JetStreamC
     assert await sink.publish([make_event()]) == [CONFIRMED]
 
 
-async def test_a_message_beyond_the_streams_own_limit_fails_for_ever(
+async def test_a_message_beyond_the_streams_own_limit_can_never_be_sent(
     sink: NatsSink, jetstream: JetStreamContext, unique: str
 ) -> None:
     config = (await jetstream.stream_info(unique)).config
@@ -151,10 +134,10 @@ async def test_a_frozen_server_leaves_the_outcome_unknown_and_close_ends(tmp_pat
         server.freeze()
         # More than the kernel's buffers and the sink's room hold.
         batch = [make_event(payload=bytes(4_000_000)) for _ in range(15)]
-        outcomes = await asyncio.wait_for(sink.publish(batch), DEADLINE)
+        outcomes = await asyncio.wait_for(sink.publish(batch), LIMIT)
         assert isinstance(outcomes[0], Unknown)
         assert isinstance(outcomes[-1], NotSent)
-        await asyncio.wait_for(sink.close(), DEADLINE)
+        await asyncio.wait_for(sink.close(), LIMIT)
         server.thaw()
         await sink.open()
         assert list(await sink.publish([make_event()])) == [CONFIRMED]
@@ -185,7 +168,7 @@ async def test_what_only_the_filters_take_is_not_delivered(
     deliveries = aiter(queue.deliveries())
     seen = []
     for _ in range(5):
-        delivery = await asyncio.wait_for(anext(deliveries), DEADLINE)
+        delivery = await asyncio.wait_for(anext(deliveries), LIMIT)
         assert isinstance(delivery.event, Event)
         seen.append(delivery.event.topic)
         await delivery.ack()
@@ -212,10 +195,10 @@ async def test_a_deleted_consumer_ends_the_deliveries(
     await queue.open()
     waiting = asyncio.ensure_future(anext(aiter(queue.deliveries())))
     await sink.publish([make_event()])
-    await (await asyncio.wait_for(waiting, DEADLINE)).ack()
+    await (await asyncio.wait_for(waiting, LIMIT)).ack()
     await jetstream.delete_consumer(unique, unique)
     with pytest.raises(Exception, match="Consumer Deleted"):
-        await asyncio.wait_for(anext(aiter(queue.deliveries())), DEADLINE)
+        await asyncio.wait_for(anext(aiter(queue.deliveries())), LIMIT)
     await queue.close()
 
 
@@ -229,7 +212,7 @@ async def test_the_largest_message_that_the_sink_takes_can_be_dead_lettered(
     while await sink.publish([make_event(payload=bytes(size))]) != [CONFIRMED]:
         size -= 1
     await queue.open()
-    delivery = await asyncio.wait_for(anext(aiter(queue.deliveries())), DEADLINE)
+    delivery = await asyncio.wait_for(anext(aiter(queue.deliveries())), LIMIT)
     await delivery.dead_letter(Failure("error", "🎉" * 1000, "x y\n" * 10_000))
     message = await jetstream.get_msg(f"{unique}_dead", 1)
     assert message.data == bytes(size)

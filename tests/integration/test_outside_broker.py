@@ -7,11 +7,11 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.integration.conftest import SHOP
 from tests.support import sqlite_broker
 from tests.support.commands import command, json_of
 from tests.support.daemons import Daemon
 from tests.support.messages import execute
+from tests.support.shop import SHOP
 from tests.support.until import rows_become
 
 METADATA = "Metadata-Version: 2.1\nName: pgbridge-sqlite\nVersion: 1.0\n"

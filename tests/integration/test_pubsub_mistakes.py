@@ -4,9 +4,7 @@ A scripted server refuses as the service would; a small HTTP server plays the on
 """
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,11 @@ import grpc
 import pytest
 from google.pubsub_v1 import types
 
-from bridge.brokers.contract import Failure, Letter, Subscription, Verdict
+from bridge.brokers.contract import Failure, Subscription
 from bridge.brokers.pubsub.connection import Connection, connect
-from bridge.brokers.pubsub.dead import PubSubDeadLetters
 from bridge.brokers.pubsub.queue import PubSubQueue
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.sink import PubSubSink
-from bridge.demo.servers import free_port
 from bridge.errors import (
     BrokerUnavailableError,
     LoginError,
@@ -31,9 +27,11 @@ from bridge.errors import (
     TopologyError,
 )
 from tests.support.certificates import self_signed
+from tests.support.refusals import SINK, all_are_refused, everything_that_connects
 from tests.support.scripted_pubsub import ScriptedPubSub
-
-DEADLINE = 20.0
+from tests.support.servers import free_port
+from tests.support.tokens import REFUSED, TOKEN, service_account, token_server
+from tests.support.until import LIMIT
 
 READING = ("GetTopic", "GetSubscription", "TestIamPermissions", "Pull")
 """One of these is the first that a user of Pub/Sub calls."""
@@ -41,39 +39,11 @@ READING = ("GetTopic", "GetSubscription", "TestIamPermissions", "Pull")
 
 def settings_of(address: str = "", **changes: Any) -> PubSubSettings:
     values = {"type": "pubsub", "project": "shop", "emulator_host": address, **changes}
-    return PubSubSettings.model_validate(values, context={"sink": "mine"})
+    return PubSubSettings.model_validate(values, context={"sink": SINK})
 
 
 def queue_of(settings: PubSubSettings) -> PubSubQueue:
     return PubSubQueue(settings, Subscription("worker", ["#"], 10, [1.0], max_attempts=3, ack_wait=10.0))
-
-
-async def keep(letter: Letter) -> Verdict:
-    return "keep"
-
-
-def users(settings: PubSubSettings) -> dict[str, Callable[[], Awaitable[Any]]]:
-    """All that opens a connection, by name."""
-    return {
-        "sink": PubSubSink(settings).open,
-        "sink's topology": lambda: PubSubSink(settings).topology(apply=False),
-        "queue": queue_of(settings).open,
-        "queue's topology": lambda: queue_of(settings).topology(apply=False),
-        "dead letters": lambda: PubSubDeadLetters(settings, "worker").walk(keep),
-    }
-
-
-async def all_meet(settings: PubSubSettings, kind: type[PgbridgeError], *words: str, key: str) -> None:
-    """Every user of these settings is refused with exactly this class, and soon."""
-    for name, use in users(settings).items():
-        with pytest.raises(PgbridgeError) as caught:
-            await asyncio.wait_for(use(), DEADLINE)
-        said = str(caught.value)
-        assert type(caught.value) is kind, f"{name}: {caught.value!r}"
-        assert said.startswith(f"sinks.mine.{key}: "), f"{name}: {said}"
-        assert "hunter2" not in said
-        for word in words:
-            assert word in said, f"{name}: {said}"
 
 
 @pytest.fixture
@@ -84,7 +54,9 @@ async def scripted() -> AsyncIterator[ScriptedPubSub]:
 
 async def test_where_nobody_listens_nothing_answers() -> None:
     words = ("Pub/Sub at 127.0.0.1:1 does not answer",)
-    await all_meet(settings_of("127.0.0.1:1"), BrokerUnavailableError, *words, key="emulator_host")
+    await all_are_refused(
+        everything_that_connects(settings_of("127.0.0.1:1")), BrokerUnavailableError, *words, key="emulator_host"
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,14 +73,16 @@ async def test_a_refusal_is_told_by_its_code(
     scripted: ScriptedPubSub, code: str, kind: type[PgbridgeError], key: str, words: str
 ) -> None:
     scripted.refusals = dict.fromkeys(READING, grpc.StatusCode[code])
-    await all_meet(settings_of(scripted.address), kind, scripted.address, words, key=key)
+    await all_are_refused(
+        everything_that_connects(settings_of(scripted.address)), kind, scripted.address, words, key=key
+    )
 
 
 @pytest.mark.parametrize("use", ["sink's topology", "queue's topology", "dead letters"])
 async def test_a_missing_permission_is_told_by_its_code(scripted: ScriptedPubSub, use: str) -> None:
     scripted.refusals = dict.fromkeys(READING, grpc.StatusCode.PERMISSION_DENIED)
     with pytest.raises(PrivilegeError, match=r"sinks\.mine\.credentials: Pub/Sub at .*docs/pubsub.md lists the roles"):
-        await users(settings_of(scripted.address))[use]()
+        await everything_that_connects(settings_of(scripted.address))[use]()
 
 
 @pytest.mark.parametrize("asked", ["granted", "not granted", "may not ask"])
@@ -140,7 +114,7 @@ async def test_what_is_missing_points_to_the_command_that_declares_it(scripted: 
     scripted.refusals = dict.fromkeys(READING, grpc.StatusCode.NOT_FOUND)
     for use in ("sink", "queue", "dead letters"):
         with pytest.raises(TopologyError, match=r"sinks.mine.*: Pub/Sub at .*un `pgbridge topology --apply`"):
-            await users(settings_of(scripted.address))[use]()
+            await everything_that_connects(settings_of(scripted.address))[use]()
     (topic,) = await PubSubSink(settings_of(scripted.address)).topology(apply=False)
     assert topic.state == "missing"
 
@@ -157,12 +131,12 @@ async def test_a_settlement_that_is_refused_ends_the_deliveries(scripted: Script
     queue = queue_of(settings_of(scripted.address))
     await queue.open()
     deliveries = aiter(queue.deliveries())
-    delivery = await asyncio.wait_for(anext(deliveries), DEADLINE)
+    delivery = await asyncio.wait_for(anext(deliveries), LIMIT)
     scripted.refusals = {"Acknowledge": grpc.StatusCode.PERMISSION_DENIED}
     with pytest.raises(PrivilegeError):
         await delivery.ack()
     with pytest.raises(PrivilegeError):
-        await asyncio.wait_for(anext(deliveries), DEADLINE)
+        await asyncio.wait_for(anext(deliveries), LIMIT)
     await queue.close()
 
 
@@ -174,7 +148,7 @@ async def test_a_letter_that_is_refused_comes_again_and_stops_nothing(scripted: 
     scripted.answer = refuse
     queue = queue_of(settings_of(scripted.address))
     await queue.open()
-    delivery = await asyncio.wait_for(anext(aiter(queue.deliveries())), DEADLINE)
+    delivery = await asyncio.wait_for(anext(aiter(queue.deliveries())), LIMIT)
     with pytest.raises(RefusedError, match="INVALID_ARGUMENT"):
         await delivery.dead_letter(Failure("error", "it broke"))
     assert "ModifyAckDeadline" in scripted.calls
@@ -182,83 +156,56 @@ async def test_a_letter_that_is_refused_comes_again_and_stops_nothing(scripted: 
     await queue.close()
 
 
-Status = tuple[int, dict[str, Any]]
-
-
-@asynccontextmanager
-async def token_server(status: int, answer: dict[str, Any]) -> AsyncIterator[str]:
-    """The URL of a server that answers every request for a token in this way."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-        await reader.readexactly(int(head.partition("content-length: ")[2].partition("\r\n")[0]))
-        body = json.dumps(answer).encode()
-        writer.write(
-            b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b"
-            % (status, len(body), body)
-        )
-        await writer.drain()
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/token"
-
-
-@pytest.fixture
-def account(tmp_path: Path) -> Callable[[str], str]:
-    """From the URL of a token server to the JSON of a service account key."""
-    _, key = self_signed(tmp_path / "account")
-
-    def write(token_uri: str) -> str:
-        return json.dumps(
-            {
-                "type": "service_account",
-                "client_email": "bridge@shop.iam.gserviceaccount.com",
-                "private_key": key.read_text(),
-                "token_uri": token_uri,
-            }
+async def test_credentials_that_google_refuses_are_a_refused_login(tmp_path: Path) -> None:
+    async with token_server(*REFUSED) as url:
+        await all_are_refused(
+            everything_that_connects(settings_of(credentials=service_account(tmp_path, url))),
+            LoginError,
+            "Invalid JWT Signature",
+            key="credentials",
         )
 
-    return write
 
-
-TOKEN: Status = (200, {"access_token": "hunter2", "expires_in": 3600, "token_type": "Bearer"})
-
-
-async def test_credentials_that_google_refuses_are_a_refused_login(account: Callable[[str], str]) -> None:
-    async with token_server(400, {"error": "invalid_grant", "error_description": "Invalid JWT Signature."}) as url:
-        await all_meet(settings_of(credentials=account(url)), LoginError, "Invalid JWT Signature", key="credentials")
-
-
-async def test_a_token_server_that_does_not_answer_is_not_a_refused_login(account: Callable[[str], str]) -> None:
-    settings = settings_of(credentials=account("http://127.0.0.1:1/token"))
+async def test_a_token_server_that_does_not_answer_is_not_a_refused_login(tmp_path: Path) -> None:
+    settings = settings_of(credentials=service_account(tmp_path, "http://127.0.0.1:1/token"))
     with pytest.raises(BrokerUnavailableError, match=r"sinks\.mine\.credentials: the server that gives"):
         await connect(settings)
 
 
 @pytest.mark.parametrize("given", ["hunter2", '{"type": "hunter2"}', '{"type": "service_account"}'])
-async def test_credentials_that_are_none_are_a_mistake_in_the_settings(given: str) -> None:
-    await all_meet(settings_of(credentials=given), SettingsError, key="credentials")
+async def test_credentials_that_are_not_a_key_are_a_mistake_in_the_settings(given: str) -> None:
+    await all_are_refused(everything_that_connects(settings_of(credentials=given)), SettingsError, key="credentials")
 
 
-async def test_an_endpoint_where_nobody_listens_does_not_answer(account: Callable[[str], str]) -> None:
+async def test_an_endpoint_where_nobody_listens_does_not_answer(tmp_path: Path) -> None:
     async with token_server(*TOKEN) as url:
-        settings = settings_of(credentials=account(url), endpoint=f"127.0.0.1:{free_port()}")
-        await all_meet(settings, BrokerUnavailableError, settings.endpoint, "does not answer", key="endpoint")
+        settings = settings_of(credentials=service_account(tmp_path, url), endpoint=f"127.0.0.1:{free_port()}")
+        await all_are_refused(
+            everything_that_connects(settings),
+            BrokerUnavailableError,
+            settings.endpoint,
+            "does not answer",
+            key="endpoint",
+        )
 
 
-async def test_an_endpoint_whose_certificate_is_not_trusted_does_answer(
-    account: Callable[[str], str], tmp_path: Path
-) -> None:
+async def test_an_endpoint_whose_certificate_is_not_trusted_does_answer(tmp_path: Path) -> None:
     certificate = self_signed(tmp_path / "tls")
     async with token_server(*TOKEN) as url, ScriptedPubSub(certificate=certificate) as server:
-        settings = settings_of(credentials=account(url), endpoint=server.address)
-        await all_meet(settings, RefusedError, server.address, "certificate that is not trusted", key="endpoint")
+        settings = settings_of(credentials=service_account(tmp_path, url), endpoint=server.address)
+        await all_are_refused(
+            everything_that_connects(settings),
+            RefusedError,
+            server.address,
+            "certificate that is not trusted",
+            key="endpoint",
+        )
 
 
-async def test_an_endpoint_without_tls_does_answer(account: Callable[[str], str]) -> None:
+async def test_an_endpoint_without_tls_does_answer(tmp_path: Path) -> None:
     async with token_server(*TOKEN) as url, ScriptedPubSub() as server:
-        settings = settings_of(credentials=account(url), endpoint=server.address)
-        await all_meet(settings, RefusedError, server.address, "makes no TLS connection", key="endpoint")
+        settings = settings_of(credentials=service_account(tmp_path, url), endpoint=server.address)
+        await all_are_refused(
+            everything_that_connects(settings), RefusedError, server.address, "makes no TLS connection", key="endpoint"
+        )
         assert not server.calls

@@ -12,11 +12,10 @@ from bridge.brokers.contract import Subscription
 from bridge.brokers.rabbitmq.queue import RabbitMQQueue
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.topology import DELIVERY_LIMIT, duration
-from bridge.demo.servers import RabbitMQServer
 from bridge.errors import BrokerUnavailableError, TopologyError
 from bridge.event import Malformed
-
-DEADLINE = 20.0
+from tests.support.servers import RabbitMQServer
+from tests.support.until import LIMIT
 
 
 def queue_of(server: RabbitMQServer, name: str) -> RabbitMQQueue:
@@ -55,11 +54,11 @@ async def test_a_message_that_is_never_acknowledged_ends_as_a_dead_letter(
     await queue.open()
     deliveries = aiter(queue.deliveries())
     for attempt in range(1, DELIVERY_LIMIT + 2):
-        delivery = await asyncio.wait_for(anext(deliveries), DEADLINE)
+        delivery = await asyncio.wait_for(anext(deliveries), LIMIT)
         assert delivery.attempt == attempt
         await delivery.give_back()
     dead = await channel.get_queue(f"{unique}.dead", ensure=False)
-    async with asyncio.timeout(DEADLINE), dead.iterator(no_ack=True) as letters:
+    async with asyncio.timeout(LIMIT), dead.iterator(no_ack=True) as letters:
         letter = await anext(letters)
     assert letter.body == b"poison"
     assert "x-death" in letter.headers
@@ -74,13 +73,13 @@ async def test_a_retry_queue_that_is_gone_is_told_and_the_message_stays(
     await publish(channel, unique, b"")
     await queue.open()
     deliveries = aiter(queue.deliveries())
-    delivery = await asyncio.wait_for(anext(deliveries), DEADLINE)
+    delivery = await asyncio.wait_for(anext(deliveries), LIMIT)
     assert isinstance(delivery.event, Malformed)
     await channel.queue_delete(f"{unique}.retry.500ms")
     with pytest.raises(TopologyError, match=r"retry\.500ms"):
         await delivery.retry(0.1)
     await delivery.give_back()
-    again = await asyncio.wait_for(anext(deliveries), DEADLINE)
+    again = await asyncio.wait_for(anext(deliveries), LIMIT)
     assert again.attempt == 2
     await again.ack()
     await queue.close()
@@ -95,7 +94,7 @@ async def test_a_deleted_queue_ends_the_deliveries(
     waiting = asyncio.ensure_future(anext(aiter(queue.deliveries())))
     await channel.queue_delete(unique)
     with pytest.raises(BrokerUnavailableError, match="cancelled the consumer"):
-        await asyncio.wait_for(waiting, DEADLINE)
+        await asyncio.wait_for(waiting, LIMIT)
     await queue.close()
 
 

@@ -10,13 +10,11 @@ import aio_pika
 import pytest
 from aio_pika.abc import AbstractChannel
 
-from bridge.brokers.contract import Letter, Subscription, Verdict
+from bridge.brokers.contract import Subscription
 from bridge.brokers.rabbitmq import client, connection
-from bridge.brokers.rabbitmq.dead import RabbitMQDeadLetters
 from bridge.brokers.rabbitmq.queue import RabbitMQQueue
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
-from bridge.demo.servers import RabbitMQServer, free_port
 from bridge.errors import (
     BrokerUnavailableError,
     LoginError,
@@ -26,13 +24,14 @@ from bridge.errors import (
     SettingsError,
     TopologyError,
 )
+from tests.support.certificates import self_signed, signed_by
 from tests.support.daemons import run_command
-from tests.support.tls_rabbitmq import TlsRabbitMQServer, sign_client, sign_itself
+from tests.support.refusals import SINK, all_are_refused, everything_that_connects
+from tests.support.servers import RabbitMQServer, free_port
+from tests.support.tls_rabbitmq import TlsRabbitMQServer
+from tests.support.until import LIMIT
 
 pytestmark = pytest.mark.rabbitmq
-
-DEADLINE = 20.0
-"""Seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -41,58 +40,20 @@ def node(rabbitmq: RabbitMQServer, server_folder: Path) -> Iterator[TlsRabbitMQS
     folder = server_folder / "wants-certificates"
     folder.mkdir()
     with TlsRabbitMQServer(folder, wants_certificates=True) as server:
-        sign_itself(server.folder / "other.pem", server.folder / "other.key")
-        sign_client(server, server.folder / "client.pem", server.folder / "client.key")
+        self_signed(server.folder / "other", name="DNS:localhost")
+        signed_by(server.certificate, server.folder / "client")
         yield server
 
 
 def settings_for(url: str, exchange: str, tls: dict[str, Any] | None = None) -> RabbitMQSettings:
-    """As of the table [sinks.events]."""
     table = {"type": "rabbitmq", "url": url, "exchange": exchange, "tls": tls or {}}
-    return RabbitMQSettings.model_validate(table, context={"sink": "events"})
+    return RabbitMQSettings.model_validate(table, context={"sink": SINK})
 
 
 def queue_of(settings: RabbitMQSettings) -> RabbitMQQueue:
-    """Of a worker that has the exchange's name."""
-    wanted = Subscription(settings.exchange, ["#"], 10, [0.5], max_attempts=3, ack_wait=30.0)
+    """The queue of `everything_that_connects`, of a worker that has the exchange's name."""
+    wanted = Subscription(settings.exchange, ["#"], 10, [1.0], max_attempts=3, ack_wait=10.0)
     return RabbitMQQueue(settings, wanted)
-
-
-async def keep(_: Letter) -> Verdict:
-    return "keep"
-
-
-async def open_sink(settings: RabbitMQSettings) -> None:
-    sink = RabbitMQSink(settings)
-    try:
-        await sink.open()
-    finally:
-        await sink.close()
-
-
-async def open_queue(settings: RabbitMQSettings) -> None:
-    queue = queue_of(settings)
-    try:
-        await queue.open()
-    finally:
-        await queue.close()
-
-
-async def walk(settings: RabbitMQSettings) -> None:
-    await RabbitMQDeadLetters(settings, settings.exchange).walk(keep)
-
-
-async def sink_topology(settings: RabbitMQSettings) -> None:
-    await RabbitMQSink(settings).topology(apply=False)
-
-
-async def queue_topology(settings: RabbitMQSettings) -> None:
-    await queue_of(settings).topology(apply=False)
-
-
-Way = Callable[[RabbitMQSettings], Awaitable[None]]
-
-EVERY_WAY = pytest.mark.parametrize("way", [open_sink, open_queue, walk, sink_topology, queue_topology])
 
 
 @dataclass
@@ -106,7 +67,7 @@ class Mistake:
     tls: dict[str, str] = field(default_factory=dict)
 
 
-OWN = {"cert_file": "{folder}/client.pem", "key_file": "{folder}/client.key"}
+OWN = {"cert_file": "{folder}/client/certificate.pem", "key_file": "{folder}/client/key.pem"}
 TRUSTED = {"ca_file": "{folder}/certificate.pem"}
 
 MISTAKES = {
@@ -137,7 +98,7 @@ MISTAKES = {
     "another name": Mistake(
         "amqps://guest:hunter2@0.0.0.0:{tls_port}/",
         RefusedError,
-        ["for another name", "IP address mismatch", "sinks.events.tls.ca_file"],
+        ["for another name", "IP address mismatch", "sinks.mine.tls.ca_file"],
         tls=TRUSTED,
     ),
     "no client certificate": Mistake(
@@ -150,9 +111,9 @@ MISTAKES = {
     "another's client certificate": Mistake(
         "amqps://guest:hunter2@127.0.0.1:{tls_port}/",
         LoginError,
-        ["refuses the certificate in {folder}/other.pem"],
+        ["refuses the certificate in {folder}/other/certificate.pem"],
         key="tls.cert_file",
-        tls=TRUSTED | {"cert_file": "{folder}/other.pem", "key_file": "{folder}/other.key"},
+        tls=TRUSTED | {"cert_file": "{folder}/other/certificate.pem", "key_file": "{folder}/other/key.pem"},
     ),
     "password over TLS": Mistake(
         "amqps://guest:hunter2@127.0.0.1:{tls_port}/", LoginError, ["ACCESS_REFUSED"], tls=TRUSTED | OWN
@@ -166,39 +127,33 @@ MISTAKES = {
 }
 
 
-@EVERY_WAY
 @pytest.mark.parametrize("name", MISTAKES)
-async def test_a_mistake_on_the_way_is_told_alike(node: TlsRabbitMQServer, unique: str, name: str, way: Way) -> None:
+async def test_a_mistake_on_the_way_is_told_alike(node: TlsRabbitMQServer, unique: str, name: str) -> None:
     mistake = MISTAKES[name]
     if "{user}" in mistake.url:
         node.ctl("add_user", unique, "hunter2")
     known = {"port": node.port, "tls_port": node.tls_port, "folder": node.folder, "user": unique}
     tls = {name: value.format(**known) for name, value in mistake.tls.items()}
     settings = settings_for(mistake.url.format(**known), unique, tls)
-    with pytest.raises(PgbridgeError) as caught:
-        await way(settings)
-    said = str(caught.value)
-    assert type(caught.value) is mistake.error, said
-    assert said.startswith(f"sinks.events.{mistake.key}: RabbitMQ at {settings.address} ")
-    for words in mistake.says:
-        assert words.format(**known) in said
-    assert ("does not answer" in said) == (name == "nothing there")
-    assert "hunter2" not in said
+    words = [f"sinks.{SINK}.{mistake.key}: RabbitMQ at {settings.address} "]
+    words += [each.format(**known) for each in mistake.says]
+    said = await all_are_refused(everything_that_connects(settings, unique), mistake.error, *words, key=mistake.key)
+    for each in said.values():
+        assert ("does not answer" in each) == (name == "nothing there")
 
 
-@EVERY_WAY
-async def test_certificates_of_the_client_let_it_in(node: TlsRabbitMQServer, unique: str, way: Way) -> None:
+async def test_certificates_of_the_client_let_it_in(node: TlsRabbitMQServer, unique: str) -> None:
     tls = {name: value.format(folder=node.folder) for name, value in (TRUSTED | OWN).items()}
     settings = settings_for(f"amqps://guest:guest@127.0.0.1:{node.tls_port}/", unique, tls)
     await queue_of(settings).topology(apply=True)
-    await way(settings)
+    for use in everything_that_connects(settings, unique).values():
+        await use()
 
 
-@EVERY_WAY
-async def test_a_missing_certificate_is_a_mistake_in_the_settings(tmp_path: Path, unique: str, way: Way) -> None:
+async def test_a_missing_certificate_is_a_mistake_in_the_settings(tmp_path: Path, unique: str) -> None:
     settings = settings_for("amqps://guest:hunter2@127.0.0.1:1/", unique, {"ca_file": str(tmp_path / "ca.pem")})
-    with pytest.raises(SettingsError, match=r"^sinks\.events\.tls\.ca_file: .*/ca\.pem"):
-        await way(settings)
+    uses = everything_that_connects(settings, unique)
+    await all_are_refused(uses, SettingsError, "/ca.pem", key="tls.ca_file")
 
 
 @pytest.fixture
@@ -224,7 +179,6 @@ async def answering() -> AsyncIterator[Callable[[bytes | None], Awaitable[int]]]
         server.close()
 
 
-@EVERY_WAY
 @pytest.mark.parametrize(
     ("scheme", "answer", "says"),
     [
@@ -232,15 +186,14 @@ async def answering() -> AsyncIterator[Callable[[bytes | None], Awaitable[int]]]
         ("amqp", b"", "no greeting of AMQP 0-9-1"),
         ("amqp", b"SSH", "no greeting of AMQP 0-9-1"),
         ("amqp", None, "does not answer: nothing came within 0.5 s"),
-        ("amqps", b"", "sinks.events.url: "),
+        ("amqps", b"", "ended the connection during the TLS handshake"),
         ("amqps", None, "does not answer: nothing came within 0.5 s"),
     ],
 )
-async def test_a_server_that_is_no_rabbitmq_is_told(
+async def test_a_server_that_is_not_rabbitmq_is_told(
     unique: str,
     answering: Callable[[bytes | None], Awaitable[int]],
     monkeypatch: pytest.MonkeyPatch,
-    way: Way,
     scheme: str,
     answer: bytes | None,
     says: str,
@@ -248,18 +201,17 @@ async def test_a_server_that_is_no_rabbitmq_is_told(
     for module in (connection, client):
         monkeypatch.setattr(module, "CONNECT_LIMIT", 0.5)
     port = await answering(answer)
-    with pytest.raises((BrokerUnavailableError, RefusedError)) as caught:
-        await way(settings_for(f"{scheme}://guest:hunter2@127.0.0.1:{port}/", unique))
-    assert str(caught.value).startswith(f"sinks.events.url: RabbitMQ at 127.0.0.1:{port} ")
-    assert says in str(caught.value)
-    assert ("does not answer" in str(caught.value)) == (answer is None)
+    uses = everything_that_connects(settings_for(f"{scheme}://guest:hunter2@127.0.0.1:{port}/", unique), unique)
+    said = await all_are_refused(uses, BrokerUnavailableError, f"sinks.{SINK}.url: RabbitMQ at 127.0.0.1:{port} ", says)
+    for each in said.values():
+        assert ("does not answer" in each) == (answer is None)
 
 
-@pytest.mark.parametrize("way", [open_sink, open_queue, walk])
-async def test_what_is_missing_points_to_topology(rabbitmq: RabbitMQServer, unique: str, way: Way) -> None:
-    with pytest.raises(TopologyError, match=f"^sinks.events.url: .*{unique}.*`pgbridge topology --apply`") as caught:
-        await way(settings_for(rabbitmq.url, unique))
-    assert f"127.0.0.1:{rabbitmq.port}" in str(caught.value)
+async def test_what_is_missing_points_to_topology(rabbitmq: RabbitMQServer, unique: str) -> None:
+    uses = everything_that_connects(settings_for(rabbitmq.url, unique), unique)
+    missing = {name: uses[name] for name in ("sink", "queue", "dead letters")}
+    words = (unique, "`pgbridge topology --apply`", f"127.0.0.1:{rabbitmq.port}")
+    await all_are_refused(missing, TopologyError, *words)
 
 
 @dataclass
@@ -284,22 +236,22 @@ async def limited(rabbitmq: RabbitMQServer, unique: str) -> Limited:
 
 def is_told(error: PrivilegeError, resource: str, limited: Limited) -> None:
     said, user = str(error), limited.settings.address.user
-    assert said.startswith(f"sinks.events.url: RabbitMQ at {limited.settings.address} ")
+    assert said.startswith(f"sinks.{SINK}.url: RabbitMQ at {limited.settings.address} ")
     assert f"access to {resource} in vhost '/' refused" in said
     assert f"`rabbitmqctl set_permissions -p / {user} CONFIGURE WRITE READ`" in said
     assert "hunter2" not in said
 
 
-@pytest.mark.parametrize(("way", "queue"), [(open_queue, "{0}"), (walk, "{0}.dead")])
+@pytest.mark.parametrize(("use", "queue"), [("queue", "{0}"), ("dead letters", "{0}.dead")])
 async def test_a_user_that_may_not_read_is_told_of_the_queue(
-    rabbitmq: RabbitMQServer, unique: str, limited: Limited, way: Way, queue: str
+    rabbitmq: RabbitMQServer, unique: str, limited: Limited, use: str, queue: str
 ) -> None:
     await limited.permit(".*", ".*", "")
     async with await aio_pika.connect(rabbitmq.url) as other:
         channel = await other.channel()
         await channel.default_exchange.publish(aio_pika.Message(b""), f"{unique}.dead")
     with pytest.raises(PrivilegeError) as caught:
-        await way(limited.settings)
+        await everything_that_connects(limited.settings, unique)[use]()
     is_told(caught.value, f"queue '{queue.format(unique)}'", limited)
 
 
@@ -314,13 +266,13 @@ async def test_a_user_that_may_not_write_is_told_when_a_delivery_is_put_off(
     await queue.open()
     try:
         deliveries = aiter(queue.deliveries())
-        delivery = await asyncio.wait_for(anext(deliveries), DEADLINE)
+        delivery = await asyncio.wait_for(anext(deliveries), LIMIT)
         with pytest.raises(PrivilegeError) as caught:
             await delivery.retry(0.1)
         is_told(caught.value, "exchange 'amq.default'", limited)
         # The refusal closed the channel, so the worker connects again.
         with pytest.raises(BrokerUnavailableError, match=r"amq\.default"):
-            await asyncio.wait_for(anext(deliveries), DEADLINE)
+            await asyncio.wait_for(anext(deliveries), LIMIT)
         with pytest.raises(BrokerUnavailableError, match=r"amq\.default"):
             await delivery.ack()
     finally:
@@ -338,12 +290,12 @@ async def test_a_user_that_may_not_configure_sees_the_topology_and_cannot_apply_
         assert {(each.state, "cannot be compared" in each.detail) for each in things} == {("present", True)}
     async with await aio_pika.connect(rabbitmq.url) as other:
         channel = await other.channel()
-        await channel.queue_delete(f"{unique}.retry.500ms")
+        await channel.queue_delete(f"{unique}.retry.1s")
         states = {each.name: each.state for each in await queue.topology(apply=False)}
-        assert states[f"{unique}.retry.500ms"] == "missing"
+        assert states[f"{unique}.retry.1s"] == "missing"
         with pytest.raises(PrivilegeError) as caught:
             await queue.topology(apply=True)
-        is_told(caught.value, f"queue '{unique}.retry.500ms'", limited)
+        is_told(caught.value, f"queue '{unique}.retry.1s'", limited)
         await channel.exchange_delete(unique)
         with pytest.raises(PrivilegeError) as caught:
             await sink.topology(apply=True)

@@ -15,13 +15,13 @@ from bridge.brokers.contract import CONFIRMED, Never, NotSent, Refused, Unknown
 from bridge.brokers.rabbitmq import publisher
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
-from bridge.demo.servers import RabbitMQServer
 from bridge.errors import BrokerUnavailableError, TopologyError
 from bridge.event import Event
 from bridge.settings import TlsSettings
-from tests.contract.sinks import drain
 from tests.support.events import ids, make_event, make_events
+from tests.support.messages import drain
 from tests.support.proxy import Proxy
+from tests.support.servers import RabbitMQServer
 from tests.support.tls_rabbitmq import BROKER_LIMIT, TlsRabbitMQServer
 from tests.support.until import until
 
@@ -78,7 +78,7 @@ async def bind_queue(connection: Any, exchange: str, pattern: str = "#", **argum
     return queue
 
 
-async def test_unroutable_events_fail_for_ever_among_confirmed_ones(
+async def test_unroutable_events_are_found_among_confirmed_ones(
     rabbitmq: RabbitMQServer, unique: str, open_sink: Any, bind: Any
 ) -> None:
     sink = await open_sink(rabbitmq.url)
@@ -151,7 +151,7 @@ def test_large_bodies_and_many_messages_pass_on_both_event_loops(
         runner.run(scenario())
 
 
-async def test_a_message_beyond_the_brokers_own_limit_is_found_and_the_others_may_be_sent_again(
+async def test_a_message_beyond_the_brokers_limit_is_found_and_the_others_go_again(
     node: TlsRabbitMQServer, unique: str, open_sink: Any, bind: Any
 ) -> None:
     sink = await open_sink(node.url)
@@ -172,7 +172,7 @@ async def test_a_message_beyond_the_brokers_own_limit_is_found_and_the_others_ma
     assert set(arrived) == {events[n].id for n in (0, 1, 3, 4)}
 
 
-async def test_a_deleted_exchange_closes_the_sink_and_open_says_how_to_mend_it(
+async def test_a_deleted_exchange_closes_the_sink_and_open_says_what_to_do(
     rabbitmq: RabbitMQServer, unique: str, open_sink: Any
 ) -> None:
     sink = await open_sink(rabbitmq.url)
@@ -227,7 +227,7 @@ async def test_a_blocked_connection_buffers_little_and_goes_on_when_the_alarm_en
     assert ids(await drain(queue))[1:] == ids(event for batch in events for event in batch)
 
 
-async def test_when_time_runs_out_while_blocked_the_unsent_failed_and_the_sent_are_unknown(
+async def test_a_time_out_while_blocked_leaves_the_unsent_not_sent_and_the_sent_unknown(
     node: TlsRabbitMQServer, unique: str, open_sink: Any, bind: Any
 ) -> None:
     sink = await open_sink(node.url, publish_timeout=1.0)
@@ -340,7 +340,7 @@ async def test_heartbeats_keep_an_idle_connection(
 ) -> None:
     sink = await open_sink(rabbitmq.url, heartbeat=1.0)
     await bind(rabbitmq.url, unique)
-    # RabbitMQ drops a client whose heartbeats are missing for two intervals.
+    # RabbitMQ drops a client whose heartbeats are missing for two intervals, and says nothing while they come.
     await asyncio.sleep(3.5)
     assert await sink.publish([make_event()]) == [CONFIRMED]
 
@@ -367,7 +367,7 @@ async def test_tls_with_a_trusted_certificate_carries_events(
     node: TlsRabbitMQServer, unique: str, open_sink: Any, bind: Any
 ) -> None:
     url = f"amqps://guest:guest@127.0.0.1:{node.tls_port}/"
-    sink = await open_sink(url, tls=TlsSettings(ca_file=node.certificate))
+    sink = await open_sink(url, tls=TlsSettings(ca_file=node.certificate.file))
     queue = await bind(node.url, unique)
     events = [make_event(payload=bytes(500_000)), *make_events(2000)]
     assert list(await sink.publish(events)) == [CONFIRMED] * 2001

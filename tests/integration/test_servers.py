@@ -1,4 +1,4 @@
-"""The servers that every other test stands on: they start, keep their data, and can be killed, frozen and cut off."""
+"""The servers that every other test needs: they start, keep their data, and can be killed, frozen and cut off."""
 
 import asyncio
 import contextlib
@@ -16,10 +16,10 @@ import nats
 import psycopg
 import pytest
 
-from bridge.demo.servers import NatsServer, PostgresServer, PubSubEmulator, RabbitMQServer, Server, free_port
 from bridge.demo.servers.guard import tree
 from bridge.errors import UnavailableError
 from tests.support.proxy import Proxy
+from tests.support.servers import NatsServer, PostgresServer, PubSubEmulator, RabbitMQServer, Server, free_port
 from tests.support.until import until
 
 
@@ -60,11 +60,9 @@ async def test_a_frozen_postgres_answers_no_session_until_it_is_thawed(own_postg
         assert await (await asyncio.wait_for(query, 10)).fetchone() == (1,)
 
 
-def test_a_postmaster_that_dies_by_itself_is_noticed_and_started_again(own_postgres: PostgresServer) -> None:
+async def test_a_postmaster_that_dies_by_itself_is_noticed_and_started_again(own_postgres: PostgresServer) -> None:
     os.kill(own_postgres.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while own_postgres.running:
-        assert time.monotonic() < deadline
+    await until(lambda: not own_postgres.running)
     own_postgres.start()
     psycopg.connect(own_postgres.dsn()).close()
 
@@ -83,11 +81,11 @@ def test_postgres_as_root_names_a_folder_that_its_user_cannot_enter(tmp_path: Pa
         PostgresServer(tmp_path).start()
 
 
-def test_a_server_ends_with_the_process_that_started_it(server_folder: Path, unique: str) -> None:
+async def test_a_server_ends_with_the_process_that_started_it(server_folder: Path, unique: str) -> None:
     script = """if True:
         import sys
         from pathlib import Path
-        from bridge.demo.servers import PostgresServer
+        from tests.support.servers import PostgresServer
         with PostgresServer(Path(sys.argv[1])) as server:
             print(server.pid, flush=True)
             server.freeze()
@@ -100,9 +98,7 @@ def test_a_server_ends_with_the_process_that_started_it(server_folder: Path, uni
         members = tree(server)
         assert len(members) > 1
         parent.kill()
-    deadline = time.monotonic() + 10
-    while any(tree(pid) for pid in members):
-        assert time.monotonic() < deadline, "the server outlived its parent"
+    await until(lambda: not any(tree(pid) for pid in members), "the server ends with its parent")
 
 
 def test_postgres_15_answers_as_version_15(database15: str) -> None:
@@ -123,7 +119,7 @@ def test_every_bridge_database_has_the_schema_and_its_own_log(bridge_database: s
 
 
 async def test_nats_keeps_its_stream_through_a_kill(server_folder: Path, unique: str) -> None:
-    with NatsServer(server_folder / unique, sync_always=True) as server:
+    with NatsServer(server_folder / unique) as server:
         client = await nats.connect(server.url)
         await client.jetstream().add_stream(name=unique, subjects=[unique])
         await client.jetstream().publish(unique, b"kept")
@@ -275,7 +271,7 @@ async def test_the_proxy_as_a_blackhole_accepts_and_passes_nothing_until_it_ends
 
 
 PORTS_OF_ANOTHER_PROCESS = """
-from bridge.demo.servers import free_port
+from tests.support.servers import free_port
 print(*[free_port() for _ in range(300)], flush=True)
 input()
 """

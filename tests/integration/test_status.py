@@ -7,11 +7,12 @@ from pathlib import Path
 
 import psycopg
 
-from bridge.demo.servers import NatsServer, RabbitMQServer, free_port
-from tests.support.commands import command, eventually, json_of
+from tests.support.commands import command, json_of
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.metrics import get
+from tests.support.servers import NatsServer, RabbitMQServer, free_port
+from tests.support.until import rows_become, until
 
 
 async def test_status_tells_of_the_leader_and_that_nothing_waits(
@@ -21,7 +22,7 @@ async def test_status_tells_of_the_leader_and_that_nothing_waits(
         bridge.wait_for("bridge.leading")
         await execute(bridge_database, "select bridge.emit('a', 'x') from generate_series(1, 10)")
         await messages.take(10)
-        await eventually(bridge_database, "select backlog from bridge.status()", [(0,)])
+        await rows_become(bridge_database, "select backlog from bridge.status()", [(0,)])
         told = await json_of("status", "--config", str(bridge.config))
         (one,) = told["bridges"]
         assert bridge.process is not None
@@ -34,7 +35,7 @@ async def test_status_tells_of_the_leader_and_that_nothing_waits(
         assert "backlog             0 events" in text
         bridge.kill()
     # Its row still names it, but its session is gone.
-    await eventually(bridge_database, "select leader from bridge.status()", [(None,)])
+    await rows_become(bridge_database, "select leader from bridge.status()", [(None,)])
     _, said = await command("status", "--config", str(bridge.config), expect=1)
     assert "No bridge named 'test' is running" in said
 
@@ -93,14 +94,17 @@ async def test_an_unreachable_database_ends_status_with_69(messages: Messages, t
 
 
 async def until_health(port: int, status: int, role: str) -> dict[str, object]:
-    found: tuple[int, str] = (0, "")
-    async with asyncio.timeout(30):
-        while True:
-            found = await get(port, "/health")
-            body: dict[str, object] = json.loads(found[1])
-            if (found[0], body["role"]) == (status, role):
-                return body
-            await asyncio.sleep(0.05)
+    """What /health says once it has this status and role."""
+    body: dict[str, object] = {}
+
+    async def is_so() -> bool:
+        nonlocal body
+        answered, text = await get(port, "/health")
+        body = json.loads(text)
+        return (answered, body["role"]) == (status, role)
+
+    await until(is_so, f"/health answers {status} as {role}")
+    return body
 
 
 async def test_health_and_metrics_of_leader_and_standby(
@@ -116,7 +120,7 @@ async def test_health_and_metrics_of_leader_and_standby(
             assert (await until_health(ports[1], 200, "standby"))["problems"] == []
             await execute(bridge_database, "select bridge.emit('a', 'x') from generate_series(1, 50)")
             await messages.take(50)
-            await eventually(bridge_database, "select backlog from bridge.status()", [(0,)])
+            await rows_become(bridge_database, "select backlog from bridge.status()", [(0,)])
             _, metrics = await get(ports[0], "/metrics")
             for line in (
                 "pgbridge_leading 1.0",

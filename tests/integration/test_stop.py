@@ -5,26 +5,19 @@ import signal
 import time
 from pathlib import Path
 
-import psycopg
-
-from bridge.demo.servers import PostgresServer, RabbitMQServer
 from tests.support.daemons import Daemon
-from tests.support.messages import Messages, execute, settings
+from tests.support.messages import Messages, execute, settings, stored_mark
+from tests.support.metrics import metric
 from tests.support.proxy import Proxy
+from tests.support.servers import PostgresServer, RabbitMQServer, free_port
+from tests.support.until import until
 
 COUNT = 20_000
 LOAD = f"select bridge.emit('load', n::text, 'key-' || n %% 50) from generate_series(1, {COUNT}) n order by n"
 SMALL_PAGES = "[outbox]\npage_size = 200"
 
 
-def mark(dsn: str) -> int:
-    with psycopg.connect(dsn) as connection:
-        row = connection.execute("select mark from bridge.cursor").fetchone()
-    assert row is not None
-    return int(row[0])
-
-
-async def test_sigterm_under_load_settles_what_is_in_flight_so_that_the_next_start_repeats_nothing(
+async def test_sigterm_under_load_settles_what_is_in_flight_and_nothing_is_repeated(
     bridge_database: str, messages: Messages, tmp_path: Path
 ) -> None:
     with Daemon(tmp_path, settings(bridge_database, messages, SMALL_PAGES)) as bridge:
@@ -33,11 +26,9 @@ async def test_sigterm_under_load_settles_what_is_in_flight_so_that_the_next_sta
         loading = asyncio.create_task(execute(bridge_database, LOAD))
         stops_in_the_middle = 0
         for threshold in (300, 4000, 9000):
-            async with asyncio.timeout(30):
-                while messages.seen < threshold:
-                    await asyncio.sleep(0.001)
+            await until(lambda least=threshold: messages.seen >= least)  # type: ignore[misc]
             assert await asyncio.to_thread(bridge.stop) == 0
-            stops_in_the_middle += 0 < mark(bridge_database) < COUNT
+            stops_in_the_middle += 0 < stored_mark(bridge_database) < COUNT
             bridge.start()
             await asyncio.to_thread(bridge.wait_for, "bridge.leading")
         await loading
@@ -73,12 +64,18 @@ async def test_a_stop_while_the_broker_is_silent_ends_within_its_limit(
     rabbitmq: RabbitMQServer, bridge_database: str, messages: Messages, tmp_path: Path
 ) -> None:
     async with Proxy(rabbitmq.host, rabbitmq.port) as wire:
-        text = settings(bridge_database, messages, "[relay]\nshutdown_limit = 1")
+        port = free_port()
+        more = f"[relay]\nshutdown_limit = 1\n[observe]\nlisten = '127.0.0.1:{port}'"
+        text = settings(bridge_database, messages, more)
+
+        async def in_flight() -> bool:
+            return await metric(port, "pgbridge_pages_in_flight") == 1
+
         with Daemon(tmp_path, text.replace(str(rabbitmq.port), str(wire.port))) as bridge:
             await asyncio.to_thread(bridge.wait_for, "bridge.leading")
             wire.blackhole = True
             await execute(bridge_database, "select bridge.emit('load', '1')")
-            await asyncio.sleep(0.2)
+            await until(in_flight)
             assert await asyncio.to_thread(bridge.stop, 10.0) == 0
             assert bridge.wait_for("relay.stopped_with_pages_in_flight")["pages"] == 1
         wire.blackhole = False

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import psycopg
 import pytest
 
 from bridge.brokers.registry import broker_of
-from bridge.demo.servers import RabbitMQServer
 from bridge.event import AMQP_PREFIX, Event, attributes
 from bridge.settings import PostgresSettings, Settings, load
-from tests.support.scripted_queue import event_of
+from tests.support.events import make_event
+from tests.support.servers import RabbitMQServer
+from tests.support.until import until
 from workers.worker import subscription
 
 
@@ -93,12 +94,6 @@ def replies(dsn: str) -> list[int]:
         return [row[0]["of"] for row in connection.execute("SELECT result FROM shop.invoice").fetchall()]
 
 
-async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.02)
-
-
 @pytest.mark.rabbitmq
 async def test_every_event_is_replied_exactly_once_although_workers_are_killed(
     shop: PostgresSettings, bridge_database: str, rabbitmq: RabbitMQServer, unique: str, processes: Processes
@@ -116,12 +111,14 @@ async def test_every_event_is_replied_exactly_once_although_workers_are_killed(
     victims = [processes.start(), processes.start()]
     # Else the first might do it all before the second has started.
     await until(lambda: processes.logs().count('"worker.started"') == 2)
-    await publish(rabbitmq.url, unique, [event_of(number) for number in range(400)])
+    await publish(
+        rabbitmq.url, unique, [make_event(topic="shop.order.placed", payload=number) for number in range(400)]
+    )
     for number, victim in enumerate(victims, 1):
-        await until(lambda least=100 * number: len(replies(bridge_database)) >= least)  # type: ignore[misc]
+        await until(lambda least=100 * number: len(replies(bridge_database)) >= least, limit=60)  # type: ignore[misc]
         victim.send_signal(signal.SIGKILL)
         processes.start()
-    await until(lambda: len(set(replies(bridge_database))) == 400)
+    await until(lambda: len(set(replies(bridge_database))) == 400, limit=60)
     # A process that is still starting has no handler for the signal yet.
     await until(lambda: processes.logs().count('"worker.started"') == 4)
 

@@ -5,7 +5,6 @@ import contextlib
 import os
 import pwd
 import subprocess
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import psycopg
 import pytest
 from psycopg import conninfo, sql
 
-from bridge.demo.servers import PostgresServer, free_port
-from tests.conftest import NOT_DURABLE
 from tests.support.daemons import run_command
+from tests.support.servers import NOT_DURABLE, PostgresServer, free_port
 from tests.support.standby import StandbyServer
+from tests.support.until import until
 
 SETTINGS = """
 name = "test"
@@ -44,7 +43,9 @@ async def told(tmp_path: Path, dsn: str, expected: str) -> None:
 
 
 @pytest.fixture
-def pgbouncer(postgres: PostgresServer, bridge_database: str, server_folder: Path, unique: str) -> Iterator[str]:
+async def pgbouncer(
+    postgres: PostgresServer, bridge_database: str, server_folder: Path, unique: str
+) -> AsyncIterator[str]:
     """The DSN of PgBouncer in transaction mode before the test's database."""
     if not Path("/usr/sbin/pgbouncer").exists():
         if os.environ.get("CI") == "true":
@@ -70,17 +71,20 @@ def pgbouncer(postgres: PostgresServer, bridge_database: str, server_folder: Pat
             user=user.pw_uid if os.geteuid() == 0 else None,
         )
     dsn = f"postgresql://postgres@127.0.0.1:{port}/{name}"
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            psycopg.connect(dsn, connect_timeout=2).close()
-            break
-        except psycopg.OperationalError:
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.05)
-    yield dsn
-    process.kill()
-    process.wait()
+    try:
+        await until(lambda: _takes_connections(dsn), f"PgBouncer answers, whose log is {folder / 'log'}")
+        yield dsn
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _takes_connections(dsn: str) -> bool:
+    try:
+        psycopg.connect(dsn, connect_timeout=2).close()
+    except psycopg.OperationalError:
+        return False
+    return True
 
 
 async def test_pgbouncer_in_transaction_mode_is_found_out_and_no_lock_stays_with_its_pool(

@@ -1,19 +1,42 @@
-"""Certificates that sign themselves, for servers that tests start."""
+"""Certificates for the servers that tests start, and for those that connect to them."""
 
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 
-def self_signed(folder: Path, *, name: str = "IP:127.0.0.1") -> tuple[Path, Path]:
-    """Writes ``certificate.pem`` for this subject alternative name and ``key.pem``, and gives their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    certificate, key = folder / "certificate.pem", folder / "key.pem"
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
-            *("-addext", f"subjectAltName={name}", "-keyout", str(key), "-out", str(certificate)),
-        ],
-        check=True,
-        capture_output=True,
+class Certificate(NamedTuple):
+    """The files of a certificate and of its key."""
+
+    file: Path
+    key: Path
+
+
+def self_signed(folder: Path, *, name: str = "IP:127.0.0.1") -> Certificate:
+    """Writes ``certificate.pem``, its own authority, for this subject alternative name, and ``key.pem``."""
+    made = _in(folder)
+    _openssl(
+        *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
+        *("-addext", f"subjectAltName={name}", "-keyout", made.key, "-out", made.file),
     )
-    return certificate, key
+    return made
+
+
+def signed_by(authority: Certificate, folder: Path) -> Certificate:
+    """Writes ``certificate.pem`` of a client, signed by the authority, and ``key.pem``."""
+    made, request = _in(folder), folder / "request.pem"
+    _openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=client", "-keyout", made.key, "-out", request)
+    _openssl(
+        *("x509", "-req", "-days", "2", "-in", request, "-out", made.file),
+        *("-CA", authority.file, "-CAkey", authority.key, "-CAcreateserial"),
+    )
+    return made
+
+
+def _in(folder: Path) -> Certificate:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Certificate(folder / "certificate.pem", folder / "key.pem")
+
+
+def _openssl(*words: str | Path) -> None:
+    subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True)

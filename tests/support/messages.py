@@ -5,6 +5,8 @@ import asyncio
 import aio_pika
 import psycopg
 
+from bridge.event import AMQP_PREFIX, Event, from_attributes
+
 
 class Messages:
     """A queue bound to everything on one exchange."""
@@ -49,6 +51,15 @@ class Messages:
         return taken
 
 
+async def drain(queue: aio_pika.abc.AbstractQueue) -> list[Event]:
+    """Takes all that a queue holds, as the events that a worker would read."""
+    events = []
+    while (message := await queue.get(no_ack=True, fail=False)) is not None:
+        headers = {name: str(value) for name, value in message.headers.items()}
+        events.append(from_attributes(headers, message.body, message.content_type, AMQP_PREFIX))
+    return events
+
+
 def settings(dsn: str, messages: Messages, more: str = "") -> str:
     return f"""
 name = "test"
@@ -69,3 +80,11 @@ async def execute(dsn: str, query: str, *values: object) -> list[tuple[object, .
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
         cursor = await connection.execute(query, values)
         return await cursor.fetchall() if cursor.description else []
+
+
+def stored_mark(dsn: str) -> int:
+    """The mark of the one bridge: every event up to it is settled."""
+    with psycopg.connect(dsn) as connection:
+        row = connection.execute("select mark from bridge.cursor").fetchone()
+    assert row is not None
+    return int(row[0])

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bridge.demo.servers import MissingProgramError, PostgresServer
+from tests.support.servers import MissingProgramError, PostgresServer
 
 BIN_DIR = Path("/usr/lib/postgresql/15/bin")
 
@@ -12,8 +12,8 @@ class Postgres15Server(PostgresServer):
 
     name = "postgres15"
 
-    def __init__(self, folder: Path, *, settings: dict[str, str] | None = None) -> None:
+    def _find_programs(self) -> Path:
         """Raises MissingProgramError when the Debian package is not installed."""
         if not BIN_DIR.exists():
             raise MissingProgramError("PostgreSQL 15 is not installed: apt-get install postgresql-15 (Debian 12)")
-        super().__init__(folder, bin_dir=BIN_DIR, settings=settings)
+        return BIN_DIR

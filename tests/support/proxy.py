@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable
 from typing import Self
 
-from bridge.demo.servers import free_port
+from tests.support.servers import free_port
 
 CHUNK = 65_536
 """Bytes read at once."""

@@ -10,12 +10,11 @@ from bridge.brokers.contract import Letter, Queue, Sink, Subscription, Verdict
 from bridge.brokers.registry import broker_of
 from bridge.errors import PgbridgeError
 from bridge.settings import SinkSettings
+from tests.support.until import LIMIT
 
 SECRET: Final = "hunter2"
 SINK: Final = "mine"
 """The name of the sink whose settings these tests make, as in ``[sinks.mine]``."""
-LIMIT: Final = 20.0
-"""Seconds within which an answer must come."""
 
 Use = Callable[[], Awaitable[Any]]
 
@@ -49,16 +48,26 @@ def everything_that_connects(settings: SinkSettings, worker: str = "shop", *, ap
 
 
 async def all_are_refused(
-    uses: dict[str, Use], kind: type[PgbridgeError], *words: str, key: str = "url", exactly: bool = True
-) -> None:
-    """Each of them raises this error, soon, for this key, in these words; `exactly`: and no subclass of it."""
+    uses: dict[str, Use],
+    kind: type[PgbridgeError],
+    *words: str,
+    key: str = "url",
+    exactly: bool = True,
+    limit: float = LIMIT,
+) -> dict[str, str]:
+    """Each of them raises this error, soon, for this key, in these words; `exactly`: and no subclass of it.
+
+    Gives what each of them said.
+    """
+    said_by = {}
     for name, use in uses.items():
         with pytest.raises(PgbridgeError) as caught:
-            await asyncio.wait_for(use(), LIMIT)
-        said = str(caught.value)
+            await asyncio.wait_for(use(), limit)
+        said = said_by[name] = str(caught.value)
         assert isinstance(caught.value, kind), f"{name}: {caught.value!r}"
         assert not exactly or type(caught.value) is kind, f"{name}: {caught.value!r}"
         assert said.startswith(f"sinks.{SINK}.{key}: "), f"{name}: {said}"
         assert SECRET not in said
         for word in words:
             assert word in said, f"{name}: {said}"
+    return said_by

@@ -1,6 +1,5 @@
 """A Pub/Sub server that answers as a test says: for refusals and limits that the emulator does not know."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +9,8 @@ from google.iam.v1 import iam_policy_pb2
 from google.protobuf import empty_pb2
 from google.pubsub_v1 import types
 
-from bridge.demo.servers import free_port
+from tests.support.servers import free_port
+from tests.support.until import until
 
 Answer = Callable[[Sequence[Any]], Awaitable[grpc.StatusCode | None]]
 """From the messages of a publish request to the code that refuses it; None confirms."""
@@ -127,10 +127,8 @@ class ScriptedPubSub:
         return types.PublishResponse.pb()(message_ids=[str(n) for n in range(len(messages))])
 
     async def requests_reach(self, count: int) -> None:
-        """Waits until so many requests have come; fails after 10 s."""
-        async with asyncio.timeout(10):
-            while len(self.requests) < count:
-                await asyncio.sleep(0.01)
+        """Waits until so many requests have come."""
+        await until(lambda: len(self.requests) >= count, f"{count} requests have come")
 
 
 def _handler(method: Any, request: Any, response: Any) -> Any:

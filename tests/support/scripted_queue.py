@@ -1,28 +1,12 @@
 """A queue whose every message and failure the test decides, and which notes how each delivery was settled."""
 
 import asyncio
-import json
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from bridge.brokers.contract import Declaration, Failure
 from bridge.errors import BrokerUnavailableError, PgbridgeError
 from bridge.event import Event, Malformed
-
-
-def event_of(payload: object = None, event_id: str | None = None) -> Event:
-    return Event(
-        id=event_id or str(uuid.uuid4()),
-        topic="shop.order.placed",
-        payload=json.dumps(payload).encode(),
-        key=None,
-        source="/shop/shop",
-        time=datetime(2026, 11, 21, tzinfo=UTC),
-        content_type="application/json",
-        headers={},
-    )
 
 
 @dataclass(eq=False)

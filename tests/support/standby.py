@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from bridge.demo.servers import PostgresServer
 from bridge.errors import UnavailableError
+from tests.support.servers import PostgresServer
 
 
 class StandbyServer(PostgresServer):

@@ -1,11 +1,11 @@
 """PostgreSQL servers that ask who comes: for a password, or with a certificate of their own."""
 
 import os
-import subprocess
 from pathlib import Path
 
-from bridge.demo.servers import PostgresServer
+from tests.support.certificates import self_signed
 from tests.support.postgres15 import Postgres15Server
+from tests.support.servers import PostgresServer
 
 
 class PasswordServer(PostgresServer):
@@ -33,10 +33,7 @@ class TlsPostgresServer(Postgres15Server):
 
     def _initialise(self, programs: Path) -> None:
         super()._initialise(programs)
-        key = self._data / "key.pem"
-        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=db.test"]
-        command += ["-addext", "subjectAltName=DNS:db.test", "-keyout", str(key), "-out", str(self.certificate)]
-        subprocess.run(command, check=True, capture_output=True)
+        _, key = self_signed(self.folder, name="DNS:db.test")
         if self._user is not None:
             os.chown(key, *self._user)
         key.chmod(0o600)

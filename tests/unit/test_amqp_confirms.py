@@ -185,7 +185,7 @@ def test_frames_are_read_alike_in_whatever_pieces_they_come(data: st.DataObject)
     ],
     ids=["HTTP", "other version", "huge frame", "no frame end"],
 )
-def test_bytes_that_are_no_frames_are_told(data: bytes) -> None:
+def test_bytes_that_are_not_frames_are_told(data: bytes) -> None:
     reader = FrameReader(lambda *_: None, lambda *_: None, lambda *_: None)
     with pytest.raises(BrokenStreamError):
         reader.feed(data)

@@ -12,18 +12,10 @@ from pamqp import body, commands, frame, header
 
 from bridge.brokers.rabbitmq.frames import CHANNEL, Encoder, RefusedEvent
 from bridge.event import AMQP_PREFIX, Event, attributes
+from tests.support.events import make_event
 
 FRAME_MAX = 4096
-EVENT = Event(
-    id="5f0c8a5e-0000-4000-8000-000000000001",
-    topic="shop.order.inserted",
-    payload=b"{}",
-    key="1",
-    source="/shop/test",
-    time=datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC),
-    content_type="application/json",
-    headers={},
-)
+EVENT = make_event()
 
 
 def by_pamqp(event: Event, exchange: str, frame_max: int) -> bytes:
@@ -133,7 +125,7 @@ def test_without_a_frame_limit_a_body_is_one_frame() -> None:
         ({"time": datetime(1969, 12, 31, tzinfo=UTC)}, "no AMQP form"),
     ],
 )
-def test_what_amqp_cannot_carry_is_malformed_for_ever_and_says_why(changes: dict[str, Any], says: str) -> None:
+def test_what_amqp_cannot_carry_is_malformed_and_says_why(changes: dict[str, Any], says: str) -> None:
     ours = encoder()
     with pytest.raises(RefusedEvent) as caught:
         ours.encode(EVENT._replace(**changes))

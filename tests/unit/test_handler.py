@@ -1,6 +1,5 @@
 """Handlers: how they are marked, found and given their options; effects; the ladder of retries."""
 
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -9,22 +8,14 @@ from hypothesis import strategies as st
 
 from bridge.errors import SettingsError
 from bridge.settings import WorkerSettings
+from tests.support.events import make_event
 from workers import Effect, Event, Options, effect, handler
 from workers.attempt import backoff, retry_delays
 from workers.effects import current_effects
 from workers.handler import load_handler
 from workers.worker import subscription
 
-EVENT = Event(
-    id="5f2b9c1e-7f7b-4a55-9d5b-3f1c2d1e0a01",
-    topic="shop.order.placed",
-    payload=b"{}",
-    key=None,
-    source="/shop/shop",
-    time=datetime(2026, 11, 21, tzinfo=UTC),
-    content_type="application/json",
-    headers={},
-)
+EVENT = make_event(topic="shop.order.placed")
 
 
 class Greeting(Options):
@@ -146,7 +137,7 @@ def _settings(**values: Any) -> WorkerSettings:
     return WorkerSettings(handler="a:b", **values)
 
 
-def test_the_ladder_doubles_up_to_the_longest_delay_and_has_a_rung_less_than_attempts() -> None:
+def test_delays_double_up_to_the_longest_and_are_one_fewer_than_the_attempts() -> None:
     assert retry_delays(_settings(max_attempts=5, retry_initial="1s", retry_max="1h")) == [1, 2, 4, 8]
     assert retry_delays(_settings(max_attempts=8, retry_initial="1s", retry_max="5s")) == [1, 2, 4, 5]
     assert retry_delays(_settings(max_attempts=1)) == []
@@ -164,6 +155,6 @@ def test_a_backoff_rounds_up_to_the_rung_of_its_attempt(
     assert next(index for index, step in enumerate(ladder) if delay <= step) == rung
 
 
-def test_a_subscription_takes_the_topics_of_the_handler_unless_the_settings_name_others() -> None:
+def test_a_worker_subscribes_to_its_handlers_topics_unless_the_settings_name_others() -> None:
     assert subscription("w", _settings(), plain.topics).topics == ["a.b", "a.c"]
     assert subscription("w", _settings(subscribe=["x.#"]), plain.topics).topics == ["x.#"]

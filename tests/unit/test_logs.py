@@ -97,7 +97,7 @@ async def fail():
 
 async def main():
     asyncio.create_task(fail())
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
 
 asyncio.run(main())
 """
@@ -157,7 +157,7 @@ def test_whoever_else_reads_gets_no_priorities(tmp_path: Path, format: str) -> N
 
 
 @pytest.mark.parametrize("stream", ["", "nonsense", "1:2:3"])
-def test_a_journal_that_is_named_wrongly_is_no_journal(tmp_path: Path, stream: str) -> None:
+def test_a_journal_that_is_named_wrongly_is_not_used(tmp_path: Path, stream: str) -> None:
     with (tmp_path / "stderr").open("w+b") as stderr:
         program = CONFIGURED.format(format="json", level="info") + OURS
         environment = {**os.environ, "JOURNAL_STREAM": stream}

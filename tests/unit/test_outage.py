@@ -131,7 +131,7 @@ async def test_other_errors_are_not_waited_out(lines: list[Any]) -> None:
     assert lines == []
 
 
-async def test_calls_that_share_an_outage_tell_it_once_and_do_not_lengthen_each_others_delays(lines: list[Any]) -> None:
+async def test_an_outage_that_calls_share_is_told_once_and_its_delays_do_not_add_up(lines: list[Any]) -> None:
     outage = Outage("database", wait_exponential(multiplier=0.001, max=60))
     failing = dict.fromkeys(range(50), 3)
 

@@ -19,18 +19,10 @@ from bridge.brokers.pubsub.message import (
     topic_field,
 )
 from bridge.event import Event, attributes
+from tests.support.events import make_event
 
 TOPIC = "projects/test/topics/events"
-EVENT = Event(
-    id="5f0c8a5e-0000-4000-8000-000000000001",
-    topic="shop.order.inserted",
-    payload=b"{}",
-    key="1",
-    source="/shop/test",
-    time=datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC),
-    content_type="application/json",
-    headers={},
-)
+EVENT = make_event(key="1")
 Request = types.PublishRequest.pb()
 
 

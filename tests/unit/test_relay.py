@@ -2,46 +2,46 @@
 
 import asyncio
 import random
-from collections import defaultdict
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 
 import pytest
 from structlog.testing import capture_logs
 
 from bridge.brokers.contract import CONFIRMED, Declaration, Never, NotSent, Outcome, Refused, Unknown
 from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError, RefusedError
-from bridge.event import NO_HEADERS, Event
+from bridge.event import Event
 from bridge.lane import sink_outage
 from bridge.process.tasks import one_error
 from bridge.relay import Limits, Relay, Routes
 from bridge.sources import DeadLetter, Page
+from tests.support.events import make_event
+from tests.support.until import until
 
 LIMITS = Limits(pages_in_flight=4, retry_initial=0.001, retry_max=0.01, shutdown_limit=5.0)
 
 
 def event(number: int, key: str | None = None, topic: str = "t") -> Event:
-    now = datetime.now(UTC)
-    return Event(f"id-{number}", topic, str(number).encode(), key, "/s", now, "text/plain", NO_HEADERS, number)
+    """Its number is in its id and is its place in the log."""
+    return make_event(number, id=f"id-{number}", key=key, topic=topic, sequence=number)
 
 
 class Log:
     """A source over a list; remembers what was settled and how far reading ran ahead."""
 
-    def __init__(self, events: Sequence[Event], page_size: int = 10, pause: float = 0.0) -> None:
-        self.pause = pause
+    def __init__(self, events: Sequence[Event], page_size: int = 10) -> None:
         self.pages = [Page(events[start : start + page_size], start) for start in range(0, len(events), page_size)]
         self.next = 0
         self.settled = -1
         self.ahead = 0
         self.letters: list[DeadLetter] = []
         self.done = asyncio.Event()
+        self.may_read: Callable[[], bool] = lambda: True
 
     async def read(self) -> Page:
         if self.next == len(self.pages):
             await asyncio.Event().wait()
-        if self.pause:
-            await asyncio.sleep(self.pause)
+        await until(self.may_read)
         self.next += 1
         self.ahead = max(self.ahead, self.next - 1 - self.settled)
         return self.pages[self.next - 1]
@@ -66,6 +66,7 @@ class Broker:
         self.arrived: list[Event] = []
         self.open_now = True
         self.refuse: dict[str, Outcome] = {}
+        self.refused: Counter[str] = Counter()
         self.gate: asyncio.Event | None = None
 
     @property
@@ -86,6 +87,7 @@ class Broker:
         for index, one in enumerate(events):
             if one.id in self.refuse:
                 outcomes.append(self.refuse[one.id])
+                self.refused[one.id] += 1
             elif index < arriving:
                 self.arrived.append(one)
                 # The confirm of what arrived may be lost with the connection.
@@ -135,14 +137,13 @@ async def test_lost_connections_lose_no_event_and_break_no_keys_order(seed: int)
 
 async def test_a_refused_event_stops_its_key_and_no_other() -> None:
     events = [event(n, "stuck" if n % 2 else f"free-{n}") for n in range(20)]
-    # The pause lets the outcomes of a page come before the next one is read.
-    log, broker = Log(events, page_size=5, pause=0.02), Broker()
+    log, broker = Log(events, page_size=5), Broker()
+    # At the second refusal the relay knows of the first.
+    log.may_read = lambda: log.next == 0 or broker.refused["id-1"] >= 2
     broker.refuse["id-1"] = Refused("full")
     carrying = asyncio.create_task(carry(log, broker))
     free = [one for one in events if one.key != "stuck"]
-    async with asyncio.timeout(5):
-        while sum(one in broker.arrived for one in free) < len(free):
-            await asyncio.sleep(0.005)
+    await until(lambda: all(one in broker.arrived for one in free))
     assert log.settled == -1
     # What was in flight in the same page had left already; all later pages wait.
     assert not [one for one in broker.arrived if one.key == "stuck" and one.sequence >= 5]
@@ -176,9 +177,7 @@ async def test_reading_stops_while_the_broker_does_not_confirm() -> None:
     log, broker = Log([event(n) for n in range(500)]), Broker()
     broker.gate = asyncio.Event()
     carrying = asyncio.create_task(carry(log, broker))
-    async with asyncio.timeout(5):
-        while log.next < LIMITS.pages_in_flight:
-            await asyncio.sleep(0.001)
+    await until(lambda: log.next >= LIMITS.pages_in_flight)
     for _ in range(50):
         await asyncio.sleep(0)
     assert log.next == LIMITS.pages_in_flight
@@ -192,12 +191,10 @@ async def test_a_stop_settles_what_is_in_flight_and_reads_nothing_more() -> None
     broker.gate = asyncio.Event()
     relay = Relay(log, {"s": broker}, Routes([("#", "s")]), limits=LIMITS)
     running = asyncio.create_task(relay.run(stop))
-    async with asyncio.timeout(5):
-        while log.next < LIMITS.pages_in_flight:
-            await asyncio.sleep(0.001)
-        stop.set()
-        broker.gate.set()
-        await running
+    await until(lambda: log.next >= LIMITS.pages_in_flight)
+    stop.set()
+    broker.gate.set()
+    await asyncio.wait_for(running, 5)
     assert log.settled == log.next - 1 == LIMITS.pages_in_flight - 1
 
 
@@ -221,12 +218,10 @@ async def test_fan_out_settles_a_page_only_when_every_sink_has_confirmed() -> No
     second.gate = asyncio.Event()
     relay = Relay(log, {"a": first, "b": second}, Routes([("#", "a"), ("t", "b")]), limits=LIMITS)
     running = asyncio.create_task(relay.run(log.done))
-    async with asyncio.timeout(5):
-        while len(second.arrived) < 10:
-            await asyncio.sleep(0.001)
-        assert log.settled == -1
-        second.gate.set()
-        await running
+    await until(lambda: len(second.arrived) >= 10)
+    assert log.settled == -1
+    second.gate.set()
+    await asyncio.wait_for(running, 5)
     assert len(first.arrived) == len(second.arrived) == 10
 
 
@@ -243,15 +238,10 @@ async def test_an_outage_of_a_sink_that_spans_two_relays_is_told_once() -> None:
     broker.open_now = False
     outages = {"s": sink_outage("s", retry_initial=0.001, retry_max=0.01)}
 
-    async def lost() -> None:
-        async with asyncio.timeout(5):
-            while not outages["s"].lasts:
-                await asyncio.sleep(0.001)
-
     with capture_logs() as lines:
         first = Relay(Log([event(1)]), {"s": broker}, Routes([("#", "s")]), limits=LIMITS, outages=outages)
         running = asyncio.create_task(first.run(asyncio.Event()))
-        await lost()
+        await until(lambda: outages["s"].lasts)
         running.cancel()
         await asyncio.wait([running])
         broker.may_open = True
@@ -262,7 +252,7 @@ async def test_an_outage_of_a_sink_that_spans_two_relays_is_told_once() -> None:
     assert [line["event"] for line in lines if line["event"].startswith("sink.")] == ["sink.lost", "sink.restored"]
 
 
-async def test_a_sink_that_refuses_and_recovers_between_two_relays_is_restored_by_the_second() -> None:
+async def test_a_sink_that_recovers_between_two_relays_is_restored_by_the_second() -> None:
     broker, log = Broker(), Log([])
     outages = {"s": sink_outage("s", retry_initial=0.001, retry_max=0.01)}
     outages["s"].lost(RefusedError("a queue is full"))
@@ -270,11 +260,9 @@ async def test_a_sink_that_refuses_and_recovers_between_two_relays_is_restored_b
     running = asyncio.create_task(
         Relay(log, {"s": broker}, Routes([("#", "s")]), limits=LIMITS, outages=outages).run(stop)
     )
-    async with asyncio.timeout(5):
-        while outages["s"].lasts:
-            await asyncio.sleep(0.001)
-        stop.set()
-        await running
+    await until(lambda: not outages["s"].lasts)
+    stop.set()
+    await asyncio.wait_for(running, 5)
 
 
 async def test_what_waits_is_named_with_the_last_reason() -> None:
@@ -286,10 +274,8 @@ async def test_what_waits_is_named_with_the_last_reason() -> None:
         running = asyncio.create_task(
             Relay(log, {"s": broker}, Routes([("#", "s")]), limits=LIMITS, outages=outages).run(log.done)
         )
-        async with asyncio.timeout(5):
-            while not outages["s"].lasts:
-                await asyncio.sleep(0.001)
-            assert outages["s"].problem == "sink s: refusing for 0 s: a queue is full"
-            broker.refuse.clear()
-            await running
+        await until(lambda: outages["s"].lasts)
+        assert outages["s"].problem == "sink s: refusing for 0 s: a queue is full"
+        broker.refuse.clear()
+        await asyncio.wait_for(running, 5)
     assert [line["event"] for line in lines if line["event"].startswith("sink.")] == ["sink.refusing", "sink.restored"]

@@ -45,7 +45,7 @@ def test_the_environment_wins_over_the_file_and_a_credential_over_both(file: Pat
     assert dsn(load(file, environ | {"CREDENTIALS_DIRECTORY": str(credentials)})) == "postgresql://credential"
 
 
-def test_a_secret_may_stand_in_a_file(tmp_path: Path) -> None:
+def test_a_secret_may_be_read_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("postgresql://from-file\n")
     path = tmp_path / "bridge.toml"
     path.write_text(FILE.replace('dsn = "postgresql://file"', f'dsn_file = "{tmp_path / "secret"}"'))
@@ -85,7 +85,7 @@ def test_durations(text: object, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "5", "5 parsecs", "-1s", -1, True, None])
-def test_what_is_no_duration_is_refused(text: object) -> None:
+def test_what_is_not_a_duration_is_refused(text: object) -> None:
     with pytest.raises(ValueError, match=r"is not a duration|is negative"):
         parse_duration(text)
 

@@ -68,7 +68,7 @@ async def test_a_stop_cancels_work_unless_it_obeys_the_stop_by_itself() -> None:
 
     async def work() -> None:
         try:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # longer than a cancellation takes
             ends.append("finished")
         except asyncio.CancelledError:
             ends.append("cancelled")

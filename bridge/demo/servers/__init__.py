@@ -3,8 +3,8 @@
     with PostgresServer(folder) as postgres, NatsServer(folder) as nats:
         ...
 
-Every server starts, stops, restarts on its port with its data, and can be killed or frozen, as a test of a failure
-needs. The classes block; asynchronous code calls them through `asyncio.to_thread`.
+Every server starts, stops, can be killed, and starts again on its port with its data. The classes block; asynchronous
+code calls them through `asyncio.to_thread`.
 """
 
 from bridge.demo.servers.nats import NatsServer

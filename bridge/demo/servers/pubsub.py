@@ -19,24 +19,24 @@ INSTALL: Final = (
 class PubSubEmulator(Server):
     """The emulator keeps everything in memory: a restart is a new, empty one on the same port.
 
-    Where PUBSUB_EMULATOR_HOST names a running emulator, that one is used, and it can be neither stopped nor frozen.
+    Where PUBSUB_EMULATOR_HOST names a running emulator, that one is used, and it is not stopped.
     """
 
     name = "pubsub"
     start_limit = 90.0
 
-    def __init__(self, folder: Path, *, port: int | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         """Raises MissingProgramError when there is neither an emulator nor a Java to run it."""
         external = os.environ.get("PUBSUB_EMULATOR_HOST")
-        self._external = bool(external) and port is None
-        if self._external and external:
+        self._external = bool(external)
+        if external:
             host, _, number = external.rpartition(":")
             if not host or not number.isdigit():
                 raise UnavailableError(f"PUBSUB_EMULATOR_HOST is {external!r}, which is not host:port")
-            super().__init__(folder, port=int(number))
-            self.host = host
+            super().__init__(folder)
+            self.host, self.port = host, int(number)
         else:
-            super().__init__(folder, port=port)
+            super().__init__(folder)
             self._java, self._jar = _java(), _jar()
 
     @property

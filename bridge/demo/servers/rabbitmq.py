@@ -3,18 +3,13 @@
 import os
 import shutil
 import socket
-import subprocess
 from pathlib import Path
 from typing import Final
 
 from bridge.demo.servers.process import LOOPBACK, MissingProgramError, Process, Server, free_port
-from bridge.errors import UnavailableError
 
 SCRIPTS: Final = Path("/usr/lib/rabbitmq/bin")
 """Not /usr/sbin: Debian's wrappers there switch to the system's user `rabbitmq`."""
-
-DEFAULT_WATERMARK: Final = "0.4"
-"""RabbitMQ's own default: the part of the memory beyond which it blocks publishers."""
 
 
 class RabbitMQServer(Server):
@@ -22,12 +17,9 @@ class RabbitMQServer(Server):
 
     name = "rabbitmq"
 
-    def __init__(self, folder: Path, *, management: bool = False, port: int | None = None) -> None:
-        """`management` enables the plugin with the HTTP API, at `management_url`.
-
-        Raises MissingProgramError when RabbitMQ is not installed.
-        """
-        super().__init__(folder, port=port)
+    def __init__(self, folder: Path) -> None:
+        """Raises MissingProgramError when RabbitMQ is not installed."""
+        super().__init__(folder)
         epmd = shutil.which("epmd")
         if epmd is None or not (SCRIPTS / "rabbitmq-server").exists():
             raise MissingProgramError("RabbitMQ is not installed: apt-get install rabbitmq-server")
@@ -35,37 +27,10 @@ class RabbitMQServer(Server):
         self._epmd: Process | None = None
         self._epmd_port = free_port()
         self._distribution_port = free_port()
-        self._management_port = free_port() if management else None
 
     @property
     def url(self) -> str:
         return f"amqp://guest:guest@{self.host}:{self.port}/"
-
-    @property
-    def management_url(self) -> str:
-        """Base of the HTTP API. Raises UnavailableError when the plugin was not asked for."""
-        if self._management_port is None:
-            raise UnavailableError("this RabbitMQ has no HTTP API: build it with management=True")
-        return f"http://guest:guest@{self.host}:{self._management_port}"
-
-    def ctl(self, *arguments: str) -> str:
-        """Runs rabbitmqctl against this node and returns what it prints. Raises UnavailableError when it fails."""
-        done = subprocess.run(
-            [str(SCRIPTS / "rabbitmqctl"), *arguments],
-            env=self._environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise UnavailableError(f"rabbitmqctl {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}")
-        return done.stdout
-
-    def alarm(self, on: bool) -> None:
-        """Raises or clears the memory alarm, which blocks every connection that publishes."""
-        self.ctl("set_vm_memory_high_watermark", "0" if on else DEFAULT_WATERMARK)
 
     def stop(self) -> None:
         try:
@@ -101,15 +66,11 @@ class RabbitMQServer(Server):
             "log.console = true",
             "log.console.level = warning",
             "log.file = false",
-            # The disk of a laptop or a CI machine may be nearly full; the alarm belongs to tests that ask for it.
+            # The disk of a laptop or a CI machine may be nearly full, and RabbitMQ would block publishers.
             "disk_free_limit.absolute = 50MB",
         ]
-        plugins = []
-        if self._management_port is not None:
-            plugins.append("rabbitmq_management")
-            lines += [f"management.tcp.ip = {self.host}", f"management.tcp.port = {self._management_port}"]
         (self.folder / "rabbitmq.conf").write_text("\n".join(lines) + "\n")
-        (self.folder / "enabled_plugins").write_text(f"[{','.join(plugins)}].\n")
+        (self.folder / "enabled_plugins").write_text("[].\n")
 
     def _environment(self) -> dict[str, str]:
         inherited = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "TMPDIR") if name in os.environ}
