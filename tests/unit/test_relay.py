@@ -152,6 +152,35 @@ async def test_a_refused_event_stops_its_key_and_no_other() -> None:
     assert {one.id for one in broker.arrived} == {one.id for one in events}
 
 
+class TakesNothingAtFirst(Broker):
+    """Answers its first call with one outcome for every event, and takes everything from then on."""
+
+    def __init__(self, first: Outcome) -> None:
+        super().__init__()
+        self.first: Outcome | None = first
+        self.calls = 0
+
+    async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
+        self.calls += 1
+        if self.first is not None:
+            first, self.first = self.first, None
+            return [first] * len(events)
+        return await super().publish(events)
+
+
+@pytest.mark.parametrize(
+    ("first", "calls"),
+    [(NotSent("cut"), 2), (Unknown("cut"), 2), (Refused("full"), 501)],
+    ids=["unsent", "unknown", "refused"],
+)
+async def test_only_what_was_refused_goes_one_by_one_within_its_key(first: Outcome, calls: int) -> None:
+    events = [event(n, "k") for n in range(500)]
+    log, broker = Log(events, page_size=500), TakesNothingAtFirst(first)
+    await carry(log, broker)
+    assert broker.calls == calls
+    assert [one.sequence for one in broker.arrived] == list(range(500))
+
+
 async def test_what_can_never_be_published_becomes_a_dead_letter_and_lets_its_key_go_on() -> None:
     events = [event(n, "k") for n in range(10)]
     log, broker = Log(events), Broker()
