@@ -126,13 +126,13 @@ class MemoryDelivery:
         await self._queue.settled(self._message)
 
     async def retry(self, delay: float) -> None:
-        """As `Delivery.retry`, after exactly `delay`."""
+        """See `Delivery.retry`; the delay is exact."""
         await self._queue.settled(self._message)
         self._message.attempt += 1
         self._queue.broker.append_later(self._message, delay)
 
     async def dead_letter(self, failure: Failure) -> None:
-        """As `Delivery.dead_letter`: appended to `MemoryBroker.dead`."""
+        """Appends it to `MemoryBroker.dead`."""
         await self._queue.settled(self._message)
         self._queue.broker.dead.append(DeadLetter(self.event, failure, self.attempt))
 
@@ -154,7 +154,7 @@ class MemoryQueue:
         self._stopped = True
 
     async def open(self) -> None:
-        """As `Queue.open`; nothing can be missing."""
+        """Nothing can be missing."""
         self._stopped = False
 
     async def deliveries(self) -> AsyncIterator[MemoryDelivery]:
@@ -184,11 +184,11 @@ class MemoryQueue:
             self.broker.changed.notify_all()
 
     async def topology(self, *, apply: bool) -> Sequence[Declaration]:
-        """As `Queue.topology`: nothing is needed."""
+        """Nothing is needed."""
         return []
 
     async def close(self) -> None:
-        """As `Queue.close`; like a crash, it counts an attempt for what was in hand."""
+        """Like a crash, it counts an attempt for what was in hand."""
         await self.stop()
         in_hand, self._in_hand = self._in_hand, []
         for message in in_hand:

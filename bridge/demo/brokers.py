@@ -27,6 +27,7 @@ TARGET: Final = "events"
 
 _NAME: Final = "audit"
 _PULL_INTERVAL: Final = 0.1
+"""Seconds between two pulls while nothing comes."""
 
 
 class Arrivals:

@@ -16,6 +16,7 @@ from bridge.demo.world import World
 from bridge.postgres.connection import database_errors
 
 _RECONNECT_DELAY: Final = 0.1
+"""Seconds between two attempts to reach the database."""
 _ORDERS_A_RESTOCK: Final = 20
 _MOST_LINES: Final = 4
 _MOST_OF_A_PRODUCT: Final = 5

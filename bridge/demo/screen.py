@@ -16,7 +16,9 @@ from rich.text import Text
 from bridge.demo.figures import Figures
 
 _LINE_INTERVAL: Final = 2.0
+"""Seconds between two lines, where there is no terminal."""
 _LINE_INTERVAL_UNCHANGED: Final = 10.0
+"""Seconds between two lines that say the same."""
 
 
 @dataclass

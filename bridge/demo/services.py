@@ -19,6 +19,7 @@ START_LIMIT: Final = 60.0
 MOST_FAILURES: Final = 60
 """Ends in a row, none of them a kill of ours, after which a service counts as broken: half a minute of an outage."""
 _STOP_LIMIT: Final = 30.0
+"""Seconds that a service has for its end after SIGTERM."""
 _LOG_TAIL_LINES: Final = 10
 
 

@@ -58,7 +58,9 @@ def _cut(text: str, *, keep_end: bool) -> str:
 REQUEST_BYTES: Final = 10_000_000
 """Most bytes of a publish request, and so of a message."""
 NAME_BYTES: Final = 256
+"""Longest name of an attribute."""
 KEY_BYTES: Final = 1024
+"""Longest ordering key."""
 RESERVED_ATTRIBUTES: Final = 8
 """Of the hundred, those that are kept free for what a dead letter is marked with."""
 

@@ -32,6 +32,7 @@ _BUFFER_LOW: Final = 262_144
 
 _HEARTBEAT: Final = Heartbeat.marshal()
 _CHANNEL_MAX: Final = 16
+"""Most channels that we open."""
 _EXCHANGE_CLASS, _QUEUE_CLASS = 40, 50
 """AMQP's ids of the classes whose methods ask for, declare and bind."""
 

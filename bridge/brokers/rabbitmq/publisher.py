@@ -22,6 +22,7 @@ that takes messages and confirms none would fill both memories with retries."""
 
 _CHUNK_MESSAGES: Final = 200
 _CHUNK_BYTES: Final = 262_144
+"""Most bytes that are encoded and written at once."""
 _TOO_LARGE: Final = re.compile(r"message size \d+ (?:is )?larger than (?:configured )?max size (\d+)")
 
 

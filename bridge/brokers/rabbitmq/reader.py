@@ -17,6 +17,7 @@ _FRAME_TYPES: Final = (1, 2, 3, 8)
 FRAME_MAX: Final = 131_072
 """What we ask for, and RabbitMQ's own default."""
 _CONFIRM_SIZE: Final = 21
+"""Bytes of the frame of one confirm."""
 # A method frame of 13 bytes on the publishing channel: class 60, method 80 (basic.ack) or 120 (basic.nack).
 _ACK: Final = struct.pack(">BHIHH", _METHOD, CHANNEL, 13, 60, 80)
 _NACK: Final = struct.pack(">BHIHH", _METHOD, CHANNEL, 13, 60, 120)
