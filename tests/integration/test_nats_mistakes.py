@@ -1,16 +1,19 @@
 """One mistake has one answer on NATS, whoever meets it: its class, the key of the setting, the address, no secret."""
 
 import asyncio
+import contextlib
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nats.errors import Error as NatsError
 from pydantic import ValidationError
 
 from bridge.brokers.contract import CONFIRMED, Refused, Subscription
-from bridge.brokers.nats.connection import connect, tasks_of, transport_of
+from bridge.brokers.nats.connection import Connection, _open, connect, tasks_of, transport_of
 from bridge.brokers.nats.queue import NatsQueue
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.sink import NatsSink
@@ -222,6 +225,11 @@ async def test_a_certificate_that_is_not_trusted_is_a_matter_of_ca_file(tmp_path
             await NatsSink(trusting).topology(apply=True)
 
 
+async def test_a_missing_certificate_is_a_mistake_in_the_settings(tmp_path: Path) -> None:
+    settings = settings_of("tls://u:hunter2@127.0.0.1:1", tls={"ca_file": str(tmp_path / "ca.pem")})
+    await all_are_refused(everything_that_connects(settings), SettingsError, "ca.pem", key="tls.ca_file")
+
+
 async def test_a_certificate_for_another_host_is_a_matter_of_the_url(tmp_path: Path) -> None:
     certificate, _, lines = tls(tmp_path, name="DNS:mq.internal")
     with server(tmp_path, lines) as nats:
@@ -237,6 +245,28 @@ async def test_a_server_that_wants_a_certificate_of_ours_says_so(tmp_path: Path)
         ours = {"ca_file": str(certificate), "cert_file": str(certificate), "key_file": str(key)}
         await all_meet(settings_of(url, tls={"ca_file": ours["ca_file"]}), LoginError, key="tls.cert_file")
         await NatsSink(settings_of(url, tls=ours)).topology(apply=True)
+
+
+@pytest.mark.parametrize("wants", [True, False], ids=["certificate wanted", "nothing wanted"])
+async def test_a_refused_certificate_is_known_though_a_reset_destroyed_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wants: bool
+) -> None:
+    really_open = _open
+
+    async def reset(connection: Connection, settings: NatsSettings, tls: ssl.SSLContext | None) -> None:
+        with contextlib.suppress(NatsError, OSError):
+            await really_open(connection, settings, tls)
+        connection.heard.clear()
+        raise ConnectionResetError
+
+    monkeypatch.setattr("bridge.brokers.nats.connection._open", reset)
+    certificate, _, _ = tls(tmp_path)
+    _, _, lines = tls(tmp_path, *(["verify: true", f'ca_file: "{certificate}"'] if wants else []))
+    with server(tmp_path, lines) as nats:
+        settings = settings_of(f"tls://127.0.0.1:{nats.port}", tls={"ca_file": str(certificate)})
+        with pytest.raises(LoginError if wants else BrokerUnavailableError) as caught:
+            await connect(settings)
+    assert ("sinks.mine.tls.cert_file: " in str(caught.value)) == wants
 
 
 async def test_tls_that_the_server_does_not_have_sends_no_password(nats_server: NatsServer) -> None:

@@ -9,6 +9,7 @@ not permitted. The request itself is then never answered. So that line ends what
 
 import asyncio
 import contextlib
+import json
 import re
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +17,7 @@ from typing import Any, Final
 
 import nats.aio.client
 import nats.errors
+import structlog
 from nats.js import JetStreamContext
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, ServiceUnavailableError
 from nats.protocol.parser import AUTHORIZATION_VIOLATION, PERMISSIONS_ERR
@@ -32,6 +34,8 @@ from bridge.errors import (
     TopologyError,
 )
 
+log = structlog.get_logger()
+
 CONNECT_TIMEOUT: Final = 10.0
 """Seconds."""
 
@@ -41,9 +45,12 @@ PING_INTERVAL: Final = 10.0
 REQUEST_TIMEOUT: Final = 5.0
 """Seconds for one answer of JetStream."""
 
-_TRIES: Final = 3
+_TRIES: Final = 5
 """How often a server is asked that ends the connection at once: one that refuses a login does not wait until its reason
 is read, and what we send meanwhile may destroy it."""
+
+_PROBE_LIMIT: Final = 1.0
+"""Seconds in which a server refuses a certificate, if it does."""
 
 _CLOSE_LIMIT: Final = 3.0
 """Seconds that saying goodbye may take."""
@@ -190,10 +197,12 @@ async def connect(settings: NatsSettings, *, denied: Callable[[PrivilegeError, s
 
     Raises BrokerUnavailableError, LoginError, RefusedError; SettingsError for certificates that cannot be read.
     """
+    uses_tls = settings.servers.encrypted or settings.tls.model_fields_set
+    tls = tls_context(settings.tls, settings.key) if uses_tls else None
     for _ in range(_TRIES):
         connection = Connection(settings, denied)
         try:
-            await _open(connection, settings)
+            await _open(connection, settings, tls)
         except (nats.errors.Error, OSError, TimeoutError) as error:
             await connection.close()
             # That no server is left to try says less than why the last one was given up.
@@ -207,12 +216,38 @@ async def connect(settings: NatsSettings, *, denied: Callable[[PrivilegeError, s
             for task in tasks_of(connection.client):
                 task.add_done_callback(_end_quietly)
             return connection
+    if isinstance(reason, _ENDED):
+        reason = await _certificate_refusal(settings) or reason
     raise explained(reason, settings)
 
 
-async def _open(connection: Connection, settings: NatsSettings) -> None:
+async def _certificate_refusal(settings: NatsSettings) -> ssl.SSLError | None:
+    """What a server says of our certificate, or of its lack, to a connection that sends nothing behind the handshake.
+
+    In TLS 1.3 the server refuses only then, and what nats-py has sent meanwhile may destroy the answer.
+    """
+    for address in settings.servers.addresses:
+        host, _, port = address.rpartition(":")
+        try:
+            async with asyncio.timeout(_PROBE_LIMIT):
+                reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+                try:
+                    greeting = json.loads((await reader.readline()).removeprefix(b"INFO "))
+                    if greeting.get("tls_required"):
+                        context = tls_context(settings.tls, settings.key)
+                        await writer.start_tls(context, server_hostname=host.strip("[]"))
+                        await reader.read(1)
+                finally:
+                    writer.close()
+        except ssl.SSLError as error:
+            return error
+        except (OSError, TimeoutError, ValueError) as error:
+            log.debug("nats.not_asked_again", address=address, reason=str(error))
+    return None
+
+
+async def _open(connection: Connection, settings: NatsSettings, tls: ssl.SSLContext | None) -> None:
     servers = settings.servers
-    uses_tls = servers.encrypted or settings.tls.model_fields_set
     async with asyncio.timeout(CONNECT_TIMEOUT):
         await connection.client.connect(
             [f"{'tls' if servers.encrypted else 'nats'}://{address}" for address in servers.addresses],
@@ -228,7 +263,7 @@ async def _open(connection: Connection, settings: NatsSettings) -> None:
             ping_interval=int(PING_INTERVAL),
             # Whoever publishes waits for room by himself (see NatsSink), in the order of his calls.
             pending_size=0,
-            tls=tls_context(settings.tls, settings.key) if uses_tls else None,
+            tls=tls,
         )
     if not connection.is_open:
         # nats-py takes the end of the connection for the answer to its first ping.
