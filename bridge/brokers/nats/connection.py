@@ -239,10 +239,10 @@ async def _certificate_refusal(settings: NatsSettings) -> ssl.SSLError | None:
                         await reader.read(1)
                 finally:
                     writer.close()
-        except ssl.SSLError as error:
-            return error
         except (OSError, TimeoutError, ValueError) as error:
-            log.debug("nats.not_asked_again", address=address, reason=str(error))
+            if isinstance(error, ssl.SSLError) and str(error.reason).endswith(_OUR_CERTIFICATE):
+                return error
+            log.debug("nats.certificate_not_refused", address=address, reason=str(error))
     return None
 
 
