@@ -45,11 +45,7 @@ PING_INTERVAL: Final = 10.0
 REQUEST_TIMEOUT: Final = 5.0
 """Seconds for one answer of JetStream."""
 
-_TRIES: Final = 5
-"""How often a server is asked that ends the connection at once: one that refuses a login does not wait until its reason
-is read, and what we send meanwhile may destroy it."""
-
-_PROBE_LIMIT: Final = 1.0
+_SILENCE: Final = 1.0
 """Seconds in which a server refuses a certificate, if it does."""
 
 _CLOSE_LIMIT: Final = 3.0
@@ -199,51 +195,62 @@ async def connect(settings: NatsSettings, *, denied: Callable[[PrivilegeError, s
     """
     uses_tls = settings.servers.encrypted or settings.tls.model_fields_set
     tls = tls_context(settings.tls, settings.key) if uses_tls else None
-    for _ in range(_TRIES):
-        connection = Connection(settings, denied)
-        try:
-            await _open(connection, settings, tls)
-        except (nats.errors.Error, OSError, TimeoutError) as error:
-            await connection.close()
-            # That no server is left to try says less than why the last one was given up.
-            reason = connection.heard[-1] if connection.heard else error
-            if not isinstance(reason, _ENDED):
-                break
-        except BaseException:
-            await connection.close()
-            raise
-        else:
-            for task in tasks_of(connection.client):
-                task.add_done_callback(_end_quietly)
-            return connection
-    if isinstance(reason, _ENDED):
-        reason = await _certificate_refusal(settings) or reason
-    raise explained(reason, settings)
+    connection = Connection(settings, denied)
+    try:
+        await _open(connection, settings, tls)
+    except (nats.errors.Error, OSError, TimeoutError) as error:
+        await connection.close()
+        # That no server is left to try says less than why the last one was given up.
+        reason = connection.heard[-1] if connection.heard else error
+        if isinstance(reason, _ENDED):
+            reason = await _refusal(settings, tls) or reason
+        raise explained(reason, settings) from error
+    except BaseException:
+        await connection.close()
+        raise
+    for task in tasks_of(connection.client):
+        task.add_done_callback(_end_quietly)
+    return connection
 
 
-async def _certificate_refusal(settings: NatsSettings) -> ssl.SSLError | None:
-    """What a server says of our certificate, or of its lack, to a connection that sends nothing behind the handshake.
+async def _refusal(settings: NatsSettings, tls: ssl.SSLContext | None) -> Exception | None:
+    """Why a server ends our connections at once: what it says to one that sends nothing behind its login.
 
-    In TLS 1.3 the server refuses only then, and what nats-py has sent meanwhile may destroy the answer.
+    nats-py sends a ping there, and meets the end of the connection before it has read the reason.
     """
     for address in settings.servers.addresses:
-        host, _, port = address.rpartition(":")
         try:
-            async with asyncio.timeout(_PROBE_LIMIT):
-                reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
-                try:
-                    greeting = json.loads((await reader.readline()).removeprefix(b"INFO "))
-                    if greeting.get("tls_required"):
-                        context = tls_context(settings.tls, settings.key)
-                        await writer.start_tls(context, server_hostname=host.strip("[]"))
-                        await reader.read(1)
-                finally:
-                    writer.close()
+            async with asyncio.timeout(REQUEST_TIMEOUT):
+                if (refusal := await _asked_again(address, settings, tls)) is not None:
+                    return refusal
         except (OSError, TimeoutError, ValueError) as error:
             if isinstance(error, ssl.SSLError) and str(error.reason).endswith(_OUR_CERTIFICATE):
                 return error
-            log.debug("nats.certificate_not_refused", address=address, reason=str(error))
+            log.debug("nats.no_refusal", address=address, reason=str(error))
     return None
+
+
+async def _asked_again(address: str, settings: NatsSettings, tls: ssl.SSLContext | None) -> Exception | None:
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    try:
+        greeting = json.loads((await reader.readline()).removeprefix(b"INFO "))
+        if greeting.get("tls_required"):
+            await writer.start_tls(tls or ssl.create_default_context(), server_hostname=host.strip("[]"))
+            if greeting.get("tls_verify"):
+                # In TLS 1.3 a certificate is refused only now, and what we send would destroy the answer.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_SILENCE):
+                        await reader.read(1)
+        elif settings.servers.encrypted:
+            return nats.errors.SecureConnWantedError()
+        who = {"user": settings.servers.user, "pass": settings.servers.password, "auth_token": settings.servers.token}
+        login = {name: value for name, value in who.items() if value is not None}
+        writer.write(b"CONNECT %b\r\n" % json.dumps({"verbose": True, "pedantic": False, **login}).encode())
+        answer = (await reader.readline()).decode(errors="replace").strip()
+        return nats.errors.Error(answer.removeprefix("-ERR ")) if answer.startswith("-ERR") else None
+    finally:
+        writer.close()
 
 
 async def _open(connection: Connection, settings: NatsSettings, tls: ssl.SSLContext | None) -> None:
