@@ -3,6 +3,7 @@
 from graphlib import CycleError, TopologicalSorter
 
 import grimp
+import pytest
 
 
 def test_there_is_no_import_circle() -> None:
@@ -11,4 +12,4 @@ def test_there_is_no_import_circle() -> None:
     try:
         TopologicalSorter(imports).prepare()
     except CycleError as error:
-        raise AssertionError(" -> ".join(error.args[1])) from None
+        pytest.fail(" -> ".join(error.args[1]))
