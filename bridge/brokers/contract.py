@@ -92,9 +92,11 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """It may or may not have arrived: a time-out, or the connection went before the confirm came."""
+    """It may or may not have arrived: the connection went before the confirm came."""
 
     reason: str
+    poisoned: bool = False
+    """The broker ended the connection over a message that it cannot take, one of those that became Unknown with it."""
 
 
 Outcome = Confirmed | Never | NotSent | Refused | Unknown
@@ -110,6 +112,16 @@ class Sink(Protocol):
     def is_open(self) -> bool:
         """Whether `publish` can reach the broker. False before `open` and once a connection is lost."""
 
+    @property
+    def stalled(self) -> str | None:
+        """Why what was published waits although the connection lives: the broker blocks publishers, or has confirmed
+        nothing for longer than a second. None while nothing waits, and while confirms come."""
+
+    @property
+    def pipelines(self) -> bool:
+        """Whether a key's events may be on the way together. False where the broker is known to refuse single messages
+        while it takes later ones, as a NATS stream with `discard = new` does at its limit."""
+
     async def open(self) -> None:
         """Connects, and checks that what it publishes to exists; declares nothing. Safe to call again after a loss.
 
@@ -123,6 +135,10 @@ class Sink(Protocol):
         Several calls may be in flight; messages leave in the order of the calls. The bytes are handed to
         the connection before the first suspension of a call that need not wait for room to write, so
         the order of calls is the order on the wire. Raises nothing: whatever goes wrong is an outcome.
+
+        Late is not lost: while the connection lives, a call waits for its confirms, however long they take, and answers
+        neither Unknown nor NotSent. A sink ends its connection itself once it has heard nothing of what it published
+        for `publish_timeout` (and the broker does not say that it blocks publishers), after counting what had come.
         """
 
     async def topology(self, *, apply: bool) -> Sequence[Declaration]:

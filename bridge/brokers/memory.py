@@ -37,6 +37,16 @@ class MemorySink:
         """See `contract.Sink.is_open`."""
         return self._open
 
+    @property
+    def stalled(self) -> str | None:
+        """Nothing ever waits."""
+        return None
+
+    @property
+    def pipelines(self) -> bool:
+        """Nothing is ever refused."""
+        return True
+
     async def open(self) -> None:
         """Nothing can be missing."""
         self._open = True

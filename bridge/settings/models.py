@@ -102,7 +102,7 @@ class SinkSettings(Model):
     type: str
     """The kind of broker: one of those that are installed."""
     publish_timeout: Duration = 30.0
-    """How long a confirm may take before the outcome is unknown and the message is sent again."""
+    """How long a broker may be silent about everything published to it before its connection is given up."""
 
     _name: str = PrivateAttr("")
 

@@ -73,6 +73,16 @@ class SqliteSink:
     def is_open(self) -> bool:
         return self._connection is not None
 
+    @property
+    def stalled(self) -> str | None:
+        """See `contract.Sink.stalled`."""
+        return None
+
+    @property
+    def pipelines(self) -> bool:
+        """See `contract.Sink.pipelines`."""
+        return True
+
     async def open(self) -> None:
         connection = connect(self._settings)
         if not has_tables(connection):

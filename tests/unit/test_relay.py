@@ -73,6 +73,16 @@ class Broker:
     def is_open(self) -> bool:
         return self.open_now
 
+    @property
+    def stalled(self) -> str | None:
+        """See `contract.Sink.stalled`."""
+        return None
+
+    @property
+    def pipelines(self) -> bool:
+        """See `contract.Sink.pipelines`."""
+        return True
+
     async def open(self) -> None:
         if self.random.random() < 0.3:
             raise BrokerUnavailableError("not yet")

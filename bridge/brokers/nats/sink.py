@@ -86,6 +86,16 @@ class NatsSink:
         """See `contract.Sink.is_open`."""
         return self._connection is not None and self._connection.is_open
 
+    @property
+    def stalled(self) -> str | None:
+        """See `contract.Sink.stalled`."""
+        return None
+
+    @property
+    def pipelines(self) -> bool:
+        """See `contract.Sink.pipelines`."""
+        return True
+
     async def open(self) -> None:
         """See `contract.Sink.open`."""
         if self.is_open:

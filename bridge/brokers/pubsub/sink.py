@@ -41,6 +41,16 @@ class PubSubSink:
         """See `contract.Sink.is_open`."""
         return self._requests is not None and self._requests.broken is None
 
+    @property
+    def stalled(self) -> str | None:
+        """See `contract.Sink.stalled`."""
+        return None
+
+    @property
+    def pipelines(self) -> bool:
+        """See `contract.Sink.pipelines`."""
+        return True
+
     async def open(self) -> None:
         """See `contract.Sink.open`. Raises as `connect` does, too, and PrivilegeError for who may not publish."""
         if self.is_open:

@@ -38,6 +38,16 @@ class RabbitMQSink:
         """See `contract.Sink.is_open`."""
         return self._publisher is not None and self._publisher.lost is None
 
+    @property
+    def stalled(self) -> str | None:
+        """See `contract.Sink.stalled`."""
+        return None
+
+    @property
+    def pipelines(self) -> bool:
+        """See `contract.Sink.pipelines`."""
+        return True
+
     async def open(self) -> None:
         """See `contract.Sink.open`.
 
