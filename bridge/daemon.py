@@ -1,12 +1,13 @@
 """The daemon: builds the parts from the settings, starts them, keeps them running, and stops them.
 
-The first start fails fast, with a message that says what is wrong; later losses are waited out. A session is the time
-in which one connection to PostgreSQL lives: stand by, lead, relay. Only the sinks, what plain pg_notify said, and the
-knowledge of outages outlive it.
+The first start fails fast, with a message that says what is wrong: where the database cannot be used, or none of the
+sinks. Later losses are waited out, and a sink that is down holds up no other. A session is the time in which one
+connection to PostgreSQL lives: stand by, lead, relay. Only the sinks, what plain pg_notify said, and the knowledge of
+outages outlive it.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -15,7 +16,8 @@ from tenacity import wait_exponential_jitter
 
 from bridge.brokers.contract import Sink
 from bridge.brokers.registry import broker_of
-from bridge.errors import PgbridgeError
+from bridge.errors import PgbridgeError, SettingsError
+from bridge.event import Event
 from bridge.lane import sink_outage
 from bridge.postgres.prune import prune_for_ever
 from bridge.postgres.schema import check_version
@@ -24,13 +26,16 @@ from bridge.process.health import Health, notify, serving, watchdog_for_ever
 from bridge.process.metrics import DATABASE_UP, LEADING, SINK_UP
 from bridge.process.outage import Outage
 from bridge.process.tasks import background, one_error, stop_on_signals, unless_stopped
-from bridge.relay import Limits, Relay, Routes
+from bridge.relay import Limits, Relay, tell_dead_letters
+from bridge.routes import Routes
 from bridge.settings import ChannelsSettings, Settings
 from bridge.sources import Source
-from bridge.sources.channels import ChannelSource, Intake
+from bridge.sources.channels import Channels, Intake
 from bridge.sources.doorbell import Doorbell
 from bridge.sources.listener import Listener
-from bridge.sources.outbox import Calls, OutboxSource
+from bridge.sources.log import Reader
+from bridge.sources.outbox import Calls, Outbox, Problem
+from bridge.unrouted import bury_unrouted, no_route
 
 log = structlog.get_logger()
 
@@ -79,8 +84,20 @@ class Daemon:
     # Starting
 
     async def _open_sinks(self) -> None:
-        for sink in self._sinks.values():
-            await sink.open()
+        """Opens those that can be. Raises PgbridgeError where none can, unless there are channels to listen to: they
+        forget what is sent while nobody listens. Raises SettingsError where one of them never can."""
+        first_error = None
+        for name, sink in self._sinks.items():
+            try:
+                await sink.open()
+            except SettingsError:
+                raise
+            except PgbridgeError as error:
+                first_error = first_error or error
+                self._sink_outages[name].lost(error)
+        is_any_open = any(sink.is_open for sink in self._sinks.values())
+        if first_error is not None and not is_any_open and self._settings.channels is None:
+            raise first_error
 
     def _is_up(self, role: str) -> None:
         """A session can do its work, in this role."""
@@ -110,14 +127,21 @@ class Daemon:
 
     async def _carry_channels(self, stop: asyncio.Event, channels: ChannelsSettings) -> None:
         """Plain pg_notify from memory; the database needs nothing of ours, and its outages do not stop publishing."""
-        source = ChannelSource(self._settings.name, self._settings.postgres, channels)
+        settings = self._settings
+        heard = Channels(settings.name, settings.postgres, channels, self._routes, self._bury_unheard)
         is_running = partial(self._is_up, "running")
         heard_all = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._relay(source, heard_all))
-            await self._keep_session(stop, partial(source.session, is_running))
-            await source.drain(self._settings.relay.shutdown_limit)
+            for sink, source in heard.sources.items():
+                tasks.create_task(self._relay(sink, source, heard_all))
+            await self._keep_session(stop, partial(heard.session, is_running))
+            await heard.drain(settings.relay.shutdown_limit)
             heard_all.set()
+
+    def _bury_unheard(self, event: Event) -> None:
+        """A notification that no route takes, with no table to keep it in: a log line is what remains."""
+        if self._settings.unrouted != "drop":
+            tell_dead_letters([no_route(event)])
 
     async def _keep_session(self, stop: asyncio.Event, session: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Runs sessions, each after the loss of the one before, until `stop` is set.
@@ -151,20 +175,20 @@ class Daemon:
             async with background(listener.run(hears.set)):
                 # Behind a pooler that LISTEN finds out, the lock of the lead would stay with the pool.
                 await hears.wait()
-                session = await OutboxSource.connect(settings.name, settings.postgres)
+                session = await Outbox.connect(settings.name, settings.postgres)
                 await check_version(session)
-                source = OutboxSource(settings.name, session, settings.outbox_or_default, calls.doorbell)
-                await self._stand_by(source, calls.left)
-                await self._lead(source, stop, intake)
+                outbox = Outbox(settings.name, session, settings.outbox_or_default, calls.doorbell)
+                await self._stand_by(outbox, calls.left)
+                await self._lead(outbox, stop, intake)
         finally:
             self._relaying.clear()
             await listener.close()
             if session is not None:
                 await session.close()
 
-    async def _stand_by(self, source: OutboxSource, left: asyncio.Event) -> None:
+    async def _stand_by(self, outbox: Outbox, left: asyncio.Event) -> None:
         async with background(self._keep_sinks_open()):
-            await source.standby(left, partial(self._is_up, "standby"))
+            await outbox.standby(readers(self._settings, self._routes), left, partial(self._is_up, "standby"))
 
     async def _keep_sinks_open(self) -> None:
         """While standing by, when no relay does."""
@@ -179,29 +203,46 @@ class Daemon:
                 else:
                     self._sink_outages[name].restored()
 
-    async def _lead(self, source: OutboxSource, stop: asyncio.Event, intake: Intake | None) -> None:
+    async def _lead(self, outbox: Outbox, stop: asyncio.Event, intake: Intake | None) -> None:
         log.info("bridge.leading", name=self._settings.name)
         self._be("leading")
         self._relaying.set()
-        beside: list[Coroutine[Any, Any, None]] = [source.keep(), prune_for_ever(self._settings)]
+        beside: list[Coroutine[Any, Any, None]] = [outbox.keep(self._problems), prune_for_ever(self._settings)]
+        relays: list[Coroutine[Any, Any, None]] = []
+        for source in outbox.sources:
+            if source.reader.sink:
+                relays.append(self._relay(source.reader.sink, source, stop, careful=source.begins_held > 0))
+            else:
+                beside.append(bury_unrouted(source))
         if intake is not None:
             beside.append(intake.session())
         if self._settings.observe.listen is not None:
             beside.append(sample_for_ever(self._settings))
-        async with background(*beside):
-            await self._relay(source, stop)
-        await source.leave()
+        async with background(*beside), asyncio.TaskGroup() as tasks:
+            for relay in relays:
+                tasks.create_task(relay)
+            await stop.wait()
+        await outbox.leave()
 
-    async def _relay(self, source: Source, stop: asyncio.Event) -> None:
+    async def _relay(self, sink: str, source: Source, stop: asyncio.Event, *, careful: bool = False) -> None:
         relay = Relay(
             source,
-            self._sinks,
-            self._routes,
-            drop_unrouted=self._settings.unrouted == "drop",
+            sink,
+            self._sinks[sink],
             limits=self._limits,
-            outages=self._sink_outages,
+            outage=self._sink_outages[sink],
+            pipelined=self._settings.sinks[sink].pipelined,
+            careful=careful,
         )
         await relay.run(stop)
+
+    def _problems(self) -> Mapping[str, Problem]:
+        """Why which sinks are behind."""
+        found = {}
+        for name, outage in self._sink_outages.items():
+            if (words := outage.problem) is not None:
+                found[name] = Problem(words, outage.seconds)
+        return found
 
     # Stopping
 
@@ -230,6 +271,15 @@ class Daemon:
 
 def _sink_up(sink: Sink) -> float:
     return float(sink.is_open)
+
+
+def readers(settings: Settings, routes: Routes) -> list[Reader]:
+    """Who reads the log: each sink that a route leads to, and one reader for what no route takes, where that is kept
+    and can be."""
+    found = [Reader(sink, routes.patterns_of(sink), settings.sinks[sink].start) for sink in routes.sinks]
+    if settings.unrouted != "drop" and not routes.take_all:
+        found.append(Reader("", routes.patterns))
+    return found
 
 
 async def run_until_signalled(settings: Settings) -> None:

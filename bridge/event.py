@@ -52,6 +52,16 @@ class Event(NamedTuple):
     sequence: int = 0
     """Position in the log; 0 for an event that did not come from it. It does not travel."""
 
+    @property
+    def weight(self) -> int:
+        """Bytes of payload, key and headers: what the event takes of a limit on memory."""
+        size = len(self.payload)
+        if self.key is not None:
+            size += len(self.key)
+        if self.headers:
+            size += sum([len(name) + len(value) for name, value in self.headers.items()])
+        return size
+
     def json(self) -> Any:
         """The payload, parsed. Raises Malformed when it is not JSON."""
         try:

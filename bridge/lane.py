@@ -1,29 +1,45 @@
 """The way to one sink: publishes in order, and tries again what did not arrive, without breaking any key's order.
 
-- A confirmed event, and one that can never be published, is done: its page counts it.
-- Any other is *stuck*: no later event of its key is sent until it has been published. Other keys go on.
-- Refused: the broker may have taken a later event of the key that was already on its way, so of the stuck events of
-  this key only the first is due, and the next one when that has arrived.
-- Not sent, or unknown: nothing overtook, so all stuck events of the key are due together.
-- After a lost connection nothing is sent before every publish of the old connection has reported: otherwise a
-  later event of some key could arrive on the new connection before an earlier one is known to be missing.
+Calm: events go to the sink as they come, many of a key together, and cost nothing here but their count.
+
+Lost (`NotSent`, `Unknown`: the connection went): nothing new goes until all that was in flight has reported and what
+did not arrive has been published again, in order: first one event, and more with every success, as TCP begins anew. An
+event over which the broker ends the connection (`Unknown.poisoned`) is found in this way: alone it ends it once more,
+and becomes a dead letter with the broker's words.
+
+Careful (`Refused`: the broker said no for now, and may have taken a later event of the key): from now on one event of a
+key is on the way at a time, until nothing has been refused for a while. A refused event is *held*, and with it all that
+follows in its key, while other keys go on. A topic's held events are tried again after a pause, one first and more with
+every success, so that a full queue is not flooded, and one that has room again is soon even.
 """
 
 import asyncio
+import time
 from bisect import insort
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from datetime import UTC, datetime
+from heapq import nsmallest
+from typing import Any, Final, Protocol
 
 from tenacity import wait_exponential_jitter
 
-from bridge.brokers.contract import CONFIRMED, Confirmed, Never, NotSent, Refused, Sink, Unknown
+from bridge.brokers.contract import Confirmed, Never, NotSent, Outcome, Refused, Sink, Unknown
 from bridge.errors import BrokerUnavailableError, PgbridgeError, RefusedError
 from bridge.event import Event
 from bridge.process.metrics import EVENTS_CONFIRMED, EVENTS_RETRIED
 from bridge.process.outage import Outage
 
-_IDLE_LOOK: Final = 1.0
-"""Seconds between two looks whether a connection went while nothing was published."""
+_LOOK: Final = 1.0
+"""Seconds between two looks whether a connection went, or stalls, while nothing was published."""
+_CAREFUL: Final = 60.0
+"""Seconds without a refusal after which a key's events go together again."""
+_GROWTH: Final = 4
+"""A success lets so many times as many events go at once."""
+_LARGEST_BURST: Final = 2000
+"""Events that go at once while a loss or a refusal is made up for."""
+_BLAMED: Final = 2
+"""An event that was on the way at so many endings of the connection over a message, alone at the last, is poison."""
 
 
 class Settles(Protocol):
@@ -31,21 +47,62 @@ class Settles(Protocol):
 
     number: int
 
-    def settled(self, count: int) -> None:
-        """So many more of its events are confirmed."""
+    def confirmed(self, count: int) -> None:
+        """So many of its events are confirmed that were not held."""
 
-    def refused(self, event: Event, sink: str, failure: Never, attempts: int) -> None:
+    def held(self, count: int) -> None:
+        """So many of its events are held: the page need not wait for them."""
+
+    def refused(self, event: Event, failure: Never, attempts: int, *, was_held: bool) -> None:
         """One of its events can never be published."""
 
 
 @dataclass(order=True, slots=True)
-class _Stuck:
+class _Item:
+    """An event that does not simply go on its way."""
+
     order: tuple[int, int]
+    """Its page and its place there."""
     event: Event = field(compare=False)
     page: Settles = field(compare=False)
-    refused: bool = field(compare=False)
-    """The last outcome was a refusal."""
-    attempts: int = field(compare=False, default=1)
+    attempts: int = field(compare=False, default=0)
+    blamed: int = field(compare=False, default=0)
+    """How often the broker ended the connection over a message while this one was on its way."""
+    held: bool = field(compare=False, default=False)
+    probes: "_Gate | None" = field(compare=False, default=None)
+    """The topic that this event tries again."""
+
+
+@dataclass(slots=True)
+class _Key:
+    """A key's events that wait or are on their way, in order."""
+
+    items: list[_Item] = field(default_factory=list)
+    flying: int = 0
+    """So many of them, from the first, are on their way."""
+    gate: "_Gate | None" = None
+    """What its first event waits for."""
+    held: bool = False
+    """Its first event was refused."""
+
+
+@dataclass(slots=True, eq=False)
+class _Gate:
+    """A topic of which events were refused: when they are tried again, and how many at once."""
+
+    topic: str
+    reason: str
+    since: datetime
+    keys: dict[str, None] = field(default_factory=dict)
+    """The keys that wait here, in the order of their refusals."""
+    burst: int = 1
+    probing: int = 0
+    """Events that were let through and have not reported."""
+    let_through: int = 0
+    taken: int = 0
+    """So many of these were published."""
+    failures: int = 0
+    timer: asyncio.TimerHandle | None = None
 
 
 def sink_outage(name: str, *, retry_initial: float, retry_max: float) -> Outage:
@@ -57,128 +114,351 @@ def sink_outage(name: str, *, retry_initial: float, retry_max: float) -> Outage:
 class Lane:
     """Publishes to one sink. Its tasks live in the caller's task group."""
 
-    def __init__(self, name: str, sink: Sink, tasks: asyncio.TaskGroup, outage: Outage) -> None:
+    def __init__(
+        self,
+        name: str,
+        sink: Sink,
+        tasks: asyncio.TaskGroup,
+        outage: Outage,
+        *,
+        changed: Callable[[], None],
+        pipelined: bool = True,
+        careful: bool = False,
+    ) -> None:
+        """`changed` is called when what is held has changed. `pipelined`: a key's events may go together while nothing
+        is refused. `careful`: the sink has refused something lately."""
         self.name = name
+        self.held: set[int] = set()
+        """The places in the log of what is held."""
+        self.held_bytes = 0
         self._sink = sink
+        self._pipelined = pipelined
         self._count_confirmed = EVENTS_CONFIRMED.labels(name).inc
         self._count_retried = EVENTS_RETRIED.labels(name).inc
         self._tasks = tasks
         self._outage = outage
+        self._changed = changed
         self._publishing: set[asyncio.Task[None]] = set()
-        self._stuck: dict[str, list[_Stuck]] = {}
+        self._calm_calls = 0
+        """Calls under way of whose keys nobody keeps account."""
+        self._keys: dict[str, _Key] = {}
+        self._waiting = 0
+        """Events of these keys that are not on their way."""
+        self._ready: dict[str, None] = {}
+        """Keys whose first event may go."""
+        self._gates: dict[str, _Gate] = {}
+        self._refused_at = time.monotonic() if careful else float("-inf")
         self._recovering = False
 
-    def send(self, page: Settles, events: list[Event]) -> None:
+    # Going
+
+    def send(self, page: Settles, events: Sequence[Event]) -> None:
         """Starts to publish these; calls leave in order, since tasks start in the order of their creation."""
-        if self._stuck:
-            events = self._hold(page, events)
-        if events:
-            task = self._tasks.create_task(self._publish(page, events))
-            self._publishing.add(task)
-            task.add_done_callback(self._publishing.discard)
+        if self._waiting or self._recovering or self._is_careful:
+            for index, event in enumerate(events):
+                self._wait(_Item((page.number, index), event, page))
+            self._go()
+        else:
+            self._calm_calls += 1
+            self._start(self._publish(page, events))
 
-    async def watch(self) -> None:
-        """Opens the sink again when its connection goes while nothing is published; runs until it is cancelled."""
-        if self._sink.is_open:
-            # An earlier lane may have ended in the middle of an outage, and nothing is stuck in this one.
-            self._outage.restored()
-        while True:
-            await asyncio.sleep(_IDLE_LOOK)
-            if not self._sink.is_open:
-                self._recover_from(NotSent("the connection was lost"))
+    @property
+    def _is_careful(self) -> bool:
+        """Whether a key's events go one at a time."""
+        pipelines = self._pipelined and self._sink.pipelines
+        return not pipelines or time.monotonic() - self._refused_at < _CAREFUL
 
-    def _hold(self, page: Settles, events: list[Event]) -> list[Event]:
-        """Puts events of stuck keys behind what they must not overtake; gives the others."""
-        free = []
-        for index, event in enumerate(events):
-            waiting = self._stuck.get(_lane_key(event))
-            if waiting is None:
-                free.append(event)
-            else:
-                insort(waiting, _Stuck((page.number, index), event, page, refused=False, attempts=0))
-        return free
+    def _start(self, publishing: Coroutine[Any, Any, None]) -> None:
+        task = self._tasks.create_task(publishing)
+        self._publishing.add(task)
+        task.add_done_callback(self._publishing.discard)
 
-    async def _publish(self, page: Settles, events: list[Event]) -> None:
+    async def _publish(self, page: Settles, events: Sequence[Event]) -> None:
+        """The calm way."""
         outcomes = await self._sink.publish(events)
-        confirmed = list(outcomes).count(CONFIRMED)
-        self._count_confirmed(confirmed)
-        for index, (event, outcome) in enumerate(zip(events, outcomes, strict=True) if confirmed < len(events) else ()):
-            match outcome:
-                case Never():
-                    page.refused(event, self.name, outcome, 1)
-                case NotSent() | Refused() | Unknown():
-                    stuck = _Stuck((page.number, index), event, page, refused=isinstance(outcome, Refused))
-                    insort(self._stuck.setdefault(_lane_key(event), []), stuck)
-                    self._recover_from(outcome)
-        page.settled(confirmed)
+        self._calm_calls -= 1
+        confirmed = sum([isinstance(outcome, Confirmed) for outcome in outcomes])
+        failed = None
+        if confirmed < len(events):
+            for index, (event, outcome) in enumerate(zip(events, outcomes, strict=True)):
+                if isinstance(outcome, Confirmed):
+                    continue
+                item = _Item((page.number, index), event, page, attempts=1)
+                if isinstance(outcome, Never):
+                    page.refused(event, outcome, 1, was_held=False)
+                    continue
+                key = self._wait(item)
+                failed = self._failed(key, item, outcome) or failed
+        if confirmed:
+            self._count_confirmed(confirmed)
+            page.confirmed(confirmed)
+        self._next(failed)
 
-    def _recover_from(self, outcome: NotSent | Refused | Unknown) -> None:
+    def _wait(self, item: _Item) -> str:
+        """Puts an event behind what it must not overtake; gives its key."""
+        name = _lane_key(item.event)
+        key = self._keys.get(name)
+        if key is None:
+            key = self._keys[name] = _Key()
+        self._waiting += 1
+        if key.items and item < key.items[-1]:
+            # Calls may report out of order; what is behind has not been sent since.
+            insort(key.items, item, lo=key.flying)
+        else:
+            key.items.append(item)
+        if key.held:
+            self._hold(item)
+        if not key.flying and key.gate is None:
+            self._ready[name] = None
+        return name
+
+    def _go(self) -> None:
+        """Starts what may go now."""
+        if self._recovering or self._calm_calls or not self._ready:
+            return
+        careful = self._is_careful
+        ready, self._ready = self._ready, {}
+        going: list[_Item] = []
+        for name in ready:
+            key = self._keys.get(name)
+            if key is not None and not key.flying and key.gate is None:
+                key.flying = 1 if careful or key.held else len(key.items)
+                going += key.items[: key.flying]
+        if going:
+            self._waiting -= len(going)
+            going.sort()
+            self._start(self._publish_items(going))
+
+    async def _publish_items(self, items: list[_Item]) -> None:
+        """The way on which keys are accounted for."""
+        outcomes = await self._sink.publish([item.event for item in items])
+        self._next(self._report(items, outcomes))
+
+    def _next(self, failed: NotSent | Unknown | None) -> None:
+        """Goes on after a call has reported; `failed` if it found the connection gone."""
+        if failed is not None:
+            self._lose(failed)
+        else:
+            self._go()
+        if self._gates:
+            self._tell()
+
+    # Coming back
+
+    def _report(self, items: Sequence[_Item], outcomes: Sequence[Outcome]) -> NotSent | Unknown | None:
+        """Takes the outcomes of accounted events; gives one that says that the connection is gone."""
+        failed = None
+        retried = confirmed = 0
+        for item, outcome in zip(items, outcomes, strict=True):
+            name = _lane_key(item.event)
+            key = self._keys[name]
+            retried += bool(item.attempts)
+            item.attempts += 1
+            key.flying -= 1
+            match outcome:
+                case Confirmed():
+                    confirmed += 1
+                    self._release(key, item)
+                    if not item.held:
+                        item.page.confirmed(1)
+                case Never():
+                    self._release(key, item)
+                    item.page.refused(item.event, outcome, item.attempts, was_held=item.held)
+                case NotSent() | Refused() | Unknown():
+                    self._waiting += 1
+                    failed = self._failed(name, item, outcome) or failed
+            if item.probes is not None:
+                gate, item.probes = item.probes, None
+                self._tell_gate(gate, taken=isinstance(outcome, Confirmed | Never))
+            if not key.items:
+                del self._keys[name]
+                self._ready.pop(name, None)
+            elif not key.flying and key.gate is None:
+                self._ready[name] = None
+        self._count_retried(retried)
+        self._count_confirmed(confirmed)
+        return failed
+
+    def _failed(self, name: str, item: _Item, outcome: NotSent | Refused | Unknown) -> NotSent | Unknown | None:
+        """An event of this key waits for another try."""
+        match outcome:
+            case Refused():
+                self._refused_at = time.monotonic()
+                self._close_gate(name, item, outcome)
+                return None
+            case Unknown(poisoned=True):
+                item.blamed += 1
+        return outcome
+
+    def _release(self, key: _Key, item: _Item) -> None:
+        key.items.remove(item)
+        key.held = False
+        if item.held:
+            self.held.discard(item.event.sequence)
+            self.held_bytes -= item.event.weight
+            self._changed()
+
+    def _hold(self, item: _Item) -> None:
+        if not item.held:
+            item.held = True
+            self.held.add(item.event.sequence)
+            self.held_bytes += item.event.weight
+            item.page.held(1)
+
+    # Refused
+
+    def _close_gate(self, name: str, item: _Item, refused: Refused) -> None:
+        """Holds a key whose first event was refused, until its topic is tried again."""
+        key = self._keys[name]
+        key.held = True
+        for behind in key.items:
+            self._hold(behind)
+        topic = item.event.topic
+        gate = self._gates.get(topic)
+        if gate is None:
+            gate = self._gates[topic] = _Gate(topic, refused.reason, datetime.now(UTC))
+        gate.reason = refused.reason
+        gate.keys[name] = None
+        key.gate = gate
+        self._ready.pop(name, None)
+        if gate.timer is None and not gate.probing:
+            self._schedule(gate)
+
+    def _schedule(self, gate: _Gate) -> None:
+        delay = self._outage.delay(max(1, gate.failures))
+        gate.timer = asyncio.get_running_loop().call_later(delay, self._open_gate, gate)
+
+    def _open_gate(self, gate: _Gate) -> None:
+        """Lets some of a topic's held events through."""
+        gate.timer = None
+        names = list(gate.keys)[: gate.burst]
+        gate.probing = gate.let_through = len(names)
+        gate.taken = 0
+        for name in names:
+            del gate.keys[name]
+            key = self._keys[name]
+            key.gate = None
+            key.items[0].probes = gate
+            self._ready[name] = None
+        self._go()
+
+    def _tell_gate(self, gate: _Gate, *, taken: bool) -> None:
+        """One of the events that were let through has reported; after the last of them, the next are chosen."""
+        gate.probing -= 1
+        gate.taken += taken
+        if gate.probing:
+            return
+        if gate.taken * 2 >= gate.let_through:
+            gate.failures = 0
+            gate.burst = min(_GROWTH * gate.burst, _LARGEST_BURST)
+        else:
+            gate.failures += 1
+            gate.burst = 1
+        if not gate.keys:
+            del self._gates[gate.topic]
+            self._tell()
+        elif gate.failures:
+            self._schedule(gate)
+        else:
+            gate.timer = asyncio.get_running_loop().call_later(0, self._open_gate, gate)
+
+    # Lost
+
+    def _lose(self, outcome: NotSent | Unknown) -> None:
         if not self._recovering:
             self._recovering = True
             self._tasks.create_task(self._recover(outcome))
 
-    async def _recover(self, outcome: NotSent | Refused | Unknown) -> None:
-        """Opens the sink and publishes what is stuck, again and again, until nothing is."""
-        self._outage.lost(_error(outcome))
-        while self._stuck or not self._sink.is_open:
+    async def _recover(self, outcome: NotSent | Unknown) -> None:
+        """Opens the sink and publishes again what did not arrive, until all of it has."""
+        if not self._outage.lasts:
+            self._outage.lost(BrokerUnavailableError(outcome.reason))
+        burst = 1
+        # A burst of full size has shown that the sink works: what is left goes as ever.
+        while not self._sink.is_open or burst < _LARGEST_BURST:
             try:
+                # What follows must not arrive before it is known what is missing.
+                if self._publishing:
+                    await asyncio.wait(self._publishing)
                 if not self._sink.is_open:
-                    await self._reopen()
-                await self._publish_stuck()
+                    await self._sink.open()
+                due = self._due(burst)
+                if not due:
+                    break
+                await self._publish_again(due)
             except PgbridgeError as error:
+                burst = 1
                 self._outage.lost(error)
                 await self._outage.wait()
             else:
+                burst = min(_GROWTH * burst, _LARGEST_BURST)
                 self._outage.failures = 0
         self._recovering = False
-        self._outage.restored()
+        self._tell()
+        self._go()
 
-    async def _reopen(self) -> None:
-        if self._publishing:
-            await asyncio.wait(self._publishing)
-        await self._sink.open()
+    def _due(self, burst: int) -> list[_Item]:
+        """The first events that are not held back by a refusal, in the order in which they were read."""
+        careful = self._is_careful
+        waiting: list[_Item] = []
+        for key in self._keys.values():
+            if key.gate is None:
+                waiting += key.items[:1] if careful or key.held else key.items
+        return nsmallest(burst, waiting)
 
-    async def _publish_stuck(self) -> None:
-        """Publishes what is due. Raises PgbridgeError when the broker took so little of it that it needs a pause."""
-        due = self._due()
-        left: list[NotSent | Refused | Unknown] = []
-        self._count_retried(len(due))
-        outcomes = await self._sink.publish([stuck.event for stuck in due])
-        for stuck, outcome in zip(due, outcomes, strict=True):
-            stuck.attempts += 1
-            match outcome:
-                case Confirmed():
-                    self._count_confirmed()
-                    stuck.page.settled(1)
-                    self._release(stuck)
-                case Never():
-                    stuck.page.refused(stuck.event, self.name, outcome, stuck.attempts)
-                    self._release(stuck)
-                case NotSent() | Refused() | Unknown():
-                    stuck.refused = isinstance(outcome, Refused)
-                    left.append(outcome)
-        # Of a key that was refused only the first event is due, so an outage comes off one by one, without pauses.
-        if len(left) * 2 > len(due):
-            raise _error(left[-1])
+    async def _publish_again(self, due: list[_Item]) -> None:
+        """Raises BrokerUnavailableError when the connection is gone once more."""
+        self._waiting -= len(due)
+        for item in due:
+            self._keys[_lane_key(item.event)].flying += 1
+        outcomes = list(await self._sink.publish([item.event for item in due]))
+        if len(due) == 1 and due[0].blamed + 1 >= _BLAMED and (words := _poison(outcomes[0])):
+            reason = f"the broker ended the connection over this event, each time that it was sent: {words}"
+            outcomes[0] = Never("ends_connection", reason)
+        failed = self._report(due, outcomes)
+        if failed is not None:
+            raise BrokerUnavailableError(failed.reason)
 
-    def _due(self) -> list[_Stuck]:
-        """In the order in which they were read."""
-        due: list[_Stuck] = []
-        for waiting in self._stuck.values():
-            due += waiting[:1] if waiting[0].refused else waiting
-        return sorted(due)
+    async def watch(self) -> None:
+        """Opens the sink when it is not open though nothing is published; runs until it is cancelled."""
+        try:
+            while True:
+                if not self._sink.is_open:
+                    self._lose(NotSent("is not connected"))
+                self._tell()
+                await asyncio.sleep(_LOOK)
+        finally:
+            for gate in self._gates.values():
+                if gate.timer is not None:
+                    gate.timer.cancel()
 
-    def _release(self, stuck: _Stuck) -> None:
-        key = _lane_key(stuck.event)
-        waiting = self._stuck[key]
-        waiting.remove(stuck)
-        if not waiting:
-            del self._stuck[key]
+    # What others see
+
+    def _tell(self) -> None:
+        """Tells the outage how things are, unless the connection is lost: then whoever recovers does."""
+        if self._recovering:
+            return
+        stalled = self._sink.stalled
+        if self._gates:
+            self._outage.lost(RefusedError(self._refusals()))
+        elif stalled is not None:
+            self._outage.lost(BrokerUnavailableError(stalled))
+        else:
+            self._outage.restored()
+
+    def _refusals(self) -> str:
+        oldest = min(self._gates.values(), key=lambda gate: gate.since)
+        others = f" and of {len(self._gates) - 1} more topics" if len(self._gates) > 1 else ""
+        events = "1 event is held" if len(self.held) == 1 else f"{len(self.held)} events are held"
+        return (
+            f"{events}, of the topic {oldest.topic!r}{others}, "
+            f"since {oldest.since:%Y-%m-%d %H:%M:%S} UTC: {oldest.reason}"
+        )
 
 
-def _error(outcome: NotSent | Refused | Unknown) -> PgbridgeError:
-    """For the outage: whether the broker says no, or nothing."""
-    return (RefusedError if isinstance(outcome, Refused) else BrokerUnavailableError)(outcome.reason)
+def _poison(outcome: Outcome) -> str:
+    """What the broker said when it ended the connection over a message; empty if it did not."""
+    return outcome.reason if isinstance(outcome, Unknown) and outcome.poisoned else ""
 
 
 def _lane_key(event: Event) -> str:

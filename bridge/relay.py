@@ -1,14 +1,19 @@
-"""The loop: read a page, route it, publish it, settle it. It knows sources and sinks only by their contracts.
+"""The loop: read a page, publish it, settle it; one relay for each sink, so that none waits for another's trouble.
 
-Several pages are in flight at once. A page is settled when every event in it is confirmed by each of its sinks,
-or is among the dead letters; the source hears of it only when all pages before are settled too.
-What is in flight is bounded in pages and in bytes: while a broker blocks, reading stops.
+A page is settled when each of its events is confirmed, among the dead letters, or *held*: the broker said no for now,
+and the event waits with all that follows in its key (`lane.py`). The source hears of a page only when all pages before
+are settled too, and of what is held with it. So one full queue stops its keys, and nothing else.
+
+Everything is bounded. Events in flight follow the confirms, as TCP's window does: about what comes back in two seconds.
+Bytes in flight and held, and the number of held events, have limits; beyond them this relay reads no more until there
+is room.
 """
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import takewhile
 from typing import Final
@@ -16,91 +21,129 @@ from typing import Final
 import structlog
 
 from bridge.brokers.contract import Never, Sink
-from bridge.event import Event, matches
+from bridge.event import Event
 from bridge.lane import Lane, sink_outage
-from bridge.process.metrics import BYTES_IN_FLIGHT, EVENTS_DEAD, EVENTS_READ, PAGES_IN_FLIGHT, SETTLE_SECONDS
+from bridge.process.metrics import (
+    BYTES_IN_FLIGHT,
+    EVENTS_DEAD,
+    EVENTS_HELD,
+    EVENTS_IN_FLIGHT,
+    EVENTS_READ,
+    SETTLE_SECONDS,
+)
 from bridge.process.outage import Outage
 from bridge.sources import DeadLetter, Page, Source
 
 log = structlog.get_logger()
 
-_CACHED_TOPICS: Final = 65_536
-"""Most topics that the routing table remembers an answer for."""
-
-
-class Routes:
-    """The routing table; answers are kept per topic, since an application has few topics and many events."""
-
-    def __init__(self, routes: Sequence[tuple[str, str]]) -> None:
-        """`routes`: pairs of pattern and sink."""
-        self._routes = tuple(routes)
-        self._sinks_of: dict[str, tuple[str, ...]] = {}
-
-    def sinks_of(self, topic: str) -> tuple[str, ...]:
-        """The sinks of every route that matches, each once, in the order of the routes."""
-        found = self._sinks_of.get(topic)
-        if found is None:
-            found = tuple(dict.fromkeys(sink for pattern, sink in self._routes if matches(pattern, topic)))
-            if len(self._sinks_of) >= _CACHED_TOPICS:
-                self._sinks_of.clear()
-            self._sinks_of[topic] = found
-        return found
+_WINDOW_HORIZON: Final = 1.0
+"""Seconds whose confirms say how large the window is."""
+_WINDOW_FACTOR: Final = 2
+"""So many times the confirms of that time may be in flight, so that the window can grow."""
+_SMALLEST_WINDOW: Final = 500
+"""Events that may be in flight whatever the confirms."""
+_LEAST_READ: Final = 1000
+"""Events for which there must be room before a page is read: small pages cost as much as large ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much may be in flight, and how failures are tried again; times in seconds."""
+    """How much may be in flight and held, and how failures are tried again; times in seconds."""
 
-    pages_in_flight: int = 8
+    events_in_flight: int = 16_000
     bytes_in_flight: int = 64_000_000
+    held_events: int = 10_000
     retry_initial: float = 0.1
     retry_max: float = 10.0
     shutdown_limit: float = 20.0
 
 
+class Window:
+    """How many events may be in flight, by what was confirmed lately."""
+
+    def __init__(self, largest: int) -> None:
+        self._largest = largest
+        self._confirms: deque[tuple[float, int]] = deque()
+        self._recent = 0
+
+    def confirmed(self, count: int) -> None:
+        """So many more were confirmed."""
+        self._confirms.append((time.monotonic(), count))
+        self._recent += count
+
+    @property
+    def size(self) -> int:
+        """Events."""
+        oldest = time.monotonic() - _WINDOW_HORIZON
+        while self._confirms and self._confirms[0][0] < oldest:
+            self._recent -= self._confirms.popleft()[1]
+        return min(self._largest, max(_SMALLEST_WINDOW, _WINDOW_FACTOR * self._recent))
+
+
 @dataclass(slots=True, eq=False)
 class _InFlight:
-    """A page on its way."""
+    """A page on its way. Implements `bridge.lane.Settles`."""
 
+    relay: "Relay"
     number: int
-    page: Page
+    position: object
+    first: datetime | None
+    """When its first event was recorded."""
     bytes: int
-    progress: asyncio.Event
-    unsettled: int = 0
-    letters: list[DeadLetter] = field(default_factory=list)
+    unsettled: int
 
-    def settled(self, count: int) -> None:
+    def confirmed(self, count: int) -> None:
+        self.relay.window.confirmed(count)
+        self._settled(count)
+
+    def held(self, count: int) -> None:
+        self._settled(count)
+
+    def refused(self, event: Event, failure: Never, attempts: int, *, was_held: bool) -> None:
+        self.relay.refused(event, failure, attempts)
+        if not was_held:
+            self._settled(1)
+
+    def _settled(self, count: int) -> None:
         self.unsettled -= count
-        if not self.unsettled:
-            self.progress.set()
-
-    def refused(self, event: Event, sink: str | None, failure: Never, attempts: int) -> None:
-        self.letters.append(DeadLetter(event, sink, failure, attempts))
-        self.settled(1)
+        self.relay.settled(count, done=not self.unsettled)
 
 
 class Relay:
-    """Carries events from one source to its sinks until it is stopped."""
+    """Carries events from one source to one sink until it is stopped."""
 
     def __init__(
         self,
         source: Source,
-        sinks: Mapping[str, Sink],
-        routes: Routes,
+        name: str,
+        sink: Sink,
         *,
-        drop_unrouted: bool = False,
         limits: Limits | None = None,
-        outages: Mapping[str, Outage] | None = None,
+        outage: Outage | None = None,
+        pipelined: bool = True,
+        careful: bool = False,
     ) -> None:
-        """`outages` of the sinks, by their names, for a caller that wants to know of them; each gets one otherwise."""
+        """`outage` of the sink, for a caller that wants to know of it; the relay makes one otherwise.
+
+        `pipelined`: a key's events may go together while nothing is refused. `careful`: the sink has refused something
+        lately.
+        """
+        self.name = name
+        self.window = Window((limits or Limits()).events_in_flight)
         self._source = source
-        self._sinks = sinks
-        self._routes = routes
-        self._drop_unrouted = drop_unrouted
+        self._sink = sink
         self._limits = limits or Limits()
-        self._outages = outages or {name: self._outage(name) for name in sinks}
-        self._lanes: dict[str, Lane] = {}
-        self._window: deque[_InFlight] = deque()
+        self._outage = outage or sink_outage(
+            name, retry_initial=self._limits.retry_initial, retry_max=self._limits.retry_max
+        )
+        self._pipelined = pipelined
+        self._careful = careful
+        self._lane: Lane | None = None
+        self._pages: deque[_InFlight] = deque()
+        self._position: object = None
+        """Behind the last page that is settled."""
+        self._letters: list[DeadLetter] = []
+        self._unsettled = 0
         self._bytes = 0
         self._progress = asyncio.Event()
         self._room = asyncio.Event()
@@ -114,20 +157,26 @@ class Relay:
         """
         try:
             async with asyncio.TaskGroup() as tasks:
-                self._lanes = {name: Lane(name, sink, tasks, self._outages[name]) for name, sink in self._sinks.items()}
+                self._lane = Lane(
+                    self.name,
+                    self._sink,
+                    tasks,
+                    self._outage,
+                    changed=self._progress.set,
+                    pipelined=self._pipelined,
+                    careful=self._careful,
+                )
                 tasks.create_task(self._settle_pages())
-                for lane in self._lanes.values():
-                    tasks.create_task(lane.watch())
-                reading = tasks.create_task(self._read_pages())
+                tasks.create_task(self._lane.watch())
+                reading = tasks.create_task(self._read_pages(self._lane))
                 await self._wind_up(stop, reading)
         except* _Stopped:
-            log.debug("relay.stopped")
+            log.debug("relay.stopped", sink=self.name)
         finally:
-            PAGES_IN_FLIGHT.set(0)
-            BYTES_IN_FLIGHT.set(0)
+            for gauge in (EVENTS_IN_FLIGHT, BYTES_IN_FLIGHT, EVENTS_HELD):
+                gauge.labels(self.name).set(0)
 
-    def _outage(self, sink: str) -> Outage:
-        return sink_outage(sink, retry_initial=self._limits.retry_initial, retry_max=self._limits.retry_max)
+    # Stopping
 
     async def _wind_up(self, stop: asyncio.Event, reading: asyncio.Task[None]) -> None:
         await stop.wait()
@@ -137,107 +186,123 @@ class Relay:
 
     async def _drain(self) -> None:
         self._empty.clear()
-        if not self._window:
+        if not self._pages:
             return
         try:
             async with asyncio.timeout(self._limits.shutdown_limit):
                 await self._empty.wait()
         except TimeoutError:
             log.warning(
-                "relay.stopped_with_pages_in_flight",
-                pages=len(self._window),
+                "relay.stopped_with_events_in_flight",
+                sink=self.name,
+                events=self._unsettled,
                 hint="they are published again at the next start",
             )
 
-    async def _read_pages(self) -> None:
+    # Reading
+
+    async def _read_pages(self, lane: Lane) -> None:
         number = 0
         while True:
-            await self._wait_for_room()
-            page = await self._source.read()
+            page = await self._source.read(await self._wait_for_room(lane))
             number += 1
-            self._dispatch(number, page)
+            self._dispatch(lane, number, page)
 
-    async def _wait_for_room(self) -> None:
-        while self._window and (
-            len(self._window) >= self._limits.pages_in_flight or self._bytes >= self._limits.bytes_in_flight
-        ):
+    async def _wait_for_room(self, lane: Lane) -> int:
+        """How many events the next page may have."""
+        while True:
+            size = self.window.size
+            room = size - self._unsettled
+            fits = self._bytes + lane.held_bytes < self._limits.bytes_in_flight
+            if (
+                (not self._pages
+                and not lane.held)
+                or (room >= min(_LEAST_READ, max(1, size // 4)) and fits and len(lane.held) < self._limits.held_events)
+            ):
+                return max(1, room)
             self._room.clear()
+            # The window shrinks and grows with time, too.
             await self._room.wait()
 
-    def _dispatch(self, number: int, page: Page) -> None:
-        """Sends every event of a page to the lanes of its sinks."""
-        size = sum([len(event.payload) for event in page.events])
-        flight = _InFlight(number, page, size, self._progress)
-        self._window.append(flight)
+    def _dispatch(self, lane: Lane, number: int, page: Page) -> None:
+        events = page.events
+        size = sum([event.weight for event in events])
+        flight = _InFlight(self, number, page.position, events[0].time if events else None, size, len(events))
+        self._pages.append(flight)
         self._bytes += size
-        EVENTS_READ.inc(len(page.events))
-        self._gauge()
-        by_sink: dict[str, list[Event]] = {}
-        unrouted: list[Event] = []
-        sinks_of = self._routes.sinks_of
-        for event in page.events:
-            sinks = sinks_of(event.topic)
-            for sink in sinks:
-                try:
-                    by_sink[sink].append(event)
-                except KeyError:
-                    by_sink[sink] = [event]
-            if not sinks:
-                unrouted.append(event)
-        # Counted before anything is sent, so that no early outcome can settle the page too soon.
-        flight.unsettled = sum(map(len, by_sink.values())) + len(unrouted)
-        for sink, events in by_sink.items():
-            self._lanes[sink].send(flight, events)
-        for event in unrouted:
-            self._refuse_unrouted(flight, event)
-        if not page.events:
+        self._unsettled += len(events)
+        if events:
+            EVENTS_READ.labels(self.name).inc(len(events))
+            self._gauge(lane)
+            lane.send(flight, events)
+        else:
             self._progress.set()
 
-    def _refuse_unrouted(self, flight: _InFlight, event: Event) -> None:
-        if self._drop_unrouted:
-            flight.settled(1)
-            return
-        reason = f"no route takes the topic {event.topic!r}; add one to [[routes]], or set unrouted = 'drop'"
-        flight.refused(event, None, Never("no_route", reason), 0)
+    # Settling
+
+    def settled(self, count: int, *, done: bool) -> None:
+        """So many events of a page are settled; `done`: it was the last of them."""
+        self._unsettled -= count
+        if done:
+            self._progress.set()
+        self._room.set()
+
+    def refused(self, event: Event, failure: Never, attempts: int) -> None:
+        """An event can never be published."""
+        self._letters.append(DeadLetter(event, self.name, failure, attempts))
+        self._progress.set()
 
     async def _settle_pages(self) -> None:
         while True:
             await self._progress.wait()
             self._progress.clear()
-            await self._settle_front()
+            await self._settle()
 
-    async def _settle_front(self) -> None:
-        """Settles the pages at the front of the window that are done, with one store for all of them."""
-        done = list(takewhile(lambda flight: not flight.unsettled, self._window))
-        if not done:
+    async def _settle(self) -> None:
+        """Settles the pages at the front that are done, and what has become of held events since."""
+        lane = self._lane
+        if lane is None:
             return
-        if letters := [letter for flight in done for letter in flight.letters]:
+        # All of one moment: a letter that comes while these are stored was still held, or its page was not done.
+        letters, self._letters = self._letters, []
+        done = list(takewhile(lambda flight: not flight.unsettled, self._pages))
+        held = frozenset(lane.held)
+        if letters:
             await self._source.dead_letter(letters)
-            for letter in letters:
-                EVENTS_DEAD.labels(letter.failure.code).inc()
-                log.warning(
-                    "event.dead_lettered",
-                    event_id=letter.event.id,
-                    topic=letter.event.topic,
-                    sink=letter.sink,
-                    code=letter.failure.code,
-                    reason=letter.failure.reason,
-                )
-        await self._source.settle(done[-1].page)
+            tell_dead_letters(letters)
+        if done:
+            self._position = done[-1].position
+        if self._position is not None:
+            await self._source.settle(self._position, held)
         now = datetime.now(UTC)
         for flight in done:
-            self._window.popleft()
+            self._pages.popleft()
             self._bytes -= flight.bytes
-            if flight.page.events:
-                SETTLE_SECONDS.observe(max(0.0, (now - flight.page.events[0].time).total_seconds()))
-        self._gauge()
+            if flight.first is not None:
+                SETTLE_SECONDS.observe(max(0.0, (now - flight.first).total_seconds()))
+        self._gauge(lane)
         self._room.set()
-        if not self._window:
+        if not self._pages:
             self._empty.set()
 
-    def _gauge(self) -> None:
-        PAGES_IN_FLIGHT.set(len(self._window))
-        BYTES_IN_FLIGHT.set(self._bytes)
+    def _gauge(self, lane: Lane) -> None:
+        EVENTS_IN_FLIGHT.labels(self.name).set(self._unsettled)
+        BYTES_IN_FLIGHT.labels(self.name).set(self._bytes + lane.held_bytes)
+        EVENTS_HELD.labels(self.name).set(len(lane.held))
+
+
+def tell_dead_letters(letters: Sequence[DeadLetter]) -> None:
+    """Counts and logs events that became dead letters."""
+    for letter in letters:
+        EVENTS_DEAD.labels(letter.failure.code).inc()
+        log.warning(
+            "event.dead_lettered",
+            event_id=letter.event.id,
+            topic=letter.event.topic,
+            sink=letter.sink,
+            code=letter.failure.code,
+            reason=letter.failure.reason,
+        )
 
 
 class _Stopped(Exception):  # noqa: N818

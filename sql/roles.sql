@@ -39,7 +39,9 @@ to bridge_emitter;
 -- bridge_relay: the daemon. --------------------------------------------------------------------------------
 
 grant select on bridge.outbox, bridge.migration to bridge_relay;
-grant select, insert, update on bridge.cursor, bridge.bell to bridge_relay;
+grant select on sequence bridge.outbox_id_seq to bridge_relay; -- to see that it is not behind the log
+grant select, insert, update on bridge.leader, bridge.bell to bridge_relay;
+grant select, insert, update, delete on bridge.cursor to bridge_relay;
 grant insert on bridge.dead_letter to bridge_relay;
 -- To say ON CONFLICT (bridge, event_id, coalesce(sink, '')) one must be allowed to read these.
 grant select (bridge, event_id, sink) on bridge.dead_letter to bridge_relay;
@@ -49,11 +51,19 @@ grant execute on function
   bridge.prune(timestamptz, int, bigint),
   bridge.status(),
   bridge.guards(),
-  bridge.read_page(bigint, int8multirange, int, bigint),
+  bridge.read_page(bigint, int8multirange, int, bigint, text[], boolean),
+  bridge.topic_regex(text[]),
+  bridge.event_bytes(text, text, jsonb),
+  bridge.finite(timestamptz),
+  bridge.header_texts(jsonb),
+  bridge.floor_of(bigint, int8multirange, int8multirange),
+  bridge.sequence_state(),
   bridge.lead_key(text),
   bridge.take_lead(text, text),
+  bridge.begin_reading(text, jsonb),
   bridge.leave_lead(text),
-  bridge.store_cursor(text, bigint, int8multirange),
+  bridge.store_cursor(text, text, bigint, int8multirange, int8multirange),
+  bridge.store_problem(text, text, text, double precision),
   bridge.take_horizon(),
   bridge.set_asleep(text, boolean)
 to bridge_relay;
@@ -83,7 +93,11 @@ grant execute on function
   bridge.position_at(timestamptz),
   bridge.status(),
   bridge.guards(),
-  bridge.read_page(bigint, int8multirange, int, bigint),
+  bridge.read_page(bigint, int8multirange, int, bigint, text[], boolean),
+  bridge.topic_regex(text[]),
+  bridge.event_bytes(text, text, jsonb),
+  bridge.finite(timestamptz),
+  bridge.header_texts(jsonb),
   bridge.take_horizon()
 to bridge_operator;
 -- Watching a table takes its owner, and more trust than emitting: its rows are converted with the rights of the

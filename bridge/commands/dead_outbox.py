@@ -14,7 +14,7 @@ from bridge.commands.republish import Pace, open_sinks, republish
 from bridge.errors import UsageError
 from bridge.event import Event, header_values
 from bridge.postgres.connection import Connection, database_errors
-from bridge.relay import Routes
+from bridge.routes import Routes
 from bridge.settings import Settings
 from bridge.sources import DeadLetter
 

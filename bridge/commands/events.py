@@ -12,12 +12,12 @@ import click
 import psycopg
 
 from bridge.errors import UsageError
-from bridge.event import Event, matches
+from bridge.event import Event
 from bridge.postgres.connection import connect, database_errors
 from bridge.process.tasks import run
 from bridge.process.terminal import config_option, exit_codes, json_option, print_json, topic_option
 from bridge.settings import PostgresSettings, load
-from bridge.sources.log import LogReader, Position
+from bridge.sources.log import LogReader, Position, Reader, fetch_all
 
 _TAIL_POLL: Final = 0.2
 """Seconds between two looks, short enough for a person who watches."""
@@ -73,15 +73,14 @@ async def tail_events(settings: PostgresSettings, name: str, topics: tuple[str, 
     """
     connection = await connect(settings, "pgbridge tail", options="-c timezone=UTC")
     async with connection:
-        reader = LogReader(connection, name, page_size=500, page_bytes=8_000_000)
-        ((last,),) = await reader.fetch_all("select coalesce(max(id), 0) from bridge.outbox", ())
+        reader = LogReader(connection, name, Reader("tail", topics or ("#",)), page_size=500, page_bytes=8_000_000)
+        ((last,),) = await fetch_all(connection, "select coalesce(max(id), 0) from bridge.outbox", ())
         reader.start(Position(last, ()), None)
         while True:
-            events, _, _ = await reader.read()
-            for event in events:
-                if not topics or any(matches(pattern, event.topic) for pattern in topics):
-                    yield event
-            if not events:
+            look = await reader.read()
+            for event in look.events:
+                yield event
+            if not look.rows:
                 await reader.close_gaps()
                 await asyncio.sleep(_TAIL_POLL)
 

@@ -32,10 +32,10 @@ from bridge.process.terminal import (
     table,
     topic_option,
 )
-from bridge.relay import Routes
+from bridge.routes import Routes
 from bridge.settings import Settings, load
 from bridge.sources import DeadLetter
-from bridge.sources.log import LogReader, Position
+from bridge.sources.log import LogReader, Position, fetch_all
 from bridge.sources.outbox import bury
 
 _SLACK: Final = timedelta(minutes=1)
@@ -121,7 +121,8 @@ async def _pages(
     """The part's events in chunks, read in larger pages."""
     outbox = settings.outbox_or_default
     reader = LogReader(connection, settings.name, page_size=outbox.page_size, page_bytes=outbox.page_bytes)
-    ((begin, end, first_id, oldest),) = await reader.fetch_all(
+    ((begin, end, first_id, oldest),) = await fetch_all(
+        connection,
         "select bridge.position_at(%s), bridge.position_at(%s), first.id, first.created_at from (values (1)) one "
         "left join (select id, created_at from bridge.outbox order by id limit 1) first on true",
         (part.since - _SLACK, part.until + _SLACK),
@@ -132,10 +133,10 @@ async def _pages(
     while mark < end - 1:
         # Without gaps: a replay takes what is committed now.
         reader.start(Position(mark, ()), None)
-        events, position, _ = await reader.read()
-        if not events:
+        look = await reader.read()
+        if not look.rows:
             return
-        mark = position.mark
+        events, mark = look.events, look.position.mark
         wanted = [event for event in events if event.sequence < end and part.takes(event)]
         replayed.by_topic.update(event.topic for event in wanted)
         for start in range(0, len(wanted), chunk):

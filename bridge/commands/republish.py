@@ -8,22 +8,27 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Final
 
 from bridge.brokers.contract import Sink
 from bridge.brokers.registry import broker_of
 from bridge.event import REPLAYED, Event
-from bridge.process.tasks import one_error
-from bridge.relay import Limits, Relay, Routes
+from bridge.process.tasks import one_error, unless_stopped
+from bridge.relay import Limits, Relay
+from bridge.routes import Routes
 from bridge.settings import RelaySettings, Settings
 from bridge.sources import DeadLetter, Page
+from bridge.unrouted import no_route
 
 _REPLAYED: Final[Mapping[str, str]] = {REPLAYED: "true"}
 """What a replay adds to an event's headers."""
 _LARGEST_CHUNK: Final = 500
 """Events."""
+_CHUNKS_IN_FLIGHT: Final = 16
+"""Most chunks that are handed out and not settled."""
 
 
 class Pace:
@@ -52,56 +57,106 @@ Settled = Callable[[Sequence[Event], Sequence[DeadLetter]], Awaitable[None]]
 """Gets the events of each page in their order, once each is confirmed or refused, and those that were refused."""
 
 
-class _Pages:
-    """The pages as a `bridge.sources.Source`. After the last one is settled it sets `stop`, which ends the relay."""
+@dataclass(slots=True, eq=False)
+class _Chunk:
+    """Events that are published together, to one sink or several."""
 
-    def __init__(
-        self, pages: AsyncIterator[Sequence[Event]], pace: Pace, settled: Settled, stop: asyncio.Event
-    ) -> None:
-        self._pages = pages
-        self._pace = pace
-        self._settled = settled
-        self._stop = stop
-        self._open: deque[Page] = deque()
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._refused: list[DeadLetter] = []
+    events: Sequence[Event]
+    unsettled: int
+    """Sinks that have not settled it."""
+    refused: list[DeadLetter]
 
-    async def read(self) -> Page:
-        events = [event async for event in _first(self._pages)]
-        if not events:
-            await self._idle.wait()
-            self._stop.set()
-            await asyncio.Event().wait()
-        await self._pace.wait(len(events))
-        page = Page([event._replace(headers={**event.headers, **_REPLAYED}) for event in events], None)
-        self._open.append(page)
-        self._idle.clear()
-        return page
+
+class _SinkPages:
+    """The chunks as one sink's `bridge.sources.Source`."""
+
+    def __init__(self, republishing: "_Republishing") -> None:
+        self._republishing = republishing
+        self._waiting: asyncio.Queue[tuple[_Chunk, Sequence[Event]]] = asyncio.Queue()
+        self._open: deque[tuple[int, _Chunk, Sequence[Event]]] = deque()
+        self._number = 0
+
+    def give(self, chunk: _Chunk, events: Sequence[Event]) -> None:
+        """The chunk's events for this sink."""
+        self._waiting.put_nowait((chunk, events))
+
+    async def read(self, most: int) -> Page:
+        """The next chunk, whole: it is small."""
+        chunk, events = await self._waiting.get()
+        self._number += 1
+        self._open.append((self._number, chunk, events))
+        return Page(events, self._number)
 
     async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
-        self._refused += letters
+        """Remembers them in their chunks, until the chunk is settled."""
+        for letter in letters:
+            for _, chunk, events in self._open:
+                if any(letter.event is event for event in events):
+                    chunk.refused.append(letter)
 
-    async def settle(self, page: Page) -> None:
-        events: list[Event] = []
-        while self._open:
-            done = self._open.popleft()
-            events += done.events
-            if done is page:
-                break
-        refused, self._refused = self._refused, []
-        await self._settled(events, refused)
-        if not self._open:
-            self._idle.set()
-
-
-async def _first(pages: AsyncIterator[Sequence[Event]]) -> AsyncIterator[Event]:
-    """The events of the next page that has any; none at the end."""
-    async for page in pages:
-        if page:
-            for event in page:
-                yield event
+    async def settle(self, position: object, held: Collection[int]) -> None:
+        """A chunk is settled once nothing of it is held."""
+        if not isinstance(position, int):
             return
+        left: deque[tuple[int, _Chunk, Sequence[Event]]] = deque()
+        for number, chunk, events in self._open:
+            if number <= position and not any(event.sequence in held for event in events):
+                chunk.unsettled -= 1
+            else:
+                left.append((number, chunk, events))
+        self._open = left
+        await self._republishing.settle()
+
+
+class _Republishing:
+    """Hands chunks to the sinks of their events, and says when they are settled, in their order."""
+
+    def __init__(self, routes: Routes, sinks: Iterable[str], settled: Settled) -> None:
+        self.sources = {sink: _SinkPages(self) for sink in sinks}
+        self._routes = routes
+        self._settled = settled
+        self._chunks: deque[_Chunk] = deque()
+        self._turn = asyncio.Lock()
+        self._room = asyncio.Event()
+
+    async def publish(self, pages: AsyncIterator[Sequence[Event]], pace: Pace) -> None:
+        """Hands out every page, and waits until all is settled."""
+        async for events in pages:
+            if not events:
+                continue
+            while len(self._chunks) >= _CHUNKS_IN_FLIGHT:
+                await self._wait_for_room()
+            await pace.wait(len(events))
+            self._hand_out([event._replace(headers={**event.headers, **_REPLAYED}) for event in events])
+            await self.settle()
+        while self._chunks:
+            await self._wait_for_room()
+
+    async def _wait_for_room(self) -> None:
+        self._room.clear()
+        await self._room.wait()
+
+    def _hand_out(self, events: Sequence[Event]) -> None:
+        by_sink: dict[str, list[Event]] = {}
+        refused = []
+        for event in events:
+            sinks = self._routes.sinks_of(event.topic)
+            for sink in sinks:
+                by_sink.setdefault(sink, []).append(event)
+            if not sinks:
+                refused.append(no_route(event))
+        chunk = _Chunk(events, len(by_sink), refused)
+        self._chunks.append(chunk)
+        for sink, taken in by_sink.items():
+            self.sources[sink].give(chunk, taken)
+
+    async def settle(self) -> None:
+        """Tells of the chunks at the front that every sink has settled."""
+        async with self._turn:
+            while self._chunks and not self._chunks[0].unsettled:
+                await self._settled(self._chunks[0].events, self._chunks[0].refused)
+                self._chunks.popleft()
+                self._room.set()
 
 
 async def republish(
@@ -118,18 +173,18 @@ async def republish(
     A sink that may take an event later is tried again without end. Raises what `pages` and `settled` raise.
     """
     ended = asyncio.Event()
+    limits = Limits(**settings.model_dump())
+    republishing = _Republishing(routes, sinks, settled)
 
-    async def stopped() -> None:
-        await stop.wait()
+    async def publish() -> None:
+        await unless_stopped(stop, republishing.publish(pages, pace))
         ended.set()
 
-    watching = asyncio.create_task(stopped())
-    limits = Limits(**settings.model_dump())
-    try:
-        with one_error():
-            await Relay(_Pages(pages, pace, settled, ended), sinks, routes, limits=limits).run(ended)
-    finally:
-        watching.cancel()
+    with one_error():
+        async with asyncio.TaskGroup() as tasks:
+            for name, source in republishing.sources.items():
+                tasks.create_task(Relay(source, name, sinks[name], limits=limits).run(ended))
+            tasks.create_task(publish())
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import click
 
-from bridge.postgres.status import Bridge, Guards, Rates, Status, rates, watch
+from bridge.postgres.status import Bridge, Guards, Rates, SinkPosition, Status, rates, watch
 from bridge.process.tasks import run
 from bridge.process.terminal import age, config_option, exit_codes, json_option, print_json
 from bridge.settings import Settings, load
@@ -24,13 +24,13 @@ def status_text(settings: Settings, before: Status | None, now: Status) -> str:
 
     It holds colours, which `click.echo` drops where there is no terminal.
     """
-    parts = [_bridge(bridge, rates(before, now, bridge.name) if before else None, now) for bridge in now.bridges]
+    parts = [_bridge(bridge, before, now) for bridge in now.bridges]
     if not parts:
         parts = ["No bridge has run on this database yet."]
     return "\n\n".join([*parts, _guards(now.guards, now, settings)])
 
 
-def _bridge(bridge: Bridge, rate: Rates | None, now: Status) -> str:
+def _bridge(bridge: Bridge, before: Status | None, now: Status) -> str:
     leads = bridge.leader is not None
     since = age((now.at - bridge.leader_since).total_seconds()) if bridge.leader_since else ""
     lines = [
@@ -39,19 +39,31 @@ def _bridge(bridge: Bridge, rate: Rates | None, now: Status) -> str:
             "leader", f"{bridge.leader}, for {since}" if leads else _bad("nobody; no bridge of this name is running")
         ),
         _line(
-            "position",
-            f"{bridge.mark} of {bridge.last_id}, {bridge.gaps} in gaps, stored {age(bridge.stored_seconds)} ago",
-        ),
-        _line("backlog", f"{'' if bridge.backlog_exact else 'about '}{bridge.backlog} events"),
-        _line("oldest unsent", age(bridge.oldest_unsent_seconds)),
-        _line(
             "looks for events", "when a NOTIFY wakes it" if bridge.asleep else "all the time, since events keep coming"
         ),
         _line("dead letters", _bad(str(bridge.dead_letters)) if bridge.dead_letters else "0"),
     ]
-    if rate is not None:
-        lines.append(_line("rates", f"{rate.emitted:.0f} emitted, {rate.settled:.0f} settled a second"))
+    for position in bridge.sinks:
+        lines += _sink(bridge, position, rates(before, now, bridge.name, position.sink) if before else None)
     return "\n".join(lines)
+
+
+_NO_SINK: Final = {"": "events without a route", "*": "all sinks, as before the upgrade"}
+
+
+def _sink(bridge: Bridge, position: SinkPosition, rate: Rates | None) -> list[str]:
+    held = f", {position.held} of them held" if position.held else ""
+    lines = [
+        "  " + click.style(_NO_SINK.get(position.sink, f"sink {position.sink}"), bold=True),
+        _line("  backlog", f"{'' if position.backlog_exact else 'about '}{position.backlog} events{held}"),
+        _line("  oldest unsent", age(position.oldest_unsent_seconds)),
+        _line("  position", f"{position.mark} of {bridge.last_id}, {position.gaps} in gaps"),
+    ]
+    if position.problem is not None:
+        lines.append(_line("  problem", _bad(position.problem)))
+    if rate is not None:
+        lines.append(_line("  rates", f"{rate.emitted:.0f} emitted, {rate.settled:.0f} settled a second"))
+    return lines
 
 
 def _guards(guards: Guards, now: Status, settings: Settings) -> str:
@@ -125,6 +137,7 @@ def status(config: Path | None, as_json: bool, watching: bool, interval: float) 
 def _status_json(before: Status | None, now: Status) -> dict[str, Any]:
     fields = asdict(now)
     for bridge in fields["bridges"]:
-        rate = rates(before, now, bridge["name"]) if before else None
-        bridge |= {"emitted_per_second": rate and rate.emitted, "settled_per_second": rate and rate.settled}
+        for sink in bridge["sinks"]:
+            rate = rates(before, now, bridge["name"], sink["sink"]) if before else None
+            sink |= {"emitted_per_second": rate and rate.emitted, "settled_per_second": rate and rate.settled}
     return fields

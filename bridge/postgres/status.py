@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -21,26 +21,45 @@ _SAMPLE_INTERVAL: Final = 15.0
 
 
 @dataclass(frozen=True, slots=True)
+class SinkPosition:
+    """One sink's place in the log. Ages in seconds; None where there is nothing."""
+
+    sink: str
+    """Its name; empty for what no route takes, ``*`` for every sink of a bridge that has not run since an upgrade."""
+    mark: int
+    gaps: int
+    """Ids below the mark that may still appear."""
+    held: int
+    """Events below the mark that its broker refused for now, and what waits behind them."""
+    backlog: int
+    """Events that are not settled."""
+    backlog_exact: bool
+    """False for a backlog above 100,000: it is then the distance of the ids, which is too large."""
+    oldest_unsent_seconds: float | None
+    stored_seconds: float
+    """Since the position was stored; it is stored only when something was settled."""
+    problem: str | None
+    """Why it is behind, in words."""
+    problem_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Bridge:
-    """One bridge's place in the log. Ages in seconds; None where there is nothing."""
+    """One bridge, and how far its sinks are."""
 
     name: str
     leader: str | None
     """``host:pid`` of the process that leads; None while nobody does."""
     leader_since: datetime | None
-    mark: int
     last_id: int
-    gaps: int
-    """Ids below the mark that may still appear."""
-    backlog: int
-    """Events that are not settled."""
-    backlog_exact: bool
-    """False for a backlog above 100,000: it is then the distance of the ids, which is a little too large."""
-    oldest_unsent_seconds: float | None
-    stored_seconds: float
-    """Since the cursor was stored; it is stored only when something was settled."""
     asleep: bool
     dead_letters: int
+    sinks: tuple[SinkPosition, ...]
+
+    @property
+    def oldest_unsent_seconds(self) -> float | None:
+        """Age of the oldest event that some sink has not settled."""
+        return max((sink.oldest_unsent_seconds or 0.0 for sink in self.sinks), default=None) or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +94,8 @@ async def look(connection: Connection, retention: float) -> Status:
     """Looks once; `retention` in seconds. Raises DatabaseUnavailableError, PrivilegeError, SchemaError."""
     with database_errors():
         cursor = await connection.execute(
-            "select clock_timestamp(), name, leader, leader_since, mark, last_id, gaps, backlog, backlog_exact, "
-            "oldest_unsent_at, stored_at, asleep, dead_letters from bridge.status()"
+            "select clock_timestamp(), name, leader, leader_since, last_id, asleep, dead_letters, sink, mark, gaps, "
+            "held, backlog, backlog_exact, oldest_unsent_at, stored_at, problem, problem_since from bridge.status()"
         )
         rows = await cursor.fetchall()
         cursor = await connection.execute(
@@ -84,13 +103,15 @@ async def look(connection: Connection, retention: float) -> Status:
             "sees_sessions, outbox_bytes, oldest_event_at from bridge.guards()"
         )
         [(now, queue, transaction_at, transaction, sees, size, oldest)] = await cursor.fetchall()
-    bridges = tuple(
-        Bridge(*[*known, _age(at, unsent_at), _age(at, stored_at) or 0.0, asleep, letters])
-        for at, *known, unsent_at, stored_at, asleep, letters in rows
-    )
+    bridges: dict[str, Bridge] = {}
+    for at, name, leader, since, last_id, asleep, letters, sink, *place, unsent_at, stored_at, words, began in rows:
+        ages = _age(at, unsent_at), _age(at, stored_at) or 0.0, words, _age(at, began)
+        position = SinkPosition(*[sink, *place, *ages])
+        known = bridges.get(name) or Bridge(name, leader, since, last_id, asleep, letters, ())
+        bridges[name] = replace(known, sinks=(*known.sinks, position))
     return Status(
         now,
-        bridges,
+        tuple(bridges.values()),
         Guards(
             queue,
             _age(now, transaction_at),
@@ -99,7 +120,7 @@ async def look(connection: Connection, retention: float) -> Status:
             size,
             oldest,
             oldest + timedelta(seconds=retention) if oldest else None,
-            tuple(b.name for b in bridges if (b.oldest_unsent_seconds or 0.0) > retention),
+            tuple(b.name for b in bridges.values() if (b.oldest_unsent_seconds or 0.0) > retention),
         ),
     )
 
@@ -135,14 +156,22 @@ class Rates:
     settled: float
 
 
-def rates(before: Status, after: Status, name: str) -> Rates | None:
-    """Of one bridge; None when it is missing from either look."""
+def rates(before: Status, after: Status, name: str, sink: str) -> Rates | None:
+    """Of one sink of one bridge; None when it is missing from either look."""
     seconds = (after.at - before.at).total_seconds()
-    old = {bridge.name: bridge for bridge in before.bridges}.get(name)
-    new = {bridge.name: bridge for bridge in after.bridges}.get(name)
+    old, new = _position(before, name, sink), _position(after, name, sink)
     if old is None or new is None or seconds <= 0:
         return None
-    return Rates(max(0, new.last_id - old.last_id) / seconds, max(0, new.mark - old.mark) / seconds)
+    return Rates(max(0, new[0] - old[0]) / seconds, max(0, new[1] - old[1]) / seconds)
+
+
+def _position(status: Status, name: str, sink: str) -> tuple[int, int] | None:
+    """The log's last id and the sink's mark."""
+    for bridge in status.bridges:
+        for position in bridge.sinks if bridge.name == name else ():
+            if position.sink == sink:
+                return bridge.last_id, position.mark
+    return None
 
 
 async def sample_for_ever(settings: Settings, interval: float = _SAMPLE_INTERVAL) -> None:
@@ -161,8 +190,9 @@ def _set_gauges(status: Status) -> None:
     for gauge in (metrics.BACKLOG, metrics.OLDEST_UNSENT, metrics.DEAD_LETTERS):
         gauge.clear()
     for bridge in status.bridges:
-        metrics.BACKLOG.labels(bridge.name).set(bridge.backlog)
-        metrics.OLDEST_UNSENT.labels(bridge.name).set(bridge.oldest_unsent_seconds or 0.0)
+        for position in bridge.sinks:
+            metrics.BACKLOG.labels(bridge.name, position.sink).set(position.backlog)
+            metrics.OLDEST_UNSENT.labels(bridge.name, position.sink).set(position.oldest_unsent_seconds or 0.0)
         metrics.DEAD_LETTERS.labels(bridge.name).set(bridge.dead_letters)
     guards = status.guards
     metrics.NOTIFICATION_QUEUE.set(guards.notification_queue_usage)

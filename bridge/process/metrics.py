@@ -6,12 +6,15 @@ What only the database knows is asked by the leader, every 15 s (`postgres/statu
 
 from prometheus_client import Counter, Gauge, Histogram
 
-EVENTS_READ = Counter("pgbridge_events_read_total", "Events read from the source")
+EVENTS_READ = Counter("pgbridge_events_read_total", "Events read for a sink", ["sink"])
 EVENTS_CONFIRMED = Counter("pgbridge_events_confirmed_total", "Messages that a broker confirmed", ["sink"])
 EVENTS_RETRIED = Counter("pgbridge_events_retried_total", "Messages that are published again", ["sink"])
 EVENTS_DEAD = Counter("pgbridge_events_dead_lettered_total", "Events that became dead letters", ["code"])
-PAGES_IN_FLIGHT = Gauge("pgbridge_pages_in_flight", "Pages that are read and not yet settled")
-BYTES_IN_FLIGHT = Gauge("pgbridge_bytes_in_flight", "Payload bytes that are read and not yet settled")
+EVENTS_IN_FLIGHT = Gauge("pgbridge_events_in_flight", "Events that are read and not yet settled or held", ["sink"])
+EVENTS_HELD = Gauge(
+    "pgbridge_events_held", "Events that the broker refused for now, and what waits behind them", ["sink"]
+)
+BYTES_IN_FLIGHT = Gauge("pgbridge_bytes_in_flight", "Bytes of payload, key and headers in flight and held", ["sink"])
 SETTLE_SECONDS = Histogram(
     "pgbridge_settle_seconds",
     "From the recording of a page's first event, by the database's clock, until the page is settled, by ours",
@@ -28,8 +31,10 @@ WORKER_EVENTS = Counter(
 )
 EVENTS_PRUNED = Counter("pgbridge_events_pruned_total", "Events deleted from the log after their retention")
 
-BACKLOG = Gauge("pgbridge_backlog_events", "Events of the log that are not settled", ["bridge"])
-OLDEST_UNSENT = Gauge("pgbridge_oldest_unsent_seconds", "Age of the oldest event that is not settled", ["bridge"])
+BACKLOG = Gauge("pgbridge_backlog_events", "Events of the log that are not settled", ["bridge", "sink"])
+OLDEST_UNSENT = Gauge(
+    "pgbridge_oldest_unsent_seconds", "Age of the oldest event that is not settled", ["bridge", "sink"]
+)
 DEAD_LETTERS = Gauge("pgbridge_dead_letters", "Dead letters of the outbox", ["bridge"])
 NOTIFICATION_QUEUE = Gauge("pgbridge_notification_queue_usage", "Used part of the server's queue for NOTIFY, 0 to 1")
 OLDEST_TRANSACTION = Gauge("pgbridge_oldest_transaction_seconds", "Age of the oldest transaction that is seen")

@@ -63,6 +63,12 @@ class Outage:
         return self._since is not None
 
     @property
+    def seconds(self) -> float:
+        """For how long the outage lasts; 0 where there is none."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
     def problem(self) -> str | None:
         """For `/health`: what is lost, for how long, and the last reason; None when nothing is. Any thread may ask."""
         since, error = self._since, self._error

@@ -103,6 +103,10 @@ class SinkSettings(Model):
     """The kind of broker: one of those that are installed."""
     publish_timeout: Duration = 30.0
     """How long a broker may be silent about everything published to it before its connection is given up."""
+    start: Literal["now", "beginning"] | None = None
+    """Where a new sink begins in the log. Left out: now, but a new bridge at the beginning."""
+    pipelined: bool = True
+    """Whether a key's events go together. `false`: one by one, so that even a first refusal lets none overtake."""
 
     _name: str = PrivateAttr("")
 
@@ -161,10 +165,12 @@ class ChannelsSettings(Model):
 
 
 class RelaySettings(Model):
-    pages_in_flight: int = Field(8, ge=1, le=256)
-    """Most pages that are read and not yet settled."""
+    events_in_flight: int = Field(16_000, ge=1, le=1_000_000)
+    """Most events of a sink that are read and not yet settled; how many are, follows its confirms."""
     bytes_in_flight: Size = 64_000_000
-    """Most payload bytes that are read and not yet settled."""
+    """Most bytes of a sink's events (payload, key, headers) that are read and not yet settled, held ones included."""
+    held_events: int = Field(10_000, ge=1, le=1_000_000)
+    """Most events of a sink that wait because its broker refused them or what precedes them, while others go on."""
     retry_initial: Duration = 0.1
     """First delay before a refused message is published again."""
     retry_max: Duration = 10.0

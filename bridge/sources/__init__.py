@@ -1,6 +1,6 @@
-"""What a source is: it gives pages of events in order, and learns which of them are settled."""
+"""What a source is: it gives one sink's events in order, page by page, and learns which of them are settled."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,16 +29,18 @@ class DeadLetter:
 
 
 class Source(Protocol):
-    """Where events come from. Every method raises DatabaseUnavailableError once its session is lost."""
+    """Where one sink's events come from. Every method raises DatabaseUnavailableError once its session is lost."""
 
-    async def read(self) -> Page:
-        """The next page; waits until there is at least one event."""
+    async def read(self, most: int) -> Page:
+        """The next page, of at most `most` events; waits until there is something. A page may hold no event for this
+        sink, and moves the position all the same."""
 
     async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
         """Keeps events that cannot be published; returns when they are stored durably enough to settle."""
 
-    async def settle(self, page: Page) -> None:
-        """Every event of this page, and of every page read before it, is confirmed or dead-lettered.
+    async def settle(self, position: object, held: Collection[int]) -> None:
+        """All that was read up to this page's position is confirmed or dead-lettered, but for what is held: those
+        events, by their places in the log (`Event.sequence`), must be read again by whoever reads next.
 
         A source that remembers so durably may do it a little later, for several pages at once.
         """

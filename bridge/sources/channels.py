@@ -1,15 +1,15 @@
 """What plain pg_notify says, and the two ways to carry it on.
 
-`ChannelSource` (`buffer = "memory"`) is a source of its own, straight from memory, at most once: what the buffer cannot
-hold is dropped and counted. `Intake` (`buffer = "outbox"`) writes it into the log, from where it is carried at least
-once. For both, PostgreSQL keeps nothing for whoever does not listen: `Deafness` measures for how long nobody did.
+`Channels` (`buffer = "memory"`) has a source for each sink, straight from memory, at most once: what a sink's buffer
+cannot hold is dropped and counted. `Intake` (`buffer = "outbox"`) writes it into the log, from where it is carried at
+least once. For both, PostgreSQL keeps nothing for whoever does not listen: `Deafness` measures for how long nobody did.
 """
 
 import asyncio
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Final
@@ -22,6 +22,7 @@ from bridge.event import NO_HEADERS, Event
 from bridge.postgres.connection import Connection, answered, connect
 from bridge.process.metrics import DEAF_SECONDS, NOTIFICATIONS, NOTIFICATIONS_DROPPED
 from bridge.process.tasks import background, one_error
+from bridge.routes import Routes
 from bridge.settings import ChannelsSettings, PostgresSettings
 from bridge.sources import DeadLetter, Page
 from bridge.sources.listener import Listener
@@ -71,17 +72,85 @@ class Deafness:
             )
 
 
-class ChannelSource:
-    """Notifications straight from memory, at most once. Implements `bridge.sources.Source`."""
+class MemorySource:
+    """What was heard for one sink and waits in memory, at most once. Implements `bridge.sources.Source`."""
 
-    def __init__(self, name: str, postgres: PostgresSettings, channels: ChannelsSettings) -> None:
-        self._name = name
-        self._postgres = postgres
-        self._channels = channels
+    def __init__(self, sink: str, capacity: int) -> None:
+        self._sink = sink
+        self._capacity = capacity
         self._heard: deque[Event] = deque()
         self._arrived = asyncio.Event()
         self._empty = asyncio.Event()
         self._dropped = 0
+
+    def hear(self, event: Event) -> None:
+        """Takes one notification, or drops and counts it when the buffer is full."""
+        if len(self._heard) >= self._capacity:
+            NOTIFICATIONS_DROPPED.inc()
+            if not self._dropped:
+                log.error(
+                    "channels.dropping",
+                    sink=self._sink,
+                    capacity=self._capacity,
+                    hint='the broker is too slow or down; buffer = "outbox" loses nothing',
+                )
+            self._dropped += 1
+            return
+        self._heard.append(event)
+        self._arrived.set()
+
+    async def read(self, most: int) -> Page:
+        """What was heard and not read yet; waits until there is something."""
+        while not self._heard:
+            self._empty.set()
+            self._arrived.clear()
+            await self._arrived.wait()
+        self._empty.clear()
+        self._say_dropped()
+        return Page([self._heard.popleft() for _ in range(min(_PAGE, most, len(self._heard)))], None)
+
+    async def drain(self, limit: float) -> None:
+        """At a clean stop: waits until all that was heard is read; says what is left after `limit` seconds."""
+        try:
+            async with asyncio.timeout(limit):
+                while self._heard:
+                    self._empty.clear()
+                    await self._empty.wait()
+        except TimeoutError:
+            NOTIFICATIONS_DROPPED.inc(len(self._heard))
+            self._dropped += len(self._heard)
+        self._say_dropped()
+
+    def _say_dropped(self) -> None:
+        if self._dropped:
+            log.error("channels.dropped", sink=self._sink, events=self._dropped)
+            self._dropped = 0
+
+    async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
+        """There is no table to keep them in: the relay's log line is what remains."""
+
+    async def settle(self, position: object, held: Collection[int]) -> None:
+        """Nothing is stored, so nothing has to be settled."""
+
+
+class Channels:
+    """Notifications straight from memory: one listener, and a source for each sink."""
+
+    def __init__(
+        self,
+        name: str,
+        postgres: PostgresSettings,
+        channels: ChannelsSettings,
+        routes: Routes,
+        unrouted: Callable[[Event], None],
+    ) -> None:
+        """`unrouted` gets what no route takes."""
+        self._name = name
+        self._postgres = postgres
+        self._channels = channels
+        self._routes = routes
+        self._unrouted = unrouted
+        self.sources = {sink: MemorySource(sink, channels.buffer_events) for sink in routes.sinks}
         self._deafness = Deafness()
         self._source = ""
 
@@ -120,54 +189,18 @@ class ChannelSource:
         ready()
 
     def hear(self, notification: Notify) -> None:
-        """Takes one notification, or drops and counts it when the buffer is full."""
+        """Takes one notification, for each sink that a route leads to."""
         NOTIFICATIONS.inc()
-        if len(self._heard) >= self._channels.buffer_events:
-            NOTIFICATIONS_DROPPED.inc()
-            if not self._dropped:
-                log.error(
-                    "channels.dropping",
-                    capacity=self._channels.buffer_events,
-                    hint='the broker is too slow or down; buffer = "outbox" loses nothing',
-                )
-            self._dropped += 1
-            return
-        self._heard.append(_event(notification, self._source))
-        self._arrived.set()
-
-    async def read(self) -> Page:
-        """What was heard and not read yet; waits until there is something."""
-        while not self._heard:
-            self._empty.set()
-            self._arrived.clear()
-            await self._arrived.wait()
-        self._empty.clear()
-        self._say_dropped()
-        taken = [self._heard.popleft() for _ in range(min(_PAGE, len(self._heard)))]
-        return Page(taken, None)
+        event = _event(notification, self._source)
+        sinks = self._routes.sinks_of(event.topic)
+        for sink in sinks:
+            self.sources[sink].hear(event)
+        if not sinks:
+            self._unrouted(event)
 
     async def drain(self, limit: float) -> None:
-        """At a clean stop: waits until all that was heard is read; says what is left after `limit` seconds."""
-        try:
-            async with asyncio.timeout(limit):
-                while self._heard:
-                    self._empty.clear()
-                    await self._empty.wait()
-        except TimeoutError:
-            NOTIFICATIONS_DROPPED.inc(len(self._heard))
-            self._dropped += len(self._heard)
-        self._say_dropped()
-
-    def _say_dropped(self) -> None:
-        if self._dropped:
-            log.error("channels.dropped", events=self._dropped)
-            self._dropped = 0
-
-    async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
-        """There is no table to keep them in: the relay's log line is what remains."""
-
-    async def settle(self, page: Page) -> None:
-        """Nothing is stored, so nothing has to be settled."""
+        """At a clean stop: waits until all that was heard is read, up to `limit` seconds."""
+        await asyncio.gather(*[source.drain(limit) for source in self.sources.values()])
 
 
 async def _leads(session: Connection, name: str) -> bool:

@@ -1,8 +1,9 @@
-"""Reading `bridge.outbox` page by page, in one session. Who leads, and what is stored, is outbox.py's concern."""
+"""Reading `bridge.outbox` page by page for one reader. Who leads, and what is stored when, is outbox.py's concern."""
 
 import asyncio
 import json
 import time
+from collections.abc import Collection, Sequence
 from typing import Any, Final, NamedTuple
 
 import psycopg
@@ -10,9 +11,9 @@ from psycopg.rows import TupleRow
 from psycopg.types.multirange import Multirange
 from psycopg.types.range import Range
 
-from bridge.errors import DatabaseUnavailableError
-from bridge.event import NO_HEADERS, Event, header_values
-from bridge.postgres.connection import Connection, answered
+from bridge.errors import DatabaseUnavailableError, SchemaError
+from bridge.event import NO_HEADERS, Event
+from bridge.postgres.connection import DSN_KEY, Connection, answered
 from bridge.sources.gaps import Gaps, Ranges
 
 _SLOW: Final = 0.03
@@ -22,6 +23,8 @@ _GROWTH: Final = 4
 _REST: Final = 3
 """Times the duration of the last read: a trickle is read in pages of a few, for a quarter of the time at most."""
 _SHORTEST_REST, _LONGEST_REST = 0.001, 0.005
+_UNFINISHED: Final = -1
+"""The id of the last row of a page that had no room to look into every gap."""
 
 
 class Position(NamedTuple):
@@ -31,13 +34,52 @@ class Position(NamedTuple):
     gaps: Ranges
 
 
-class LogReader:
-    """The position in the log, and the statements that move it."""
+class Reader(NamedTuple):
+    """Who reads, and what."""
 
-    def __init__(self, connection: Connection, name: str, *, page_size: int, page_bytes: int) -> None:
+    sink: str
+    """The sink's name; empty for the reader that takes what no route takes."""
+    patterns: Sequence[str]
+    """The patterns of its topics; for the reader without a sink, the patterns of all routes."""
+    start: str | None = None
+    """Where it begins the first time: ``now``, ``beginning``, or None for what suits."""
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether no row needs to be looked at before it is taken."""
+        return bool(self.sink) and "#" in self.patterns
+
+
+ALL: Final = Reader("all", ("#",))
+"""Takes every event of the log."""
+
+
+class Look(NamedTuple):
+    """What one look into the log found."""
+
+    events: list[Event]
+    """The events that the reader takes, in order."""
+    position: Position
+    """Behind them."""
+    xmin: int
+    """Of the snapshot that looked."""
+    rows: int
+    """The rows that were seen, taken or not."""
+
+
+class LogReader:
+    """The position of one reader in the log, and the statements that move it."""
+
+    def __init__(
+        self, connection: Connection, name: str, reader: Reader = ALL, *, page_size: int, page_bytes: int
+    ) -> None:
         self._connection = connection
         # Events name where they come from: the database and the bridge.
         self._source = f"/{connection.info.dbname}/{name}"
+        self._name = name
+        self._sink = reader.sink
+        self._patterns = None if reader.takes_all else list(reader.patterns)
+        self._inverted = not reader.sink
         self._least = self._page_size = page_size
         self._page_bytes = page_bytes
         self._mark = 0
@@ -52,26 +94,41 @@ class LogReader:
         self._mark = position.mark
         self._gaps = Gaps(position.gaps, horizon)
 
-    async def read(self) -> tuple[list[Event], Position, int]:
-        """The next events, none if there are none; the position behind them; the xmin of the snapshot that looked."""
+    async def read(self, most: int | None = None) -> Look:
+        """Looks once, at `most` rows at most."""
         async with self._turn:
             began = time.monotonic()
-            rows = await self.fetch_all(
-                "select * from bridge.read_page(%s, %s, %s, %s)",
-                (self._mark, multirange(self._gaps.all()), self._page_size, self._page_bytes),
+            size = self._page_size if most is None else max(1, min(self._page_size, most))
+            rows = await fetch_all(
+                self._connection,
+                "select * from bridge.read_page(%s, %s, %s, %s, %s, %s)",
+                (
+                    self._mark,
+                    multirange(self._gaps.all()),
+                    size,
+                    self._page_bytes,
+                    self._patterns,
+                    self._inverted,
+                ),
             )
             xmin: int = rows[0][0]
+            looked_everywhere = rows[-1][0] != _UNFINISHED
+            del rows[0]
+            if not looked_everywhere:
+                del rows[-1]
             events = self._events(rows)
-            ids = [event.sequence for event in events]
-            full = len(ids) >= self._page_size or sum([len(event.payload) for event in events]) >= self._page_bytes
-            looked_everywhere = not full or ids[-1] > self._mark
-            self._mark = self._gaps.saw(self._mark, ids)
+            self._mark = self._gaps.saw(self._mark, [row[0] for row in rows])
             if looked_everywhere:
                 self._gaps.looked(xmin)
+            full = (
+                not looked_everywhere
+                or len(rows) >= size
+                or sum([len(event.payload) for event in events]) >= self._page_bytes
+            )
             took = time.monotonic() - began
-            self._page_size = self._next_size(full, took)
+            self._page_size = self._next_size(len(rows) >= self._page_size, took)
             self.rest = 0.0 if full else min(max(_REST * took, _SHORTEST_REST), _LONGEST_REST)
-            return events, Position(self._mark, self._gaps.all()), xmin
+            return Look(events, Position(self._mark, self._gaps.all()), xmin, len(rows))
 
     def _next_size(self, full: bool, seconds: float) -> int:
         """Over a long way each page costs two round trips, so while it is full and slow, the next one is larger."""
@@ -90,39 +147,54 @@ class LogReader:
                 source,
                 created_at,
                 content_type,
-                header_values(json.loads(headers)) if headers else NO_HEADERS,
+                json.loads(headers) if headers else NO_HEADERS,
                 sequence,
             )
-            for sequence, event_id, topic, key, payload, content_type, headers, created_at in rows[1:]
+            for sequence, event_id, topic, key, payload, content_type, headers, created_at in rows
+            if event_id is not None
         ]
 
-    async def store(self, name: str, position: Position) -> None:
-        """Stores a position that everything is settled up to. The caller's session must lead."""
+    async def store(self, position: Position, held: Collection[int] | None) -> None:
+        """Stores a position that everything is settled up to, but for `held` (ids; None: those stored before). The
+        caller's session must lead. Raises SchemaError when the position has been removed."""
+        ids = None
+        if held is not None:
+            ids = multirange(tuple((id_, id_ + 1) for id_ in sorted(held) if id_ <= position.mark))
         async with self._turn:
-            ((horizon,),) = await self.fetch_all(
-                "select bridge.store_cursor(%s, %s, %s)", (name, position.mark, multirange(position.gaps))
+            rows = await fetch_all(
+                self._connection,
+                "select bridge.store_cursor(%s, %s, %s, %s, %s)",
+                (self._name, self._sink, position.mark, multirange(position.gaps), ids),
             )
+            ((horizon,),) = rows
+            if horizon is None:
+                raise SchemaError(
+                    f"{DSN_KEY}: somebody removed the position of the sink {self._sink!r} of the bridge "
+                    f"{self._name!r} from bridge.cursor while it was in use"
+                )
             self._gaps.set_horizon(horizon)
 
     async def close_gaps(self) -> None:
         """Takes a horizon for gaps that have none, when nothing is stored that would bring one."""
         if self._gaps.wants_horizon:
             async with self._turn:
-                self._gaps.set_horizon(await self.take_horizon())
+                self._gaps.set_horizon(await take_horizon(self._connection))
 
-    async def take_horizon(self) -> int:
-        """A new transaction id: every transaction that began before has a lower one, or none yet."""
-        ((horizon,),) = await self.fetch_all("select bridge.take_horizon()", ())
-        return int(horizon)
 
-    async def fetch_all(self, query: str, values: tuple[Any, ...]) -> list[TupleRow]:
-        """Runs one statement. Raises DatabaseUnavailableError, PrivilegeError, SchemaError."""
-        with answered(self._connection):
-            try:
-                cursor = await self._connection.execute(query, values, prepare=True, binary=True)
-            except psycopg.errors.IdleSessionTimeout as error:
-                raise DatabaseUnavailableError("the session ended while this process was frozen") from error
-            return await cursor.fetchall()
+async def take_horizon(connection: Connection) -> int:
+    """A new transaction id: every transaction that began before has a lower one, or none yet."""
+    ((horizon,),) = await fetch_all(connection, "select bridge.take_horizon()", ())
+    return int(horizon)
+
+
+async def fetch_all(connection: Connection, query: str, values: tuple[Any, ...]) -> list[TupleRow]:
+    """Runs one statement. Raises DatabaseUnavailableError, PrivilegeError, SchemaError."""
+    with answered(connection):
+        try:
+            cursor = await connection.execute(query, values, prepare=True, binary=True)
+        except psycopg.errors.IdleSessionTimeout as error:
+            raise DatabaseUnavailableError("the session ended while this process was frozen") from error
+        return await cursor.fetchall()
 
 
 def multirange(ranges: Ranges) -> Multirange[int]:

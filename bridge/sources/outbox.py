@@ -1,31 +1,38 @@
-"""The log as a source, for the bridge that leads: one per name.
+"""The log, for the bridge that leads: one session, and on it a source with a position of its own for each sink.
 
 Everything runs on one session, which holds the advisory lock of the lead: a bridge that lost its session can store
-nothing. After any loss the stored cursor is read again; nothing in memory outlives the session.
+nothing. After any loss the stored positions are read again; nothing in memory outlives the session.
 """
 
 import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Sequence
-from typing import Any, Final, cast
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Final, NamedTuple, cast
 
+import structlog
 from psycopg import Notify
 from psycopg.types.json import Jsonb
 
-from bridge.postgres.connection import Connection, answered, connect
+from bridge.errors import SchemaError
+from bridge.postgres.connection import DSN_KEY, Connection, answered, connect
 from bridge.settings import OutboxSettings, PostgresSettings
 from bridge.sources import DeadLetter, Page
 from bridge.sources.doorbell import Doorbell
-from bridge.sources.log import LogReader, Position
+from bridge.sources.log import LogReader, Position, Reader, fetch_all, take_horizon
+
+log = structlog.get_logger()
 
 _FROZEN_AFTER: Final = "15s"
 """The server ends a session that is silent for so long: its bridge is frozen, and another one may lead."""
 _PULSE: Final = 2.0
-"""Seconds between two signs of life while the relay has no room for another page."""
+"""Seconds between two signs of life while the relays have no room for another page."""
 _STORE_PAUSE: Final = 0.05
-"""Seconds between two stores of the cursor. What was settled since the last one is published again after a crash."""
+"""Seconds between two stores of the positions. What was settled since is published again after a crash."""
+_STORE_SHARE: Final = 10
+"""Stores take at most one part in so many of the time: thousands of held events make them longer."""
 
 _BURY: Final = """
 insert into bridge.dead_letter
@@ -33,6 +40,23 @@ insert into bridge.dead_letter
 values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
 on conflict do nothing
 """
+
+_BEGINS: Final = {
+    "beginning": "this sink is new, and begins at the beginning of the log",
+    "now": 'this sink is new, and begins with what is recorded from now on; start = "beginning" would publish the log',
+    "renamed": "this sink is new, and goes on where one that the settings do not name any more was",
+    "routes": "topics that come from another sink may not have been published there, so they are published again",
+    "restarted": "the log was emptied and its numbers begin again, so it is read from its beginning",
+}
+"""Why a reader does not simply go on where it was, by the words of `bridge.begin_reading`."""
+
+
+class Problem(NamedTuple):
+    """Why a sink is behind."""
+
+    words: str
+    seconds: float
+    """For how long."""
 
 
 class Calls:
@@ -55,20 +79,83 @@ class Calls:
 
 
 class OutboxSource:
-    """The log, read by the leader of `name`. Implements `bridge.sources.Source`."""
+    """The log as one sink's source. Implements `bridge.sources.Source`."""
 
-    def __init__(self, name: str, connection: Connection, outbox: OutboxSettings, doorbell: Doorbell) -> None:
-        self._name = name
-        self._connection = connection
-        self._log = LogReader(connection, name, page_size=outbox.page_size, page_bytes=outbox.page_bytes)
-        self._doorbell = doorbell
+    def __init__(self, outbox: "Outbox", reader: Reader) -> None:
+        settings = outbox.settings
+        self.reader = reader
+        self._outbox = outbox
+        self._log = LogReader(
+            outbox.session, outbox.name, reader, page_size=settings.page_size, page_bytes=settings.page_bytes
+        )
         self._settled: Position | None = None
-        """Where everything is settled, and the cursor is not stored yet."""
-        self._news = asyncio.Event()
+        """Where everything is settled, and that is not stored yet."""
+        self._held: frozenset[int] = frozenset()
+        self._stored_held: frozenset[int] | None = None
+        self.begins_held = 0
+        """Events that the last leader held for this sink."""
+
+    def start(self, mark: int, gaps: Sequence[Any], horizon: int, held: int) -> None:
+        """Goes on where `bridge.begin_reading` says."""
+        self.begins_held = held
+        self._log.start(Position(mark, tuple((gap.lower, gap.upper) for gap in gaps)), horizon)
+
+    async def read(self, most: int) -> Page:
+        """The next page; sleeps until the doorbell rings while there is none. Raises DatabaseUnavailableError."""
+        doorbell = self._outbox.doorbell
+        while True:
+            if not doorbell.asleep:
+                await asyncio.sleep(self._log.rest)
+            ring = doorbell.next_ring
+            look = await self._log.read(most)
+            if look.rows:
+                await self._outbox.saw_events()
+                return Page(look.events, look.position)
+            await self._log.close_gaps()
+            if not await self._outbox.fell_asleep():
+                if self.reader.sink:
+                    await doorbell.wait(look.xmin, ring)
+                else:
+                    # What has no route is in no hurry, and not worth a bell.
+                    await asyncio.sleep(self._outbox.settings.poll_interval)
+
+    async def settle(self, position: object, held: Collection[int]) -> None:
+        """Remembers the position; `Outbox.keep` and `Outbox.leave` store it."""
+        self._settled = cast(Position, position)
+        self._held = frozenset(held)
+        self._outbox.news.set()
+
+    async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
+        """Writes them into `bridge.dead_letter`. Raises DatabaseUnavailableError, PrivilegeError."""
+        await bury(self._outbox.session, self._outbox.name, letters)
+
+    async def store(self) -> None:
+        """Stores the position behind what is settled. Raises DatabaseUnavailableError, PrivilegeError, SchemaError."""
+        if (settled := self._settled) is None:
+            return
+        held = self._held
+        await self._log.store(settled, None if held == self._stored_held else held)
+        self._stored_held = held
+        # Not before: a stop may interrupt the store, and leave() makes up for it.
+        if self._settled is settled and self._held is held:
+            self._settled = None
+
+
+class Outbox:
+    """The log of the bridge `name`, on one session: who leads, the sources, and the storing of their positions."""
+
+    def __init__(self, name: str, session: Connection, settings: OutboxSettings, doorbell: Doorbell) -> None:
+        self.name = name
+        self.session = session
+        self.settings = settings
+        self.doorbell = doorbell
+        self.news = asyncio.Event()
+        """Some source has settled something."""
+        self.sources: list[OutboxSource] = []
 
     @staticmethod
     async def connect(name: str, postgres: PostgresSettings) -> Connection:
-        """A session for a source. Raises DatabaseUnavailableError, PrivilegeError, RefusedError."""
+        """A session for the log. Raises DatabaseUnavailableError, PrivilegeError, RefusedError."""
         session = await connect(postgres, f"pgbridge {name}")
         with answered(session):
             # A store that a crash loses is only a page that is published again: its commit need not wait for the disk.
@@ -81,22 +168,34 @@ class OutboxSource:
             )
         return session
 
-    async def try_to_lead(self) -> bool:
-        """Whether this session now leads. Takes up the work where the last leader stored it.
+    async def try_to_lead(self, readers: Sequence[Reader]) -> bool:
+        """Whether this session now leads. Makes a source for each reader, where the last leader stored its position.
 
-        Raises DatabaseUnavailableError, PrivilegeError, SchemaError.
+        Raises DatabaseUnavailableError, PrivilegeError, and SchemaError where the log's sequence is behind the log.
         """
+        await require_sequence(self.session)
         who = f"{socket.gethostname()}:{os.getpid()}"
-        rows = await self._log.fetch_all("select mark, gaps, horizon from bridge.take_lead(%s, %s)", (self._name, who))
-        if not rows:
+        ((leads,),) = await fetch_all(self.session, "select bridge.take_lead(%s, %s)", (self.name, who))
+        if not leads:
             return False
-        mark, gaps, horizon = rows[0]
-        self._log.start(Position(mark, tuple((gap.lower, gap.upper) for gap in gaps)), horizon)
+        positions = await fetch_all(
+            self.session,
+            "select sink, mark, gaps, horizon, held, began from bridge.begin_reading(%s, %s)",
+            (self.name, Jsonb([reader._asdict() for reader in readers])),
+        )
+        by_sink = {reader.sink: reader for reader in readers}
+        self.sources = []
+        for sink, mark, gaps, horizon, held, began in positions:
+            source = OutboxSource(self, by_sink[sink])
+            source.start(mark, gaps, horizon, held)
+            self.sources.append(source)
+            if sink and began in _BEGINS:
+                log.warning("outbox.position", sink=sink, mark=mark, begins=began, reason=_BEGINS[began])
         # Under the last leader the bell may have said awake: what runs now may commit without ringing.
-        self._doorbell.fell_asleep(await self._log.take_horizon())
+        self.doorbell.fell_asleep(await take_horizon(self.session))
         return True
 
-    async def standby(self, left: asyncio.Event, able: Callable[[], None]) -> None:
+    async def standby(self, readers: Sequence[Reader], left: asyncio.Event, able: Callable[[], None]) -> None:
         """Waits until this session leads: tries every second, and at once when `left` says that a leader went.
 
         Calls `able` after each try, which shows that this session could lead. Raises what `try_to_lead` raises.
@@ -104,7 +203,7 @@ class OutboxSource:
         while True:
             # Before the look: a leader may go right after it.
             left.clear()
-            leads = await self.try_to_lead()
+            leads = await self.try_to_lead(readers)
             able()
             if leads:
                 return
@@ -112,67 +211,87 @@ class OutboxSource:
                 async with asyncio.timeout(1.0):
                     await left.wait()
 
-    async def read(self) -> Page:
-        """The next page; sleeps until the doorbell rings while there is none. Raises DatabaseUnavailableError."""
-        while True:
-            if not self._doorbell.asleep:
-                await asyncio.sleep(self._log.rest)
-            events, position, xmin = await self._log.read()
-            if events:
-                if self._doorbell.answered():
-                    await self._set_asleep(False)
-                return Page(events, position)
-            await self._log.close_gaps()
-            if self._doorbell.should_fall_asleep():
-                await self._set_asleep(True)
-                self._doorbell.fell_asleep(await self._log.take_horizon())
-            else:
-                await self._doorbell.wait(xmin)
+    async def saw_events(self) -> None:
+        """A reader has found rows: enough of them show that reading on is cheaper than being rung for."""
+        if self.doorbell.answered():
+            await self._set_asleep(False)
 
-    async def settle(self, page: Page) -> None:
-        """Remembers the position behind the page; `keep` and `leave` store it."""
-        self._settled = cast(Position, page.position)
-        self._news.set()
+    async def fell_asleep(self) -> bool:
+        """A reader has found nothing. Whether the bridge fell asleep over it, which calls for one more look."""
+        if not self.doorbell.should_fall_asleep():
+            return False
+        await self._set_asleep(True)
+        self.doorbell.fell_asleep(await take_horizon(self.session))
+        return True
+
+    async def keep(self, problems: Callable[[], Mapping[str, Problem]]) -> None:
+        """Stores positions as they move, at once if they rested, and shows the server that this bridge is not frozen.
+
+        `problems` says which sinks are behind and why; that is stored too, for `pgbridge status`. Runs until it is
+        cancelled. Raises DatabaseUnavailableError once the session is lost.
+        """
+        known: Mapping[str, Problem] = {}
+        next_pulse = time.monotonic()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(asyncio.get_running_loop().time() + _PULSE):
+                    await self.news.wait()
+            began = time.monotonic()
+            await self.store()
+            took = time.monotonic() - began
+            if began >= next_pulse:
+                next_pulse = began + _PULSE
+                known = await self._pulse(known, problems())
+            await asyncio.sleep(max(_STORE_PAUSE, _STORE_SHARE * took))
+
+    async def _pulse(self, known: Mapping[str, Problem], now: Mapping[str, Problem]) -> Mapping[str, Problem]:
+        await fetch_all(self.session, "select 1", ())
+        for sink in {*known, *now}:
+            problem = now.get(sink)
+            if problem != known.get(sink):
+                await fetch_all(
+                    self.session,
+                    "select bridge.store_problem(%s, %s, %s, %s)",
+                    (
+                        self.name,
+                        sink,
+                        None if problem is None else problem.words,
+                        None if problem is None else problem.seconds,
+                    ),
+                )
+        if self.doorbell.deaf(_PULSE):
+            self.doorbell.woke_up()
+            await self._set_asleep(False)
+        return now
 
     async def store(self) -> None:
-        """Stores the cursor behind what is settled. Raises DatabaseUnavailableError, PrivilegeError, SchemaError."""
-        self._news.clear()
-        if (settled := self._settled) is None:
-            return
-        await self._log.store(self._name, settled)
-        # Not before: a stop may interrupt the store, and leave() makes up for it.
-        if self._settled is settled:
-            self._settled = None
-
-    async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
-        """Writes them into `bridge.dead_letter`. Raises DatabaseUnavailableError, PrivilegeError."""
-        await bury(self._connection, self._name, letters)
-
-    async def keep(self) -> None:
-        """Stores the cursor as it moves, at once if it rested, and shows the server that this bridge is not frozen.
-
-        Runs until it is cancelled. Raises DatabaseUnavailableError once the session is lost.
-        """
-        while True:
-            try:
-                async with asyncio.timeout(_PULSE):
-                    await self._news.wait()
-            except TimeoutError:
-                await self._log.fetch_all("select 1", ())
-            else:
-                await self.store()
-                await asyncio.sleep(_STORE_PAUSE)
+        """Stores what is settled. Raises DatabaseUnavailableError, PrivilegeError, SchemaError."""
+        self.news.clear()
+        for source in self.sources:
+            await source.store()
 
     async def leave(self) -> None:
-        """Stores the cursor and hands the lead over, so that a standby need not wait for this session's end.
+        """Stores the positions and hands the lead over, so that a standby need not wait for this session's end.
 
         Raises DatabaseUnavailableError, PrivilegeError, SchemaError.
         """
         await self.store()
-        await self._log.fetch_all("select bridge.leave_lead(%s)", (self._name,))
+        await fetch_all(self.session, "select bridge.leave_lead(%s)", (self.name,))
 
     async def _set_asleep(self, sleeps: bool) -> None:
-        await self._log.fetch_all("select bridge.set_asleep(%s, %s)", (self._name, sleeps))
+        await fetch_all(self.session, "select bridge.set_asleep(%s, %s)", (self.name, sleeps))
+
+
+async def require_sequence(session: Connection) -> None:
+    """Raises SchemaError where the log's sequence would hand out ids below those that the log already has: nobody
+    would look for them."""
+    ((last_value, last_id),) = await fetch_all(session, "select last_value, last_id from bridge.sequence_state()", ())
+    if last_id > last_value:
+        raise SchemaError(
+            f"{DSN_KEY}: the sequence bridge.outbox_id_seq is at {last_value}, and the log already has the id "
+            f"{last_id}: new events would not be seen. "
+            f"Run: select setval('bridge.outbox_id_seq', {last_id})"
+        )
 
 
 async def bury(connection: Connection, name: str, letters: Sequence[DeadLetter]) -> None:

@@ -67,7 +67,7 @@ select pg_temp.may_not('bridge_worker', 'update bridge.cursor set mark = 0');
 
 select pg_temp.may('bridge_operator', 'select from bridge.outbox, bridge.cursor, bridge.bell, bridge.dead_letter, bridge.migration, bridge.inbox');
 select pg_temp.may('bridge_operator', 'select bridge.end_dead_letters(''{1}'', ''discarded'', ''me'', ''why'')');
-select pg_temp.may('bridge_operator', 'select from bridge.status(), bridge.guards(), bridge.read_page(0, ''{}'', 1, 1)');
+select pg_temp.may('bridge_operator', 'select from bridge.status(), bridge.guards(), bridge.read_page(0, ''{}'', 1, 1, null, false)');
 select pg_temp.may_not('bridge_operator', 'delete from bridge.dead_letter');
 select pg_temp.may_not('bridge_operator', 'delete from bridge.dead_letter_audit');
 select pg_temp.may_not('bridge_operator', 'update bridge.dead_letter_audit set person = ''x''');

@@ -87,8 +87,8 @@ def _watch(
     watcher: psycopg.Connection[tuple[object, ...]], name: str, last: int, process: Daemon, deadline: float
 ) -> tuple[list[Sample], float]:
     query = (
-        "select mark, extract(epoch from stored_at)::float8, extract(epoch from leader_since)::float8 "
-        "from bridge.cursor where name = %s"
+        "select mark, extract(epoch from stored_at)::float8, extract(epoch from since)::float8 "
+        "from bridge.cursor join bridge.leader using (name) where name = %s"
     )
     samples: list[Sample] = []
     assert process.process is not None

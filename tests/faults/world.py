@@ -69,7 +69,7 @@ class World:
         """The bridge that leads, as far as the database can tell; otherwise any."""
         try:
             with psycopg.connect(self.dsn, connect_timeout=2, options="-c statement_timeout=2000") as connection:
-                row = connection.execute("select leader from bridge.cursor where name = 'faults'").fetchone()
+                row = connection.execute("select who from bridge.leader where name = 'faults'").fetchone()
         except psycopg.OperationalError:
             row = None
         pid = str(row[0]).rpartition(":")[2] if row else ""

@@ -7,14 +7,13 @@ from pathlib import Path
 import psycopg
 import pytest
 from psycopg import AsyncConnection
-from pydantic import SecretStr
 
-from bridge.settings import OutboxSettings, PostgresSettings
+from bridge.settings import OutboxSettings
 from bridge.sources import doorbell as doorbell_module
 from bridge.sources.doorbell import BUSY_PAGES, Doorbell
-from bridge.sources.outbox import OutboxSource
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
+from tests.support.outbox import lead, open_outbox
 from tests.support.until import until
 
 
@@ -30,9 +29,17 @@ class CountingDoorbell(Doorbell):
 
     looks = 0
 
-    async def wait(self, xmin: int) -> None:
+    last_xmin = 0
+
+    async def wait(self, xmin: int, ring: asyncio.Event) -> None:
         self.looks += 1
-        await super().wait(xmin)
+        self.last_xmin = xmin
+        await super().wait(xmin, ring)
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the last look saw the end of all that ran when the bridge fell asleep."""
+        return self.asleep and self._certain_at is not None and self.last_xmin >= self._certain_at
 
 
 class Reader:
@@ -44,12 +51,10 @@ class Reader:
         self.found: asyncio.Queue[tuple[str, float]] = asyncio.Queue()
 
     async def __aenter__(self) -> "Reader":
-        self._session = await OutboxSource.connect("test", PostgresSettings(dsn=SecretStr(self._dsn)))
         self.doorbell = CountingDoorbell(self._poll_interval)
-        self.source = OutboxSource(
-            "test", self._session, OutboxSettings(poll_interval=self._poll_interval), self.doorbell
-        )
-        await self.source.standby(asyncio.Event(), lambda: None)
+        outbox = await open_outbox(self._dsn, OutboxSettings(poll_interval=self._poll_interval), self.doorbell)
+        self._session = outbox.session
+        self.source = await lead(outbox)
         self._task = asyncio.create_task(self._read())
         return self
 
@@ -60,7 +65,7 @@ class Reader:
 
     async def _read(self) -> None:
         while True:
-            for event in (await self.source.read()).events:
+            for event in (await self.source.read(2000)).events:
                 self.found.put_nowait((event.id, time.monotonic()))
 
     async def find(self, event_id: str) -> float:
@@ -108,7 +113,7 @@ async def test_no_wake_up_is_later_than_the_poll_interval_whatever_the_snapshot_
         async with await AsyncConnection.connect(bridge_database) as writer:
             await writer.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
             await writer.execute("select 1 from bridge.bell")
-            await until(lambda: reader.doorbell.asleep and reader.doorbell._certain_at is None)
+            await until(lambda: reader.doorbell.is_certain)
             row = await (await writer.execute("select bridge.emit('load', 'old snapshot')::text")).fetchone()
             await writer.commit()
             committed = time.monotonic()

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from pydantic import SecretStr
 
 from bridge.errors import DatabaseUnavailableError
-from bridge.settings import OutboxSettings, PostgresSettings
+from bridge.settings import OutboxSettings
 from bridge.sources import outbox as outbox_module
-from bridge.sources.doorbell import Doorbell
-from bridge.sources.outbox import OutboxSource
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings, stored_mark
+from tests.support.outbox import READERS, lead, open_outbox
 from tests.support.until import rows_become, until
 
 TERMINATE_LEADER = """
@@ -93,11 +91,12 @@ async def test_a_frozen_leader_stores_nothing_when_it_wakes_and_stands_by(
         second.wait_for("bridge.leading")
         await taking
         await until(lambda: stored_mark(bridge_database) == 20_000)
-        stored = await execute(bridge_database, "select mark, gaps::text, stored_at, leader from bridge.cursor")
+        look = "select mark, gaps::text, stored_at, who from bridge.cursor join bridge.leader using (name)"
+        stored = await execute(bridge_database, look)
         first.signal(signal.SIGCONT)
         first.wait_for("postgres.restored")
         assert [x["action"] for x in first.lines()].count("bridge.leading") == 1
-        assert await execute(bridge_database, "select mark, gaps::text, stored_at, leader from bridge.cursor") == stored
+        assert await execute(bridge_database, look) == stored
         assert [first.stop(), second.stop()] == [0, 0]
 
 
@@ -125,7 +124,7 @@ async def test_the_server_ends_the_session_of_a_leader_that_is_frozen_within_a_p
     bridge_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outbox_module, "_FROZEN_AFTER", "1s")
-    session = await OutboxSource.connect("test", PostgresSettings(dsn=SecretStr(bridge_database)))
+    session = (await open_outbox(bridge_database)).session
     try:
         await session.execute("select bridge.take_lead('test', 'me')")
         # More than the sockets' buffers hold, and nobody reads it.
@@ -141,57 +140,49 @@ async def test_the_server_ends_the_session_of_a_leader_that_is_frozen_within_a_p
 
 
 async def test_a_session_that_lost_the_lead_can_store_nothing(bridge_database: str) -> None:
-    settings_ = PostgresSettings(dsn=SecretStr(bridge_database))
-    old, new = [await OutboxSource.connect("test", settings_) for _ in range(2)]
-    sources = [OutboxSource("test", session, OutboxSettings(), Doorbell(1.0)) for session in (old, new)]
+    old, new = [await open_outbox(bridge_database) for _ in range(2)]
     try:
-        assert await sources[0].try_to_lead()
-        assert not await sources[1].try_to_lead()
+        assert await old.try_to_lead(READERS)
+        assert not await new.try_to_lead(READERS)
         await execute(bridge_database, "select bridge.emit('load', 'x')")
-        page = await sources[0].read()
+        page = await old.sources[0].read(10)
         await execute(bridge_database, TERMINATE_LEADER)
-        async with asyncio.timeout(5):
-            await sources[1].standby(asyncio.Event(), lambda: None)
-        await sources[0].settle(page)
+        await lead(new)
+        await old.sources[0].settle(page.position, ())
         with pytest.raises(DatabaseUnavailableError):
-            await sources[0].store()
+            await old.store()
         assert stored_mark(bridge_database) == 0
     finally:
-        await old.close()
-        await new.close()
+        await old.session.close()
+        await new.session.close()
 
 
 async def test_a_store_that_is_interrupted_by_the_stop_is_made_up_for_when_leaving(bridge_database: str) -> None:
-    session = await OutboxSource.connect("test", PostgresSettings(dsn=SecretStr(bridge_database)))
-    source = OutboxSource("test", session, OutboxSettings(), Doorbell(1.0))
+    outbox = await open_outbox(bridge_database)
     waits = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%%store_cursor%%'"
     try:
-        assert await source.try_to_lead()
+        source = await lead(outbox)
         await execute(bridge_database, LOAD.format(1, 10))
-        page = await source.read()
+        page = await source.read(10)
         with psycopg.connect(bridge_database) as other:
             other.execute("select from bridge.cursor for update")
-            keeping = asyncio.create_task(source.keep())
-            await source.settle(page)
+            keeping = asyncio.create_task(outbox.keep(dict))
+            await source.settle(page.position, ())
             await rows_become(bridge_database, waits, [(1,)])
             keeping.cancel()
             await asyncio.wait([keeping])
             other.rollback()
-        await source.leave()
+        await outbox.leave()
         assert stored_mark(bridge_database) == 10
     finally:
-        await session.close()
+        await outbox.session.close()
 
 
 async def test_a_page_in_flight_is_read_again_by_the_next_leader(bridge_database: str) -> None:
-    settings_ = PostgresSettings(dsn=SecretStr(bridge_database))
     await execute(bridge_database, LOAD.format(1, 10))
     pages = []
     for _ in range(2):
-        session = await OutboxSource.connect("test", settings_)
-        source = OutboxSource("test", session, OutboxSettings(page_size=10), Doorbell(1.0))
-        async with asyncio.timeout(5):
-            await source.standby(asyncio.Event(), lambda: None)
-        pages.append((await source.read()).events)
-        await session.close()
+        outbox = await open_outbox(bridge_database, OutboxSettings(page_size=10))
+        pages.append((await (await lead(outbox)).read(100)).events)
+        await outbox.session.close()
     assert pages[0] == pages[1]

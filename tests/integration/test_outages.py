@@ -18,12 +18,12 @@ import bridge.postgres.connection
 from bridge.daemon import Daemon as InProcessDaemon
 from bridge.errors import DatabaseUnavailableError
 from bridge.postgres.schema import migrate
-from bridge.settings import OutboxSettings, PostgresSettings, load
-from bridge.sources.doorbell import Doorbell
-from bridge.sources.outbox import OutboxSource
+from bridge.settings import PostgresSettings, load
+from bridge.sources.outbox import Outbox
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings, stored_mark
 from tests.support.metrics import MEMORY, metric
+from tests.support.outbox import lead, open_outbox
 from tests.support.proxy import Proxy
 from tests.support.servers import PostgresServer, RabbitMQServer, free_port
 from tests.support.standby import StandbyServer
@@ -141,8 +141,8 @@ async def test_a_standby_tells_an_outage_of_the_broker_once_and_its_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bridge.daemon, "_SINKS_LOOK", 0.05)
-    leader = await OutboxSource.connect("test", PostgresSettings(dsn=SecretStr(bridge_database)))
-    assert await OutboxSource("test", leader, OutboxSettings(), Doorbell(1.0)).try_to_lead()
+    leader = await open_outbox(bridge_database)
+    await lead(leader)
     async with Proxy(rabbitmq.host, rabbitmq.port) as wire:
         config = tmp_path / "bridge.toml"
         config.write_text(settings(bridge_database, messages).replace(str(rabbitmq.port), str(wire.port)))
@@ -160,7 +160,7 @@ async def test_a_standby_tells_an_outage_of_the_broker_once_and_its_end(
             finally:
                 stop.set()
                 await asyncio.wait_for(running, 20)
-                await leader.close()
+                await leader.session.close()
         told = [line["event"] for line in lines if line["event"].startswith("sink.")]
         assert told == ["sink.lost", "sink.restored"]
 
@@ -205,7 +205,7 @@ async def test_a_statement_without_an_answer_is_given_up(
     monkeypatch.setattr(bridge.postgres.connection, "ANSWER_LIMIT", 0.2)
     async with Proxy(postgres.host, postgres.port) as wire:
         dsn = bridge_database.replace(str(postgres.port), str(wire.port))
-        session = await OutboxSource.connect("test", PostgresSettings(dsn=SecretStr(dsn)))
+        session = await Outbox.connect("test", PostgresSettings(dsn=SecretStr(dsn)))
         wire.blackhole = True
         began = time.monotonic()
         with (

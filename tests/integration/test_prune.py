@@ -11,7 +11,10 @@ from tests.support.messages import Messages, execute, settings
 from tests.support.until import rows_become
 
 OLD = "update bridge.outbox set created_at = now() - interval '2 days'"
-CURSOR = "insert into bridge.cursor (name, mark, gaps, horizon, system_identifier) values (%s, %s, %s, '3', 1)"
+CURSOR = (
+    "insert into bridge.cursor (name, sink, mark, gaps, horizon, system_identifier) "
+    "values (%s, 'events', %s, %s, '3', 1)"
+)
 
 
 async def pruned(dsn: str, *, after: int = 0, chunk: int = 10) -> tuple[int, int]:
@@ -38,6 +41,16 @@ async def test_only_what_is_old_and_settled_by_every_bridge_goes(bridge_database
     await execute(bridge_database, "update bridge.cursor set mark = 100, gaps = '{}'")
     assert (await pruned(bridge_database))[0] == 23
     assert await ids(bridge_database) == list(range(81, 101))
+
+
+async def test_nothing_goes_that_some_sink_has_not_settled_or_holds(bridge_database: str) -> None:
+    await emit(bridge_database, 20)
+    await execute(bridge_database, OLD)
+    await execute(bridge_database, CURSOR, "one", 20, "{}")
+    await execute(bridge_database, CURSOR.replace("'events'", "'other'"), "one", 10, "{}")
+    await execute(bridge_database, "update bridge.cursor set held = '{[3,4),[7,9)}' where sink = 'other'")
+    assert await pruned(bridge_database) == (7, 2)
+    assert await ids(bridge_database) == [3, 7, 8, *range(11, 21)]
 
 
 async def test_without_any_bridge_nothing_goes(bridge_database: str) -> None:

@@ -21,7 +21,8 @@ from bridge.postgres.connection import connect
 from bridge.settings import OutboxSettings, PostgresSettings
 from bridge.sources import Page
 from bridge.sources.doorbell import Doorbell
-from bridge.sources.outbox import OutboxSource
+from bridge.sources.outbox import Outbox, OutboxSource
+from tests.support.outbox import READERS
 from tests.support.until import until
 
 SEEDS = [int(seed) for seed in os.environ.get("PGBRIDGE_STRESS_SEEDS", "1").split(",")]
@@ -156,11 +157,11 @@ class Reader:
 
     async def run(self) -> None:
         while True:
-            session = await OutboxSource.connect("stress", self.settings)
-            source = OutboxSource("stress", session, self.outbox, Doorbell(self.outbox.poll_interval))
-            await source.standby(asyncio.Event(), lambda: None)
+            session = await Outbox.connect("stress", self.settings)
+            outbox = Outbox("stress", session, self.outbox, Doorbell(self.outbox.poll_interval))
+            await outbox.standby(READERS, asyncio.Event(), lambda: None)
             try:
-                await self._pages(source, self.random.randrange(20, 200))
+                await self._pages(outbox.sources[0], self.random.randrange(20, 200))
             finally:
                 await session.close()
             self.restarts += 1
@@ -171,7 +172,7 @@ class Reader:
         settling = asyncio.create_task(self._settle(source, ahead))
         try:
             while count > 0:
-                ahead.append(await source.read())
+                ahead.append(await source.read(self.outbox.page_size))
                 count -= 1
         finally:
             settling.cancel()
@@ -182,7 +183,7 @@ class Reader:
             await asyncio.sleep(self.random.choice([0, 0.002, 0.02]))
             if ahead:
                 done = ahead[: self.random.randrange(1, len(ahead) + 1)]
-                await source.settle(done[-1])
+                await source.settle(done[-1].position, ())
                 await source.store()
                 self.settled += [event for page in done for event in page.events]
                 del ahead[: len(done)]
@@ -205,11 +206,11 @@ async def _put_hazard_back(connection: Connection) -> None:
         await connection.execute("""
             create or replace function bridge.take_horizon() returns bigint language sql as
             $$ select pg_snapshot_xmax(pg_current_snapshot())::text::bigint $$;
-            create or replace function bridge.store_cursor(bridge_name text, settled_mark bigint,
-                                                           settled_gaps int8multirange)
+            create or replace function bridge.store_cursor(bridge_name text, sink_name text, settled_mark bigint,
+                                                           settled_gaps int8multirange, now_held int8multirange)
             returns bigint language sql as $$
                 update bridge.cursor set mark = settled_mark, gaps = settled_gaps,
-                    horizon = pg_snapshot_xmax(pg_current_snapshot()) where name = bridge_name
+                    horizon = pg_snapshot_xmax(pg_current_snapshot()) where name = bridge_name and sink = sink_name
                 returning horizon::text::bigint $$;
         """)
 

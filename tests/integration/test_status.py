@@ -28,11 +28,14 @@ async def test_status_tells_of_the_leader_and_that_nothing_waits(
         assert bridge.process is not None
         assert one["name"] == "test"
         assert one["leader"].endswith(f":{bridge.process.pid}")
-        assert (one["mark"], one["backlog"], one["oldest_unsent_seconds"], one["dead_letters"]) == (10, 0, None, 0)
+        assert one["dead_letters"] == 0
+        (sink,) = one["sinks"]
+        assert (sink["sink"], sink["mark"], sink["backlog"], sink["held"]) == ("events", 10, 0, 0)
+        assert (sink["oldest_unsent_seconds"], sink["problem"]) == (None, None)
         assert 0 <= told["guards"]["notification_queue_usage"] < 0.1
         text, _ = await command("status", "--config", str(bridge.config))
         assert "\x1b" not in text
-        assert "backlog             0 events" in text
+        assert "backlog           0 events" in text
         bridge.kill()
     # Its row still names it, but its session is gone.
     await rows_become(bridge_database, "select leader from bridge.status()", [(None,)])
@@ -46,8 +49,9 @@ async def test_status_shows_what_waits_and_what_endangers_the_log(
     config = str(Daemon(tmp_path, settings(bridge_database, messages, '[outbox]\nretention = "1h"')).config)
     await execute(
         bridge_database,
-        "insert into bridge.cursor (name, mark, gaps, horizon, system_identifier)"
-        " values ('forgotten', 5, '{[2,4)}', '3', 1), ('test', 7, '{}', '3', 1)",
+        "insert into bridge.cursor (name, sink, mark, gaps, held, horizon, system_identifier, patterns) values"
+        " ('forgotten', 'a', 5, '{[2,4)}', '{[5,6)}', '3', 1, '{#}'), ('test', 'b', 7, '{}', '{}', '3', 1, '{#}'),"
+        " ('test', 'c', 7, '{}', '{}', '3', 1, '{nothing.#}')",
     )
     await execute(bridge_database, "select bridge.emit('a', 'x') from generate_series(1, 9)")
     await execute(bridge_database, "update bridge.outbox set created_at = now() - interval '2 hours' where id = 2")
@@ -57,9 +61,12 @@ async def test_status_shows_what_waits_and_what_endangers_the_log(
         told = await json_of("status", "--config", config, expect=1)
         text, _ = await command("status", "--config", config, expect=1)
     forgotten, own = told["bridges"]
-    assert (forgotten["name"], forgotten["backlog"], forgotten["gaps"]) == ("forgotten", 6, 2)
-    assert 7200 <= forgotten["oldest_unsent_seconds"] < 7300
-    assert (own["backlog"], own["backlog_exact"]) == (2, True)
+    assert forgotten["name"] == "forgotten"
+    (place,) = forgotten["sinks"]
+    assert (place["backlog"], place["gaps"], place["held"]) == (7, 2, 1)
+    assert 7200 <= place["oldest_unsent_seconds"] < 7300
+    # What a sink does not take is no backlog of it.
+    assert [(sink["backlog"], sink["backlog_exact"]) for sink in own["sinks"]] == [(2, True), (0, True)]
     guards = told["guards"]
     assert f"pid {holder_pid}" in guards["oldest_transaction"]
     assert guards["held_back_by"] == ["forgotten"]
@@ -76,11 +83,11 @@ async def test_watching_tells_rates(bridge_database: str, messages: Messages, tm
         assert looks.stdout is not None
         try:
             async with asyncio.timeout(30):
-                assert json.loads(await looks.stdout.readline())["bridges"][0]["emitted_per_second"] is None
+                assert json.loads(await looks.stdout.readline())["bridges"][0]["sinks"][0]["emitted_per_second"] is None
                 await execute(bridge_database, "select bridge.emit('a', 'x') from generate_series(1, 300)")
                 rate = 0.0
                 while not rate:
-                    rate = json.loads(await looks.stdout.readline())["bridges"][0]["emitted_per_second"]
+                    rate = json.loads(await looks.stdout.readline())["bridges"][0]["sinks"][0]["emitted_per_second"]
                 assert 100 < rate < 1100
         finally:
             looks.kill()
@@ -126,11 +133,12 @@ async def test_health_and_metrics_of_leader_and_standby(
                 "pgbridge_leading 1.0",
                 "pgbridge_database_up 1.0",
                 'pgbridge_sink_up{sink="events"} 1.0',
-                "pgbridge_events_read_total 50.0",
+                'pgbridge_events_read_total{sink="events"} 50.0',
                 'pgbridge_events_confirmed_total{sink="events"} 50.0',
-                "pgbridge_pages_in_flight 0.0",
-                "pgbridge_bytes_in_flight 0.0",
-                'pgbridge_backlog_events{bridge="test"} 0.0',
+                'pgbridge_events_in_flight{sink="events"} 0.0',
+                'pgbridge_events_held{sink="events"} 0.0',
+                'pgbridge_bytes_in_flight{sink="events"} 0.0',
+                'pgbridge_backlog_events{bridge="test",sink="events"} 0.0',
             ):
                 assert f"\n{line}\n" in metrics
             assert (await get(ports[0], "/elsewhere"))[0] == 404

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import pytest
 from structlog.testing import capture_logs
@@ -13,12 +13,12 @@ from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError, Refu
 from bridge.event import Event
 from bridge.lane import sink_outage
 from bridge.process.tasks import one_error
-from bridge.relay import Limits, Relay, Routes
+from bridge.relay import Limits, Relay, Window
 from bridge.sources import DeadLetter, Page
 from tests.support.events import make_event
 from tests.support.until import until
 
-LIMITS = Limits(pages_in_flight=4, retry_initial=0.001, retry_max=0.01, shutdown_limit=5.0)
+LIMITS = Limits(retry_initial=0.001, retry_max=0.01, shutdown_limit=5.0)
 
 
 def event(number: int, key: str | None = None, topic: str = "t") -> Event:
@@ -27,34 +27,42 @@ def event(number: int, key: str | None = None, topic: str = "t") -> Event:
 
 
 class Log:
-    """A source over a list; remembers what was settled and how far reading ran ahead."""
+    """A source over a list; remembers what was settled and what was held."""
 
     def __init__(self, events: Sequence[Event], page_size: int = 10) -> None:
-        self.pages = [Page(events[start : start + page_size], start) for start in range(0, len(events), page_size)]
-        self.next = 0
-        self.settled = -1
-        self.ahead = 0
+        self.events = list(events)
+        self.page_size = page_size
+        self.read_to = 0
+        self.settled = 0
+        """All events below this place are settled, but for the held ones."""
+        self.held: frozenset[int] = frozenset()
         self.letters: list[DeadLetter] = []
         self.done = asyncio.Event()
         self.may_read: Callable[[], bool] = lambda: True
 
-    async def read(self) -> Page:
-        if self.next == len(self.pages):
+    async def read(self, most: int) -> Page:
+        if self.read_to == len(self.events):
             await asyncio.Event().wait()
         await until(self.may_read)
-        self.next += 1
-        self.ahead = max(self.ahead, self.next - 1 - self.settled)
-        return self.pages[self.next - 1]
+        start = self.read_to
+        self.read_to = min(len(self.events), start + min(self.page_size, most))
+        return Page(self.events[start : self.read_to], self.read_to)
 
-    async def settle(self, page: Page) -> None:
-        number = self.pages.index(page)
-        assert number > self.settled
-        self.settled = number
-        if number == len(self.pages) - 1:
+    async def settle(self, position: object, held: Collection[int]) -> None:
+        assert isinstance(position, int)
+        assert position >= self.settled
+        self.settled, self.held = position, frozenset(held)
+        if position == len(self.events) and not held:
             self.done.set()
 
     async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
         self.letters += letters
+
+    def lacks(self, arrived: Sequence[Event]) -> list[Event]:
+        """What a reader that begins where this one is settled would never see, and that has not arrived either."""
+        seen = {one.id for one in arrived} | {letter.event.id for letter in self.letters}
+        gone = [one for place, one in enumerate(self.events) if place < self.settled and one.sequence not in self.held]
+        return [one for one in gone if one.id not in seen]
 
 
 class Broker:
@@ -65,6 +73,7 @@ class Broker:
         self.chaos = chaos
         self.arrived: list[Event] = []
         self.open_now = True
+        self.pipelined = True
         self.refuse: dict[str, Outcome] = {}
         self.refused: Counter[str] = Counter()
         self.gate: asyncio.Event | None = None
@@ -81,7 +90,7 @@ class Broker:
     @property
     def pipelines(self) -> bool:
         """See `contract.Sink.pipelines`."""
-        return True
+        return self.pipelined
 
     async def open(self) -> None:
         if self.random.random() < 0.3:
@@ -118,14 +127,9 @@ class Broker:
         self.open_now = False
 
 
-async def carry(log: Log, broker: Broker, routes: Routes | None = None, *, drop_unrouted: bool = False) -> None:
-    relay = Relay(log, {"s": broker}, routes or Routes([("#", "s")]), limits=LIMITS, drop_unrouted=drop_unrouted)
+async def carry(log: Log, broker: Broker) -> None:
     async with asyncio.timeout(20):
-        await relay.run(log.done)
-
-
-def first_arrivals(broker: Broker) -> list[Event]:
-    return list({one.id: one for one in reversed(broker.arrived)}.values())[::-1]
+        await Relay(log, "s", broker, limits=LIMITS).run(log.done)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -149,17 +153,19 @@ async def test_a_refused_event_stops_its_key_and_no_other() -> None:
     events = [event(n, "stuck" if n % 2 else f"free-{n}") for n in range(20)]
     log, broker = Log(events, page_size=5), Broker()
     # At the second refusal the relay knows of the first.
-    log.may_read = lambda: log.next == 0 or broker.refused["id-1"] >= 2
+    log.may_read = lambda: log.read_to == 0 or broker.refused["id-1"] >= 2
     broker.refuse["id-1"] = Refused("full")
     carrying = asyncio.create_task(carry(log, broker))
     free = [one for one in events if one.key != "stuck"]
     await until(lambda: all(one in broker.arrived for one in free))
-    assert log.settled == -1
-    # What was in flight in the same page had left already; all later pages wait.
+    # What was in flight in the same page had left already; all later pages wait, and the position does not.
     assert not [one for one in broker.arrived if one.key == "stuck" and one.sequence >= 5]
+    await until(lambda: log.settled == len(events))
+    assert log.held == {1, *range(5, 20, 2)}
     broker.refuse.clear()
     await carrying
     assert {one.id for one in broker.arrived} == {one.id for one in events}
+    assert log.held == set()
 
 
 class TakesNothingAtFirst(Broker):
@@ -180,7 +186,8 @@ class TakesNothingAtFirst(Broker):
 
 @pytest.mark.parametrize(
     ("first", "calls"),
-    [(NotSent("cut"), 2), (Unknown("cut"), 2), (Refused("full"), 501)],
+    # 1, 4, 16, 64, 256 and the rest after a loss.
+    [(NotSent("cut"), 7), (Unknown("cut"), 7), (Refused("full"), 501)],
     ids=["unsent", "unknown", "refused"],
 )
 async def test_only_what_was_refused_goes_one_by_one_within_its_key(first: Outcome, calls: int) -> None:
@@ -202,47 +209,183 @@ async def test_what_can_never_be_published_becomes_a_dead_letter_and_lets_its_ke
     assert [one.sequence for one in broker.arrived] == [0, 1, 2, 4, 5, 6, 7, 8, 9]
 
 
-async def test_an_event_without_a_route_is_dead_lettered_or_dropped_as_the_settings_say() -> None:
-    events = [event(0, topic="other"), event(1, topic="t")]
+async def test_a_broker_that_refuses_single_messages_gets_one_of_a_key_at_a_time() -> None:
+    """Its later events would overtake: not even the first refusal lets one pass."""
+
+    class Full(Broker):
+        """Refuses at random, and takes what comes right after."""
+
+        async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
+            keys = [one.key for one in events if one.key is not None]
+            assert len(keys) == len(set(keys)), "two of a key are on the way"
+            return await super().publish(events)
+
+    chosen = random.Random(1)
+    events = [event(n, chosen.choice([None, "a", "b", "c"])) for n in range(400)]
+    log, broker = Log(events), Full()
+    broker.pipelined = False
+    for one in chosen.sample(events, 40):
+        broker.refuse[one.id] = Refused("full")
+    carrying = asyncio.create_task(carry(log, broker))
+    await until(lambda: sum(broker.refused.values()) > 20)
+    broker.refuse.clear()
+    await carrying
+    assert len(broker.arrived) == len(events)
+    for key in ("a", "b", "c"):
+        numbers = [one.sequence for one in broker.arrived if one.key == key]
+        assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_refusals_and_losses_together_lose_nothing_and_never_settle_too_much(seed: int) -> None:
+    chosen = random.Random(seed)
+    events = [event(n, chosen.choice([None, "a", "b", "c", "d"]), chosen.choice(["t", "u"])) for n in range(600)]
+    log, broker = Log(events), Broker(seed, chaos=0.1)
+    broker.pipelined = False
+    for one in chosen.sample(events, 60):
+        outcomes: list[Outcome] = [Refused("full"), Refused("full"), Never("too_large", "limit")]
+        broker.refuse[one.id] = chosen.choice(outcomes)
+
+    async def give_in() -> None:
+        while broker.refuse:
+            assert not log.lacks(broker.arrived)
+            await asyncio.sleep(0.002)
+            broker.refuse.pop(chosen.choice(list(broker.refuse)))
+
+    giving_in = asyncio.create_task(give_in())
+    await carry(log, broker)
+    await giving_in
+    assert not log.lacks(broker.arrived)
+    dead = {letter.event.id for letter in log.letters}
+    assert {one.id for one in broker.arrived} | dead == {one.id for one in events}
+    first: dict[str, Event] = {}
+    for one in broker.arrived:
+        first.setdefault(one.id, one)
+    for key in ("a", "b", "c", "d"):
+        numbers = [one.sequence for one in first.values() if one.key == key]
+        assert numbers == sorted(numbers)
+
+
+async def test_what_waits_behind_a_full_queue_is_bounded_and_the_others_go_on_until_then() -> None:
+    events = [event(n, topic="full" if n % 2 else "free") for n in range(2000)]
     log, broker = Log(events), Broker()
-    await carry(log, broker, Routes([("t", "s")]))
-    assert [letter.failure.code for letter in log.letters] == ["no_route"]
-    log = Log(events)
-    await carry(log, Broker(), Routes([("t", "s")]), drop_unrouted=True)
+    for one in events:
+        if one.topic == "full":
+            broker.refuse[one.id] = Refused("full")
+    limits = Limits(retry_initial=0.001, retry_max=0.01, held_events=300)
+    running = asyncio.create_task(Relay(log, "s", broker, limits=limits).run(log.done))
+    await until(lambda: len(log.held) >= 300)
+    arrived = [one for one in broker.arrived if one.topic == "free"]
+    assert len(arrived) >= 295
+    for _ in range(100):
+        await asyncio.sleep(0)
+    # What was in flight when the limit was reached may be refused, too.
+    assert len(log.held) <= 300 + Window(limits.events_in_flight).size
+    assert log.read_to < len(events)
+    broker.refuse.clear()
+    await asyncio.wait_for(running, 20)
+    assert {one.id for one in broker.arrived} == {one.id for one in events}
+
+
+async def test_an_event_that_ends_the_connection_is_found_alone_and_dead_lettered() -> None:
+    class Poisoned(Broker):
+        """Ends the connection over every message of the topic, and does not say which it was."""
+
+        endings = 0
+
+        async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
+            if self.open_now and any(one.topic == "poison" for one in events):
+                self.open_now = False
+                self.endings += 1
+                place = next(place for place, one in enumerate(events) if one.topic == "poison")
+                self.arrived += events[:place]
+                return [Unknown("406 PRECONDITION_FAILED - invalid header", poisoned=True)] * len(events)
+            return await super().publish(events)
+
+    chosen = random.Random(3)
+    events = [event(n, chosen.choice([None, "a", "b"]), "poison" if n in (0, 77, 78, 399) else "t") for n in range(400)]
+    log, broker = Log(events), Poisoned()
+    await carry(log, broker)
+    assert [letter.event.sequence for letter in log.letters] == [0, 77, 78, 399]
+    assert {letter.failure.code for letter in log.letters} == {"ends_connection"}
+    assert "406 PRECONDITION_FAILED" in log.letters[0].failure.reason
+    assert {one.sequence for one in broker.arrived} == set(range(400)) - {0, 77, 78, 399}
+    assert broker.endings <= 4 * 6, "each is found in a few steps"
+
+
+async def test_a_lost_connection_is_never_blamed_on_an_event() -> None:
+    """A broker that restarts again and again while one event is on the way alone."""
+
+    class Restarting(Broker):
+        losses = 0
+
+        async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
+            if self.losses < 10:
+                self.losses += 1
+                self.open_now = False
+                return [Unknown("the connection was reset")] * len(events)
+            return await super().publish(events)
+
+    log, broker = Log([event(0)]), Restarting()
+    await carry(log, broker)
     assert not log.letters
+    assert [one.sequence for one in broker.arrived] == [0]
+
+
+def test_the_window_follows_the_confirms() -> None:
+    window = Window(16_000)
+    assert window.size == 500
+    window.confirmed(400)
+    assert window.size == 800
+    window.confirmed(20_000)
+    assert window.size == 16_000
 
 
 async def test_reading_stops_while_the_broker_does_not_confirm() -> None:
-    log, broker = Log([event(n) for n in range(500)]), Broker()
+    log, broker = Log([event(n) for n in range(5000)]), Broker()
     broker.gate = asyncio.Event()
     carrying = asyncio.create_task(carry(log, broker))
-    await until(lambda: log.next >= LIMITS.pages_in_flight)
+    # A page is read when there is room for a quarter of the smallest window.
+    await until(lambda: log.read_to > 375)
     for _ in range(50):
         await asyncio.sleep(0)
-    assert log.next == LIMITS.pages_in_flight
+    assert log.read_to <= 500
     broker.gate.set()
     await carrying
-    assert log.ahead <= LIMITS.pages_in_flight + 1
+
+
+async def test_bytes_of_payload_key_and_headers_are_bounded() -> None:
+    large = {"name": "x" * 10_000}
+    log = Log([make_event(n, id=f"id-{n}", headers=large, sequence=n) for n in range(200)], page_size=1)
+    broker = Broker()
+    broker.gate = asyncio.Event()
+    limits = Limits(retry_initial=0.001, retry_max=0.01, bytes_in_flight=100_000)
+    running = asyncio.create_task(Relay(log, "s", broker, limits=limits).run(log.done))
+    await until(lambda: log.read_to >= 10)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert log.read_to == 10
+    broker.gate.set()
+    await asyncio.wait_for(running, 20)
 
 
 async def test_a_stop_settles_what_is_in_flight_and_reads_nothing_more() -> None:
-    log, broker, stop = Log([event(n) for n in range(500)]), Broker(), asyncio.Event()
+    log, broker, stop = Log([event(n) for n in range(5000)]), Broker(), asyncio.Event()
     broker.gate = asyncio.Event()
-    relay = Relay(log, {"s": broker}, Routes([("#", "s")]), limits=LIMITS)
-    running = asyncio.create_task(relay.run(stop))
-    await until(lambda: log.next >= LIMITS.pages_in_flight)
+    running = asyncio.create_task(Relay(log, "s", broker, limits=LIMITS).run(stop))
+    await until(lambda: log.read_to > 375)
     stop.set()
     broker.gate.set()
     await asyncio.wait_for(running, 5)
-    assert log.settled == log.next - 1 == LIMITS.pages_in_flight - 1
+    assert log.settled == log.read_to <= 500
 
 
 async def test_a_source_that_is_lost_ends_the_relay_with_its_error() -> None:
     class Lost(Log):
-        async def settle(self, page: Page) -> None:
+        async def settle(self, position: object, held: Collection[int]) -> None:
             raise DatabaseUnavailableError("session ended")
 
-    relay = Relay(Lost([event(1)]), {"s": Broker()}, Routes([("#", "s")]), limits=LIMITS)
+    relay = Relay(Lost([event(1)]), "s", Broker(), limits=LIMITS)
 
     async def run() -> None:
         with one_error():
@@ -250,18 +393,6 @@ async def test_a_source_that_is_lost_ends_the_relay_with_its_error() -> None:
 
     with pytest.raises(DatabaseUnavailableError, match="session ended"):
         await asyncio.wait_for(run(), 5)
-
-
-async def test_fan_out_settles_a_page_only_when_every_sink_has_confirmed() -> None:
-    log, first, second = Log([event(n) for n in range(10)]), Broker(), Broker()
-    second.gate = asyncio.Event()
-    relay = Relay(log, {"a": first, "b": second}, Routes([("#", "a"), ("t", "b")]), limits=LIMITS)
-    running = asyncio.create_task(relay.run(log.done))
-    await until(lambda: len(second.arrived) >= 10)
-    assert log.settled == -1
-    second.gate.set()
-    await asyncio.wait_for(running, 5)
-    assert len(first.arrived) == len(second.arrived) == 10
 
 
 async def test_an_outage_of_a_sink_that_spans_two_relays_is_told_once() -> None:
@@ -275,17 +406,17 @@ async def test_an_outage_of_a_sink_that_spans_two_relays_is_told_once() -> None:
 
     broker = Gone()
     broker.open_now = False
-    outages = {"s": sink_outage("s", retry_initial=0.001, retry_max=0.01)}
+    outage = sink_outage("s", retry_initial=0.001, retry_max=0.01)
 
     with capture_logs() as lines:
-        first = Relay(Log([event(1)]), {"s": broker}, Routes([("#", "s")]), limits=LIMITS, outages=outages)
+        first = Relay(Log([event(1)]), "s", broker, limits=LIMITS, outage=outage)
         running = asyncio.create_task(first.run(asyncio.Event()))
-        await until(lambda: outages["s"].lasts)
+        await until(lambda: outage.lasts)
         running.cancel()
         await asyncio.wait([running])
         broker.may_open = True
         log = Log([event(1)])
-        second = Relay(log, {"s": broker}, Routes([("#", "s")]), limits=LIMITS, outages=outages)
+        second = Relay(log, "s", broker, limits=LIMITS, outage=outage)
         async with asyncio.timeout(5):
             await second.run(log.done)
     assert [line["event"] for line in lines if line["event"].startswith("sink.")] == ["sink.lost", "sink.restored"]
@@ -293,13 +424,11 @@ async def test_an_outage_of_a_sink_that_spans_two_relays_is_told_once() -> None:
 
 async def test_a_sink_that_recovers_between_two_relays_is_restored_by_the_second() -> None:
     broker, log = Broker(), Log([])
-    outages = {"s": sink_outage("s", retry_initial=0.001, retry_max=0.01)}
-    outages["s"].lost(RefusedError("a queue is full"))
+    outage = sink_outage("s", retry_initial=0.001, retry_max=0.01)
+    outage.lost(RefusedError("a queue is full"))
     stop = asyncio.Event()
-    running = asyncio.create_task(
-        Relay(log, {"s": broker}, Routes([("#", "s")]), limits=LIMITS, outages=outages).run(stop)
-    )
-    await until(lambda: not outages["s"].lasts)
+    running = asyncio.create_task(Relay(log, "s", broker, limits=LIMITS, outage=outage).run(stop))
+    await until(lambda: not outage.lasts)
     stop.set()
     await asyncio.wait_for(running, 5)
 
@@ -307,14 +436,14 @@ async def test_a_sink_that_recovers_between_two_relays_is_restored_by_the_second
 async def test_what_waits_is_named_with_the_last_reason() -> None:
     broker = Broker()
     broker.refuse["id-1"] = Refused("a queue is full")
-    outages = {"s": sink_outage("s", retry_initial=0.001, retry_max=0.01)}
+    outage = sink_outage("s", retry_initial=0.001, retry_max=0.01)
     log = Log([event(1)])
     with capture_logs() as lines:
-        running = asyncio.create_task(
-            Relay(log, {"s": broker}, Routes([("#", "s")]), limits=LIMITS, outages=outages).run(log.done)
-        )
-        await until(lambda: outages["s"].lasts)
-        assert outages["s"].problem == "sink s: refusing for 0 s: a queue is full"
+        running = asyncio.create_task(Relay(log, "s", broker, limits=LIMITS, outage=outage).run(log.done))
+        await until(lambda: outage.lasts)
+        problem = outage.problem or ""
+        assert problem.startswith("sink s: refusing for 0 s: 1 event is held, of the topic 't', since ")
+        assert problem.endswith(" UTC: a queue is full")
         broker.refuse.clear()
         await asyncio.wait_for(running, 5)
     assert [line["event"] for line in lines if line["event"].startswith("sink.")] == ["sink.refusing", "sink.restored"]

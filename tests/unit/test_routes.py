@@ -3,7 +3,7 @@
 import pytest
 
 from bridge.event import matches
-from bridge.relay import Routes
+from bridge.routes import Routes
 
 
 @pytest.mark.parametrize(
