@@ -7,10 +7,11 @@ did not arrive has been published again, in order: first one event, and more wit
 event over which the broker ends the connection (`Unknown.poisoned`) is found in this way: alone it ends it once more,
 and becomes a dead letter with the broker's words.
 
-Careful (`Refused`: the broker said no for now, and may have taken a later event of the key): from now on one event of a
-key is on the way at a time, until nothing has been refused for a while. A refused event is *held*, and with it all that
-follows in its key, while other keys go on. A topic's held events are tried again after a pause, one first and more with
-every success, so that a full queue is not flooded, and one that has room again is soon even.
+Refused (`Refused`: the broker said no for now, and may have taken a later event of the key): the event is *held*, and
+with it all that follows in its key, while other keys go on. From now on the topic is treated with *care*: of a key with
+such events one is on the way at a time, until none of the topic has been refused for a while. A topic's held events are
+tried again after a pause, one first and more with every success, so that a full queue is not flooded, and one that has
+room again is soon even.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from heapq import nsmallest
+from itertools import takewhile
 from typing import Any, Final, Protocol
 
 from tenacity import wait_exponential_jitter
@@ -32,14 +34,18 @@ from bridge.process.outage import Outage
 
 _LOOK: Final = 1.0
 """Seconds between two looks whether a connection went, or stalls, while nothing was published."""
-_CAREFUL: Final = 60.0
-"""Seconds without a refusal after which a key's events go together again."""
+_CARE: Final = 60.0
+"""Seconds without a refusal after which events of a topic go together again."""
 _GROWTH: Final = 4
 """A success lets so many times as many events go at once."""
 _LARGEST_BURST: Final = 2000
 """Events that go at once while a loss or a refusal is made up for."""
 _BLAMED: Final = 2
 """An event that was on the way at so many endings of the connection over a message, alone at the last, is poison."""
+
+
+_KeyName = str | tuple[str]
+"""A key, or the id of an event without one, which is told apart by being in a tuple."""
 
 
 class Settles(Protocol):
@@ -93,7 +99,7 @@ class _Gate:
     topic: str
     reason: str
     since: datetime
-    keys: dict[str, None] = field(default_factory=dict)
+    keys: dict[_KeyName, None] = field(default_factory=dict)
     """The keys that wait here, in the order of their refusals."""
     burst: int = 1
     probing: int = 0
@@ -139,68 +145,83 @@ class Lane:
         self._outage = outage
         self._changed = changed
         self._publishing: set[asyncio.Task[None]] = set()
-        self._calm_calls = 0
+        self._calm: set[asyncio.Task[None]] = set()
         """Calls under way of whose keys nobody keeps account."""
-        self._keys: dict[str, _Key] = {}
-        self._waiting = 0
-        """Events of these keys that are not on their way."""
-        self._ready: dict[str, None] = {}
+        self._barrier: set[asyncio.Task[None]] = set()
+        """Those of them that may hold events of a topic that was refused since: nothing goes one by one before they
+        have reported."""
+        self._keys: dict[_KeyName, _Key] = {}
+        """Keys with events that wait, or are on their way one by one."""
+        self._ready: dict[_KeyName, None] = {}
         """Keys whose first event may go."""
         self._gates: dict[str, _Gate] = {}
-        self._refused_at = time.monotonic() if careful else float("-inf")
+        self._care: dict[str, float] = {}
+        """Topics that were refused lately, and when."""
+        self._care_for_all_until = time.monotonic() + _CARE if careful else float("-inf")
         self._recovering = False
 
     # Going
 
     def send(self, page: Settles, events: Sequence[Event]) -> None:
         """Starts to publish these; calls leave in order, since tasks start in the order of their creation."""
-        if self._waiting or self._recovering or self._is_careful:
-            for index, event in enumerate(events):
-                self._wait(_Item((page.number, index), event, page))
-            self._go()
-        else:
-            self._calm_calls += 1
-            self._start(self._publish(page, events))
+        if not (self._keys or self._care or self._recovering or self._cares_for_all):
+            self._start_calm(page, range(len(events)), events)
+            return
+        for_all = self._recovering or self._cares_for_all
+        places: list[int] = []
+        for place, event in enumerate(events):
+            if for_all or event.topic in self._care or _key_name(event) in self._keys:
+                self._wait(_Item((page.number, place), event, page))
+            else:
+                places.append(place)
+        if places:
+            self._start_calm(page, places, [events[place] for place in places])
+        self._go()
 
     @property
-    def _is_careful(self) -> bool:
-        """Whether a key's events go one at a time."""
-        pipelines = self._pipelined and self._sink.pipelines
-        return not pipelines or time.monotonic() - self._refused_at < _CAREFUL
+    def _cares_for_all(self) -> bool:
+        """Whether every key's events go one at a time."""
+        return not (self._pipelined and self._sink.pipelines) or time.monotonic() < self._care_for_all_until
 
-    def _start(self, publishing: Coroutine[Any, Any, None]) -> None:
+    def _start_calm(self, page: Settles, places: Sequence[int], events: Sequence[Event]) -> None:
+        task = self._start(self._publish(page, places, events))
+        self._calm.add(task)
+        task.add_done_callback(self._calm.discard)
+
+    def _start(self, publishing: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = self._tasks.create_task(publishing)
         self._publishing.add(task)
         task.add_done_callback(self._publishing.discard)
+        return task
 
-    async def _publish(self, page: Settles, events: Sequence[Event]) -> None:
-        """The calm way."""
+    async def _publish(self, page: Settles, places: Sequence[int], events: Sequence[Event]) -> None:
+        """The calm way, for events at these places of a page."""
         outcomes = await self._sink.publish(events)
-        self._calm_calls -= 1
         confirmed = sum([isinstance(outcome, Confirmed) for outcome in outcomes])
         failed = None
         if confirmed < len(events):
-            for index, (event, outcome) in enumerate(zip(events, outcomes, strict=True)):
+            for place, event, outcome in zip(places, events, outcomes, strict=True):
                 if isinstance(outcome, Confirmed):
                     continue
-                item = _Item((page.number, index), event, page, attempts=1)
                 if isinstance(outcome, Never):
                     page.refused(event, outcome, 1, was_held=False)
                     continue
-                key = self._wait(item)
-                failed = self._failed(key, item, outcome) or failed
+                item = _Item((page.number, place), event, page, attempts=1)
+                failed = self._failed(self._wait(item), item, outcome) or failed
         if confirmed:
             self._count_confirmed(confirmed)
             page.confirmed(confirmed)
+        if (task := asyncio.current_task()) is not None:
+            self._calm.discard(task)
+            self._barrier.discard(task)
         self._next(failed)
 
-    def _wait(self, item: _Item) -> str:
+    def _wait(self, item: _Item) -> _KeyName:
         """Puts an event behind what it must not overtake; gives its key."""
-        name = _lane_key(item.event)
+        name = _key_name(item.event)
         key = self._keys.get(name)
         if key is None:
             key = self._keys[name] = _Key()
-        self._waiting += 1
         if key.items and item < key.items[-1]:
             # Calls may report out of order; what is behind has not been sent since.
             insort(key.items, item, lo=key.flying)
@@ -214,20 +235,27 @@ class Lane:
 
     def _go(self) -> None:
         """Starts what may go now."""
-        if self._recovering or self._calm_calls or not self._ready:
+        if self._recovering or self._barrier or not self._ready:
             return
-        careful = self._is_careful
         ready, self._ready = self._ready, {}
         going: list[_Item] = []
         for name in ready:
             key = self._keys.get(name)
             if key is not None and not key.flying and key.gate is None:
-                key.flying = 1 if careful or key.held else len(key.items)
+                key.flying = self._together(key)
                 going += key.items[: key.flying]
         if going:
-            self._waiting -= len(going)
             going.sort()
             self._start(self._publish_items(going))
+
+    def _together(self, key: _Key) -> int:
+        """How many of a key's events may go at once: of a topic that needs care, one."""
+        if key.held or self._cares_for_all:
+            return 1
+        if not self._care:
+            return len(key.items)
+        free = sum(1 for _ in takewhile(lambda item: item.event.topic not in self._care, key.items))
+        return max(1, free)
 
     async def _publish_items(self, items: list[_Item]) -> None:
         """The way on which keys are accounted for."""
@@ -250,7 +278,7 @@ class Lane:
         failed = None
         retried = confirmed = 0
         for item, outcome in zip(items, outcomes, strict=True):
-            name = _lane_key(item.event)
+            name = _key_name(item.event)
             key = self._keys[name]
             retried += bool(item.attempts)
             item.attempts += 1
@@ -265,7 +293,6 @@ class Lane:
                     self._release(key, item)
                     item.page.refused(item.event, outcome, item.attempts, was_held=item.held)
                 case NotSent() | Refused() | Unknown():
-                    self._waiting += 1
                     failed = self._failed(name, item, outcome) or failed
             if item.probes is not None:
                 gate, item.probes = item.probes, None
@@ -279,11 +306,13 @@ class Lane:
         self._count_confirmed(confirmed)
         return failed
 
-    def _failed(self, name: str, item: _Item, outcome: NotSent | Refused | Unknown) -> NotSent | Unknown | None:
+    def _failed(self, name: _KeyName, item: _Item, outcome: NotSent | Refused | Unknown) -> NotSent | Unknown | None:
         """An event of this key waits for another try."""
         match outcome:
             case Refused():
-                self._refused_at = time.monotonic()
+                if item.event.topic not in self._care:
+                    self._barrier |= self._calm
+                self._care[item.event.topic] = time.monotonic()
                 self._close_gate(name, item, outcome)
                 return None
             case Unknown(poisoned=True):
@@ -307,7 +336,7 @@ class Lane:
 
     # Refused
 
-    def _close_gate(self, name: str, item: _Item, refused: Refused) -> None:
+    def _close_gate(self, name: _KeyName, item: _Item, refused: Refused) -> None:
         """Holds a key whose first event was refused, until its topic is tried again."""
         key = self._keys[name]
         key.held = True
@@ -399,18 +428,16 @@ class Lane:
 
     def _due(self, burst: int) -> list[_Item]:
         """The first events that are not held back by a refusal, in the order in which they were read."""
-        careful = self._is_careful
         waiting: list[_Item] = []
         for key in self._keys.values():
             if key.gate is None:
-                waiting += key.items[:1] if careful or key.held else key.items
+                waiting += key.items[: self._together(key)]
         return nsmallest(burst, waiting)
 
     async def _publish_again(self, due: list[_Item]) -> None:
         """Raises BrokerUnavailableError when the connection is gone once more."""
-        self._waiting -= len(due)
         for item in due:
-            self._keys[_lane_key(item.event)].flying += 1
+            self._keys[_key_name(item.event)].flying += 1
         outcomes = list(await self._sink.publish([item.event for item in due]))
         if len(due) == 1 and due[0].blamed + 1 >= _BLAMED and (words := _poison(outcomes[0])):
             reason = f"the broker ended the connection over this event, each time that it was sent: {words}"
@@ -425,7 +452,10 @@ class Lane:
             while True:
                 if not self._sink.is_open:
                     self._lose(NotSent("is not connected"))
+                oldest = time.monotonic() - _CARE
+                self._care = {topic: at for topic, at in self._care.items() if at > oldest}
                 self._tell()
+                self._go()
                 await asyncio.sleep(_LOOK)
         finally:
             for gate in self._gates.values():
@@ -461,6 +491,6 @@ def _poison(outcome: Outcome) -> str:
     return outcome.reason if isinstance(outcome, Unknown) and outcome.poisoned else ""
 
 
-def _lane_key(event: Event) -> str:
+def _key_name(event: Event) -> _KeyName:
     """What must stay in order: a key's events; an event without a key has no other to wait for."""
-    return f"key {event.key}" if event.key is not None else f"id {event.id}"
+    return event.key if event.key is not None else (event.id,)

@@ -214,10 +214,8 @@ class Relay:
             size = self.window.size
             room = size - self._unsettled
             fits = self._bytes + lane.held_bytes < self._limits.bytes_in_flight
-            if (
-                (not self._pages
-                and not lane.held)
-                or (room >= min(_LEAST_READ, max(1, size // 4)) and fits and len(lane.held) < self._limits.held_events)
+            if (not self._pages and not lane.held) or (
+                room >= min(_LEAST_READ, max(1, size // 4)) and fits and len(lane.held) < self._limits.held_events
             ):
                 return max(1, room)
             self._room.clear()

@@ -84,6 +84,7 @@ to bridge_worker;
 -- bridge_operator: people. ---------------------------------------------------------------------------------
 
 grant select on all tables in schema bridge to bridge_operator;
+grant select on sequence bridge.outbox_id_seq to bridge_operator;
 grant insert on bridge.dead_letter to bridge_operator; -- what a replay finds refused
 -- Dead letters leave only through functions that write down who took them away.
 grant execute on function
@@ -91,6 +92,10 @@ grant execute on function
   bridge.refuse_dead_letter(bigint, text, text, int),
   bridge.audit_dead_letter(text, text, uuid, text, text, text, text, text),
   bridge.position_at(timestamptz),
+  bridge.set_position(text, text, bigint),
+  bridge.forget_position(text, text),
+  bridge.events_between(text, text, bigint, bigint, int),
+  bridge.sequence_state(),
   bridge.status(),
   bridge.guards(),
   bridge.read_page(bigint, int8multirange, int, bigint, text[], boolean),

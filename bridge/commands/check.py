@@ -12,13 +12,15 @@ import click
 
 from bridge.brokers.registry import broker_of
 from bridge.commands.topology import declarations, require_complete
-from bridge.errors import PgbridgeError, PrivilegeError
+from bridge.errors import PgbridgeError, PrivilegeError, SchemaError
 from bridge.postgres.connection import DSN_KEY, connect, database_errors, require_writes
 from bridge.postgres.schema import check_version
+from bridge.postgres.status import look
 from bridge.process.tasks import one_error, run
 from bridge.process.terminal import config_option, exit_codes, json_option, print_json
 from bridge.settings import Settings, SinkSettings, load
 from bridge.sources.listener import Listener
+from bridge.sources.outbox import require_sequence
 
 _PRIVILEGES: Final = """
 select what from (values
@@ -27,9 +29,9 @@ select what from (values
     ('UPDATE on bridge.bell', has_table_privilege('bridge.bell', 'update')),
     ('INSERT on bridge.dead_letter', has_table_privilege('bridge.dead_letter', 'insert')),
     ('EXECUTE on bridge.read_page',
-     has_function_privilege('bridge.read_page(bigint, int8multirange, int, bigint)', 'execute')),
+     has_function_privilege('bridge.read_page(bigint, int8multirange, int, bigint, text[], boolean)', 'execute')),
     ('EXECUTE on bridge.store_cursor',
-     has_function_privilege('bridge.store_cursor(text, bigint, int8multirange)', 'execute')),
+     has_function_privilege('bridge.store_cursor(text, text, bigint, int8multirange, int8multirange)', 'execute')),
     ('EXECUTE on bridge.take_lead', has_function_privilege('bridge.take_lead(text, text)', 'execute')),
     ('EXECUTE on bridge.intake', has_function_privilege('bridge.intake(text[], text[])', 'execute'))
 ) needed (what, granted) where not granted
@@ -41,7 +43,7 @@ class Finding:
     """One thing that was checked."""
 
     subject: str
-    """``postgres``, ``listen``, ``schema``, ``privileges``, ``sink <name>``, ``topology``."""
+    """``postgres``, ``listen``, ``schema``, ``privileges``, ``positions``, ``sink <name>``, ``topology``."""
     ok: bool
     text: str
     """What was found; when it is wrong, with what to do about it."""
@@ -59,7 +61,10 @@ async def findings(settings: Settings) -> AsyncIterator[Finding]:
         schema = await _finding("schema", partial(_schema, settings))
         yield schema
         if schema.ok:
-            yield await _finding("privileges", partial(_privileges, settings))
+            privileges = await _finding("privileges", partial(_privileges, settings))
+            yield privileges
+            if privileges.ok:
+                yield await _finding("positions", partial(_positions, settings))
     for name, sink in settings.sinks.items():
         yield await _finding(f"sink {name}", partial(_sink, sink))
     yield await _finding("topology", partial(_topology, settings))
@@ -120,6 +125,25 @@ async def _privileges(settings: Settings) -> str:
                 f"Run: grant bridge_relay to {connection.info.user}"
             )
     return "as in roles.sql"
+
+
+async def _positions(settings: Settings) -> str:
+    connection = await connect(settings.postgres, "pgbridge check")
+    async with connection:
+        await require_sequence(connection)
+        status = await look(connection, settings.outbox_or_default.retention)
+    own = next((bridge for bridge in status.bridges if bridge.name == settings.name), None)
+    if own is None:
+        return "none yet: this bridge has not run on this database"
+    for position in own.sinks:
+        # Nothing reads for it any more, and it keeps all that follows it from being pruned.
+        if position.sink not in ("", "*", *settings.sinks):
+            raise SchemaError(
+                f"{DSN_KEY}: there is a position of the sink {position.sink!r}, which the settings do not name, with "
+                f"{position.backlog} events not published. Name the sink again, or stop the bridge and run: "
+                f"pgbridge cursor forget {position.sink}"
+            )
+    return f"{len(own.sinks)}, of {settings.name!r}"
 
 
 async def _sink(settings: SinkSettings) -> str:

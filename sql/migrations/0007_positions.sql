@@ -431,3 +431,53 @@ comment on function bridge.status() is 'One row for each sink of each bridge: wh
 create function bridge.header_texts(headers jsonb) returns text
 language sql immutable parallel safe
 return case when headers <> '{}' then headers::text end;
+
+-- Moving and removing positions, by a person. Not under a bridge that reads: it would store its own over it.
+create function bridge.require_no_leader(bridge_name text) returns void
+language plpgsql volatile
+set search_path = pg_catalog, bridge, pg_temp
+as $$
+begin
+    if not pg_try_advisory_xact_lock(bridge.lead_key(bridge_name)) then
+        raise exception 'the bridge % is running, and would go on from where it is', quote_literal(bridge_name)
+            using errcode = 'object_in_use', hint = 'Stop every process of this bridge first.';
+    end if;
+end $$;
+
+create function bridge.set_position(bridge_name text, sink_name text, to_mark bigint) returns boolean
+language plpgsql volatile security definer
+set search_path = pg_catalog, bridge, pg_temp
+as $$
+begin
+    perform bridge.require_no_leader(bridge_name);
+    update bridge.cursor c
+    set mark = to_mark, gaps = '{}', held = '{}', horizon = pg_current_xact_id(), stored_at = clock_timestamp()
+    where c.name = bridge_name and c.sink = sink_name;
+    return found;
+end $$;
+comment on function bridge.set_position(text, text, bigint) is
+  'Moves a sink''s position: all up to this id counts as settled, all above it is published (again). False: there is none.';
+
+create function bridge.forget_position(bridge_name text, sink_name text) returns boolean
+language plpgsql volatile security definer
+set search_path = pg_catalog, bridge, pg_temp
+as $$
+begin
+    perform bridge.require_no_leader(bridge_name);
+    delete from bridge.cursor c where c.name = bridge_name and c.sink = sink_name;
+    return found;
+end $$;
+comment on function bridge.forget_position(text, text) is
+  'Removes a sink''s position: it no longer keeps events from being pruned. False: there is none.';
+
+-- What the sink of a position takes of the ids in a range, up to a bound: what a move of the position means.
+create function bridge.events_between(bridge_name text, sink_name text, after_id bigint, up_to bigint, bound int)
+returns bigint
+language sql stable security definer
+set search_path = pg_catalog, bridge, pg_temp
+as $$
+    select count(*) filter (
+        where c.taken is null or (('.' || o.topic) ~ c.taken) <> (sink_name = ''))
+    from (select bridge.topic_regex(patterns) as taken from bridge.cursor where name = bridge_name and sink = sink_name) c,
+         lateral (select n.topic from bridge.outbox n where n.id > after_id and n.id <= up_to order by n.id limit bound) o
+$$;

@@ -8,13 +8,16 @@ import psycopg
 import pytest
 from psycopg import AsyncConnection
 
+from bridge.brokers.nats.settings import NatsSettings
+from bridge.brokers.nats.sink import NatsSink
 from bridge.settings import OutboxSettings
 from bridge.sources import doorbell as doorbell_module
 from bridge.sources.doorbell import BUSY_PAGES, Doorbell
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.outbox import lead, open_outbox
-from tests.support.until import until
+from tests.support.servers import NatsServer
+from tests.support.until import rows_become, until
 
 
 def asleep(dsn: str) -> bool:
@@ -170,6 +173,42 @@ async def test_a_trickle_leaves_the_bridge_asleep_and_a_load_wakes_it_until_it_i
             assert await _notifications_during(bridge_database, "select bridge.emit('load', 'awake')") == 0
             await until(lambda: asleep(bridge_database))
         assert await _notifications_during(bridge_database, "select bridge.emit('load', 'asleep')") == 1
+
+
+async def test_nobody_rings_for_a_bridge_that_has_no_room_or_has_left(
+    bridge_database: str, server_folder: Path, unique: str, tmp_path: Path
+) -> None:
+    """A commit with NOTIFY costs three times as much as one without, and nobody would react."""
+    with NatsServer(server_folder) as broker:
+        await NatsSink(NatsSettings(type="nats", url=broker.url, stream=unique)).topology(apply=True)
+        text = f"""
+name = "test"
+[postgres]
+dsn = "{bridge_database}"
+[relay]
+events_in_flight = 100
+[sinks.events]
+type = "nats"
+url = "{broker.url}"
+stream = "{unique}"
+[[routes]]
+topic = "#"
+sink = "events"
+"""
+        with Daemon(tmp_path, text) as bridge:
+            await asyncio.to_thread(bridge.wait_for, "bridge.leading")
+            await until(lambda: asleep(bridge_database))
+            await asyncio.to_thread(broker.kill)
+            await asyncio.to_thread(bridge.wait_for, "sink.lost")
+            await execute(bridge_database, "select bridge.emit('load', 'x') from generate_series(1, 500)")
+            await until(lambda: not asleep(bridge_database))
+            assert await _notifications_during(bridge_database, "select bridge.emit('load', 'no room')") == 0
+            await asyncio.to_thread(broker.start)
+            await rows_become(bridge_database, "select backlog from bridge.status()", [(0,)])
+            await until(lambda: asleep(bridge_database))
+            assert bridge.stop() == 0
+        assert not asleep(bridge_database)
+        assert await _notifications_during(bridge_database, "select bridge.emit('load', 'nobody there')") == 0
 
 
 async def _notifications_during(dsn: str, statement: str) -> int:
