@@ -48,7 +48,7 @@ def told(tmp_path: Path) -> Told:
     [
         ('type = "memory"', 'type = "memory"\nfoo = 1', "sinks.events.foo: unknown key"),
         ('name = "test"', 'name = "test"\nnmae = 1', "nmae: unknown key; did you mean name?"),
-        ('name = "test"', 'name = "test"\nrelay = {pages_in_flight = "x"}', "relay.pages_in_flight: "),
+        ('name = "test"', 'name = "test"\nrelay = {events_in_flight = "x"}', "relay.events_in_flight: "),
         ('name = "test"', 'name = "test"\noutbox = {retention = "7 weeks"}', "outbox.retention: is not a duration"),
         ('dsn = "{dsn}"', 'dsn_file = "/does/not/exist"', "postgres.dsn_file: the secret file '/does/not/exist'"),
         ('dsn = "{dsn}"', 'dsn = "postgres//u:hunter2@h"', "postgres.dsn: is not a libpq connection string"),

@@ -330,16 +330,16 @@ async def test_a_memory_alarm_stops_reading_and_loses_nothing(
     rabbitmq: RabbitMQServer, bridge_database: str, messages: Messages, tmp_path: Path
 ) -> None:
     port = free_port()
-    more = f'{BRISK}\npages_in_flight = 2\n[observe]\nlisten = "127.0.0.1:{port}"'
+    more = f'{BRISK}\n[observe]\nlisten = "127.0.0.1:{port}"'
 
     async def full() -> bool:
-        return await metric(port, "pgbridge_pages_in_flight") >= 2
+        return await metric(port, "pgbridge_events_in_flight") > 375
 
     async with carrying(bridge_database, messages, tmp_path, more=more):
         await asyncio.to_thread(rabbitmq.alarm, True)
         try:
             await emit(bridge_database, 6, 12_000)
-            await until(full, "two pages are in flight")
+            await until(full, "the window is full")
             read, memory = [await metric(port, name) for name in (READ, MEMORY)]
             assert read < 12_000
             # For a second; that it goes on reading nothing has no sign but this.

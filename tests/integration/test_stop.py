@@ -69,7 +69,7 @@ async def test_a_stop_while_the_broker_is_silent_ends_within_its_limit(
         text = settings(bridge_database, messages, more)
 
         async def in_flight() -> bool:
-            return await metric(port, "pgbridge_pages_in_flight") == 1
+            return await metric(port, "pgbridge_events_in_flight") == 1
 
         with Daemon(tmp_path, text.replace(str(rabbitmq.port), str(wire.port))) as bridge:
             await asyncio.to_thread(bridge.wait_for, "bridge.leading")
@@ -77,7 +77,7 @@ async def test_a_stop_while_the_broker_is_silent_ends_within_its_limit(
             await execute(bridge_database, "select bridge.emit('load', '1')")
             await until(in_flight)
             assert await asyncio.to_thread(bridge.stop, 10.0) == 0
-            assert bridge.wait_for("relay.stopped_with_pages_in_flight")["pages"] == 1
+            assert bridge.wait_for("relay.stopped_with_events_in_flight")["events"] == 1
         wire.blackhole = False
         wire.cut()
         with Daemon(tmp_path, text) as bridge:

@@ -23,10 +23,10 @@ async def get(port: int, path: str) -> tuple[int, str]:
 
 
 async def metric(port: int, name: str) -> float:
-    """The value of a metric without labels. Raises KeyError when there is none."""
+    """The value of a metric, over all its labels. Raises KeyError when there is none."""
     _, text = await get(port, "/metrics")
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == name and not sample.labels:
-                return float(sample.value)
-    raise KeyError(name)
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    values = [float(sample.value) for sample in samples if sample.name == name]
+    if not values:
+        raise KeyError(name)
+    return sum(values)
