@@ -1,6 +1,7 @@
 """What is NATS's own about the sink, and about the worker's consumer."""
 
 import asyncio
+import gc
 import os
 import signal
 from collections.abc import AsyncIterator, Sequence
@@ -181,6 +182,25 @@ async def test_a_message_that_ends_the_connection_is_named_poison_in_the_servers
         await sink.open()
         assert list(await sink.publish([make_event()])) == [CONFIRMED]
         await sink.close()
+
+
+async def test_a_connection_that_the_server_ended_leaves_no_task_and_no_exception_behind(
+    tmp_path: Path, unique: str
+) -> None:
+    complaints: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    with NatsServer(tmp_path, lines=["max_control_line 1024"]) as server:
+        sink = NatsSink(settings_of(server.url, unique))
+        await sink.topology(apply=True)
+        for _ in range(3):
+            await sink.open()
+            batch = [make_event(payload=bytes(20_000)) for _ in range(1000)]
+            batch[500] = make_event(topic="x" * 1500)
+            assert isinstance((await sink.publish(batch))[500], Unknown)
+            await sink.close()
+    gc.collect()
+    await asyncio.sleep(0)
+    assert complaints == []
 
 
 async def test_a_limit_that_the_server_lowered_meanwhile_is_poison_once_and_then_too_large(

@@ -88,11 +88,19 @@ _OUR_CERTIFICATE: Final = ("CERTIFICATE_REQUIRED", "BAD_CERTIFICATE", "UNKNOWN_C
 
 
 class Client(nats.aio.client.Client):
-    """nats-py's client, which otherwise encrypts only when the server asks for it, whatever the URL says."""
+    """nats-py's client, which otherwise encrypts only when the server asks for it, whatever the URL says, and leaves
+    its tasks behind when it cannot write to a connection that has ended."""
 
     def __init__(self, *, encrypted: bool) -> None:
         super().__init__()
+        self.left = False
+        """Whether nothing more is to be written."""
         self._encrypted = encrypted
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        if self.left or self.last_error is not None:
+            self._pending, self._pending_data_size = [], 0
+        await super()._close(status, do_cbs)
 
     def _connect_command(self) -> bytes:
         # The last moment before user and password are sent, and behind the TLS handshake, if there is one.
@@ -113,20 +121,21 @@ class Connection:
         self._settings = settings
         self._tell_denied = denied
         self._waiting: set[asyncio.Timeout] = set()
-        self._left = False
         self._denied: PrivilegeError | None = None
         self.heard: list[Exception] = []
         """What nats-py reported while it connected."""
 
     @property
     def is_open(self) -> bool:
-        return self.client.is_connected and not self._left
+        return self.client.is_connected and not self.client.left
 
     @property
     def last_words(self) -> str | None:
         """What the server gave as the reason, in an ``-ERR`` line, for which it ended the connection."""
         error = self.client.last_error
-        return _words_of(error) if type(error) is nats.errors.Error else None
+        words = _words_of(error) if type(error) is nats.errors.Error else ""
+        # What it does not permit, it says too, and goes on.
+        return words if words and not words.lower().startswith(PERMISSIONS_ERR) else None
 
     @property
     def ending(self) -> PgbridgeError:
@@ -185,7 +194,7 @@ class Connection:
 
     def leave(self) -> None:
         """Ends it at once: nothing more is sent, not even what waits to be written. `close` follows."""
-        self._left = True
+        self.client.left = True
         if (transport := transport_of(self.client)) is not None:
             transport.abort()
 
