@@ -10,8 +10,8 @@ STALLED: Final = 1.0
 """Seconds of silence after which a sink says that it is stalled."""
 
 _TURNS: Final = 5
-"""Turns of the loop, of `_TURN` seconds each, in which what has arrived is read before a silence is believed."""
 _TURN: Final = 0.01
+"""Seconds of each turn of the loop in which what has arrived is read before a silence is believed."""
 
 
 class Silence:
@@ -34,8 +34,13 @@ class Silence:
 
     async def reaches(self, limit: float) -> bool:
         """Whether it has lasted for `limit` seconds, and still lasts once all that has arrived was read."""
-        for _ in range(_TURNS):
-            if self.seconds < limit:
-                return False
-            await asyncio.sleep(_TURN)
+        if self.seconds < limit:
+            return False
+        await read_what_arrived()
         return self.seconds >= limit
+
+
+async def read_what_arrived() -> None:
+    """Lets the loop read: after this process stood still, a look may come before the bytes that wait in its sockets."""
+    for _ in range(_TURNS):
+        await asyncio.sleep(_TURN)
