@@ -202,7 +202,8 @@ class Connection:
         """Says goodbye and closes, by force when the server no longer reads what is written."""
         # After a TLS handshake that failed, nats-py waits in vain for the end of a transport that has ended.
         limit = _CLOSE_LIMIT if self.client.is_connected else _TIDY_LIMIT
-        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+        # uvloop says RuntimeError where asyncio says OSError: what is to be written to has ended.
+        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError, RuntimeError):
             async with asyncio.timeout(limit):
                 await self.client.close()
         if (transport := transport_of(self.client)) is not None:

@@ -28,7 +28,7 @@ from bridge.brokers.nats.message import ID_HEADER, headers_of, headers_size, sub
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.topology import refuses_single_messages, require, stream_declaration
 from bridge.brokers.silence import LOOK_INTERVAL, STALLED, Silence
-from bridge.errors import PrivilegeError
+from bridge.errors import PrivilegeError, RefusedError
 from bridge.event import REPLAYED, Event, Malformed
 
 log = structlog.get_logger()
@@ -156,8 +156,9 @@ class NatsSink:
             async with connection.asking():
                 stream = await jetstream.stream_info(self._settings.stream)
                 return refuses_single_messages(stream, await jetstream.account_info())
-        except PrivilegeError:
-            # A user who may not ask for the account's limits: it is better to be slow than out of order.
+        except RefusedError:
+            # Who may not ask, or reaches no more of another account's JetStream than the stream: better slow than out
+            # of order.
             return True
 
     async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
@@ -189,8 +190,7 @@ class NatsSink:
             while client.pending_data_size > ROOM and connection.is_open:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
             if not connection.is_open:
-                batch.settle_rest(_DISCONNECTED, self._gone(connection))
-                return
+                return  # `_watch` settles it, once what has arrived is counted
             try:
                 subject, headers = self._encode(event)
                 batch.sent = index + 1
