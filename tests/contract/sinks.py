@@ -27,12 +27,20 @@ MAX_MESSAGE_BYTES = 100_000
 """`max_message_bytes` of every harness's sink that has such a setting."""
 
 
+IMPATIENCE = 2.0
+"""Seconds; `publish_timeout` of every harness's impatient sink."""
+
+
 class SinkHarness(Protocol):
     """A sink on a target of its own (exchange and queue, stream), which exists and takes every topic."""
 
     @property
     def sink(self) -> Sink:
         """Not yet open."""
+
+    @property
+    def impatient(self) -> Sink | None:
+        """Another on the same target, with a `publish_timeout` of IMPATIENCE; None where nothing is ever in flight."""
 
     @property
     def lacking(self) -> Sink | None:
@@ -57,7 +65,7 @@ class SinkHarness(Protocol):
         """Resets the sink's connection; returns when the sink has noticed."""
 
     def stall(self, on: bool) -> None:
-        """Holds back the bytes between sink and broker; what is in flight stays in flight."""
+        """Holds back the bytes between sinks and broker, as a frozen broker does; what is in flight stays there."""
 
 
 Start = Callable[[Any, str], AbstractAsyncContextManager[SinkHarness]]
@@ -78,6 +86,7 @@ class RecordingSink(MemorySink):
 
 
 class MemoryHarness:
+    impatient = None
     lacking = None
     unreachable = None
     size_limit = None
@@ -109,14 +118,14 @@ class RabbitMQHarness:
         self._proxy = proxy
         self._queue = queue
         self.sink = self._make(name, proxy.port)
+        self.impatient = self._make(name, proxy.port, publish_timeout=IMPATIENCE)
         self.lacking = self._make(f"{name}-missing", proxy.port)
         self.unreachable = self._make(name, 1, user="guest:hunter2")
 
-    def _make(self, exchange: str, port: int, user: str = "guest:guest") -> RabbitMQSink:
+    def _make(self, exchange: str, port: int, user: str = "guest:guest", **changes: Any) -> RabbitMQSink:
         url = SecretStr(f"amqp://{user}@127.0.0.1:{port}/")
-        return RabbitMQSink(
-            RabbitMQSettings(type="rabbitmq", url=url, exchange=exchange, max_message_bytes=MAX_MESSAGE_BYTES)
-        )
+        values = {"type": "rabbitmq", "url": url, "exchange": exchange, "max_message_bytes": MAX_MESSAGE_BYTES}
+        return RabbitMQSink(RabbitMQSettings.model_validate(values | changes))
 
     async def arrived(self) -> Sequence[Event]:
         return await drain(self._queue)
@@ -150,12 +159,14 @@ class NatsHarness:
         self._proxy = proxy
         self._name = name
         self.sink = self._make(name, proxy.port)
+        self.impatient = self._make(name, proxy.port, publish_timeout=IMPATIENCE)
         self.lacking = self._make(f"{name}-missing", proxy.port)
         self.unreachable = self._make(name, 1, user="bridge:hunter2@")
 
-    def _make(self, stream: str, port: int, user: str = "") -> NatsSink:
+    def _make(self, stream: str, port: int, user: str = "", **changes: Any) -> NatsSink:
         url = SecretStr(f"nats://{user}127.0.0.1:{port}")
-        return NatsSink(NatsSettings(type="nats", url=url, stream=stream, max_message_bytes=MAX_MESSAGE_BYTES))
+        values = {"type": "nats", "url": url, "stream": stream, "max_message_bytes": MAX_MESSAGE_BYTES}
+        return NatsSink(NatsSettings.model_validate(values | changes))
 
     async def arrived(self) -> Sequence[Event]:
         async with await nats.connect(self._server.url) as client:
@@ -194,11 +205,12 @@ class PubSubHarness:
         self._proxy = proxy
         self._reader = PubSubReader(server.address, name)
         self.sink = self._make(name, proxy.port)
+        self.impatient = self._make(name, proxy.port, publish_timeout=IMPATIENCE)
         self.lacking = self._make(f"{name}-missing", proxy.port)
         self.unreachable = self._make(name, 1)
 
-    def _make(self, topic: str, port: int) -> PubSubSink:
-        return PubSubSink(pubsub_settings(f"127.0.0.1:{port}", topic))
+    def _make(self, topic: str, port: int, **changes: Any) -> PubSubSink:
+        return PubSubSink(pubsub_settings(f"127.0.0.1:{port}", topic, **changes))
 
     async def arrived(self) -> Sequence[Event]:
         return await self._reader.drain()

@@ -1,6 +1,7 @@
 """Every claim that `bridge.brokers.contract.Sink` makes, for every sink. Each broker's own: tests/integration/."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime
 
@@ -8,9 +9,10 @@ import pytest
 
 from bridge.brokers.contract import CONFIRMED, Never, NotSent, Unknown
 from bridge.errors import BrokerUnavailableError, TopologyError
-from bridge.event import Event
-from tests.contract.sinks import HARNESSES, SinkHarness
+from bridge.event import REPLAYED, Event
+from tests.contract.sinks import HARNESSES, IMPATIENCE, SinkHarness
 from tests.support.events import ids, make_event, make_events
+from tests.support.until import LIMIT, until
 
 
 @pytest.fixture(params=sorted(HARNESSES))
@@ -21,6 +23,8 @@ async def harness(request: pytest.FixtureRequest, unique: str) -> AsyncIterator[
         yield harness
         harness.stall(False)
         await harness.sink.close()
+        if harness.impatient is not None:
+            await harness.impatient.close()
 
 
 def order(harness: SinkHarness, events: Iterable[Event]) -> list[str]:
@@ -158,6 +162,58 @@ async def test_close_answers_what_is_in_flight_and_may_be_called_twice(harness: 
     assert all(isinstance(outcome, Unknown) for outcome in outcomes) or not in_flight
     assert not harness.sink.is_open
     await harness.sink.close()
+
+
+async def test_a_broker_that_stood_still_for_a_while_gets_every_event_once(harness: SinkHarness) -> None:
+    sink = harness.impatient or harness.sink
+    await sink.open()
+    # Marked as replays, so that no broker drops what comes twice.
+    events = [make_event(number, headers={REPLAYED: "true"}) for number in range(50)]
+    for part in range(0, 50, 10):
+        harness.stall(True)
+        call = asyncio.create_task(sink.publish(events[part : part + 10]))
+        await asyncio.sleep(0.6 * IMPATIENCE if harness.impatient else 0)
+        harness.stall(False)
+        assert list(await asyncio.wait_for(call, LIMIT)) == [CONFIRMED] * 10
+    assert sink.is_open
+    assert order(harness, await harness.arrived()) == order(harness, events)
+
+
+async def test_a_broker_that_does_not_answer_is_left_after_the_time_out(harness: SinkHarness) -> None:
+    sink = harness.impatient
+    if sink is None:
+        pytest.skip("nothing is ever in flight")
+    await sink.open()
+    harness.stall(True)
+    began = time.monotonic()
+    calls = [asyncio.create_task(sink.publish(make_events(10))) for _ in range(3)]
+    outcomes = await asyncio.wait_for(asyncio.gather(*calls), LIMIT)
+    took = time.monotonic() - began
+    assert IMPATIENCE * 0.9 < took < IMPATIENCE * 3
+    assert {type(outcome) for each in outcomes for outcome in each} <= {Unknown, NotSent}
+    assert isinstance(outcomes[0][0], Unknown)
+    assert not outcomes[0][0].poisoned
+    assert not sink.is_open
+
+
+async def test_a_sink_says_why_what_it_published_waits(harness: SinkHarness) -> None:
+    await harness.sink.open()
+    assert harness.sink.stalled is None
+    if harness.impatient is None:
+        return
+    assert await harness.sink.publish([make_event()]) == [CONFIRMED]
+    harness.stall(True)
+    # What was confirmed waits for nothing, however long the broker is silent.
+    await asyncio.sleep(1.5)
+    assert harness.sink.stalled is None
+    call = asyncio.create_task(harness.sink.publish(make_events(3)))
+    await asyncio.sleep(0.2)
+    assert harness.sink.stalled is None
+    await until(lambda: harness.sink.stalled is not None)
+    assert harness.sink.is_open
+    harness.stall(False)
+    assert list(await asyncio.wait_for(call, LIMIT)) == [CONFIRMED] * 3
+    assert harness.sink.stalled is None
 
 
 async def test_open_without_its_target_points_to_the_command_that_declares_it(harness: SinkHarness) -> None:

@@ -1,15 +1,29 @@
 """What is NATS's own about the sink, and about the worker's consumer."""
 
 import asyncio
+import gc
+import os
+import signal
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import nats
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nats.js import JetStreamContext
-from nats.js.api import ConsumerConfig, StreamConfig
+from nats.js.api import (
+    AccountInfo,
+    AccountLimits,
+    APIStats,
+    ClusterInfo,
+    ConsumerConfig,
+    DiscardPolicy,
+    StreamConfig,
+    StreamInfo,
+    StreamState,
+)
 from pydantic import SecretStr
 
 from bridge.brokers.contract import CONFIRMED, Failure, Never, NotSent, Refused, Subscription, Unknown
@@ -17,11 +31,11 @@ from bridge.brokers.nats.message import quote_headers, subject_of, topic_of, unq
 from bridge.brokers.nats.queue import NatsQueue
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.sink import DEAD_LETTER_ROOM, NatsSink
-from bridge.brokers.nats.topology import filters
+from bridge.brokers.nats.topology import filters, refuses_single_messages
 from bridge.event import REPLAYED, Event, matches
 from tests.support.events import make_event
 from tests.support.servers import MAX_PAYLOAD, NatsServer
-from tests.support.until import LIMIT
+from tests.support.until import LIMIT, until
 
 
 def settings_of(url: str, stream: str, publish_timeout: float = 30.0) -> NatsSettings:
@@ -66,7 +80,13 @@ async def test_an_event_that_is_published_again_is_confirmed_and_stored_once(
 
 
 async def test_an_authors_headers_command_nothing(sink: NatsSink, jetstream: JetStreamContext, unique: str) -> None:
-    headers = {"Nats-Expected-Stream": "other", "nats-msg-id": "same", "Nats-Rollup": "all", "content-type": "mine"}
+    names = ["Nats-Expected-Stream", "Nats-Expected-Last-Msg-Id", "Nats-Rollup", "Nats-TTL", "Nats-Schedule", "Status"]
+    headers = dict.fromkeys(names, "all") | {
+        "nats-msg-id": "same",
+        "content-type": "mine",
+        "Description": "",
+        "": "x",
+    }
     events = [make_event(headers=headers), make_event(headers=headers)]
     assert list(await sink.publish(events)) == [CONFIRMED] * 2
     message = await jetstream.get_msg(unique, 2)
@@ -82,6 +102,146 @@ async def test_a_full_stream_fails_for_now(sink: NatsSink, jetstream: JetStreamC
     assert [type(outcome) for outcome in outcomes[2:]] == [Refused] * 2
     await jetstream.update_stream(config.evolve(max_msgs=-1))
     assert await sink.publish([make_event()]) == [CONFIRMED]
+
+
+@pytest.mark.parametrize(
+    ("changes", "pipelines"),
+    [
+        ({}, True),
+        ({"max_msg_size": 1000, "max_age": 3600}, True),
+        ({"max_msgs": 5}, False),
+        ({"max_bytes": 100_000}, False),
+        ({"max_msgs": 5, "discard": DiscardPolicy.OLD}, True),
+        ({"max_msgs_per_subject": 1}, True),
+        ({"max_msgs_per_subject": 1, "discard_new_per_subject": True}, False),
+    ],
+    ids=["no limit", "size and age", "messages", "bytes", "old ones go", "per subject, old ones go", "per subject"],
+)
+async def test_a_stream_that_may_refuse_single_messages_is_known(
+    nats_server: NatsServer, jetstream: JetStreamContext, unique: str, changes: dict[str, Any], pipelines: bool
+) -> None:
+    sink = NatsSink(settings_of(nats_server.url, unique))
+    await sink.topology(apply=True)
+    config = (await jetstream.stream_info(unique)).config
+    await jetstream.update_stream(config.evolve(**changes))
+    await sink.open()
+    assert sink.pipelines == pipelines
+    await sink.close()
+
+
+async def test_a_limit_that_is_set_later_is_known_from_its_first_refusal(
+    sink: NatsSink, jetstream: JetStreamContext, unique: str
+) -> None:
+    config = (await jetstream.stream_info(unique)).config
+    await jetstream.update_stream(config.evolve(max_msgs=1))
+    assert sink.pipelines
+    await sink.publish([make_event(), make_event()])
+    assert not sink.pipelines
+
+
+@pytest.mark.parametrize(
+    ("permissions", "limits", "pipelines"),
+    [("", "enabled", True), ("", "{ max_file: 100M }", False), ('publish: { deny: "$JS.API.INFO" }', "enabled", False)],
+    ids=["no limit", "limit", "may not ask"],
+)
+async def test_an_account_with_a_limit_may_refuse_single_messages(
+    tmp_path: Path, unique: str, permissions: str, limits: str, pipelines: bool
+) -> None:
+    user = f"{{ user: u, password: p, permissions: {{ {permissions} }} }}"
+    account = f"accounts {{ A: {{ jetstream: {limits}, users: [{user}] }} }}"
+    with NatsServer(tmp_path, lines=[account]) as server:
+        sink = NatsSink(settings_of(f"nats://u:p@127.0.0.1:{server.port}", unique))
+        await sink.topology(apply=True)
+        await sink.open()
+        assert sink.pipelines == pipelines
+        assert list(await sink.publish([make_event()])) == [CONFIRMED]
+        await sink.close()
+
+
+def test_a_cluster_may_lose_single_messages() -> None:
+    limits = AccountLimits(-1, -1, -1, -1, -1, -1, -1, False)
+    account = AccountInfo(0, 0, 0, 0, limits, APIStats(0, 0))
+    config, state = StreamConfig(name="s"), StreamState(0, 0, 0, 0, 0)
+    alone, clustered = ClusterInfo(leader="a"), ClusterInfo(leader="a", name="c")
+    assert not refuses_single_messages(StreamInfo(config, state, cluster=alone), account)
+    assert refuses_single_messages(StreamInfo(config, state, cluster=clustered), account)
+
+
+async def test_a_message_that_ends_the_connection_is_named_poison_in_the_servers_words(
+    tmp_path: Path, unique: str
+) -> None:
+    with NatsServer(tmp_path, lines=["max_control_line 1024"]) as server:
+        sink = NatsSink(settings_of(server.url, unique))
+        await sink.topology(apply=True)
+        await sink.open()
+        (outcome,) = await sink.publish([make_event(topic="x" * 1500)])
+        assert isinstance(outcome, Unknown)
+        assert outcome.poisoned
+        assert "maximum control line exceeded" in outcome.reason
+        assert not sink.is_open
+        await sink.open()
+        assert list(await sink.publish([make_event()])) == [CONFIRMED]
+        await sink.close()
+
+
+async def test_a_connection_that_the_server_ended_leaves_no_task_and_no_exception_behind(
+    tmp_path: Path, unique: str
+) -> None:
+    complaints: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    with NatsServer(tmp_path, lines=["max_control_line 1024"]) as server:
+        sink = NatsSink(settings_of(server.url, unique))
+        await sink.topology(apply=True)
+        for _ in range(3):
+            await sink.open()
+            batch = [make_event(payload=bytes(20_000)) for _ in range(1000)]
+            batch[500] = make_event(topic="x" * 1500)
+            assert isinstance((await sink.publish(batch))[500], Unknown)
+            await sink.close()
+    gc.collect()
+    await asyncio.sleep(0)
+    assert complaints == []
+
+
+async def test_a_limit_that_the_server_lowered_meanwhile_is_poison_once_and_then_too_large(
+    tmp_path: Path, unique: str
+) -> None:
+    with NatsServer(tmp_path) as server:
+        sink = NatsSink(settings_of(server.url, unique))
+        await sink.topology(apply=True)
+        await sink.open()
+        configuration = server.folder / "nats.conf"
+        text = configuration.read_text()
+        assert str(MAX_PAYLOAD) in text
+        configuration.write_text(text.replace(str(MAX_PAYLOAD), "100000"))
+        os.kill(server.pid, signal.SIGHUP)
+        await until(lambda: "Reloaded: max_payload" in server.log.read_text())
+        event = make_event(payload=bytes(200_000))
+        (outcome,) = await sink.publish([event])
+        assert isinstance(outcome, Unknown)
+        assert outcome.poisoned
+        assert "maximum payload violation" in outcome.reason
+        await sink.open()
+        refused, other = await sink.publish([event, make_event()])
+        assert isinstance(refused, Never)
+        assert refused.code == "too_large"
+        assert other is CONFIRMED
+        await sink.close()
+
+
+async def test_an_ending_that_no_message_is_to_blame_for_poisons_nothing(tmp_path: Path, unique: str) -> None:
+    with NatsServer(tmp_path) as server:
+        sink = NatsSink(settings_of(server.url, unique))
+        await sink.topology(apply=True)
+        await sink.open()
+        server.freeze()
+        call = asyncio.create_task(sink.publish([make_event()]))
+        await asyncio.sleep(0.1)
+        server.kill()
+        (outcome,) = await call
+        assert isinstance(outcome, Unknown)
+        assert not outcome.poisoned
+        await sink.close()
 
 
 async def test_a_message_beyond_the_streams_own_limit_can_never_be_sent(
@@ -174,6 +334,35 @@ async def test_what_only_the_filters_take_is_not_delivered(
         await delivery.ack()
     await queue.close()
     assert seen == ["shop.order.paid", "paid", "a.x", "x.b", "shop.paid"]
+
+
+async def test_a_header_named_status_is_an_authors_own_to_a_worker(
+    nats_server: NatsServer, sink: NatsSink, jetstream: JetStreamContext, unique: str
+) -> None:
+    queue = NatsQueue(settings_of(nats_server.url, unique), subscription(unique, ["#"]))
+    await queue.topology(apply=True)
+    await queue.open()
+    event = make_event(payload=b"", headers={"Status": "404", "Description": "gone"})
+    await sink.publish([event])
+    # As a version before this one stored it.
+    raw = {
+        name.replace("%53", "S"): value for name, value in ((await jetstream.get_msg(unique, 1)).headers or {}).items()
+    }
+    await jetstream.publish(f"{unique}.shop.order.inserted", b"", headers=raw | {"Nats-Msg-Id": "another"})
+    deliveries = aiter(queue.deliveries())
+    for _ in range(2):
+        delivery = await asyncio.wait_for(anext(deliveries), 5.0)
+        assert delivery.event == event
+        await delivery.ack()
+    await queue.close()
+
+
+async def test_a_header_of_dead_letters_is_refused(sink: NatsSink) -> None:
+    refused, other = await sink.publish([make_event(headers={"x-pgbridge-code": "mine"}), make_event()])
+    assert isinstance(refused, Never)
+    assert refused.code == "malformed"
+    assert "'x-pgbridge-code'" in refused.reason
+    assert other is CONFIRMED
 
 
 async def test_a_consumer_with_other_settings_differs_and_apply_changes_it(

@@ -191,9 +191,22 @@ async def test_what_a_person_must_put_right_is_tried_again_until_then(scripted: 
         (make_event(headers={f"h{n}": "v" for n in range(100)}), "too_large", "100"),
         (make_event(headers={"": "v"}), "malformed", "''"),
         (make_event(headers={"google": "v"}), "malformed", "google"),
+        (make_event(headers={"x-pgbridge-for": "v"}), "malformed", "x-pgbridge-for"),
+        (make_event(headers={"CloudPubSubDeadLetterSourceTopic": "v"}), "malformed", "CloudPubSub"),
         (make_event(payload=b"x" * 100_001), "too_large", "max_message_bytes"),
     ],
-    ids=["key", "key in bytes", "value", "name", "count", "empty name", "google's name", "payload"],
+    ids=[
+        "key",
+        "key in bytes",
+        "value",
+        "name",
+        "count",
+        "empty name",
+        "google's name",
+        "a queue's name",
+        "the service's name",
+        "payload",
+    ],
 )
 async def test_an_event_beyond_a_limit_is_refused_before_it_is_sent(
     scripted: ScriptedPubSub, event: Event, code: str, names: str

@@ -33,6 +33,8 @@ class Proxy:
         """Seconds that every byte from the client spends on the wire. Order is kept; throughput is not limited."""
         self.delay_to_client = 0.0
         """The same for bytes from the server."""
+        self.rate_to_client: float | None = None
+        """Bytes a second that pass from the server to each client; None for all there are."""
         self.refuse = False
         """Whether new connections are reset as soon as they are made."""
         self.accepted = 0
@@ -96,7 +98,9 @@ class Proxy:
             writers.append(to_server)
             async with asyncio.TaskGroup() as directions:
                 directions.create_task(self._forward(reader, to_server, lambda: self.delay_to_server))
-                directions.create_task(self._forward(from_server, writer, lambda: self.delay_to_client))
+                directions.create_task(
+                    self._forward(from_server, writer, lambda: self.delay_to_client, lambda: self.rate_to_client)
+                )
             ended_by_both = True
         except* OSError:
             # One side was reset or cannot be reached. What the proxy owes the other side is a reset, below.
@@ -109,7 +113,11 @@ class Proxy:
                     _reset(each)
 
     async def _forward(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: Callable[[], float]
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        delay: Callable[[], float],
+        rate: Callable[[], float | None] = lambda: None,
     ) -> None:
         """One direction, until its end, which is passed on too."""
         loop = asyncio.get_running_loop()
@@ -123,6 +131,10 @@ class Proxy:
                 if not chunk:
                     writer.write_eof()
                     return
+                while (bytes_a_second := rate()) is not None and chunk:
+                    part, chunk = chunk[: max(1, int(bytes_a_second / 20))], chunk[max(1, int(bytes_a_second / 20)) :]
+                    writer.write(part)
+                    await asyncio.sleep(len(part) / bytes_a_second)
                 writer.write(chunk)
                 await writer.drain()
 

@@ -42,6 +42,9 @@ CONNECT_TIMEOUT: Final = 10.0
 PING_INTERVAL: Final = 10.0
 """Seconds; a server that leaves two pings unanswered is dead."""
 
+_NO_PINGS: Final = 86400.0 * 365
+"""Seconds; how nats-py is kept from pinging."""
+
 REQUEST_TIMEOUT: Final = 5.0
 """Seconds for one answer of JetStream."""
 
@@ -85,11 +88,19 @@ _OUR_CERTIFICATE: Final = ("CERTIFICATE_REQUIRED", "BAD_CERTIFICATE", "UNKNOWN_C
 
 
 class Client(nats.aio.client.Client):
-    """nats-py's client, which otherwise encrypts only when the server asks for it, whatever the URL says."""
+    """nats-py's client, which otherwise encrypts only when the server asks for it, whatever the URL says, and leaves
+    its tasks behind when it cannot write to a connection that has ended."""
 
     def __init__(self, *, encrypted: bool) -> None:
         super().__init__()
+        self.left = False
+        """Whether nothing more is to be written."""
         self._encrypted = encrypted
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        if self.left or self.last_error is not None:
+            self._pending, self._pending_data_size = [], 0
+        await super()._close(status, do_cbs)
 
     def _connect_command(self) -> bytes:
         # The last moment before user and password are sent, and behind the TLS handshake, if there is one.
@@ -101,8 +112,11 @@ class Client(nats.aio.client.Client):
 class Connection:
     """One connection, made by `connect`. `address` is where, for people, without user and password."""
 
-    def __init__(self, settings: NatsSettings, denied: Callable[[PrivilegeError, str], None]) -> None:
+    def __init__(
+        self, settings: NatsSettings, denied: Callable[[PrivilegeError, str], None], ping_interval: int
+    ) -> None:
         self.address = str(settings.servers)
+        self.ping_interval = ping_interval
         self.client = Client(encrypted=settings.servers.encrypted)
         self._settings = settings
         self._tell_denied = denied
@@ -113,7 +127,15 @@ class Connection:
 
     @property
     def is_open(self) -> bool:
-        return self.client.is_connected
+        return self.client.is_connected and not self.client.left
+
+    @property
+    def last_words(self) -> str | None:
+        """What the server gave as the reason, in an ``-ERR`` line, for which it ended the connection."""
+        error = self.client.last_error
+        words = _words_of(error) if type(error) is nats.errors.Error else ""
+        # What it does not permit, it says too, and goes on.
+        return words if words and not words.lower().startswith(PERMISSIONS_ERR) else None
 
     @property
     def ending(self) -> PgbridgeError:
@@ -170,11 +192,18 @@ class Connection:
         while self.client.is_connected:  # noqa: ASYNC110
             await asyncio.sleep(_WATCH_INTERVAL)
 
+    def leave(self) -> None:
+        """Ends it at once: nothing more is sent, not even what waits to be written. `close` follows."""
+        self.client.left = True
+        if (transport := transport_of(self.client)) is not None:
+            transport.abort()
+
     async def close(self) -> None:
         """Says goodbye and closes, by force when the server no longer reads what is written."""
         # After a TLS handshake that failed, nats-py waits in vain for the end of a transport that has ended.
         limit = _CLOSE_LIMIT if self.client.is_connected else _TIDY_LIMIT
-        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+        # uvloop says RuntimeError where asyncio says OSError: what is to be written to has ended.
+        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError, RuntimeError):
             async with asyncio.timeout(limit):
                 await self.client.close()
         if (transport := transport_of(self.client)) is not None:
@@ -185,8 +214,13 @@ def _nobody(refusal: PrivilegeError, subject: str) -> None:
     """For whoever hears of what is not permitted by its requests alone."""
 
 
-async def connect(settings: NatsSettings, *, denied: Callable[[PrivilegeError, str], None] = _nobody) -> Connection:
+async def connect(
+    settings: NatsSettings, *, denied: Callable[[PrivilegeError, str], None] = _nobody, pings: bool = True
+) -> Connection:
     """A connection that stays lost once it is lost.
+
+    nats-py pings the server and ends the connection when two pings stay unanswered; without `pings`, whoever uses it
+    sees to that.
 
     `denied` is called when the server says that a subject is not permitted, with that subject in lower case, as
     nats-py gives it, where the connection published to it; "" where it subscribed.
@@ -195,7 +229,7 @@ async def connect(settings: NatsSettings, *, denied: Callable[[PrivilegeError, s
     """
     uses_tls = settings.servers.encrypted or settings.tls.model_fields_set
     tls = tls_context(settings.tls, settings.key) if uses_tls else None
-    connection = Connection(settings, denied)
+    connection = Connection(settings, denied, int(PING_INTERVAL if pings else _NO_PINGS))
     try:
         await _open(connection, settings, tls)
     except (nats.errors.Error, OSError, TimeoutError) as error:
@@ -267,7 +301,7 @@ async def _open(connection: Connection, settings: NatsSettings, tls: ssl.SSLCont
             max_reconnect_attempts=1,
             reconnect_time_wait=0,
             connect_timeout=int(CONNECT_TIMEOUT),
-            ping_interval=int(PING_INTERVAL),
+            ping_interval=connection.ping_interval,
             # Whoever publishes waits for room by himself (see NatsSink), in the order of his calls.
             pending_size=0,
             tls=tls,
@@ -326,13 +360,17 @@ def explained(error: Exception, settings: NatsSettings) -> PgbridgeError:
         case nats.errors.AuthorizationError():
             return LoginError(f"{url}: {there} refuses the user, the password or the token")
         case nats.errors.Error() if type(error) is nats.errors.Error:
-            return _said(str(error).removeprefix("nats: ").strip("'"), settings)
+            return _said(_words_of(error), settings)
         case TimeoutError():
             return BrokerUnavailableError(f"{url}: {there} does not answer in time")
         case _ if isinstance(error, _ENDED):
             return BrokerUnavailableError(f"{url}: {there} ended the connection")
         case _:
             return BrokerUnavailableError(f"{url}: {there} does not answer: {error or type(error).__name__}")
+
+
+def _words_of(error: Exception) -> str:
+    return str(error).removeprefix("nats: ").strip("'")
 
 
 def _said(words: str, settings: NatsSettings) -> PgbridgeError:

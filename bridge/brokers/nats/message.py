@@ -8,7 +8,8 @@ subjects. What a subject cannot hold is percent-encoded, byte by byte in UTF-8: 
 **Headers.** Values are percent-encoded as the CloudEvents HTTP binding says (1.0.2, 3.1.3.2), which its NATS binding
 refers to: all but printable ASCII, and space, ``"`` and ``%``. Headers of the author's travel in the same way, so that
 line breaks and letters of all languages survive. Characters that a header's name cannot hold are percent-encoded too,
-and so is the first letter of a name that NATS or the bridge would take for its own: ``Nats-...``, ``content-type``.
+and so is the first letter of a name that NATS, its clients or the bridge would take for their own: ``Nats-...``,
+``Status``, ``Description``, ``content-type``. An empty name becomes a lone ``%``.
 """
 
 import re
@@ -20,7 +21,7 @@ from urllib.parse import quote, unquote
 from nats.aio.msg import Msg
 
 from bridge.brokers.letters import PREFIX
-from bridge.event import Event, Malformed, from_attributes
+from bridge.event import Event, Malformed, attributes, from_attributes
 
 ID_HEADER: Final = "Nats-Msg-Id"
 """JetStream stores one message with this id within the stream's duplicate window."""
@@ -33,7 +34,10 @@ _VALUE_SAFE: Final = _PRINTABLE.translate({ord(character): None for character in
 _NAME_SAFE: Final = "!#$&'*+-.^_`|~"
 _NAME: Final = re.compile(r"[!#$&'*+\-.^_`|~0-9A-Za-z]+")
 _VALUE: Final = re.compile(r"[!#$&-~]*")
-_OURS: Final = re.compile(r"nats-|content-type$", re.IGNORECASE)
+_OURS: Final = re.compile(r"nats-|content-type\Z", re.IGNORECASE)
+"""Headers that are not the author's."""
+_ACTING: Final = re.compile(r"nats-|(content-type|status|description)\Z", re.IGNORECASE)
+"""What clients and servers act upon, so that an author's header of this name must not be read as it stands."""
 
 
 @lru_cache(4096)
@@ -55,8 +59,8 @@ def topic_of(subject: str) -> str:
 
 @lru_cache(4096)
 def _quote_name(name: str) -> str:
-    quoted = name if _NAME.fullmatch(name) else quote(name, safe=_NAME_SAFE)
-    return f"%{ord(quoted[0]):02X}{quoted[1:]}" if _OURS.match(quoted) else quoted
+    quoted = name if _NAME.fullmatch(name) else quote(name, safe=_NAME_SAFE) or "%"
+    return f"%{ord(quoted[0]):02X}{quoted[1:]}" if _ACTING.match(quoted) else quoted
 
 
 def quote_headers(flat: Mapping[str, str]) -> dict[str, str]:
@@ -69,7 +73,20 @@ def quote_headers(flat: Mapping[str, str]) -> dict[str, str]:
 
 def unquote_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """What `quote_headers` was given; headers of NATS's own are left out."""
-    return {unquote(name): unquote(value) for name, value in headers.items() if not _OURS.match(name)}
+    return {
+        "" if name == "%" else unquote(name): unquote(value) for name, value in headers.items() if not _OURS.match(name)
+    }
+
+
+def headers_of(event: Event) -> dict[str, str]:
+    """Every attribute and header of an event, and its content type, as they travel.
+
+    Raises Malformed for a header that would be read as another's, and UnicodeError as `quote_headers` does.
+    """
+    for name in event.headers:
+        if name.startswith(PREFIX):
+            raise Malformed(f"the header {name!r}: {PREFIX} is reserved for what queues add to a dead letter")
+    return quote_headers(attributes(event)) | {CONTENT_TYPE: event.content_type}
 
 
 def headers_size(headers: Mapping[str, str]) -> int:

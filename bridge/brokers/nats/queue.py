@@ -142,7 +142,8 @@ class NatsQueue:
     async def _take(self, message: Msg) -> None:
         """What arrives for the request: a message, or a status."""
         self._heard = asyncio.get_running_loop().time()
-        status = (message.headers or {}).get("Status") if not message.data else None
+        # What JetStream delivers has a reply subject, for its acknowledgement; an author's header may be a Status too.
+        status = (message.headers or {}).get("Status") if not message.reply else None
         if status is None:
             self._requested -= 1
             if self._stopped:

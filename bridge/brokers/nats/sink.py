@@ -6,6 +6,10 @@ An event goes to the subject ``<stream>.<topic>`` (`message` says how a topic be
 Every message carries its own reply subject, ``<inbox>.<batch>.<index>``, so that one subscription takes all confirms
 and a batch costs one future, not one a message. nats-py neither waits nor reconnects here: bytes are queued in the
 order of the calls, and a batch waits for room by itself when the server reads too slowly.
+
+A confirm may come late, and is waited for. The sink ends its connection when no confirm at all has come for
+`publish_timeout`; and when one stays out for as long while later ones come, since JetStream confirms in order, and so
+that one is lost: between the servers of a cluster nothing is sent twice.
 """
 
 import asyncio
@@ -15,15 +19,19 @@ from itertools import count
 from typing import Final
 
 import nats.errors
+import structlog
 from nats.aio.msg import Msg
 
 from bridge.brokers.contract import CONFIRMED, Declaration, Never, NotSent, Outcome, Refused, Unknown, Unsendable
-from bridge.brokers.nats.connection import REQUEST_TIMEOUT, Client, Connection, connect
-from bridge.brokers.nats.message import CONTENT_TYPE, ID_HEADER, headers_size, quote_headers, subject_of
+from bridge.brokers.nats.connection import PING_INTERVAL, REQUEST_TIMEOUT, Connection, connect
+from bridge.brokers.nats.message import ID_HEADER, headers_of, headers_size, subject_of
 from bridge.brokers.nats.settings import NatsSettings
-from bridge.brokers.nats.topology import require, stream_declaration
-from bridge.errors import PrivilegeError
-from bridge.event import REPLAYED, Event, Malformed, attributes
+from bridge.brokers.nats.topology import refuses_single_messages, require, stream_declaration
+from bridge.brokers.silence import LOOK_INTERVAL, STALLED, Silence
+from bridge.errors import PrivilegeError, RefusedError
+from bridge.event import REPLAYED, Event, Malformed
+
+log = structlog.get_logger()
 
 ROOM: Final = 16_000_000
 """Bytes queued for the connection beyond which a batch waits."""
@@ -35,10 +43,21 @@ MAX_SUBJECT: Final = 3000
 """Bytes; the server closes the connection over a protocol line beyond 4096, and ours holds a reply subject too."""
 
 _DISCONNECTED: Final = NotSent("the connection to NATS is not open")
-_BLOCKED: Final = NotSent("NATS did not take what was written before within publish_timeout")
 _NO_STREAM: Final = Refused("no stream answered for the subject: it is gone, or JetStream is not ready")
 _TOO_LARGE: Final = {10054, 10097}
 """JetStream's codes for a message, or its headers, beyond the stream's limit: refusals that no waiting can help."""
+
+_OVER_A_MESSAGE: Final = (
+    "maximum payload violation",
+    "maximum control line exceeded",
+    "parser error",
+    "unknown protocol operation",
+    "invalid publish subject",
+)
+"""Begin the words with which the server ends a connection over what was published on it, in lower case."""
+
+_PONG_LIMIT: Final = 86400
+"""Seconds that nats-py waits for the answer to a ping; it is judged by the silence long before."""
 
 
 class _Batch:
@@ -50,6 +69,8 @@ class _Batch:
         self.missing = len(events)
         self.sent = 0
         """Events below this index were handed to the connection, or refused."""
+        self.passed_over = 0.0
+        """Seconds for which nothing of this batch has been confirmed, while a later one was."""
         self.done = asyncio.get_running_loop().create_future()
 
     def settle(self, index: int, outcome: Outcome) -> None:
@@ -80,6 +101,11 @@ class NatsSink:
         self._denied: dict[str, PrivilegeError] = {}
         """Subjects, in lower case, of messages that the server has just refused, and why."""
         self._watcher: asyncio.Task[None] | None = None
+        self._silence = Silence()
+        self._newest = -1
+        """The latest batch of which something was confirmed."""
+        self._pipelines = True
+        self._strange_answers = 0
 
     @property
     def is_open(self) -> bool:
@@ -89,32 +115,51 @@ class NatsSink:
     @property
     def stalled(self) -> str | None:
         """See `contract.Sink.stalled`."""
-        return None
+        if not self._batches or not self.is_open or self._silence.seconds <= STALLED:
+            return None
+        return f"NATS at {self._address} has confirmed nothing for {self._silence.seconds:.0f} s"
 
     @property
     def pipelines(self) -> bool:
-        """See `contract.Sink.pipelines`."""
-        return True
+        """See `contract.Sink.pipelines`. False where the stream or the account has a limit, in a cluster, and from the
+        first refusal until the sink is opened again."""
+        return self._pipelines
 
     async def open(self) -> None:
         """See `contract.Sink.open`."""
         if self.is_open:
             return
         await self.close()
-        connection = await connect(self._settings, denied=self._deny)
+        connection = await connect(self._settings, denied=self._deny, pings=False)
         try:
             async with connection.asking():
                 require([await self._stream(connection, apply=False)], self._settings)
                 self._inbox = connection.client.new_inbox()
-                await connection.client.subscribe(f"{self._inbox}.*.*", cb=self._confirm)
+                # Without a limit, beyond which nats-py would drop confirms.
+                await connection.client.subscribe(
+                    f"{self._inbox}.*.*", cb=self._confirm, pending_msgs_limit=0, pending_bytes_limit=0
+                )
                 # The server knows the subscription once it has answered a ping behind it.
                 await connection.client.flush(int(REQUEST_TIMEOUT))
+            self._pipelines = not await self._limited(connection)
         except BaseException:
             await connection.close()
             raise
         self._limit = min(self._settings.max_message_bytes, connection.client.max_payload - DEAD_LETTER_ROOM)
         self._connection = connection
+        self._silence.end()
         self._watcher = asyncio.create_task(self._watch(connection))
+
+    async def _limited(self, connection: Connection) -> bool:
+        jetstream = connection.jetstream()
+        try:
+            async with connection.asking():
+                stream = await jetstream.stream_info(self._settings.stream)
+                return refuses_single_messages(stream, await jetstream.account_info())
+        except RefusedError:
+            # Who may not ask, or reaches no more of another account's JetStream than the stream: better slow than out
+            # of order.
+            return True
 
     async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
         """See `contract.Sink.publish`. An event whose subject the server does not permit is Refused."""
@@ -125,44 +170,44 @@ class NatsSink:
             return []
         batch = _Batch(events)
         number = next(self._numbers)
+        if not self._batches:
+            self._silence.end()
         self._batches[number] = batch
         try:
-            async with asyncio.timeout(self._settings.publish_timeout):
-                async with self._turn:
-                    await self._send(connection.client, number, batch, events)
-                await batch.done
-        except TimeoutError:
-            reason = f"NATS at {self._address} sent no confirm within {self._settings.publish_timeout:g} s"
-            batch.settle_rest(_BLOCKED, Unknown(reason))
+            async with self._turn:
+                await self._send(connection, number, batch, events)
+            await batch.done
         finally:
             del self._batches[number]
         return [outcome or _DISCONNECTED for outcome in batch.outcomes]
 
-    async def _send(self, client: Client, number: int, batch: _Batch, events: Sequence[Event]) -> None:
+    async def _send(self, connection: Connection, number: int, batch: _Batch, events: Sequence[Event]) -> None:
         """Hands every event to the connection; suspends only for room."""
+        client = connection.client
         prefix = f"{self._inbox}.{number}."
         for index, event in enumerate(events):
             # nats-py does not say when there is room.
-            while client.pending_data_size > ROOM and client.is_connected:  # noqa: ASYNC110
+            while client.pending_data_size > ROOM and connection.is_open:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
+            if not connection.is_open:
+                return  # `_watch` settles it, once what has arrived is counted
             try:
                 subject, headers = self._encode(event)
                 batch.sent = index + 1
                 await client.publish(subject, event.payload, f"{prefix}{index}", headers)
             except Unsendable as refused:
                 batch.settle(index, refused.outcome)
-            except (nats.errors.Error, OSError):
-                batch.settle_rest(_DISCONNECTED, self._gone())
-                return
+            except (nats.errors.Error, OSError, UnicodeError) as error:
+                if connection.is_open:
+                    batch.settle(index, Never("malformed", f"event {event.id} cannot be written for NATS: {error}"))
 
     def _encode(self, event: Event) -> tuple[str, dict[str, str]]:
         try:
             subject = subject_of(self._settings.stream, event.topic)
-            headers = quote_headers(attributes(event))
+            headers = headers_of(event)
             if REPLAYED not in event.headers:
                 # A replay within the duplicate window would be confirmed and not stored.
                 headers[ID_HEADER] = event.id
-            headers[CONTENT_TYPE] = event.content_type
         except Malformed as error:
             raise Unsendable("malformed", str(error)) from error
         except UnicodeError as error:
@@ -184,9 +229,22 @@ class NatsSink:
 
     async def _confirm(self, message: Msg) -> None:
         number, _, index = message.subject[len(self._inbox) + 1 :].partition(".")
+        outcome = _outcome_of(message)
+        if outcome is None:
+            # Somebody else subscribes to the subject, and answers. JetStream's own answer is still to come.
+            self._strange_answers += 1
+            if self._strange_answers == 1:
+                log.warning("nats.strange_answer", sink=self._settings.name, answer=repr(message.data[:200]))
+            return
+        self._silence.end()
+        if outcome is CONFIRMED:
+            self._newest = max(self._newest, int(number))
+        elif isinstance(outcome, Refused):
+            self._pipelines = False
         batch = self._batches.get(int(number))
         if batch is not None:
-            batch.settle(int(index), _outcome_of(message))
+            batch.passed_over = 0.0
+            batch.settle(int(index), outcome)
 
     def _deny(self, refusal: PrivilegeError, subject: str) -> None:
         """The server does not permit a subject, and will not confirm what was sent to it."""
@@ -206,15 +264,55 @@ class NatsSink:
                         batch.settle(index, Refused(str(refusal)))
 
     async def _watch(self, connection: Connection) -> None:
-        await connection.until_lost()
-        self._settle_all()
+        """Notices that the connection is lost; ends it when the server confirms nothing of what waits, or not all."""
+        pong: asyncio.Task[None] | None = None
+        reason: str | None = None
+        try:
+            while connection.is_open and reason is None:
+                await self._silence.look()
+                if pong is not None and pong.done():
+                    pong.exception()
+                    pong = None
+                    self._silence.end()
+                if self._batches or pong is not None:
+                    reason = await self._silent()
+                elif self._silence.seconds >= PING_INTERVAL:
+                    self._silence.end()
+                    pong = asyncio.create_task(connection.client.flush(_PONG_LIMIT))
+        finally:
+            if pong is not None:
+                pong.cancel()
+        outcome = self._gone(connection) if reason is None else Unknown(reason)
+        connection.leave()
+        self._settle_all(outcome)
 
-    def _settle_all(self) -> None:
+    async def _silent(self) -> str | None:
+        """Why the connection must end; None while confirms may still come."""
+        limit = self._settings.publish_timeout
+        if await self._silence.reaches(limit):
+            return f"NATS at {self._address} has confirmed nothing for {limit:g} s, so its connection was given up"
+        for number, batch in self._batches.items():
+            if number < self._newest:
+                batch.passed_over += LOOK_INTERVAL
+                if batch.passed_over >= limit:
+                    return (
+                        f"NATS at {self._address} left {batch.missing} events without an answer for {limit:g} s while "
+                        "it confirmed later ones, so its connection was given up"
+                    )
+        return None
+
+    def _settle_all(self, sent: Unknown) -> None:
         for batch in self._batches.values():
-            batch.settle_rest(_DISCONNECTED, self._gone())
+            batch.settle_rest(_DISCONNECTED, sent)
 
-    def _gone(self) -> Unknown:
-        return Unknown(f"the connection to NATS at {self._address} ended before the confirm came")
+    def _gone(self, connection: Connection) -> Unknown:
+        words = connection.last_words
+        if words is None:
+            return Unknown(f"the connection to NATS at {self._address} ended before the confirm came")
+        return Unknown(
+            f"NATS at {self._address} ended the connection before the confirm came, and said: {words}",
+            poisoned=words.lower().startswith(_OVER_A_MESSAGE),
+        )
 
     async def _stream(self, connection: Connection, *, apply: bool) -> Declaration:
         return await stream_declaration(connection.jetstream(), self._settings.stream, apply=apply)
@@ -235,12 +333,12 @@ class NatsSink:
             self._watcher.cancel()
             self._watcher = None
         if connection is not None:
-            self._settle_all()
+            self._settle_all(self._gone(connection))
             await connection.close()
 
 
-def _outcome_of(message: Msg) -> Outcome:
-    """What an answer on the reply subject says of its message."""
+def _outcome_of(message: Msg) -> Outcome | None:
+    """What an answer on the reply subject says of its message; None when JetStream did not write it."""
     if not message.data:
         return _NO_STREAM
     try:
@@ -251,6 +349,6 @@ def _outcome_of(message: Msg) -> Outcome:
         code = error["err_code"]
         reason = f"JetStream refused the message: {error['description']} ({code})"
     except (ValueError, KeyError, TypeError, AttributeError):
-        return Unknown(f"the confirm is not one of JetStream: {message.data[:200]!r}")
+        return None
     # The rest depends on the stream (full, sealed, without a leader), which may take the message later.
     return Never("too_large", reason) if code in _TOO_LARGE else Refused(reason)

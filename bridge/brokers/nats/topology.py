@@ -6,6 +6,7 @@ from typing import Final
 
 from nats.js import JetStreamContext
 from nats.js.api import (
+    AccountInfo,
     AckPolicy,
     ConsumerConfig,
     DeliverPolicy,
@@ -13,6 +14,7 @@ from nats.js.api import (
     RetentionPolicy,
     StorageType,
     StreamConfig,
+    StreamInfo,
 )
 from nats.js.errors import NotFoundError
 
@@ -83,6 +85,24 @@ def _problem_with(found: StreamConfig, subject: str) -> str | None:
             f"{DUPLICATE_WINDOW:g} s; {change}"
         )
     return None
+
+
+def refuses_single_messages(stream: StreamInfo, account: AccountInfo) -> bool:
+    """Whether the stream may refuse a message and take a later one: at a limit that acks, ages or sizes move it across.
+
+    Nor does a cluster keep every message: while the stream's leader changes, one may be refused or lost, and the next
+    be taken.
+    """
+    config = stream.config
+    per_subject = config.discard_new_per_subject and _limited(config.max_msgs_per_subject)
+    full = config.discard == DiscardPolicy.NEW and (_limited(config.max_msgs) or _limited(config.max_bytes))
+    limits = [account.limits, *[tier.limits for tier in (account.tiers or {}).values()]]
+    clustered = stream.cluster is not None and bool(stream.cluster.name)
+    return bool(per_subject or full or clustered or any(_limited(each.max_storage) for each in limits if each))
+
+
+def _limited(limit: int | None) -> bool:
+    return limit is not None and limit > 0
 
 
 def require(found: Sequence[Declaration], settings: NatsSettings) -> None:

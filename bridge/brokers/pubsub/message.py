@@ -161,10 +161,12 @@ def _attribute(name: str, value: bytes) -> bytes:
 
 
 def _header(name: str, value: str) -> bytes:
-    if not name or name == CONTENT_TYPE or name.startswith(("goog", ATTRIBUTE_PREFIX)):
-        reason = f"the header {name!r} cannot travel: empty names, 'goog...', '{ATTRIBUTE_PREFIX}...' and "
+    if not name or name == CONTENT_TYPE or name.startswith((ATTRIBUTE_PREFIX, *NOT_THE_EVENTS)):
         raise Unsendable(
-            "malformed", f"{reason}'{CONTENT_TYPE}' are kept for Pub/Sub and for the event's own attributes"
+            "malformed",
+            f"the header {name!r} cannot travel: an empty name, '{CONTENT_TYPE}', and what begins with "
+            f"{', '.join((ATTRIBUTE_PREFIX, *NOT_THE_EVENTS))} is kept for Pub/Sub, for the event's own attributes and "
+            "for dead letters",
         )
     return _attribute(name, value.encode())
 

@@ -3,6 +3,10 @@
 Many keys travel side by side, up to a limit of requests; while it is reached, waiting messages gather and share
 requests. A request that fails takes along what waits behind it with the same key, and the key takes nothing more
 until every `publish` call that had a part in it has been answered: only then does the relay know what to send first.
+
+An answer may come late, and is waited for while the service answers other requests. `watch` gives everything up when
+no request at all has been answered for `publish_timeout`; or when a single one has not for four times as long, which
+may be in trouble of its own while the service is well, but must not hold back its key for good.
 """
 
 import asyncio
@@ -17,6 +21,7 @@ from bridge.brokers.contract import CONFIRMED, Never, NotSent, Outcome, Refused,
 from bridge.brokers.pubsub.connection import Connection, said_by
 from bridge.brokers.pubsub.message import topic_field
 from bridge.brokers.pubsub.settings import PubSubSettings
+from bridge.brokers.silence import LOOK_INTERVAL, STALLED, Silence, read_what_arrived
 
 
 class Call:
@@ -57,14 +62,22 @@ class KeyQueue:
         self.timer: asyncio.TimerHandle | None = None
 
 
-_THIS_KEY_LATER: Final = {
+_NOTHING_GOES: Final = {grpc.StatusCode.NOT_FOUND, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED}
+"""Every request would be refused until a person acts."""
+_NOT_ANSWERED: Final = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+"""The connection or the service went before there was an answer."""
+_REFUSED_WHOLE: Final = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.FAILED_PRECONDITION,
 }
-"""The service refused this request and may take it later: a quota, or a key's 1 MB a second."""
-_NOTHING_GOES: Final = {grpc.StatusCode.NOT_FOUND, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED}
-"""Every request would be refused until a person acts."""
+"""The service took nothing of this request and may take it later: a quota, or a key's 1 MB a second."""
+
+_MOST_SUSPECTS: Final = 10_000
+
+REQUEST_LIMIT: Final = 4
+"""Times `publish_timeout`, after which one request is given up although others are answered. Google's own client waits
+for a minute; a request that slow is not worth the repetition of the 63 others."""
 
 
 class Requests:
@@ -79,8 +92,49 @@ class Requests:
         self._ready: deque[KeyQueue] = deque()
         self._in_flight = 0
         self._finishing: set[asyncio.Task[None]] = set()
+        self._silence = Silence()
+        self._looks = 0
+        self._asked: dict[Any, int] = {}
+        """Requests without an answer, oldest first, and the look at which each was made."""
+        self._suspects: set[int] = set()
+        """Hashes of messages without a key over which the service failed. They travel alone: one of them is to blame,
+        and the others must not wait with it."""
         self.broken: str | None = None
         """Why nothing can be published any more; None while it can."""
+
+    @property
+    def stalled(self) -> str | None:
+        """See `contract.Sink.stalled`."""
+        if not self._asked or self.broken is not None or self._silence.seconds <= STALLED:
+            return None
+        return f"Pub/Sub at {self._connection.address} has answered nothing for {self._silence.seconds:.0f} s"
+
+    async def watch(self) -> None:
+        """Gives up when the service answers nothing, or a single request never."""
+        limit = self._settings.publish_timeout
+        while self.broken is None or self._asked:
+            await self._silence.look()
+            self._looks += 1
+            if not self._asked:
+                self._silence.end()
+            elif await self._silence.reaches(limit):
+                self._leave(f"Pub/Sub at {self._connection.address} has answered nothing for {limit:g} s")
+            else:
+                await self._look_at_the_oldest(limit * REQUEST_LIMIT)
+
+    async def _look_at_the_oldest(self, limit: float) -> None:
+        for request, asked in tuple(self._asked.items())[:1]:
+            if (self._looks - asked) * LOOK_INTERVAL >= limit:
+                await read_what_arrived()
+                if request in self._asked:
+                    address = self._connection.address
+                    self._leave(f"Pub/Sub at {address} has left a request without an answer for {limit:g} s")
+
+    def _leave(self, reason: str) -> None:
+        """Gives up, and waits for no answer either."""
+        self.give_up(reason)
+        for request in self._asked:
+            request.cancel()
 
     @contextmanager
     def call(self, count: int) -> Iterator[Call]:
@@ -166,17 +220,26 @@ class Requests:
 
     def _take(self, queue: KeyQueue) -> list[Waiting]:
         batch = [queue.waiting.popleft()]
+        if self._travels_alone(queue, batch[0]):
+            return batch
         size = len(batch[0][0])
         while queue.waiting and len(batch) < self._settings.batch_messages:
             size += len(queue.waiting[0][0])
-            if size > self._settings.batch_bytes:
+            if size > self._settings.batch_bytes or self._travels_alone(queue, queue.waiting[0]):
                 break
             batch.append(queue.waiting.popleft())
         return batch
 
+    def _travels_alone(self, queue: KeyQueue, waiting: Waiting) -> bool:
+        return bool(self._suspects) and not queue.key and hash(waiting[0]) in self._suspects
+
     def _send(self, batch: Sequence[Waiting]) -> Any:
-        request = b"".join([self._topic_field, *[message for message, _, _ in batch]])
-        return self._connection.publish_encoded(request, timeout=self._settings.publish_timeout)
+        """Without a deadline of gRPC's, which would pass while this process stands still: `watch` keeps the time."""
+        if not self._asked:
+            self._silence.end()
+        request = self._connection.publish_encoded(b"".join([self._topic_field, *[message for message, _, _ in batch]]))
+        self._asked[request] = self._looks
+        return request
 
     async def _finish(self, queue: KeyQueue, batch: Sequence[Waiting], response: Any) -> None:
         try:
@@ -196,32 +259,50 @@ class Requests:
         try:
             await response
         except grpc.aio.AioRpcError as error:
+            self._asked.pop(response)
+            if error.code() not in _NOT_ANSWERED:
+                self._silence.end()
             return await self._refused(queue, batch, error)
         except asyncio.CancelledError:
-            self._fail(queue, batch, Unknown("the connection was closed before the confirm came"))
+            self._fail(queue, batch, Unknown(self.broken or "the connection was closed before the confirm came"))
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise
             return False
-        for _, call, index in batch:
+        finally:
+            self._asked.pop(response, None)
+        self._silence.end()
+        for message, call, index in batch:
             call.settle(index, CONFIRMED)
+            if self._suspects:
+                self._suspects.discard(hash(message))
         return True
 
     async def _refused(self, queue: KeyQueue, batch: Sequence[Waiting], error: grpc.aio.AioRpcError) -> bool:
         said = f"Pub/Sub at {self._connection.address} says {said_by(error)}"
         if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
             return await self._single_out(queue, batch, said)
-        if error.code() in _THIS_KEY_LATER:
+        if error.code() in _NOTHING_GOES:
+            self.give_up(f"{said} (topic {self._topic})")
+            self._fail(queue, batch, NotSent(f"{said} (topic {self._topic})"))
+        elif error.code() in _NOT_ANSWERED:
+            self.give_up(said)
+            self._fail(queue, batch, Unknown(said))
+        elif queue.key or error.code() in _REFUSED_WHOLE:
             first, behind = batch[:1], batch[1:]
             self._fail(queue, first, Refused(said))
             # The request was refused whole: nothing behind the first can have overtaken it.
             self._fail(queue, behind, _behind(queue.key) if queue.key else NotSent(said))
-        elif error.code() in _NOTHING_GOES:
-            self.give_up(f"{said} (topic {self._topic})")
-            self._fail(queue, batch, NotSent(f"{said} (topic {self._topic})"))
         else:
-            self.give_up(said)
-            self._fail(queue, batch, Unknown(said))
+            # INTERNAL, UNKNOWN and their like are answers: the service failed over this request, perhaps over one of
+            # its messages, or it fails over everything for now. Which one cannot be known, so nothing is called poison.
+            self._suspect(batch)
+            self._fail(queue, batch, Refused(said))
         return False
+
+    def _suspect(self, batch: Sequence[Waiting]) -> None:
+        if len(self._suspects) > _MOST_SUSPECTS:
+            self._suspects.clear()
+        self._suspects.update(hash(message) for message, _, _ in batch)
 
     async def _single_out(self, queue: KeyQueue, batch: Sequence[Waiting], said: str) -> bool:
         """Finds, by halves and in order, the messages for which the service refuses a whole request."""

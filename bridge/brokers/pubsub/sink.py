@@ -34,7 +34,7 @@ class PubSubSink:
         self._topic = f"projects/{settings.project}/topics/{settings.topic}"
         self._encoder = Encoder(ordering=settings.ordering, max_payload=settings.max_message_bytes)
         self._requests: Requests | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
 
     @property
     def is_open(self) -> bool:
@@ -44,11 +44,11 @@ class PubSubSink:
     @property
     def stalled(self) -> str | None:
         """See `contract.Sink.stalled`."""
-        return None
+        return None if self._requests is None else self._requests.stalled
 
     @property
     def pipelines(self) -> bool:
-        """See `contract.Sink.pipelines`."""
+        """See `contract.Sink.pipelines`. A key has one request in flight, however many of its events are given."""
         return True
 
     async def open(self) -> None:
@@ -63,7 +63,8 @@ class PubSubSink:
             await connection.close()
             raise
         self._requests = Requests(self._settings, connection, self._topic)
-        self._watching = asyncio.create_task(_watch(connection, self._requests))
+        watches = (_watch(connection, self._requests), self._requests.watch())
+        self._watching = [asyncio.create_task(watch) for watch in watches]
 
     async def _check_topic(self, connection: Connection) -> None:
         try:
@@ -115,11 +116,11 @@ class PubSubSink:
     async def close(self) -> None:
         """See `contract.Sink.close`."""
         requests, self._requests = self._requests, None
-        if self._watching is not None:
-            self._watching.cancel()
+        watching, self._watching = self._watching, []
+        for task in watching:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._watching
-            self._watching = None
+                await task
         if requests is not None:
             await requests.close()
 
