@@ -6,6 +6,8 @@ cost thirty times as much.
 
 import asyncio
 from collections.abc import Sequence
+from math import inf
+from time import monotonic
 from typing import Final
 
 from bridge.brokers.contract import Declaration, NotSent, Outcome
@@ -20,6 +22,9 @@ from bridge.event import Event
 _START_LIMIT: Final = 10.0
 """Seconds that looking for the exchange and opening the channel may take, once connected."""
 
+_CALM_AFTER: Final = 60.0
+"""Seconds without a refusal after which events of one key may be on the way together again."""
+
 _NOT_OPEN: Final = NotSent("the sink is not open")
 
 
@@ -32,6 +37,8 @@ class RabbitMQSink:
         self._opening = asyncio.Lock()
         self._connection: Connection | None = None
         self._publisher: Publisher | None = None
+        self._refused_at = -inf
+        """When an earlier publisher was last refused a message, by `time.monotonic`."""
 
     @property
     def is_open(self) -> bool:
@@ -41,12 +48,18 @@ class RabbitMQSink:
     @property
     def stalled(self) -> str | None:
         """See `contract.Sink.stalled`."""
-        return None
+        return self._publisher.stalled if self._publisher is not None else None
 
     @property
     def pipelines(self) -> bool:
-        """See `contract.Sink.pipelines`."""
-        return True
+        """Whether no queue has refused a message within the last minute.
+
+        A queue that rejects when it is full takes the next message as soon as a consumer has made room, and nothing
+        shows beforehand which queues a topic reaches.
+        """
+        publisher = self._publisher
+        refused_at = max(self._refused_at, publisher.refused_at) if publisher is not None else self._refused_at
+        return monotonic() - refused_at > _CALM_AFTER
 
     async def open(self) -> None:
         """See `contract.Sink.open`.
@@ -67,7 +80,10 @@ class RabbitMQSink:
                 raise
 
     async def _start(self, connection: Connection) -> Publisher:
-        learned = self._publisher.learned_limit if self._publisher is not None else None
+        learned = None
+        if self._publisher is not None:
+            learned = self._publisher.learned_limit
+            self._refused_at = max(self._refused_at, self._publisher.refused_at)
         limit = min(self._settings.max_message_bytes, learned or self._settings.max_message_bytes)
         encoder = Encoder(self._settings.exchange, connection.frame_max, limit)
         publisher = Publisher(connection, encoder, self._settings.publish_timeout)
