@@ -236,7 +236,7 @@ async def test_a_blocked_connection_buffers_little_and_goes_on_when_the_alarm_en
 async def test_an_alarm_longer_than_the_time_out_neither_repeats_nor_reorders(
     node: TlsRabbitMQServer, unique: str, open_sink: Any, bind: Any
 ) -> None:
-    sink = await open_sink(node.url, publish_timeout=0.5)
+    sink = await open_sink(node.url, publish_timeout=1.0)
     queue = await bind(node.url, unique)
     events = make_events(1000)
     node.alarm(True)
@@ -244,7 +244,7 @@ async def test_an_alarm_longer_than_the_time_out_neither_repeats_nor_reorders(
         calls = [asyncio.create_task(sink.publish(events[:10]))]
         await until(lambda: sink._connection.blocked is not None, "RabbitMQ says that it blocks")
         calls += [asyncio.create_task(sink.publish(events[start : start + 10])) for start in range(10, 500, 10)]
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(2.5)
         calls += [asyncio.create_task(sink.publish(events[start : start + 10])) for start in range(500, 1000, 10)]
         await asyncio.sleep(0.1)
         assert not any(call.done() for call in calls)
@@ -261,7 +261,7 @@ async def test_a_broker_that_is_frozen_most_of_the_time_gets_every_event_once(
 ) -> None:
     sink = await open_sink(node.url, publish_timeout=2.5)
     queue = await bind(node.url, unique, x_queue_type="quorum")
-    events = make_events(2500)
+    events = make_events(1500)
     stop = asyncio.Event()
 
     async def freeze_and_thaw() -> None:
@@ -278,13 +278,13 @@ async def test_a_broker_that_is_frozen_most_of_the_time_gets_every_event_once(
     await asyncio.sleep(0.1)
     started = asyncio.get_running_loop().time()
     try:
-        calls = [sink.publish(events[start : start + 500]) for start in range(0, 2500, 500)]
+        calls = [sink.publish(events[start : start + 500]) for start in range(0, 1500, 500)]
         outcomes = await asyncio.wait_for(asyncio.gather(*calls), 60.0)
     finally:
         stop.set()
         await freezing
     assert asyncio.get_running_loop().time() - started > 2.5, "faster than the time-out, so this shows nothing"
-    assert [list(each) for each in outcomes] == [[CONFIRMED] * 500] * 5
+    assert [list(each) for each in outcomes] == [[CONFIRMED] * 500] * 3
     assert ids(await drain(queue)) == ids(events)
 
 
@@ -301,16 +301,20 @@ async def proxied(rabbitmq: RabbitMQServer, unique: str, open_sink: Any, bind: A
         yield make
 
 
-@pytest.mark.parametrize(("direction", "rate"), [("to_server", 250_000), ("to_client", 60)])
+@pytest.mark.parametrize(("direction", "rate"), [("to_server", 250_000), ("to_client", 400)])
 async def test_confirms_that_come_slowly_are_waited_for_and_nothing_is_sent_twice(
     proxied: Any, direction: str, rate: int
 ) -> None:
-    sink, proxy, queue = await proxied(publish_timeout=0.7)
+    sink, proxy, queue = await proxied(publish_timeout=1.5)
     setattr(proxy, f"rate_{direction}", rate)
     events = make_events(2000)
-    started = asyncio.get_running_loop().time()
-    outcomes = await asyncio.gather(*(sink.publish(events[start : start + 50]) for start in range(0, 2000, 50)))
-    assert asyncio.get_running_loop().time() - started > 2.0, "faster than the time-out, so this shows nothing"
+    began = asyncio.get_running_loop().time()
+    calls = []
+    for start in range(0, 2000, 50):
+        calls.append(asyncio.create_task(sink.publish(events[start : start + 50])))
+        await asyncio.sleep(0.02)  # else RabbitMQ confirms many of them with a few bytes
+    outcomes = await asyncio.gather(*calls)
+    assert asyncio.get_running_loop().time() - began > 3.0, "faster than the time-out, so this shows nothing"
     assert [list(each) for each in outcomes] == [[CONFIRMED] * 50] * 40
     assert sink.is_open
     assert ids(await drain(queue)) == ids(events)
@@ -350,12 +354,12 @@ async def test_a_broker_that_reads_nothing_is_left_after_the_time_out(proxied: A
 
 
 async def test_a_process_that_did_nothing_for_longer_than_the_time_out_keeps_its_connection(proxied: Any) -> None:
-    sink, _, queue = await proxied(publish_timeout=0.5)
+    sink, _, queue = await proxied(publish_timeout=1.0)
     events = make_events(1000)
     calls = [asyncio.create_task(sink.publish(events[start : start + 100])) for start in range(0, 1000, 100)]
     for _ in range(3):
         await asyncio.sleep(0)
-        time.sleep(1.0)
+        time.sleep(1.5)
     outcomes = await asyncio.gather(*calls)
     assert [list(each) for each in outcomes] == [[CONFIRMED] * 100] * 10
     assert sink.is_open
@@ -371,7 +375,7 @@ from bridge.brokers.rabbitmq.sink import RabbitMQSink
 from tests.support.events import make_event
 
 async def main(url, exchange):
-    settings = RabbitMQSettings(type="rabbitmq", url=SecretStr(url), exchange=exchange, publish_timeout=0.5)
+    settings = RabbitMQSettings(type="rabbitmq", url=SecretStr(url), exchange=exchange, publish_timeout=1.0)
     sink = RabbitMQSink(settings)
     await sink.open()
     told = asyncio.create_task(asyncio.to_thread(sys.stdin.readline))
@@ -405,10 +409,10 @@ async def test_a_process_that_was_stopped_for_longer_than_the_time_out_keeps_its
         assert process.stdin is not None
         assert process.stdout is not None
         assert await process.stdout.readline() == b"publishing\n"
-        for _ in range(3):
-            await asyncio.sleep(0.1)
+        for _ in range(2):
+            await asyncio.sleep(0.2)
             process.send_signal(signal.SIGSTOP)
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(2.0)
             process.send_signal(signal.SIGCONT)
         await asyncio.sleep(0.2)
         process.stdin.write(b"stop\n")
