@@ -99,7 +99,7 @@ async def test_a_server_that_is_frozen_most_of_the_time_gets_every_event_once(se
 async def test_confirms_that_come_slower_than_the_time_out_settle_their_events(
     server: NatsServer, proxy: Proxy, sink: NatsSink, unique: str
 ) -> None:
-    proxy.rate_to_client = 50_000.0
+    proxy.rate_to_client = 50_000
     outcomes = await sink.publish(marked(2000))
     assert list(outcomes) == [CONFIRMED] * 2000
     assert sink.is_open

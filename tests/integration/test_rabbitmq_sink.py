@@ -1,6 +1,9 @@
-"""RabbitMQ's own ways with a publisher: returns, alarms, closed channels, lost connections, TLS."""
+"""RabbitMQ's own ways with a publisher: returns, alarms, slowness, closed channels, lost connections, TLS."""
 
 import asyncio
+import signal
+import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -12,7 +15,7 @@ import uvloop
 from pydantic import SecretStr
 
 from bridge.brokers.contract import CONFIRMED, Never, NotSent, Refused, Unknown
-from bridge.brokers.rabbitmq import publisher
+from bridge.brokers.rabbitmq import frames
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
 from bridge.errors import BrokerUnavailableError, TopologyError
@@ -162,7 +165,7 @@ async def test_a_message_beyond_the_brokers_limit_is_found_and_the_others_go_aga
     assert isinstance(outcomes[2], Never)
     assert outcomes[2].code == "too_large"
     assert str(BROKER_LIMIT) in outcomes[2].reason
-    assert all(isinstance(outcomes[n], Unknown) or outcomes[n] is CONFIRMED for n in (0, 1, 3, 4))
+    assert all(outcomes[n] is CONFIRMED or not outcomes[n].poisoned for n in (0, 1, 3, 4))
     assert not sink.is_open
     await sink.open()
     again = await sink.publish(events)
@@ -180,6 +183,7 @@ async def test_a_deleted_exchange_closes_the_sink_and_open_says_what_to_do(
         await (await connection.channel()).exchange_delete(unique)
     outcomes = await sink.publish(make_events(3))
     assert all(isinstance(outcome, Unknown) and "NOT_FOUND" in outcome.reason for outcome in outcomes)
+    assert not any(outcome.poisoned for outcome in outcomes)
     assert not sink.is_open
     with pytest.raises(TopologyError, match="pgbridge topology --apply"):
         await sink.open()
@@ -227,73 +231,287 @@ async def test_a_blocked_connection_buffers_little_and_goes_on_when_the_alarm_en
     assert ids(await drain(queue))[1:] == ids(event for batch in events for event in batch)
 
 
-async def test_a_time_out_while_blocked_leaves_the_unsent_not_sent_and_the_sent_unknown(
+async def test_an_alarm_longer_than_the_time_out_neither_repeats_nor_reorders(
     node: TlsRabbitMQServer, unique: str, open_sink: Any, bind: Any
 ) -> None:
     sink = await open_sink(node.url, publish_timeout=1.0)
     queue = await bind(node.url, unique)
-    sent, unsent = make_event(), make_event()
+    events = make_events(1000)
     node.alarm(True)
     try:
-        first = asyncio.create_task(sink.publish([sent]))
+        calls = [asyncio.create_task(sink.publish(events[:10]))]
         await until(lambda: sink._connection.blocked is not None, "RabbitMQ says that it blocks")
-        second = await sink.publish([unsent])
-        assert isinstance(second[0], NotSent)
-        assert "memory" in second[0].reason
-        assert isinstance((await first)[0], Unknown)
+        calls += [asyncio.create_task(sink.publish(events[start : start + 10])) for start in range(10, 500, 10)]
+        await asyncio.sleep(2.5)
+        calls += [asyncio.create_task(sink.publish(events[start : start + 10])) for start in range(500, 1000, 10)]
+        await asyncio.sleep(0.1)
+        assert not any(call.done() for call in calls)
         assert sink.is_open
     finally:
-        node.alarm(False)
-    await until(lambda: sink._connection.blocked is None, "RabbitMQ says that it goes on")
-    assert await sink.publish([unsent]) == [CONFIRMED]
-    assert ids(await drain(queue)) == [sent.id, unsent.id]
+        await asyncio.to_thread(node.alarm, False)
+    outcomes = await asyncio.wait_for(asyncio.gather(*calls), 20.0)
+    assert {outcome for each in outcomes for outcome in each} == {CONFIRMED}
+    assert ids(await drain(queue)) == ids(events)
 
 
-async def test_a_broker_that_reads_nothing_stops_the_writer_and_time_runs_out(
-    rabbitmq: RabbitMQServer, unique: str, open_sink: Any, bind: Any
+async def test_a_broker_that_is_frozen_most_of_the_time_gets_every_event_once(
+    node: TlsRabbitMQServer, unique: str, open_sink: Any, bind: Any
+) -> None:
+    sink = await open_sink(node.url, publish_timeout=2.5)
+    queue = await bind(node.url, unique, x_queue_type="quorum")
+    events = make_events(1500)
+    stop = asyncio.Event()
+
+    async def freeze_and_thaw() -> None:
+        try:
+            while not stop.is_set():
+                await asyncio.to_thread(node.freeze)
+                await asyncio.sleep(0.95)
+                node.thaw()
+                await asyncio.sleep(0.05)
+        finally:
+            node.thaw()
+
+    freezing = asyncio.create_task(freeze_and_thaw())
+    await asyncio.sleep(0.1)
+    started = asyncio.get_running_loop().time()
+    try:
+        calls = [sink.publish(events[start : start + 500]) for start in range(0, 1500, 500)]
+        outcomes = await asyncio.wait_for(asyncio.gather(*calls), 60.0)
+    finally:
+        stop.set()
+        await freezing
+    assert asyncio.get_running_loop().time() - started > 2.5, "faster than the time-out, so this shows nothing"
+    assert [list(each) for each in outcomes] == [[CONFIRMED] * 500] * 3
+    assert ids(await drain(queue)) == ids(events)
+
+
+@pytest.fixture
+async def proxied(rabbitmq: RabbitMQServer, unique: str, open_sink: Any, bind: Any) -> AsyncIterator[Any]:
+    """Makes a sink behind a proxy: (sink, proxy, queue)."""
+    async with AsyncExitStack() as stack:
+
+        async def make(**changes: Any) -> tuple[RabbitMQSink, Proxy, Any]:
+            proxy = await stack.enter_async_context(Proxy(rabbitmq.host, rabbitmq.port))
+            sink = await open_sink(f"amqp://guest:guest@127.0.0.1:{proxy.port}/", **changes)
+            return sink, proxy, await bind(rabbitmq.url, unique)
+
+        yield make
+
+
+@pytest.mark.parametrize(("direction", "rate"), [("to_server", 250_000), ("to_client", 400)])
+async def test_confirms_that_come_slowly_are_waited_for_and_nothing_is_sent_twice(
+    proxied: Any, direction: str, rate: int
+) -> None:
+    sink, proxy, queue = await proxied(publish_timeout=1.5)
+    setattr(proxy, f"rate_{direction}", rate)
+    events = make_events(2000)
+    began = asyncio.get_running_loop().time()
+    calls = []
+    for start in range(0, 2000, 50):
+        calls.append(asyncio.create_task(sink.publish(events[start : start + 50])))
+        await asyncio.sleep(0.02)  # else RabbitMQ confirms many of them with a few bytes
+    outcomes = await asyncio.gather(*calls)
+    assert asyncio.get_running_loop().time() - began > 3.0, "faster than the time-out, so this shows nothing"
+    assert [list(each) for each in outcomes] == [[CONFIRMED] * 50] * 40
+    assert sink.is_open
+    assert ids(await drain(queue)) == ids(events)
+
+
+async def test_a_broker_whose_answers_do_not_come_is_left_after_the_time_out(proxied: Any) -> None:
+    sink, proxy, queue = await proxied(publish_timeout=1.0)
+    events = make_events(20)
+    assert list(await sink.publish(events[:10])) == [CONFIRMED] * 10
+    await asyncio.sleep(1.2)  # without anything on the way, silence means nothing
+    assert sink.is_open
+    proxy.delay_to_client = 3600.0
+    started = asyncio.get_running_loop().time()
+    outcomes = await sink.publish(events[10:])
+    assert 1.0 <= asyncio.get_running_loop().time() - started < 2.5
+    assert {type(outcome) for outcome in outcomes} == {Unknown}
+    assert "confirmed nothing for 1 s (publish_timeout), with 10 messages unconfirmed" in outcomes[0].reason
+    assert not any(outcome.poisoned for outcome in outcomes)
+    assert not sink.is_open
+    assert {type(outcome) for outcome in await sink.publish(events)} == {NotSent}
+    assert ids(await drain(queue)) == ids(events)
+
+
+async def test_a_broker_that_reads_nothing_is_left_after_the_time_out(proxied: Any) -> None:
+    sink, proxy, _ = await proxied(publish_timeout=1.0)
+    proxy.blackhole = True
+    batches = [[make_event(n, payload=bytes(1_000_000)) for n in range(50)] for _ in range(4)]
+    calls = [asyncio.create_task(sink.publish(batch)) for batch in batches]
+    await asyncio.sleep(0.5)
+    connection = sink._connection
+    assert connection is not None
+    assert connection._transport.get_write_buffer_size() < 3_000_000
+    outcomes = await asyncio.wait_for(asyncio.gather(*calls), 5.0)
+    assert isinstance(outcomes[0][0], Unknown)
+    assert isinstance(outcomes[3][49], NotSent)
+    assert not sink.is_open
+
+
+async def test_a_process_that_did_nothing_for_longer_than_the_time_out_keeps_its_connection(proxied: Any) -> None:
+    sink, _, queue = await proxied(publish_timeout=1.0)
+    events = make_events(1000)
+    calls = [asyncio.create_task(sink.publish(events[start : start + 100])) for start in range(0, 1000, 100)]
+    for _ in range(3):
+        await asyncio.sleep(0)
+        time.sleep(1.5)
+    outcomes = await asyncio.gather(*calls)
+    assert [list(each) for each in outcomes] == [[CONFIRMED] * 100] * 10
+    assert sink.is_open
+    assert ids(await drain(queue)) == ids(events)
+
+
+PUBLISH_UNTIL_TOLD = """
+import asyncio, sys, uvloop
+from pydantic import SecretStr
+from bridge.brokers.contract import CONFIRMED
+from bridge.brokers.rabbitmq.settings import RabbitMQSettings
+from bridge.brokers.rabbitmq.sink import RabbitMQSink
+from tests.support.events import make_event
+
+async def main(url, exchange):
+    settings = RabbitMQSettings(type="rabbitmq", url=SecretStr(url), exchange=exchange, publish_timeout=1.0)
+    sink = RabbitMQSink(settings)
+    await sink.open()
+    told = asyncio.create_task(asyncio.to_thread(sys.stdin.readline))
+    print("publishing", flush=True)
+    other = 0
+    while not told.done():
+        outcomes = await asyncio.gather(*(sink.publish([make_event()]) for _ in range(50)))
+        other += sum(outcome is not CONFIRMED for (outcome,) in outcomes)
+    print("not confirmed:", other, flush=True)
+    await sink.close()
+
+new_loop = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}[sys.argv[3]]
+with asyncio.Runner(loop_factory=new_loop) as runner:
+    runner.run(main(*sys.argv[1:3]))
+"""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+async def test_a_process_that_was_stopped_for_longer_than_the_time_out_keeps_its_connection(
+    rabbitmq: RabbitMQServer, unique: str, bind: Any, loop: str
 ) -> None:
     await RabbitMQSink(settings_for(rabbitmq.url, unique)).topology(apply=True)
     await bind(rabbitmq.url, unique)
-    async with Proxy(rabbitmq.host, rabbitmq.port) as proxy:
-        sink = await open_sink(f"amqp://guest:guest@127.0.0.1:{proxy.port}/", publish_timeout=1.0)
-        proxy.blackhole = True
-        batches = [[make_event(n, payload=bytes(1_000_000)) for n in range(50)] for _ in range(4)]
-        outcomes = await asyncio.gather(*(sink.publish(batch) for batch in batches))
-        assert isinstance(outcomes[0][0], Unknown)
-        assert isinstance(outcomes[3][49], NotSent)
-        assert sink._connection._transport.get_write_buffer_size() < 3_000_000
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-c", PUBLISH_UNTIL_TOLD, rabbitmq.url, unique, loop),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"publishing\n"
+        for _ in range(2):
+            await asyncio.sleep(0.2)
+            process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(2.0)
+            process.send_signal(signal.SIGCONT)
+        await asyncio.sleep(0.2)
+        process.stdin.write(b"stop\n")
+        assert await asyncio.wait_for(process.stdout.readline(), 10.0) == b"not confirmed: 0\n"
+        await asyncio.wait_for(process.wait(), 10.0)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
-async def test_publishes_that_are_never_confirmed_are_bounded_by_dropping_the_connection(
-    rabbitmq: RabbitMQServer, unique: str, open_sink: Any, bind: Any, monkeypatch: pytest.MonkeyPatch
+async def test_it_says_that_it_waits_for_confirms_and_since_when(proxied: Any) -> None:
+    sink, proxy, _ = await proxied(publish_timeout=10.0)
+    assert sink.stalled is None
+    await sink.publish(make_events(5))
+    await asyncio.sleep(1.2)
+    proxy.blackhole = True
+    call = asyncio.create_task(sink.publish(make_events(40)))
+    await asyncio.sleep(0)
+    assert sink.stalled is None, "it was idle before, and no second has passed since"
+    await until(lambda: sink.stalled is not None, "the sink says that nothing is confirmed", limit=3.0)
+    assert sink.stalled == "RabbitMQ has confirmed nothing for 1 s; 40 messages wait"
+    proxy.blackhole = False
+    await call
+    assert sink.stalled is None
+
+
+async def test_it_says_that_rabbitmq_blocks_publishers(
+    node: TlsRabbitMQServer, unique: str, open_sink: Any, bind: Any
 ) -> None:
-    monkeypatch.setattr(publisher, "UNCONFIRMED_LIMIT", 25)
-    await RabbitMQSink(settings_for(rabbitmq.url, unique)).topology(apply=True)
-    await bind(rabbitmq.url, unique)
-    async with Proxy(rabbitmq.host, rabbitmq.port) as proxy:
-        sink = await open_sink(f"amqp://guest:guest@127.0.0.1:{proxy.port}/", publish_timeout=0.1)
-        proxy.blackhole = True
-        events = make_events(10)
-        for tries in range(3):
-            assert sink.is_open, tries
-            assert all(isinstance(outcome, Unknown) for outcome in await sink.publish(events))
-        assert not sink.is_open
+    sink = await open_sink(node.url)
+    await bind(node.url, unique)
+    node.alarm(True)
+    try:
+        call = asyncio.create_task(sink.publish(make_events(3)))
+        await until(lambda: sink.stalled is not None, "the sink says that it waits", limit=3.0)
+        await until(lambda: sink._connection.blocked is not None, "RabbitMQ says that it blocks")
+        assert sink.stalled == "RabbitMQ blocks publishers (low on memory)"
+    finally:
+        await asyncio.to_thread(node.alarm, False)
+    assert list(await call) == [CONFIRMED] * 3
+    assert sink.stalled is None
 
 
-async def test_a_late_return_of_a_publish_that_timed_out_is_not_taken_for_its_retry(
+async def test_a_late_return_of_a_call_that_was_cancelled_is_not_taken_for_its_retry(
     rabbitmq: RabbitMQServer, unique: str, open_sink: Any
 ) -> None:
     async with Proxy(rabbitmq.host, rabbitmq.port) as proxy:
-        sink = await open_sink(f"amqp://guest:guest@127.0.0.1:{proxy.port}/", publish_timeout=1.0)
+        sink = await open_sink(f"amqp://guest:guest@127.0.0.1:{proxy.port}/")
         event = make_event()
         proxy.blackhole = True
-        assert isinstance((await sink.publish([event]))[0], Unknown)
+        cancelled = asyncio.create_task(sink.publish([event]))
+        await asyncio.sleep(0)
+        cancelled.cancel()
         retry = asyncio.create_task(sink.publish([event]))
         await asyncio.sleep(0)
         proxy.blackhole = False
         # Both copies come back: two returns for two copies, so each is certain.
         assert [getattr(outcome, "code", None) for outcome in await retry] == ["unroutable"]
         assert sink.is_open
+
+
+@pytest.mark.parametrize("name", ["CC", "BCC"])
+async def test_headers_by_which_rabbitmq_routes_are_malformed_and_nothing_is_sent(
+    rabbitmq: RabbitMQServer, unique: str, open_sink: Any, bind: Any, name: str
+) -> None:
+    sink = await open_sink(rabbitmq.url)
+    queue = await bind(rabbitmq.url, unique)
+    events = make_events(5)
+    events[2] = make_event(headers={name: "someone", "a": "b"})
+    events[3] = make_event(headers={name.lower(): "someone", "b" + name: "x"})
+    outcomes = await sink.publish(events)
+    refused = outcomes[2]
+    assert isinstance(refused, Never)
+    assert refused.code == "malformed"
+    assert f"the header '{name}'" in refused.reason
+    assert [outcomes[n] for n in (0, 1, 3, 4)] == [CONFIRMED] * 4
+    assert ids(await drain(queue)) == ids(events[:2] + events[3:])
+
+
+async def test_what_closes_the_channel_for_its_content_is_called_poison_in_the_brokers_words(
+    rabbitmq: RabbitMQServer, unique: str, open_sink: Any, bind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A header of which the encoder should know nothing yet.
+    monkeypatch.setattr(frames, "ROUTING_HEADERS", frozenset())
+    sink = await open_sink(rabbitmq.url)
+    await bind(rabbitmq.url, unique)
+    events = make_events(5)
+    events[2] = make_event(headers={"CC": "someone"})
+    outcomes = await sink.publish(events)
+    assert not sink.is_open
+    for outcome in outcomes[2:]:
+        assert isinstance(outcome, Unknown)
+        assert outcome.poisoned
+        assert "unacceptable_type_in_header" in outcome.reason
+    await sink.open()
+    (alone,) = await sink.publish([events[2]])
+    assert isinstance(alone, Unknown)
+    assert alone.poisoned
+    await sink.open()
+    assert list(await sink.publish(events[3:])) == [CONFIRMED] * 2
 
 
 async def test_connections_closed_by_an_operator_leave_true_outcomes(
@@ -316,6 +534,7 @@ async def test_connections_closed_by_an_operator_leave_true_outcomes(
     lost = [outcome for _, outcome in published if outcome is not CONFIRMED]
     assert lost
     assert all("maintenance" in outcome.reason for outcome in lost)
+    assert not any(isinstance(outcome, Unknown) and outcome.poisoned for outcome in lost)
     await sink.open()
     arrived = set(ids(await drain(await bind(node.url, unique))))
     assert {event.id for event, outcome in published if outcome is CONFIRMED} <= arrived

@@ -3,6 +3,7 @@
 async with Proxy("127.0.0.1", postgres.port) as proxy:
     ...  # connect to 127.0.0.1:proxy.port
     proxy.delay_to_server = proxy.delay_to_client = 0.025  # 50 ms round trip
+    proxy.rate_to_client = 1000  # the server's answers trickle
     proxy.blackhole = True  # what is sent is never delivered, and nobody is told
     proxy.cut()
 """
@@ -17,6 +18,9 @@ from tests.support.servers import free_port
 
 CHUNK = 65_536
 """Bytes read at once."""
+
+TRICKLES_PER_SECOND = 50
+"""Into how many pieces a second's bytes are cut where the rate is limited."""
 
 CHUNKS_ON_THE_WIRE = 1000
 """Most chunks that one direction of one connection holds back: above any delay's need, yet bounded."""
@@ -33,8 +37,10 @@ class Proxy:
         """Seconds that every byte from the client spends on the wire. Order is kept; throughput is not limited."""
         self.delay_to_client = 0.0
         """The same for bytes from the server."""
-        self.rate_to_client: float | None = None
-        """Bytes a second that pass from the server to each client; None for all there are."""
+        self.rate_to_server: int | None = None
+        """Most bytes a second that reach the server on each connection; the rest is held back. None: no limit."""
+        self.rate_to_client: int | None = None
+        """The same for bytes from the server."""
         self.refuse = False
         """Whether new connections are reset as soon as they are made."""
         self.accepted = 0
@@ -97,7 +103,9 @@ class Proxy:
             from_server, to_server = await asyncio.open_connection(*self.target, limit=CHUNK)
             writers.append(to_server)
             async with asyncio.TaskGroup() as directions:
-                directions.create_task(self._forward(reader, to_server, lambda: self.delay_to_server))
+                directions.create_task(
+                    self._forward(reader, to_server, lambda: self.delay_to_server, lambda: self.rate_to_server)
+                )
                 directions.create_task(
                     self._forward(from_server, writer, lambda: self.delay_to_client, lambda: self.rate_to_client)
                 )
@@ -117,7 +125,7 @@ class Proxy:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         delay: Callable[[], float],
-        rate: Callable[[], float | None] = lambda: None,
+        rate: Callable[[], int | None],
     ) -> None:
         """One direction, until its end, which is passed on too."""
         loop = asyncio.get_running_loop()
@@ -131,12 +139,15 @@ class Proxy:
                 if not chunk:
                     writer.write_eof()
                     return
-                while (bytes_a_second := rate()) is not None and chunk:
-                    part, chunk = chunk[: max(1, int(bytes_a_second / 20))], chunk[max(1, int(bytes_a_second / 20)) :]
-                    writer.write(part)
-                    await asyncio.sleep(len(part) / bytes_a_second)
-                writer.write(chunk)
-                await writer.drain()
+                while chunk:
+                    limit = rate()
+                    size = max(1, limit // TRICKLES_PER_SECOND) if limit else len(chunk)
+                    await self._passing.wait()
+                    writer.write(chunk[:size])
+                    await writer.drain()
+                    chunk = chunk[size:]
+                    if limit:
+                        await asyncio.sleep(size / limit)
 
         async with asyncio.TaskGroup() as group:
             group.create_task(deliver())

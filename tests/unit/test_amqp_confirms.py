@@ -126,17 +126,39 @@ def test_a_copy_that_was_confirmed_before_the_return_is_not_the_one_that_came_ba
     assert batch.outcomes() == [CONFIRMED, RETURNED]
 
 
-def test_a_batch_that_was_given_up_counts_until_its_confirms_come(loop: asyncio.AbstractEventLoop) -> None:
+def test_a_batch_whose_call_was_cancelled_counts_until_its_confirms_come(loop: asyncio.AbstractEventLoop) -> None:
     unconfirmed = UnconfirmedBatches()
     batch = write(unconfirmed, loop, [make_event() for _ in range(4)])
-    assert unconfirmed.overdue() == 0
     unconfirmed.settled(2, False, False)
     batch.give_up(LOST, UNSENT)
-    assert unconfirmed.overdue() == 3
+    assert unconfirmed.outstanding() == 3
     unconfirmed.settled(4, True, False)
-    assert unconfirmed.overdue() == 0
+    assert unconfirmed.outstanding() == 0
     assert unconfirmed.batches == []
     assert batch.outcomes() == [LOST, CONFIRMED, LOST, LOST]
+
+
+def test_a_batch_that_is_cancelled_half_written_is_gone_with_the_last_confirm_of_what_was_written(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    unconfirmed = UnconfirmedBatches()
+    batch = Batch([make_event() for _ in range(4)], loop.create_future())
+    unconfirmed.wrote(batch, range(2), {})
+    unconfirmed.settled(1, False, False)
+    unconfirmed.settled(2, False, False)
+    batch.give_up(LOST, UNSENT)
+    unconfirmed.seal(batch)
+    assert unconfirmed.batches == []
+    assert batch.outcomes() == [CONFIRMED, CONFIRMED, UNSENT, UNSENT]
+
+
+def test_the_reader_says_whether_a_confirm_was_among_what_came() -> None:
+    reader = FrameReader(lambda *_: None, lambda *_: None, lambda *_: None)
+    ack, heartbeat = frame.marshal(commands.Basic.Ack(1, False), 1), b"\x08\0\0\0\0\0\0\xce"
+    assert [
+        reader.feed(data)
+        for data in (heartbeat, heartbeat + ack[:-1], ack[-1:] + heartbeat, b"", heartbeat + ack + heartbeat)
+    ] == [False, False, True, False, True]
 
 
 @given(st.data())

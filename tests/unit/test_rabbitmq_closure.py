@@ -53,6 +53,17 @@ def test_where_it_happened_decides_with_the_code(
     assert "SAID" in str(raised)
 
 
+@pytest.mark.parametrize("code", [311, 406, 501, 502, 503, 504, 505, 540, 541])
+def test_some_codes_blame_what_was_sent(code: int) -> None:
+    assert Closure("closed", code).blames_content
+    assert not Closure("closed", code, during="virtual host").blames_content
+
+
+@pytest.mark.parametrize("code", [0, 200, 312, 313, 320, 402, 403, 404, 405, 506, 530])
+def test_other_codes_blame_settings_permissions_operators_or_nothing(code: int) -> None:
+    assert not Closure("closed", code).blames_content
+
+
 def test_a_handshake_that_tls_broke_is_told_as_tls_tells_it() -> None:
     cause = ssl.SSLError()
     cause.reason = "TLSV13_ALERT_CERTIFICATE_REQUIRED"

@@ -25,11 +25,38 @@ from bridge.errors import (
 class Reply(IntEnum):
     """AMQP's reply codes, as far as we act on them."""
 
+    CONTENT_TOO_LARGE = 311
     ACCESS_REFUSED = 403
     NOT_FOUND = 404
     RESOURCE_LOCKED = 405
     PRECONDITION_FAILED = 406
+    FRAME_ERROR = 501
+    SYNTAX_ERROR = 502
+    COMMAND_INVALID = 503
+    CHANNEL_ERROR = 504
+    UNEXPECTED_FRAME = 505
     NOT_ALLOWED = 530
+    NOT_IMPLEMENTED = 540
+    INTERNAL_ERROR = 541
+
+
+_BLAMES_CONTENT: Final = frozenset(
+    {
+        Reply.CONTENT_TOO_LARGE,
+        Reply.PRECONDITION_FAILED,
+        Reply.FRAME_ERROR,
+        Reply.SYNTAX_ERROR,
+        Reply.COMMAND_INVALID,
+        Reply.CHANNEL_ERROR,
+        Reply.UNEXPECTED_FRAME,
+        Reply.NOT_IMPLEMENTED,
+        # What handles the message crashed; in a broker with plugins, over a header that one of them reads. Trouble of
+        # the broker itself shows when the sink is opened again, which asks for the exchange.
+        Reply.INTERNAL_ERROR,
+    }
+)
+"""Replies with which the broker ends a channel or connection over what was sent on it, and would again; not those that
+name a missing exchange or permission, an operator's close, or a shortage."""
 
 
 During = Literal["greeting", "login", "virtual host", "declaring", "use"]
@@ -53,6 +80,11 @@ class Closure:
     """What the socket or TLS raised."""
     in_tls: bool = False
     """Whether the other side answered in TLS although we do not speak it."""
+
+    @property
+    def blames_content(self) -> bool:
+        """Whether the broker ended it over something that was sent, once the handshake was done."""
+        return self.during == "use" and self.code in _BLAMES_CONTENT
 
     def __str__(self) -> str:
         text = f"{self.reason}: {self.said}" if self.said else self.reason

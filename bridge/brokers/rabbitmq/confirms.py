@@ -121,13 +121,16 @@ class Batch:
             outcomes[index] = outcome
         return outcomes
 
-    def refuse_open(self, judge: Callable[[Event], Never | None]) -> None:
-        """Answers for what awaits its confirm, where `judge` has a failure for it."""
+    def refuse_open(self, judge: Callable[[Event], Never | None]) -> int:
+        """Answers for what awaits its confirm, where `judge` has a failure for it. How many it had."""
+        refused = 0
         for place in self.open_places():
             index = self.index(place)
             failure = judge(self.events[index])
             if failure is not None:
                 self.answers[index] = failure
+                refused += 1
+        return refused
 
     def give_up(self, written: Unknown, unwritten: NotSent) -> None:
         """Answers for everything that is still open."""
@@ -146,7 +149,8 @@ class Batch:
 class UnconfirmedBatches:
     """The batches of one channel whose confirms are awaited, in the order of their tags.
 
-    A batch that timed out stays until its confirms come, so that a late return is not taken for that of a retry.
+    A batch whose call was cancelled stays until its confirms come, so that a return of one of its messages is not taken
+    for that of a later copy.
     """
 
     def __init__(self) -> None:
@@ -225,9 +229,9 @@ class UnconfirmedBatches:
         for batch, place in contest.copies:
             batch.answers[batch.index(place)] = failure if certain else unclear
 
-    def overdue(self) -> int:
-        """How many messages of batches that were given up still await their confirms."""
-        return sum(batch.written - batch.floor - len(batch.early) for batch in self.batches if batch.done.done())
+    def outstanding(self) -> int:
+        """How many messages await their confirms."""
+        return sum(batch.written - batch.floor - len(batch.early) for batch in self.batches)
 
     def give_up(self, written: Unknown, unwritten: NotSent) -> None:
         """The channel is gone: answers for everything that is still open."""

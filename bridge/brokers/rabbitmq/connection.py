@@ -71,6 +71,7 @@ class Connection(asyncio.Protocol):
         self._heard = False
         self._silent_ticks = 0
         self._heartbeat: asyncio.TimerHandle | None = None
+        self._on_progress: Callable[[], None] = lambda: None
         self._on_room: Callable[[], None] = lambda: None
         self._on_lost: Callable[[Closure], None] = lambda closure: None
         self._on_return: Callable[[commands.Basic.Return, str], None] = lambda method, message_id: None
@@ -95,12 +96,14 @@ class Connection(asyncio.Protocol):
         *,
         confirmed: Callable[[int, bool, bool], None],
         returned: Callable[[commands.Basic.Return, str], None],
+        progress: Callable[[], None],
         room: Callable[[], None],
         lost: Callable[[Closure], None],
     ) -> None:
-        """Who hears of confirms and returns, that `has_room` became true, and of the end."""
+        """Who hears of each confirm and return, once of all the confirms that came together (`progress`), that
+        `has_room` became true, and of the end."""
         self._reader.on_confirm = confirmed
-        self._on_return, self._on_room, self._on_lost = returned, room, lost
+        self._on_return, self._on_progress, self._on_room, self._on_lost = returned, progress, room, lost
 
     @property
     def has_room(self) -> bool:
@@ -254,9 +257,12 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._heard = True
         try:
-            self._reader.feed(data)
+            confirmed = self._reader.feed(data)
         except BrokenStreamError as error:
             self.abort(Closure(str(error), during=self._during))
+        else:
+            if confirmed:
+                self._on_progress()
 
     def connection_lost(self, exc: Exception | None) -> None:
         reason = f"the connection broke: {exc}" if exc else "the broker ended the connection"

@@ -23,6 +23,9 @@ SHORT_STRING: Final = 255
 HEADER_NAME: Final = 128
 """Most bytes of a header's name (AMQP 0-9-1, 4.2.5.5)."""
 
+ROUTING_HEADERS: Final = frozenset({"CC", "BCC"})
+"""Headers in which RabbitMQ looks for lists of further routing keys; it closes the channel over one that holds text."""
+
 _FRAME_OVERHEAD: Final = 8
 _FRAME_END: Final = b"\xce"
 _FRAME: Final = Struct(">BHI")
@@ -102,6 +105,8 @@ def _field_name(name: str) -> bytes:
     data = name.encode()
     if len(data) > HEADER_NAME:
         raise _malformed(f"the header {name!r} has a name of {len(data)} bytes; AMQP takes {HEADER_NAME}")
+    if name in ROUTING_HEADERS:
+        raise _malformed(f"the header {name!r}: RabbitMQ takes it for a list of routing keys; use another name")
     return _BYTE[len(data)] + data + b"S"
 
 

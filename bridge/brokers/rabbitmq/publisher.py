@@ -1,9 +1,13 @@
-"""Publishes batches on one confirm channel, in the order of the calls, and answers for every event."""
+"""Publishes batches on one confirm channel, in the order of the calls, and answers for every event.
+
+A batch waits for its confirms however late they are. What ends the connection is a channel that is silent altogether:
+`_look` counts intervals of time in which nothing was confirmed although something was on the way.
+"""
 
 import asyncio
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -16,9 +20,15 @@ from bridge.brokers.rabbitmq.connection import Connection
 from bridge.brokers.rabbitmq.frames import CHANNEL, Encoder, RefusedEvent, too_large
 from bridge.event import Event
 
-UNCONFIRMED_LIMIT: Final = 200_000
-"""Messages whose time ran out and whose confirms may still come. Beyond them the connection is dropped, since a broker
-that takes messages and confirms none would fill both memories with retries."""
+_LOOKS: Final = 10
+"""Looks without a sign of life that make up the time-out; the connection ends at the one after them.
+
+Looks are counted, and not seconds, for a process that was stopped or busy for long: it makes one look for all that
+time, and has read what came meanwhile before it makes the next.
+"""
+
+_SHOWN_AFTER: Final = 1.0
+"""Seconds without a sign of life after which `stalled` says so."""
 
 _CHUNK_MESSAGES: Final = 200
 _CHUNK_BYTES: Final = 262_144
@@ -30,13 +40,17 @@ class Publisher:
     """Owns the channel. Everything happens in callbacks of the event loop: no task, and one future a batch."""
 
     def __init__(self, connection: Connection, encoder: Encoder, timeout: float) -> None:
-        """`timeout`: seconds after which a batch is answered, whatever is known by then."""
+        """`timeout`: seconds without any confirm or return of what is on the way after which the connection ends."""
         self._loop = asyncio.get_running_loop()
         self._connection = connection
         self._encoder = encoder
         self._timeout = timeout
         self._unconfirmed = UnconfirmedBatches()
         self._waiting: deque[Batch] = deque()
+        self._alive_at = 0.0
+        """When the channel last gave a sign of life, or began to have something on the way."""
+        self._silent_looks = 0
+        self._next_look: asyncio.TimerHandle | None = None
 
     @property
     def lost(self) -> Closure | None:
@@ -49,10 +63,31 @@ class Publisher:
         lost = self.lost
         return self._encoder.max_message_bytes if lost is not None and lost.code == Reply.PRECONDITION_FAILED else None
 
+    @property
+    def stalled(self) -> str | None:
+        """See `contract.Sink.stalled`."""
+        if self.lost is not None or not (waiting := self._outstanding()):
+            return None
+        if self._connection.blocked is not None:
+            return f"RabbitMQ blocks publishers ({self._connection.blocked})"
+        silence = self._loop.time() - self._alive_at
+        if silence <= _SHOWN_AFTER:
+            return None
+        return f"RabbitMQ has confirmed nothing for {silence:.0f} s; {waiting} messages wait"
+
+    def _outstanding(self) -> int:
+        """How many messages are not yet written or not yet confirmed."""
+        unwritten = sum(len(batch.events) - batch.next for batch in self._waiting)
+        return self._unconfirmed.outstanding() + unwritten
+
     async def start(self) -> None:
         """Opens the channel in confirm mode. Raises ClosedError."""
         self._connection.listen(
-            confirmed=self._unconfirmed.settled, returned=self._returned, room=self._pump, lost=self._lost
+            confirmed=self._unconfirmed.settled,
+            returned=self._returned,
+            progress=self._is_alive,
+            room=self._pump,
+            lost=self._lost,
         )
         await self._connection.call(CHANNEL, commands.Channel.Open())
         await self._connection.call(CHANNEL, commands.Confirm.Select())
@@ -64,15 +99,17 @@ class Publisher:
         if not events:
             return []
         batch = Batch(events, self._loop.create_future())
+        if not (self._waiting or self._unconfirmed.batches):
+            self._is_alive()
         self._waiting.append(batch)
         if len(self._waiting) == 1:
             self._pump()
         if not batch.done.done():
-            timer = self._loop.call_later(self._timeout, self._expire, batch)
+            if self._next_look is None:
+                self._look_later()
             try:
                 await batch.done
             finally:
-                timer.cancel()
                 if not batch.done.done() or batch.done.cancelled():
                     self._abandon(batch)
         return batch.outcomes()
@@ -106,28 +143,39 @@ class Publisher:
         if chunk:
             self._connection.write(b"".join(chunk))
 
-    def _expire(self, batch: Batch) -> None:
-        blocked = self._connection.blocked
-        cause = f"RabbitMQ blocks publishers ({blocked})" if blocked else "the connection takes no more"
-        self._abandon(
-            batch,
-            Unknown(f"no confirm came within {self._timeout:g} s"),
-            NotSent(f"not sent within {self._timeout:g} s: {cause}"),
-        )
-        if self._unconfirmed.overdue() > UNCONFIRMED_LIMIT:
-            self._connection.lose(Closure(f"more than {UNCONFIRMED_LIMIT} messages were never confirmed"))
-
-    def _abandon(
-        self,
-        batch: Batch,
-        written: Unknown = Unknown("the call was cancelled"),  # noqa: B008 - immutable
-        unwritten: NotSent = NotSent("the call was cancelled"),  # noqa: B008 - immutable
-    ) -> None:
+    def _abandon(self, batch: Batch) -> None:
+        """The call was cancelled. What it has written stays on the way, and is counted until its confirms come."""
         with suppress(ValueError):
             self._waiting.remove(batch)
-        batch.give_up(written, unwritten)
+        batch.give_up(Unknown("the call was cancelled"), NotSent("the call was cancelled"))
+        self._unconfirmed.seal(batch)
+
+    def _is_alive(self) -> None:
+        self._alive_at = self._loop.time()
+        self._silent_looks = 0
+
+    def _look_later(self) -> None:
+        self._next_look = self._loop.call_later(self._timeout / _LOOKS, self._look)
+
+    def _look(self) -> None:
+        """Ends the connection once too many looks have found it silent. Blocked, the broker says why it is."""
+        self._next_look = None
+        waiting = self._outstanding()
+        if not waiting:
+            return
+        if self._connection.blocked is not None:
+            self._is_alive()
+        elif self._silent_looks == _LOOKS:
+            # `abort` drops what is buffered, since all of this will be published again.
+            silence = f"nothing for {self._timeout:g} s (publish_timeout), with {waiting} messages unconfirmed"
+            self._connection.abort(Closure(f"the broker confirmed {silence}"))
+            return
+        else:
+            self._silent_looks += 1
+        self._look_later()
 
     def _returned(self, method: commands.Basic.Return, message_id: str) -> None:
+        self._is_alive()
         topic = method.routing_key or ""
         self._unconfirmed.returned(
             message_id,
@@ -140,26 +188,32 @@ class Publisher:
         )
 
     def _lost(self, closure: Closure) -> None:
-        self._judge(closure)
-        written, unwritten = Unknown(f"sent, but not confirmed when it ended: {closure}"), _disconnected(closure)
+        if self._next_look is not None:
+            self._next_look.cancel()
+        poisoned = not self._judge(closure) and closure.blames_content
+        written = Unknown(f"sent, but not confirmed when it ended: {closure}", poisoned)
+        unwritten = _disconnected(closure)
         waiting = list(self._waiting)
         self._waiting.clear()
         self._unconfirmed.give_up(written, unwritten)
         for batch in waiting:
             batch.give_up(written, unwritten)
 
-    def _judge(self, closure: Closure) -> None:
-        """Answers for the events for which the broker closed the channel: sent again, they would close it again."""
+    def _judge(self, closure: Closure) -> bool:
+        """Answers for the events for which the broker closed the channel, where its words tell which those are: sent
+        again, they would close it again. Whether it found any."""
         if closure.code == Reply.PRECONDITION_FAILED and (match := _TOO_LARGE.search(closure.said)):
             limit = self._encoder.max_message_bytes = int(match[1])
-            for batch in self._unconfirmed.batches:
-                batch.refuse_open(
-                    lambda event: too_large(len(event.payload), limit) if len(event.payload) > limit else None
-                )
-        elif closure.code == Reply.ACCESS_REFUSED:
+            return self._refuse_open(
+                lambda event: too_large(len(event.payload), limit) if len(event.payload) > limit else None
+            )
+        if closure.code == Reply.ACCESS_REFUSED:
             refused = Never("access_refused", f"{closure.said}: grant it with rabbitmqctl set_topic_permissions")
-            for batch in self._unconfirmed.batches:
-                batch.refuse_open(lambda event: refused if f"topic '{event.topic}' in" in closure.said else None)
+            return self._refuse_open(lambda event: refused if f"topic '{event.topic}' in" in closure.said else None)
+        return False
+
+    def _refuse_open(self, judge: Callable[[Event], Never | None]) -> bool:
+        return sum(batch.refuse_open(judge) for batch in self._unconfirmed.batches) > 0
 
 
 def _disconnected(closure: Closure) -> NotSent:

@@ -52,15 +52,17 @@ class FrameReader:
         """What came after the last whole frame."""
         return self._rest
 
-    def feed(self, data: bytes) -> None:
-        """Raises BrokenStreamError."""
+    def feed(self, data: bytes) -> bool:
+        """Whether a confirm was read. Raises BrokenStreamError."""
         if self._rest:
             data = self._rest + data
         on_confirm, unpack = self.on_confirm, _TAG_AND_FLAGS.unpack_from
         position, end = 0, len(data)
         last_confirm = end - _CONFIRM_SIZE
+        confirmed = False
         while True:
-            if position <= last_confirm:
+            start = position
+            while position <= last_confirm:
                 if data.startswith(_ACK, position):
                     tag, flags = unpack(data, position + 11)
                     on_confirm(tag, flags == 1, False)
@@ -71,6 +73,9 @@ class FrameReader:
                     on_confirm(tag, flags & 1 == 1, True)
                     position += _CONFIRM_SIZE
                     continue
+                break
+            if position > start:
+                confirmed = True
             if end - position < _OVERHEAD:
                 break
             stop = position + _OVERHEAD + int.from_bytes(data[position + 3 : position + 7])
@@ -80,6 +85,7 @@ class FrameReader:
             self._read(data[position:stop])
             position = stop
         self._rest = data[position:]
+        return confirmed
 
     def _check_head(self, head: bytes) -> None:
         """A frame that is not yet here whole must at least begin as one, or it would be waited for in vain."""

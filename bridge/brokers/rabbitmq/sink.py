@@ -41,11 +41,12 @@ class RabbitMQSink:
     @property
     def stalled(self) -> str | None:
         """See `contract.Sink.stalled`."""
-        return None
+        return self._publisher.stalled if self._publisher is not None else None
 
     @property
     def pipelines(self) -> bool:
-        """See `contract.Sink.pipelines`."""
+        """Always: nothing shows beforehand that a queue rejects what is over its limit. The sink's setting `pipelined`
+        is for those who know."""
         return True
 
     async def open(self) -> None:
