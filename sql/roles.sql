@@ -54,7 +54,7 @@ grant execute on function
   bridge.read_page(bigint, int8multirange, int, bigint, text[], boolean),
   bridge.topic_regex(text[]),
   bridge.event_bytes(text, text, jsonb),
-  bridge.finite(timestamptz),
+  bridge.calendar_time(timestamptz),
   bridge.header_texts(jsonb),
   bridge.floor_of(bigint, int8multirange, int8multirange),
   bridge.sequence_state(),
@@ -101,7 +101,7 @@ grant execute on function
   bridge.read_page(bigint, int8multirange, int, bigint, text[], boolean),
   bridge.topic_regex(text[]),
   bridge.event_bytes(text, text, jsonb),
-  bridge.finite(timestamptz),
+  bridge.calendar_time(timestamptz),
   bridge.header_texts(jsonb),
   bridge.take_horizon()
 to bridge_operator;

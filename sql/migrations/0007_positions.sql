@@ -59,6 +59,7 @@ comment on function bridge.topic_regex(text[]) is
 -- room to look into every gap. The reader takes the topics that `patterns` take
 -- (null: all), or with `inverted` all others. The first row is no event: its id is the xmin of the very snapshot that
 -- looked (STABLE: all queries share it).
+-- What a row becomes on the way, header_texts() and calendar_time(), is in 0008.
 -- Planner: estimates on a log that grows by thousands a second are always stale; only the primary key may serve.
 create function bridge.read_page(
     mark bigint, gaps int8multirange, page_size int, page_bytes bigint, patterns text[], inverted boolean)
@@ -95,7 +96,7 @@ begin
             event_id := late.event_id::text; topic := late.topic; key := late.key;
             payload := convert_to(late.payload, 'UTF8'); content_type := late.content_type;
             headers := bridge.header_texts(late.headers);
-            created_at := bridge.finite(late.created_at);
+            created_at := bridge.calendar_time(late.created_at);
             bytes_room := bytes_room - bridge.event_bytes(late.payload, late.key, late.headers);
         else
             event_id := null; topic := null; key := null; payload := null; content_type := null; headers := null;
@@ -114,7 +115,7 @@ begin
     if taken is null then
         return query
             select o.id, o.event_id::text, o.topic, o.key, convert_to(o.payload, 'UTF8'), o.content_type,
-                   bridge.header_texts(o.headers), bridge.finite(o.created_at)
+                   bridge.header_texts(o.headers), bridge.calendar_time(o.created_at)
             from (
                 select n.*, sum(n.size) over (order by n.id rows unbounded preceding) - n.size as bytes_before
                 from (
@@ -130,7 +131,7 @@ begin
                case when o.is_taken then o.event_id::text end, case when o.is_taken then o.topic end,
                case when o.is_taken then o.key end, case when o.is_taken then convert_to(o.payload, 'UTF8') end,
                case when o.is_taken then o.content_type end, case when o.is_taken then bridge.header_texts(o.headers) end,
-               case when o.is_taken then bridge.finite(o.created_at) end
+               case when o.is_taken then bridge.calendar_time(o.created_at) end
         from (
             select n.*, sum(n.size) over (order by n.id rows unbounded preceding) - n.size as bytes_before
             from (
@@ -149,11 +150,6 @@ create function bridge.event_bytes(payload text, key text, headers jsonb) return
 language sql immutable parallel safe
 return octet_length(payload) + coalesce(octet_length(key), 0)
        + case when headers = '{}' then 0 else octet_length(headers::text) end;
-
--- A time that programs can hold: the log takes any that was written into it by hand.
-create function bridge.finite(moment timestamptz) returns timestamptz
-language sql immutable parallel safe
-return greatest(least(moment, '9999-01-01 00:00:00+00'::timestamptz), '0001-01-02 00:00:00+00'::timestamptz);
 
 -- All below it is settled for this sink.
 create function bridge.floor_of(mark bigint, gaps int8multirange, held int8multirange) returns bigint
@@ -427,10 +423,6 @@ begin
 end
 $$;
 comment on function bridge.status() is 'One row for each sink of each bridge: who leads, how far it is, what waits and why.';
-
-create function bridge.header_texts(headers jsonb) returns text
-language sql immutable parallel safe
-return case when headers <> '{}' then headers::text end;
 
 -- Moving and removing positions, by a person. Not under a bridge that reads: it would store its own over it.
 create function bridge.require_no_leader(bridge_name text) returns void
