@@ -43,13 +43,16 @@ grant select, insert, update on bridge.cursor, bridge.bell to bridge_relay;
 grant insert on bridge.dead_letter to bridge_relay;
 -- To say ON CONFLICT (bridge, event_id, coalesce(sink, '')) one must be allowed to read these.
 grant select (bridge, event_id, sink) on bridge.dead_letter to bridge_relay;
-grant execute on function bridge.intake(text[], text[]) to bridge_relay;
+grant execute on function bridge.intake(text[], text[]), bridge.intake(uuid[], text[], text[]) to bridge_relay;
 
 grant execute on function
   bridge.prune(timestamptz, int, bigint),
   bridge.status(),
   bridge.guards(),
   bridge.read_page(bigint, int8multirange, int, bigint),
+  bridge.header_texts(jsonb),
+  bridge.any_header_texts(jsonb),
+  bridge.calendar_time(timestamptz),
   bridge.lead_key(text),
   bridge.take_lead(text, text),
   bridge.leave_lead(text),
@@ -84,6 +87,9 @@ grant execute on function
   bridge.status(),
   bridge.guards(),
   bridge.read_page(bigint, int8multirange, int, bigint),
+  bridge.header_texts(jsonb),
+  bridge.any_header_texts(jsonb),
+  bridge.calendar_time(timestamptz),
   bridge.take_horizon()
 to bridge_operator;
 -- Watching a table takes its owner, and more trust than emitting: its rows are converted with the rights of the

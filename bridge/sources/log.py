@@ -1,7 +1,6 @@
 """Reading `bridge.outbox` page by page, in one session. Who leads, and what is stored, is outbox.py's concern."""
 
 import asyncio
-import json
 import time
 from typing import Any, Final, NamedTuple
 
@@ -11,7 +10,7 @@ from psycopg.types.multirange import Multirange
 from psycopg.types.range import Range
 
 from bridge.errors import DatabaseUnavailableError
-from bridge.event import NO_HEADERS, Event, header_values
+from bridge.event import Event, read_headers
 from bridge.postgres.connection import Connection, answered
 from bridge.sources.gaps import Gaps, Ranges
 
@@ -90,7 +89,7 @@ class LogReader:
                 source,
                 created_at,
                 content_type,
-                header_values(json.loads(headers)) if headers else NO_HEADERS,
+                read_headers(headers),
                 sequence,
             )
             for sequence, event_id, topic, key, payload, content_type, headers, created_at in rows[1:]
