@@ -10,7 +10,7 @@
     └── RefusedError         a server answers and says no                                  exit 69
         ├── LoginError       it does not take who we say that we are
         ├── PrivilegeError   a role or account may not do what it must
-        ├── SchemaError      the schema `bridge` is missing, too old or too new
+        ├── SchemaError      the schema `bridge` is missing, too old or too new, or cannot be there
         ├── ListenError      LISTEN does not hear: a pooler stands in the way
         └── TopologyError    the broker lacks an exchange, queue, stream, topic, or has it with other properties
 
@@ -73,7 +73,7 @@ class PrivilegeError(RefusedError):
 
 
 class SchemaError(RefusedError):
-    """The schema `bridge` is missing, too old or too new for this version."""
+    """The schema `bridge` is missing, too old or too new for this version, or cannot be in this database."""
 
 
 class ListenError(RefusedError):

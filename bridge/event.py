@@ -70,12 +70,12 @@ class Event(NamedTuple):
             raise Malformed(f"the payload of event {self.id} is not JSON: {error}") from error
 
 
-def header_values(headers: Mapping[str, Any]) -> Mapping[str, str]:
-    """Headers as they travel: a string as it is, any other JSON value as its JSON text."""
-    return {
-        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for name, value in headers.items()
-    }
+def read_headers(texts: str | None) -> Mapping[str, str]:
+    """The headers in what `bridge.header_texts()` gives for a row: None, or the text of an object of strings.
+
+    It holds no number and no nesting, which Python's reader may refuse; what an author wrote stays inside the strings.
+    """
+    return json.loads(texts) if texts else NO_HEADERS
 
 
 def attributes(event: Event, prefix: str = ATTRIBUTE_PREFIX) -> dict[str, str]:

@@ -45,7 +45,7 @@ grant select, insert, update, delete on bridge.cursor to bridge_relay;
 grant insert on bridge.dead_letter to bridge_relay;
 -- To say ON CONFLICT (bridge, event_id, coalesce(sink, '')) one must be allowed to read these.
 grant select (bridge, event_id, sink) on bridge.dead_letter to bridge_relay;
-grant execute on function bridge.intake(text[], text[]) to bridge_relay;
+grant execute on function bridge.intake(text[], text[]), bridge.intake(uuid[], text[], text[]) to bridge_relay;
 
 grant execute on function
   bridge.prune(timestamptz, int, bigint),
@@ -56,6 +56,7 @@ grant execute on function
   bridge.event_bytes(text, text, jsonb),
   bridge.calendar_time(timestamptz),
   bridge.header_texts(jsonb),
+  bridge.any_header_texts(jsonb),
   bridge.floor_of(bigint, int8multirange, int8multirange),
   bridge.sequence_state(),
   bridge.lead_key(text),
@@ -103,6 +104,7 @@ grant execute on function
   bridge.event_bytes(text, text, jsonb),
   bridge.calendar_time(timestamptz),
   bridge.header_texts(jsonb),
+  bridge.any_header_texts(jsonb),
   bridge.take_horizon()
 to bridge_operator;
 -- Watching a table takes its owner, and more trust than emitting: its rows are converted with the rights of the

@@ -33,7 +33,7 @@ select what from (values
     ('EXECUTE on bridge.store_cursor',
      has_function_privilege('bridge.store_cursor(text, text, bigint, int8multirange, int8multirange)', 'execute')),
     ('EXECUTE on bridge.take_lead', has_function_privilege('bridge.take_lead(text, text)', 'execute')),
-    ('EXECUTE on bridge.intake', has_function_privilege('bridge.intake(text[], text[])', 'execute'))
+    ('EXECUTE on bridge.intake', has_function_privilege('bridge.intake(uuid[], text[], text[])', 'execute'))
 ) needed (what, granted) where not granted
 """
 

@@ -5,14 +5,13 @@ have the event already.
 """
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 from bridge.brokers.contract import Letter
 from bridge.commands.republish import Pace, open_sinks, republish
 from bridge.errors import UsageError
-from bridge.event import Event, header_values
+from bridge.event import Event, read_headers
 from bridge.postgres.connection import Connection, database_errors
 from bridge.routes import Routes
 from bridge.settings import Settings
@@ -25,8 +24,9 @@ Report = Callable[[Letter, str | None], None]
 """Gets each letter that was acted on, and why a replay was refused; None when nothing was."""
 
 _COLUMNS: Final = (
-    "select id, event_id::text, topic, key, sink, code, reason, attempts, failed_at, content_type, created_at, "
-    "headers::text, {payload} from bridge.dead_letter where {which} order by id"
+    "select id, event_id::text, topic, key, sink, code, reason, attempts, bridge.calendar_time(failed_at), "
+    "content_type, bridge.calendar_time(created_at), bridge.header_texts(headers), {payload} "
+    "from bridge.dead_letter where {which} order by id"
 )
 _LIST: Final = _COLUMNS.format(payload="null::bytea", which="bridge = %s")
 _READ: Final = _COLUMNS.format(payload="convert_to(payload, 'UTF8')", which="bridge = %s and id = any(%s)")
@@ -71,7 +71,7 @@ async def _fetch(connection: Connection, query: str, *values: object) -> list[Le
             failed_at=row[8],
             content_type=row[9],
             created_at=row[10],
-            headers=header_values(json.loads(row[11])),
+            headers=dict(read_headers(row[11])),
             payload=row[12],
         )
         for row in rows

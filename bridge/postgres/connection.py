@@ -118,7 +118,7 @@ async def connect(settings: PostgresSettings, application_name: str, **overrides
     """An autocommit connection. `overrides` are libpq parameters; `options` are added to those of the DSN.
 
     Raises SettingsError for what the DSN holds, DatabaseUnavailableError, ReadOnlyServerError, LoginError,
-    PrivilegeError, RefusedError for what the server says, and SchemaError on a server that is too old.
+    PrivilegeError, RefusedError for what the server says, and what `require_database` raises.
     """
     key = settings.key("dsn")
     parameters = connection_parameters(settings, application_name)
@@ -137,7 +137,7 @@ async def connect(settings: PostgresSettings, application_name: str, **overrides
             await require_writes(looking, key)
         raise
     try:
-        require_version(connection.info, key)
+        require_database(connection.info, key)
     except SchemaError:
         await connection.close()
         raise
@@ -155,11 +155,20 @@ def connecting(parameters: Mapping[str, Any], key: str) -> Iterator[None]:
         raise SettingsError(f"{key}: a host in it is not a host name") from error
 
 
-def require_version(info: psycopg.ConnectionInfo, key: str) -> None:
-    """Raises SchemaError on a server that is older than what our SQL needs."""
+def require_database(info: psycopg.ConnectionInfo, key: str) -> None:
+    """Looks at what the server says of itself at the login.
+
+    Raises SchemaError on a server that is older than what our SQL needs, and for a database without an encoding.
+    """
     major = info.server_version // 10_000
     if major < OLDEST_POSTGRES:
         raise SchemaError(f"{key}: this is PostgreSQL {major}; pgbridge needs {OLDEST_POSTGRES} or newer")
+    if info.parameter_status("server_encoding") == "SQL_ASCII":
+        raise SchemaError(
+            f"{key}: the database {info.dbname!r} has the encoding SQL_ASCII: its texts are bytes of any encoding, and "
+            "events must be UTF-8. Dump it, and restore it into one made with CREATE DATABASE ... ENCODING 'UTF8' "
+            "TEMPLATE template0"
+        )
 
 
 async def require_writes(connection: AsyncConnection[TupleRow], key: str = DSN_KEY) -> None:

@@ -24,7 +24,7 @@ from bridge.postgres.connection import (
     connecting,
     connection_parameters,
     database_errors,
-    require_version,
+    require_database,
 )
 from bridge.settings import PostgresSettings
 
@@ -75,8 +75,8 @@ def schema_version() -> int:
 def migrate(dsn: str) -> list[Migration]:
     """Applies what is missing, then the roles; returns what was applied. Running it again is harmless.
 
-    Raises SchemaError (PostgreSQL too old, a migration changed after it was applied, schema newer than this
-    pgbridge), and what `bridge.postgres.connection.connect` raises.
+    Raises SchemaError (PostgreSQL too old, a database without an encoding, a migration changed after it was applied,
+    schema newer than this pgbridge), and what `bridge.postgres.connection.connect` raises.
     """
     applied: list[Migration] = []
     with database_errors(), _connect(dsn) as connection:
@@ -137,6 +137,10 @@ select current_setting('server_version_num')::int < {OLDEST_POSTGRES}0000 as too
 \\if :too_old
   do $$ begin raise exception 'pgbridge needs PostgreSQL {OLDEST_POSTGRES} or newer'; end $$;
 \\endif
+select current_setting('server_encoding') = 'SQL_ASCII' as without_encoding \\gset
+\\if :without_encoding
+  do $$ begin raise exception 'this database has the encoding SQL_ASCII; pgbridge needs UTF8 or another'; end $$;
+\\endif
 """
     ]
     parts += [_psql_step(m) for m in migrations()]
@@ -178,7 +182,7 @@ def _connect(dsn: str) -> Connection[tuple[Any, ...]]:
     with connecting(parameters, DSN_KEY):
         connection = psycopg.connect(**parameters)
     try:
-        require_version(connection.info, DSN_KEY)
+        require_database(connection.info, DSN_KEY)
     except SchemaError:
         connection.close()
         raise

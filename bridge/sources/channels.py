@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 from psycopg import Notify
@@ -234,6 +234,14 @@ def _event(notification: Notify, source: str) -> Event:
     )
 
 
+class _Heard(NamedTuple):
+    """A notification, and the id of its event: the same however often a lost answer makes us store it."""
+
+    id: uuid.UUID
+    channel: str
+    payload: str
+
+
 class Intake:
     """Writes notifications into the log, in batches, durably; from there the outbox carries them."""
 
@@ -241,7 +249,7 @@ class Intake:
         self._name = name
         self._postgres = postgres
         self._channels = channels
-        self._heard: deque[Notify] = deque()
+        self._heard: deque[_Heard] = deque()
         self._arrived = asyncio.Event()
         self._deafness = Deafness()
         self.room = asyncio.Event()
@@ -277,7 +285,7 @@ class Intake:
     def hear(self, notification: Notify) -> None:
         """Takes one notification; clears `room` when the listener has to wait."""
         NOTIFICATIONS.inc()
-        self._heard.append(notification)
+        self._heard.append(_Heard(uuid.uuid4(), notification.channel, notification.payload))
         self._arrived.set()
         if len(self._heard) >= self._channels.buffer_events:
             self.room.clear()
@@ -313,8 +321,8 @@ class Intake:
         batch = [self._heard[index] for index in range(min(_BATCH, len(self._heard)))]
         with answered(connection):
             await connection.execute(
-                "select bridge.intake(%s, %s)",
-                ([n.channel for n in batch], [n.payload for n in batch]),
+                "select bridge.intake(%s, %s, %s)",
+                ([n.id for n in batch], [n.channel for n in batch], [n.payload for n in batch]),
             )
         # Only now, since a lost session must leave them here for the next one.
         for _ in batch:

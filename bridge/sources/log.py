@@ -1,7 +1,6 @@
 """Reading `bridge.outbox` page by page for one reader. Who leads, and what is stored when, is outbox.py's concern."""
 
 import asyncio
-import json
 import time
 from collections.abc import Collection, Sequence
 from typing import Any, Final, NamedTuple
@@ -12,7 +11,7 @@ from psycopg.types.multirange import Multirange
 from psycopg.types.range import Range
 
 from bridge.errors import DatabaseUnavailableError, SchemaError
-from bridge.event import NO_HEADERS, Event
+from bridge.event import Event, read_headers
 from bridge.postgres.connection import DSN_KEY, Connection, answered
 from bridge.sources.gaps import Gaps, Ranges
 
@@ -147,7 +146,7 @@ class LogReader:
                 source,
                 created_at,
                 content_type,
-                json.loads(headers) if headers else NO_HEADERS,
+                read_headers(headers),
                 sequence,
             )
             for sequence, event_id, topic, key, payload, content_type, headers, created_at in rows

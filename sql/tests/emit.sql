@@ -10,7 +10,7 @@ select results_eq(
 select isnt(bridge.emit('t.json', '{ "b":1,  "a": "\u00e9" }'::json, key => 'k', headers => '{"tenant": "acme", "n": 1}'), null, 'json is taken');
 select results_eq(
   $$ select payload, content_type, key, headers from bridge.outbox where topic = 't.json' $$,
-  $$ values ('{ "b":1,  "a": "\u00e9" }', 'application/json', 'k', '{"n": 1, "tenant": "acme"}'::jsonb) $$,
+  $$ values ('{ "b":1,  "a": "\u00e9" }', 'application/json', 'k', '{"n": "1", "tenant": "acme"}'::jsonb) $$,
   'json is stored exactly as it is written, with key and headers');
 
 select isnt(bridge.emit('t.text', 'grüße'::text), null, 'text is taken');
@@ -30,7 +30,7 @@ select throws_ok($$ select bridge.emit(repeat('é', 128), '{}'::jsonb) $$, '2202
 select throws_ok($$ select bridge.emit('a''b', null::jsonb) $$, '22004', 'the payload of an event of topic ''a''''b'' is null', 'no null payload');
 select throws_ok($$ select bridge.emit('t', '{}'::jsonb, headers => '[1]') $$, '22023', 'the headers of an event are a JSON array, not an object', 'headers are an object');
 select throws_ok($$ select bridge.emit('t', '{}'::jsonb, headers => 'null') $$, '22023', 'the headers of an event are a JSON null, not an object', 'JSON null is no object');
-select throws_ok($$ select bridge.emit('t', '{}'::jsonb, headers => '{"ce-id": "x"}') $$, '42939', 'the header name "ce-id" is reserved for CloudEvents attributes', 'ce- is reserved');
+select throws_ok($$ select bridge.emit('t', '{}'::jsonb, headers => '{"ce-id": "x"}') $$, '42939', 'the header name "ce-id" is reserved', 'ce- is reserved');
 select throws_ok($$ select bridge.emit('t', '{}'::jsonb, headers => '{"CloudEvents_id": "x"}') $$, '42939', null, 'cloudEvents is reserved, whatever its case');
 select throws_ok($$ select bridge.emit('t', '{}'::jsonb, headers => '{"": "x"}') $$, '22023', null, 'a header needs a name');
 select throws_ok($$ select bridge.emit('t', '{}'::jsonb, headers => '{"a: b\r\nc": "x"}') $$, '22023', null, 'a header name cannot smuggle lines');

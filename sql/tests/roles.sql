@@ -1,5 +1,5 @@
 -- Who may do what: each role what its process needs, everybody else nothing.
-select plan(44);
+select plan(47);
 create role pgbridge_test_nobody;
 create function pg_temp.attempt(who name, statement text) returns text language plpgsql as $$
 begin
@@ -48,6 +48,9 @@ select pg_temp.may_not('bridge_emitter', 'select bridge.watch(''pg_class'')');
 select pg_temp.may('bridge_relay', 'select from bridge.outbox');
 select pg_temp.may('bridge_relay', 'select from bridge.migration');
 select pg_temp.may('bridge_relay', 'select bridge.intake(''{a}'', ''{b}'')');
+select pg_temp.may('bridge_relay', 'select bridge.intake(array[gen_random_uuid()], ''{a}'', ''{b}'')');
+select pg_temp.may('bridge_relay', 'select bridge.header_texts(''{"a": 1}'')');
+select pg_temp.may('bridge_operator', 'select bridge.header_texts(''{"a": 1}'')');
 select pg_temp.may('bridge_relay', 'insert into bridge.bell values (''test'')');
 select pg_temp.may('bridge_relay', 'update bridge.cursor set mark = mark where name = ''test''');
 select pg_temp.may('bridge_relay', $$ insert into bridge.dead_letter (bridge, event_id, sequence, topic, payload, content_type, headers, created_at, code, reason, attempts)

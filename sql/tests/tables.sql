@@ -8,5 +8,6 @@ insert into bridge.outbox (topic, payload, content_type) values ('owner', 'x', '
 select results_eq($$ select event_id is not null, headers, created_at >= now() from bridge.emitted() $$,
   $$ values (true, '{}'::jsonb, true) $$, 'a row that does not come through emit() is a whole event');
 select ok(pg_get_functiondef('bridge.intake(text[],text[])'::regprocedure) ~ 'own_xid := pg_current_xact_id\(\);\s+insert'
+  and pg_get_functiondef('bridge.intake(uuid[],text[],text[])'::regprocedure) ~ 'own_xid := pg_current_xact_id\(\);\s+insert'
   and pg_get_functiondef('bridge.capture()'::regprocedure) ~ 'own_xid := pg_current_xact_id\(\);.*insert into', 'bulk inserts as well');
 select * from finish();

@@ -1,5 +1,5 @@
 -- bridge.watch(): topics, keys, payloads, columns, operations.
-select plan(27);
+select plan(34);
 create schema "Größe";
 create table "Größe"."my.orders" (id int primary key, "State" text, price numeric, note text);
 create function pg_temp.last(n int) returns table (topic text, key text, payload jsonb) language sql as
@@ -44,7 +44,7 @@ select is((select payload -> 'new' from pg_temp.last(1)), '{"id": 7, "price": 3}
 insert into "Größe"."my.orders" values (7, 'new', 4, null) on conflict (id) do update set price = excluded.price;
 select is((select payload -> 'new' from pg_temp.last(1)), '{"id": 7, "price": 4}', 'an upsert is an update');
 alter table "Größe"."my.orders" rename column price to amount;
-select throws_ok($$ update "Größe"."my.orders" set amount = 5 $$, '42703', 'a column that bridge.watch() was told of is gone from "Größe"."my.orders"',
+select throws_ok($$ update "Größe"."my.orders" set amount = 5 $$, '42703', 'bridge.watch() was told of the column price, which "Größe"."my.orders" no longer has',
   'a renamed column is told, not lost');
 select bridge.watch('"Größe"."my.orders"');
 update "Größe"."my.orders" set amount = 6 where id = 7;
@@ -54,6 +54,24 @@ select lives_ok($$ select bridge.unwatch('"Größe"."my.orders"') $$, 'unwatch()
 select lives_ok($$ select bridge.unwatch('"Größe"."my.orders"') $$, 'twice is harmless');
 update "Größe"."my.orders" set amount = 7;
 select is((select payload -> 'new' ->> 'amount' from pg_temp.last(1)), '6', 'ends it');
+
+-- The mend that the hint gives.
+create table renamed (id int primary key, v int);
+select bridge.watch('renamed');
+alter table renamed rename column id to number;
+select throws_ok('insert into renamed values (1, 1)', '42703', 'bridge.watch() was told of the column id, which public.renamed no longer has',
+  'so is a renamed key column');
+select lives_ok($$ select bridge.watch('renamed'); insert into renamed values (1, 1) $$, 'watching again mends it');
+select is((select key from bridge.emitted() order by id desc limit 1), '1', 'with the key''s new name');
+
+create table long_keys (id text primary key, n int);
+select bridge.watch('long_keys');
+select lives_ok($$ insert into long_keys values (repeat('é', 512), 1) $$, 'a key of 1,024 bytes');
+select throws_ok($$ insert into long_keys values (repeat('é', 512) || 'x', 1) $$, '22023',
+  'the key of an event of the watched table public.long_keys has 1025 bytes; 1024 are allowed', 'one byte more is told to the writer');
+select throws_ok($$ update long_keys set id = id || 'x' $$, '22023', null, 'of an update as well');
+select bridge.watch('long_keys', key => 'n');
+select lives_ok($$ update long_keys set id = id || 'x' $$, 'watching by a shorter column mends it');
 
 create table composite (a int, "B" text, c int, primary key ("B", a));
 select bridge.watch('composite');

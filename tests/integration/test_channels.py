@@ -11,15 +11,16 @@ from pydantic import SecretStr
 
 from bridge.errors import DatabaseUnavailableError
 from bridge.process.tasks import background, one_error
-from bridge.settings import PostgresSettings
+from bridge.settings import ChannelsSettings, PostgresSettings
 from bridge.sources import listener as listener_module
+from bridge.sources.channels import Intake
 from bridge.sources.listener import Listener
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.metrics import MEMORY, metric
 from tests.support.proxy import Proxy
 from tests.support.servers import PostgresServer, RabbitMQServer, free_port
-from tests.support.until import until
+from tests.support.until import rows_become, until
 
 FLOOD = 100_000
 NOTIFY = "select pg_notify('Orders', n::text) from generate_series({}, {}) n order by n"
@@ -190,3 +191,32 @@ async def test_what_memory_holds_at_a_clean_stop_is_still_published(
             assert await stopping == 0
             taken = await messages.take(10_000)
             assert [int(message.body) for message in taken] == list(range(1, 10_001))
+
+
+async def test_a_notification_whose_store_was_not_answered_is_stored_again_under_the_same_id(
+    bridge_database: str, postgres: PostgresServer
+) -> None:
+    async with Proxy(postgres.host, postgres.port) as wire:
+        dsn = bridge_database.replace(str(postgres.port), str(wire.port))
+        intake = Intake("test", PostgresSettings(dsn=SecretStr(dsn)), ChannelsSettings(listen=["Orders"]))
+        session = asyncio.create_task(intake.session())
+        # Sent until one is stored: from then on the intake listens, and has its connection.
+        while one(bridge_database, "select count(*) from bridge.outbox") == 0:
+            await execute(bridge_database, "notify \"Orders\", 'first'")
+            await asyncio.sleep(0.05)
+        await until(lambda: not intake._heard, "what was sent first is settled")
+        wire.delay_to_client = 60
+        for payload in ("a", "b"):
+            intake.hear(Notify("Orders", payload, 0))
+        await rows_become(bridge_database, "select count(*) from bridge.outbox where payload in ('a', 'b')", [(2,)])
+        wire.delay_to_client = 0
+        wire.cut()
+        with pytest.raises(DatabaseUnavailableError), one_error():
+            await session
+        await intake.drain()
+        stored = await execute(
+            bridge_database,
+            "select payload, count(*), count(distinct event_id) from bridge.outbox where payload <> 'first' "
+            "group by payload order by payload",
+        )
+        assert stored == [("a", 2, 1), ("b", 2, 1)]

@@ -1,6 +1,7 @@
 """Installing and upgrading the schema."""
 
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,13 @@ from pathlib import Path
 import psycopg
 import pytest
 from psycopg import AsyncConnection, sql
+from pydantic import SecretStr
 
 from bridge.errors import DatabaseUnavailableError, PrivilegeError, RefusedError, SchemaError, SettingsError
 from bridge.postgres import schema as module
+from bridge.postgres.connection import connect
 from bridge.postgres.schema import Migration, check_version, migrate, migrate_sql, migrations, pending, schema_version
+from bridge.settings import PostgresSettings
 from tests.support.servers import PostgresServer
 
 PSQL = Path("/usr/lib/postgresql/15/bin/psql")
@@ -140,6 +144,34 @@ def test_a_migration_gives_up_on_a_table_that_is_in_use(database: str, monkeypat
         with pytest.raises(DatabaseUnavailableError, match="in use"):
             migrate(database)
     assert migrate(database) == [extra]
+
+
+@pytest.fixture
+def database_without_encoding(postgres: PostgresServer, unique: str) -> Iterator[str]:
+    with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
+        name = sql.Identifier(unique)
+        connection.execute(
+            sql.SQL("create database {} encoding 'SQL_ASCII' locale 'C' template template0").format(name)
+        )
+    yield postgres.dsn(unique)
+    postgres.drop_database(unique)
+
+
+async def test_a_database_without_an_encoding_is_refused(database_without_encoding: str) -> None:
+    """Its texts may be bytes that are not UTF-8, and every one that the bridge reads would end it."""
+    with pytest.raises(SchemaError, match=r"^postgres\.dsn: .*SQL_ASCII.*ENCODING 'UTF8'"):
+        migrate(database_without_encoding)
+    with pytest.raises(SchemaError, match=r"SQL_ASCII"):
+        await connect(PostgresSettings(dsn=SecretStr(database_without_encoding)), "test")
+    if PSQL.exists():
+        done = subprocess.run(
+            [str(PSQL), "-X", "-d", database_without_encoding, "-f", "-"],
+            input=migrate_sql(), text=True, check=False, capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 3
+        assert "SQL_ASCII" in done.stderr
+        with psycopg.connect(database_without_encoding) as connection:
+            assert connection.execute("select to_regnamespace('bridge')").fetchone() == (None,)
 
 
 def test_a_wrong_dsn_is_named_without_its_secret() -> None:

@@ -288,7 +288,9 @@ def test_a_password_that_is_not_encoded_is_never_shown_as_a_host(told: Told, pas
     [
         (("", "x"), "the topic of an event is empty. Give dotted words, such as shop.order.placed."),
         (("t" * 256, "x"), "the topic of an event has 256 bytes; 255 are allowed"),
-        (("a", "x", "--header", "ce-id=1"), "is reserved for CloudEvents attributes"),
+        (("a", "x", "--header", "ce-id=1"), 'the header name "ce-id" is reserved. Choose another'),
+        (("a", "x", "--header", "CC=b"), 'the header name "CC" is reserved. Choose another'),
+        (("a", "x", "--key", "k" * 1025), "has 1025 bytes; 1024 are allowed. The key names what"),
         (("a", "x", "--header", "two words=1"), "is not legal"),
         (("a", "x", "--header", "words"), "is not of the form NAME=VALUE"),
         (("a", "\udcff"), "topic, payload, key and headers must be UTF-8"),

@@ -66,6 +66,7 @@ def test_schema_sql_is_what_the_migrations_make() -> None:
         "select bridge.emit('t', 'x'), bridge.emit('t', 'y')",
         "select bridge.notify('c', 'x')",
         "select bridge.intake('{a,b}', '{1,2}')",
+        "select bridge.intake(array[gen_random_uuid(), gen_random_uuid()], '{a,b}', '{1,2}')",
         "insert into watched values (1), (2)",
     ],
 )
@@ -153,10 +154,11 @@ def test_a_plan_made_for_one_row_serves_a_bulk_update(bridge_database: str) -> N
     [
         "select bridge.emit('t', 'x')",
         "select bridge.intake('{a}', '{1}')",
+        "select bridge.intake(array[gen_random_uuid()], '{a}', '{1}')",
         "insert into watched values (1)",
         "insert into bridge.outbox (topic, payload, content_type) values ('t', 'x', 'text/plain')",
     ],
-    ids=["emit", "intake", "watch", "default"],
+    ids=["emit", "intake without ids", "intake", "watch", "default"],
 )
 async def test_an_id_is_taken_only_once_the_transaction_has_its_xid(bridge_database: str, statement: str) -> None:
     """The reader's rule. A session is stopped just where it takes the id, and must already count as running."""
