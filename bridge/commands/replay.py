@@ -7,17 +7,16 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
-from psycopg import AsyncConnection
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from bridge.commands.republish import Pace, open_sinks, republish
 from bridge.errors import UsageError
 from bridge.event import Event, matches
-from bridge.postgres.connection import connect
+from bridge.postgres.connection import Connection, connect
 from bridge.process.logs import configure
 from bridge.process.tasks import run
 from bridge.process.terminal import (
@@ -116,7 +115,7 @@ async def replay_log(
 
 
 async def _pages(
-    settings: Settings, connection: AsyncConnection[tuple[Any, ...]], part: Part, chunk: int, replayed: Replayed
+    settings: Settings, connection: Connection, part: Part, chunk: int, replayed: Replayed
 ) -> AsyncIterator[Sequence[Event]]:
     """The part's events in chunks, read in larger pages."""
     outbox = settings.outbox_or_default
