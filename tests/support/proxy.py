@@ -3,6 +3,7 @@
 async with Proxy("127.0.0.1", postgres.port) as proxy:
     ...  # connect to 127.0.0.1:proxy.port
     proxy.delay_to_server = proxy.delay_to_client = 0.025  # 50 ms round trip
+    proxy.bytes_per_second_to_client = 125_000  # 1 Mbit/s
     proxy.blackhole = True  # what is sent is never delivered, and nobody is told
     proxy.cut()
 """
@@ -18,6 +19,9 @@ from tests.support.servers import free_port
 CHUNK = 65_536
 """Bytes read at once."""
 
+PART = 0.05
+"""Seconds between two writes to a connection with a limited rate."""
+
 CHUNKS_ON_THE_WIRE = 1000
 """Most chunks that one direction of one connection holds back: above any delay's need, yet bounded."""
 
@@ -32,6 +36,10 @@ class Proxy:
         self.delay_to_server = 0.0
         """Seconds that every byte from the client spends on the wire. Order is kept; throughput is not limited."""
         self.delay_to_client = 0.0
+        """The same for bytes from the server."""
+        self.bytes_per_second_to_server: float | None = None
+        """Most bytes that each connection carries from its client in a second; None: as many as come."""
+        self.bytes_per_second_to_client: float | None = None
         """The same for bytes from the server."""
         self.refuse = False
         """Whether new connections are reset as soon as they are made."""
@@ -95,8 +103,16 @@ class Proxy:
             from_server, to_server = await asyncio.open_connection(*self.target, limit=CHUNK)
             writers.append(to_server)
             async with asyncio.TaskGroup() as directions:
-                directions.create_task(self._forward(reader, to_server, lambda: self.delay_to_server))
-                directions.create_task(self._forward(from_server, writer, lambda: self.delay_to_client))
+                directions.create_task(
+                    self._forward(
+                        reader, to_server, lambda: self.delay_to_server, lambda: self.bytes_per_second_to_server
+                    )
+                )
+                directions.create_task(
+                    self._forward(
+                        from_server, writer, lambda: self.delay_to_client, lambda: self.bytes_per_second_to_client
+                    )
+                )
             ended_by_both = True
         except* OSError:
             # One side was reset or cannot be reached. What the proxy owes the other side is a reset, below.
@@ -109,7 +125,11 @@ class Proxy:
                     _reset(each)
 
     async def _forward(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: Callable[[], float]
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        delay: Callable[[], float],
+        bytes_per_second: Callable[[], float | None],
     ) -> None:
         """One direction, until its end, which is passed on too."""
         loop = asyncio.get_running_loop()
@@ -123,8 +143,14 @@ class Proxy:
                 if not chunk:
                     writer.write_eof()
                     return
-                writer.write(chunk)
-                await writer.drain()
+                while chunk:
+                    rate = bytes_per_second()
+                    part = chunk if rate is None else chunk[: max(1, int(rate * PART))]
+                    chunk = chunk[len(part) :]
+                    writer.write(part)
+                    await writer.drain()
+                    if rate is not None:
+                        await asyncio.sleep(len(part) / rate)
 
         async with asyncio.TaskGroup() as group:
             group.create_task(deliver())
