@@ -147,6 +147,12 @@ class OutboxSettings(Model):
     """Most payload bytes read at once; one larger event is still read, alone."""
     poll_interval: Duration = 1.0
     """How often the log is read although no bell rang: the longest that a lost bell can delay an event."""
+    standby_interval: Duration = 1.0
+    """How often a standby tries to lead: the longest that a crashed leader's place stays empty."""
+    heartbeat: Duration = 30.0
+    """How often the connection that hears the bell must hear itself."""
+    prune_interval: Duration = 60.0
+    """How often the leader looks for events that are past the retention."""
 
 
 class ChannelsSettings(Model):
@@ -158,6 +164,8 @@ class ChannelsSettings(Model):
     """Most notifications held in memory; beyond them `memory` drops and counts, `outbox` stops listening."""
     heartbeat: Duration = 30.0
     """How often the listener must hear itself."""
+    standby_interval: Duration = 1.0
+    """With `memory`: how often a standby tries to take over."""
 
 
 class RelaySettings(Model):
