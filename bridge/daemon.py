@@ -58,6 +58,8 @@ class Daemon:
             for name in self._sinks
         }
         self._postgres = Outage("postgres", _BACKOFF)
+        self._beside = {what: Outage(what, _BACKOFF) for what in ("channels", "prune")}
+        """Of what runs beside the relay and does not end it."""
         self._started = False
         self._relaying = asyncio.Event()
         self._role = "starting"
@@ -79,6 +81,7 @@ class Daemon:
         """What `/health` says. Other threads may ask."""
         problems = [self._sink_problem(name) for name in self._sinks]
         problems.append(self._postgres.problem if self._started else "the start is not done")
+        problems += [outage.problem for outage in self._beside.values()]
         return Health(self._settings.name, self._role, tuple(filter(None, problems)))
 
     # Starting
@@ -120,7 +123,9 @@ class Daemon:
     async def _carry_log(self, stop: asyncio.Event) -> None:
         """The outbox; with `channels`, what plain pg_notify says is first written into it."""
         settings = self._settings
-        intake = Intake(settings.name, settings.postgres, settings.channels) if settings.channels else None
+        intake = None
+        if settings.channels is not None:
+            intake = Intake(settings.name, settings.postgres, settings.channels, self._beside["channels"])
         await self._keep_session(stop, partial(self._log_session, stop, intake))
         if intake is not None:
             await intake.drain()
@@ -167,7 +172,13 @@ class Daemon:
         settings = self._settings
         calls = Calls(settings.name, Doorbell(settings.outbox_or_default.poll_interval))
         application_name = f"pgbridge {settings.name} bell"
-        listener = Listener(settings.postgres, Calls.CHANNELS, calls.heard, application_name=application_name)
+        listener = Listener(
+            settings.postgres,
+            Calls.CHANNELS,
+            calls.heard,
+            heartbeat=settings.outbox_or_default.heartbeat,
+            application_name=application_name,
+        )
         hears = asyncio.Event()
         session = None
         try:
@@ -175,7 +186,7 @@ class Daemon:
             async with background(listener.run(hears.set)):
                 # Behind a pooler that LISTEN finds out, the lock of the lead would stay with the pool.
                 await hears.wait()
-                session = await Outbox.connect(settings.name, settings.postgres)
+                listener.sender = session = await Outbox.connect(settings.name, settings.postgres)
                 await check_version(session)
                 outbox = Outbox(settings.name, session, settings.outbox_or_default, calls.doorbell)
                 await self._stand_by(outbox, calls.left)
@@ -207,7 +218,10 @@ class Daemon:
         log.info("bridge.leading", name=self._settings.name)
         self._be("leading")
         self._relaying.set()
-        beside: list[Coroutine[Any, Any, None]] = [outbox.keep(self._problems), prune_for_ever(self._settings)]
+        beside: list[Coroutine[Any, Any, None]] = [
+            outbox.keep(self._problems),
+            prune_for_ever(self._settings, self._beside["prune"]),
+        ]
         relays: list[Coroutine[Any, Any, None]] = []
         for source in outbox.sources:
             if source.reader.sink:
@@ -215,7 +229,7 @@ class Daemon:
             else:
                 beside.append(bury_unrouted(source))
         if intake is not None:
-            beside.append(intake.session())
+            beside.append(intake.run())
         if self._settings.observe.listen is not None:
             beside.append(sample_for_ever(self._settings))
         async with background(*beside), asyncio.TaskGroup() as tasks:

@@ -7,17 +7,16 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
-from psycopg import AsyncConnection
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from bridge.commands.republish import Pace, open_sinks, republish
 from bridge.errors import UsageError
 from bridge.event import Event, matches
-from bridge.postgres.connection import connect
+from bridge.postgres.connection import Connection, answered, connect
 from bridge.process.logs import configure
 from bridge.process.tasks import run
 from bridge.process.terminal import (
@@ -42,6 +41,9 @@ _SLACK: Final = timedelta(minutes=1)
 """How far beyond its times a part is read. Ids rise with the times of their events, but not strictly: transactions run
 side by side, and clocks are set."""
 
+_SCANNED: Final = 100_000
+"""Ids that are looked through for their topics at once; some 50 ms."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -54,9 +56,11 @@ class Part:
 
     def takes(self, event: Event) -> bool:
         """Whether the event belongs to it."""
-        return self.since <= event.time < self.until and (
-            not self.topics or any(matches(pattern, event.topic) for pattern in self.topics)
-        )
+        return self.since <= event.time < self.until and self.takes_topic(event.topic)
+
+    def takes_topic(self, topic: str) -> bool:
+        """Whether events of this topic may belong to it."""
+        return not self.topics or any(matches(pattern, topic) for pattern in self.topics)
 
 
 @dataclass(slots=True)
@@ -94,9 +98,8 @@ async def replay_log(
     replayed = Replayed()
     connection = await connect(settings.postgres, "pgbridge replay", options="-c timezone=UTC")
     async with connection:
-        pages = _pages(settings, connection, part, Pace(rate).chunk, replayed)
         if dry_run:
-            async for _ in pages:
+            async for _ in _pages(settings, connection, part, Pace(rate).chunk, replayed):
                 progress(replayed)
             return replayed
 
@@ -110,15 +113,45 @@ async def replay_log(
             progress(replayed)
 
         routes = Routes([(route.topic, route.sink) for route in settings.routes])
-        async with open_sinks(settings, settings.sinks) as sinks:
+        topics = await _topics(connection, part)
+        needed = {sink for topic in topics for sink in routes.sinks_of(topic)}
+        pages = _pages(settings, connection, part, Pace(rate).chunk, replayed, topics)
+        async with open_sinks(settings, sorted(needed)) as sinks:
             await republish(settings.relay, sinks, routes, pages, Pace(rate), settled, stop)
     return replayed
 
 
+async def _topics(connection: Connection, part: Part) -> frozenset[str]:
+    """The topics of the part's events. So it is known which sinks are needed before anything is published."""
+    found: set[str] = set()
+    with answered(connection):
+        cursor = await connection.execute(
+            "select bridge.position_at(%s), bridge.position_at(%s)", (part.since - _SLACK, part.until + _SLACK)
+        )
+        [(begin, end)] = await cursor.fetchall()
+    for start in range(begin, end, _SCANNED):
+        with answered(connection):
+            cursor = await connection.execute(
+                "select distinct topic from bridge.outbox "
+                "where id >= %s and id < %s and created_at >= %s and created_at < %s",
+                (start, min(start + _SCANNED, end), part.since, part.until),
+            )
+            found.update(topic for (topic,) in await cursor.fetchall())
+    return frozenset(filter(part.takes_topic, found))
+
+
 async def _pages(
-    settings: Settings, connection: AsyncConnection[tuple[Any, ...]], part: Part, chunk: int, replayed: Replayed
+    settings: Settings,
+    connection: Connection,
+    part: Part,
+    chunk: int,
+    replayed: Replayed,
+    topics: frozenset[str] | None = None,
 ) -> AsyncIterator[Sequence[Event]]:
-    """The part's events in chunks, read in larger pages."""
+    """The part's events in chunks, read in larger pages.
+
+    With `topics`, events that were committed since those were looked up, under others, are left out.
+    """
     outbox = settings.outbox_or_default
     reader = LogReader(connection, settings.name, page_size=outbox.page_size, page_bytes=outbox.page_bytes)
     ((begin, end, first_id, oldest),) = await fetch_all(
@@ -138,6 +171,8 @@ async def _pages(
             return
         events, mark = look.events, look.position.mark
         wanted = [event for event in events if event.sequence < end and part.takes(event)]
+        if topics is not None:
+            wanted = [event for event in wanted if event.topic in topics]
         replayed.by_topic.update(event.topic for event in wanted)
         for start in range(0, len(wanted), chunk):
             yield wanted[start : start + chunk]

@@ -1,7 +1,8 @@
 """How we connect to PostgreSQL, and what its errors mean to us.
 
 A dead peer must be noticed within seconds, on idle connections too: keepalives probe it, `tcp_user_timeout`
-gives up on unacknowledged data, and a multi-host DSN goes on to the host that accepts writes.
+gives up on unacknowledged data, and a multi-host DSN goes on to the host that accepts writes. What a role, a database
+or a server sets for every session in it does not reach ours where we rely on something else.
 """
 
 import asyncio
@@ -10,10 +11,11 @@ import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection, conninfo
+from psycopg.abc import PQGen
 from psycopg.rows import TupleRow
 
 from bridge.errors import (
@@ -29,12 +31,18 @@ from bridge.errors import (
 from bridge.postgres.refusals import connection_refused
 from bridge.settings import PostgresSettings
 
+T = TypeVar("T")
+
 OLDEST_POSTGRES: Final = 14
 """The oldest major version that has what we use: idle_session_timeout, multiranges, parsed SQL functions."""
 
 ANSWER_LIMIT: Final = 30.0
-"""Seconds after which a statement without an answer shows a dead connection. Keepalives cannot show it where a proxy or
-a load balancer is in between, since that is what acknowledges them."""
+"""Seconds of silence on a connection that owes an answer, after which it counts as dead. Keepalives cannot show it
+where a proxy or a load balancer is in between, since that is what acknowledges them."""
+
+_LOOKS: Final = 10
+"""So often is a silent connection looked at before it is given up. Looks are counted and not seconds, since a process
+that was frozen for a minute has heard nothing in it, and yet its answer may have come."""
 
 _CANCEL_LIMIT: Final = 1.0
 """Seconds that the server has to take the request to cancel a statement."""
@@ -52,28 +60,68 @@ _DEFAULTS: Final[dict[str, str]] = {
 }
 
 
-Connection = AsyncConnection[TupleRow]
-"""A connection whose rows are tuples, as all of ours are."""
+_ENCODING: Final = "UTF8"
+"""What text is sent and received as. Another one, such as a role may have, cannot carry every payload."""
+
+_SESSION_SETTINGS: Final = """
+select set_config(name, value, false)
+from (values
+    -- Limits of time: a statement of ours is given up when nothing comes any more, and a listener has a heartbeat.
+    ('statement_timeout', '0'),
+    ('transaction_timeout', '0'),
+    ('lock_timeout', '0'),
+    ('idle_session_timeout', '0'),
+    ('idle_in_transaction_session_timeout', '0'),
+    -- What is read after a lock was taken must be as new as the lock.
+    ('default_transaction_isolation', 'read committed'),
+    -- The forms in which psycopg can read times.
+    ('DateStyle', 'ISO'),
+    ('IntervalStyle', 'postgres'),
+    ('TimeZone', 'UTC')
+) relied_on (name, value)
+where current_setting(name, true) is not null
+"""
+"""What sessions of ours rely on; a caller may set more. The condition leaves out what an older server does not have.
+A statement and no start parameters, since PgBouncer refuses those."""
 
 
-class _Connection(AsyncConnection[TupleRow]):
-    """A connection whose statement, when it is cancelled, does not wait for a server that does not answer.
+class Connection(AsyncConnection[TupleRow]):
+    """A connection whose rows are tuples, as all of ours are, and which can be given up.
 
-    psycopg would wait 5 s for the server to take the request, and as long again for the statement to end.
+    A statement that is cancelled does not wait for a server that does not answer. psycopg would wait 5 s for the server
+    to take the request, and as long again for the statement to end.
     """
+
+    signs_of_life = 0
+    """Rises whenever the peer has sent something, or has taken something that we sent."""
+
+    async def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        return await super().wait(self._counting(gen), *args, **kwargs)
+
+    def _counting(self, waits: PQGen[T]) -> PQGen[T]:
+        """The same waits; every one that ends because the socket is ready is a sign of life."""
+        try:
+            wanted = next(waits)
+            while True:
+                ready = yield wanted
+                if ready:
+                    self.signs_of_life += 1
+                wanted = waits.send(ready)
+        except StopIteration as done:
+            result: T = done.value
+            return result
 
     async def cancel_safe(self, *, timeout: float = _CANCEL_LIMIT) -> None:  # noqa: ASYNC109 - psycopg names it so
         try:
             await super().cancel_safe(timeout=min(timeout, _CANCEL_LIMIT))
         except psycopg.Error:
-            _end_wire(self)
+            self.end_wire()
             raise
 
-
-def _end_wire(connection: AsyncConnection[TupleRow]) -> None:
-    """Ends the socket, so that whoever waits for an answer gets an error at once."""
-    with socket.socket(fileno=os.dup(connection.pgconn.socket)) as wire:
-        wire.shutdown(socket.SHUT_RDWR)
+    def end_wire(self) -> None:
+        """Ends the socket, so that whoever waits for an answer gets an error at once."""
+        with socket.socket(fileno=os.dup(self.pgconn.socket)) as wire:
+            wire.shutdown(socket.SHUT_RDWR)
 
 
 def connection_parameters(settings: PostgresSettings, application_name: str) -> dict[str, Any]:
@@ -103,6 +151,7 @@ def connection_parameters(settings: PostgresSettings, application_name: str) -> 
         "connect_timeout": max(2, round(settings.connect_timeout)),
         **given,
         "application_name": application_name,
+        "client_encoding": _ENCODING,
     }
 
 
@@ -114,7 +163,7 @@ def _is_cut_wrongly(dsn: str) -> bool:
     return bool(found) and scheme in ("postgresql", "postgres") and bool(at) and ("@" in behind or "/" in user)
 
 
-async def connect(settings: PostgresSettings, application_name: str, **overrides: str) -> AsyncConnection[TupleRow]:
+async def connect(settings: PostgresSettings, application_name: str, **overrides: str) -> Connection:
     """An autocommit connection. `overrides` are libpq parameters; `options` are added to those of the DSN.
 
     Raises SettingsError for what the DSN holds, DatabaseUnavailableError, ReadOnlyServerError, LoginError,
@@ -127,7 +176,7 @@ async def connect(settings: PostgresSettings, application_name: str, **overrides
     parameters |= overrides
     try:
         with connecting(parameters, key):
-            connection = await _Connection.connect(**parameters, autocommit=True)
+            connection = await Connection.connect(**parameters, autocommit=True)
     except ReadOnlyServerError:
         # libpq has one text for a standby and for a read-only role; what to change differs.
         anywhere = {**parameters, "target_session_attrs": "any"}
@@ -138,8 +187,27 @@ async def connect(settings: PostgresSettings, application_name: str, **overrides
         raise
     try:
         require_database(connection.info, key)
-    except SchemaError:
+        with answered(connection, key):
+            await connection.execute(_SESSION_SETTINGS)
+    except BaseException:
         await connection.close()
+        raise
+    return connection
+
+
+def connect_blocking(settings: PostgresSettings, application_name: str) -> psycopg.Connection[TupleRow]:
+    """The same for a command that does one thing at a time; not autocommit. Raises what `connect` raises."""
+    key = settings.key("dsn")
+    parameters = connection_parameters(settings, application_name)
+    with connecting(parameters, key):
+        connection = psycopg.connect(**parameters)
+    try:
+        require_database(connection.info, key)
+        with database_errors(key):
+            connection.execute(_SESSION_SETTINGS)
+            connection.commit()
+    except BaseException:
+        connection.close()
         raise
     return connection
 
@@ -199,27 +267,36 @@ def database_errors(key: str = DSN_KEY) -> Iterator[None]:
 
 
 @contextmanager
-def answered(connection: AsyncConnection[TupleRow], key: str = DSN_KEY) -> Iterator[None]:
-    """As `database_errors`, and gives a connection up that does not answer within ANSWER_LIMIT.
+def answered(connection: Connection, key: str = DSN_KEY, limit: float | None = None) -> Iterator[None]:
+    """As `database_errors`, and gives a connection up that is silent for `limit` seconds; default: ANSWER_LIMIT.
 
+    An answer may take as long as it likes to arrive: what counts is that something does, be it a part of a large page.
     It ends the socket itself: a cancelled psycopg would ask the server to cancel too, and wait for it again.
     """
-    limit = ANSWER_LIMIT
+    loop = asyncio.get_running_loop()
+    silence = ANSWER_LIMIT if limit is None else limit
+    seen = connection.signs_of_life
+    silent_looks = 0
     given_up = False
+    timer: asyncio.TimerHandle
 
-    def give_up() -> None:
-        nonlocal given_up
-        if not connection.closed:
+    def look() -> None:
+        nonlocal timer, seen, silent_looks, given_up
+        silent_looks = silent_looks + 1 if connection.signs_of_life == seen else 0
+        seen = connection.signs_of_life
+        if silent_looks < _LOOKS:
+            timer = loop.call_later(silence / _LOOKS, look)
+        elif not connection.closed:
             given_up = True
-            _end_wire(connection)
+            connection.end_wire()
 
-    timer = asyncio.get_running_loop().call_later(limit, give_up)
+    timer = loop.call_later(silence / _LOOKS, look)
     try:
         with database_errors(key):
             yield
     except PgbridgeError as error:
         if given_up:
-            raise DatabaseUnavailableError(f"{key}: PostgreSQL did not answer within {limit:g} s") from error
+            raise DatabaseUnavailableError(f"{key}: PostgreSQL did not answer within {silence:g} s") from error
         raise
     finally:
         timer.cancel()

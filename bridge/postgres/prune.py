@@ -10,36 +10,37 @@ import structlog
 from bridge.errors import PgbridgeError
 from bridge.postgres.connection import Connection, connect, database_errors
 from bridge.process.metrics import EVENTS_PRUNED
+from bridge.process.outage import Outage
 from bridge.settings import Settings
 
 log = structlog.get_logger()
-
-INTERVAL: Final = 60.0
-"""Seconds between two rounds."""
 
 CHUNK: Final = 2000
 """Rows in one DELETE: a few milliseconds."""
 
 
-async def prune_for_ever(settings: Settings, interval: float = INTERVAL) -> None:
-    """Prunes in rounds until it is cancelled; a failure is logged, and the next round tries again.
-
-    `interval`: seconds between two rounds.
-    """
+async def prune_for_ever(settings: Settings, outage: Outage) -> None:
+    """Prunes in rounds until it is cancelled. A failure is told by `outage`, and the next round tries again."""
+    outbox = settings.outbox_or_default
     after = 0
-    while True:
-        try:
-            connection = await connect(settings.postgres, f"pgbridge {settings.name} prune")
-            async with connection:
-                # Rows that a crash brings back are deleted by a later round, so the commit need not wait for the disk.
-                with database_errors():
-                    await connection.execute("set synchronous_commit = off")
-                deleted, after = await prune(connection, settings.outbox_or_default.retention, after)
-            if deleted:
-                log.info("outbox.pruned", events=deleted)
-        except PgbridgeError as error:
-            log.warning("outbox.prune_failed", reason=str(error))
-        await asyncio.sleep(interval)
+    try:
+        while True:
+            try:
+                connection = await connect(settings.postgres, f"pgbridge {settings.name} prune")
+                async with connection:
+                    # Rows that a crash brings back are deleted by a later round: the commit need not wait for the disk.
+                    with database_errors():
+                        await connection.execute("set synchronous_commit = off")
+                    deleted, after = await prune(connection, outbox.retention, after)
+                if deleted:
+                    log.info("outbox.pruned", events=deleted)
+            except PgbridgeError as error:
+                outage.lost(error)
+            else:
+                outage.restored()
+            await asyncio.sleep(outbox.prune_interval)
+    finally:
+        outage.dismiss()
 
 
 async def prune(connection: Connection, retention: float, after: int = 0, chunk: int = CHUNK) -> tuple[int, int]:

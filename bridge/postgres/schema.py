@@ -15,16 +15,15 @@ from typing import Any, Final, NamedTuple
 
 import psycopg
 from psycopg import AsyncConnection, Connection
+from psycopg.rows import TupleRow
 from pydantic import SecretStr
 
 from bridge.errors import DatabaseUnavailableError, PrivilegeError, SchemaError, SettingsError
 from bridge.postgres.connection import (
     DSN_KEY,
     OLDEST_POSTGRES,
-    connecting,
-    connection_parameters,
+    connect_blocking,
     database_errors,
-    require_database,
 )
 from bridge.settings import PostgresSettings
 
@@ -177,16 +176,8 @@ commit;
 """  # noqa: S608 - numbers and names of our own files
 
 
-def _connect(dsn: str) -> Connection[tuple[Any, ...]]:
-    parameters = connection_parameters(PostgresSettings(dsn=SecretStr(dsn)), "pgbridge migrate")
-    with connecting(parameters, DSN_KEY):
-        connection = psycopg.connect(**parameters)
-    try:
-        require_database(connection.info, DSN_KEY)
-    except SchemaError:
-        connection.close()
-        raise
-    return connection
+def _connect(dsn: str) -> Connection[TupleRow]:
+    return connect_blocking(PostgresSettings(dsn=SecretStr(dsn)), "pgbridge migrate")
 
 
 def _apply_next(connection: Connection[tuple[Any, ...]]) -> Migration | None:

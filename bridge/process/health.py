@@ -1,6 +1,7 @@
 """`/metrics` for Prometheus and `/health` for whoever restarts or balances, over HTTP, in a thread of its own."""
 
 import asyncio
+import errno
 import json
 import os
 import socket
@@ -8,16 +9,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from prometheus_client import make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
-from bridge.errors import SettingsError
+from bridge.errors import SettingsError, UnavailableError
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+_PASSES: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
+"""Another process still has the port, or a floating address is not on this machine yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,7 @@ def serving(key: str, listen: str | None, health: Callable[[], Health]) -> Itera
     `key` names the setting, for its errors.
 
     ``/health`` answers 200 when there are no problems, 503 otherwise. Raises SettingsError when the address cannot be
-    listened at.
+    listened at, and UnavailableError when it may be later.
     """
     if listen is None:
         yield
@@ -53,8 +57,9 @@ def serving(key: str, listen: str | None, health: Callable[[], Health]) -> Itera
             server_class=_V6Server if host.startswith("[") else ThreadingWSGIServer,
             handler_class=_Silent,
         )
-    except (OSError, OverflowError) as error:
-        raise SettingsError(f"{key}: cannot listen at {listen}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        kind = UnavailableError if error.errno in _PASSES else SettingsError
+        raise kind(f"{key}: cannot listen at {listen}: {error.strerror or error}") from error
     thread = Thread(target=server.serve_forever, name="health", daemon=True)
     thread.start()
     try:

@@ -57,6 +57,11 @@ class Outage:
             log.info(f"{self._server}.restored", **self._fields, seconds=round(time.monotonic() - self._since, 3))
         self._since = self._error = None
 
+    def dismiss(self) -> None:
+        """Nobody tries any more, so whether the server works is not known; logs nothing."""
+        self.failures = 0
+        self._since = self._error = None
+
     @property
     def lasts(self) -> bool:
         """Whether there is an outage now."""

@@ -40,7 +40,8 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
         raise SettingsError(f"{path}:\n{lines}") from None
 
 
-_OWN_KEY: Final = re.compile(r"\w+_file: ")
+_OWN_KEY: Final = re.compile(r"\w+: ")
+"""How a message begins that is about one key of the table that was validated, such as dsn_file or retry_max."""
 
 
 class _Mistakes(Exception):  # noqa: N818 - never leaves this module
@@ -174,7 +175,6 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -
                 lines.append(f"{key}: is missing")
             case _:
                 message = detail["msg"].removeprefix("Value error, ")
-                # A message that begins with a key of its own names a neighbour, such as dsn_file.
                 joint = "." if _OWN_KEY.match(message) else ": "
                 lines.append(f"{key}{joint}{message}" if key else message)
     return lines

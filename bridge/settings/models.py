@@ -1,10 +1,12 @@
 """What can be set. Every field's description is its documentation (docs/settings.md is checked against it)."""
 
+import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -31,6 +33,8 @@ def parse_duration(value: object) -> float:
     elif isinstance(value, str) and (match := _DURATION.fullmatch(value.strip())):
         seconds = float(match[1]) * _SECONDS[match[2]]
     else:
+        seconds = math.nan
+    if not math.isfinite(seconds):
         raise ValueError('is not a duration; write a number and a unit, as in "500ms", "30s", "5m", "2h", "7d"')
     if seconds < 0:
         raise ValueError("is negative; a duration is zero or more")
@@ -56,6 +60,17 @@ Size = Annotated[
     BeforeValidator(parse_size),
     WithJsonSchema({"type": ["string", "integer"], "examples": ["10MB", "64MiB"]}),
 ]
+
+
+def _more_than_zero(value: float) -> float:
+    if not value:
+        raise ValueError("must be more than zero")
+    return value
+
+
+SomeDuration = Annotated[Duration, AfterValidator(_more_than_zero)]
+"""Of what never happens, or never stops happening, without any time."""
+SomeSize = Annotated[Size, AfterValidator(_more_than_zero)]
 Secret = Annotated[SecretStr, PlainSerializer(lambda _: "**********", return_type=str)]
 """Shown as stars wherever it is printed; `get_secret_value()` gives it."""
 
@@ -101,7 +116,7 @@ class SinkSettings(Model):
 
     type: str
     """The kind of broker: one of those that are installed."""
-    publish_timeout: Duration = 30.0
+    publish_timeout: SomeDuration = 30.0
     """How long a broker may be silent about everything published to it before its connection is given up."""
     start: Literal["now", "beginning"] | None = None
     """Where a new sink begins in the log. Left out: now, but a new bridge at the beginning."""
@@ -127,14 +142,43 @@ class SinkSettings(Model):
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 TopicPattern = Annotated[str, Field(min_length=1, max_length=255)]
-LISTEN: Final = r"^(\[[0-9a-fA-F:.]+\]|[^:\s\[\]]+):\d{1,5}$"
+
+
+def _port_that_exists(listen: str) -> str:
+    if not 1 <= int(listen.rpartition(":")[2]) <= 65_535:
+        raise ValueError("its port is not between 1 and 65535")
+    return listen
+
+
+Listen = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:.]+\]|[^:\s\[\]]+):\d{1,5}$"), AfterValidator(_port_that_exists)]
 """host:port; an IPv6 address is in brackets."""
+
+_LONGEST_CHANNEL: Final = 63
+"""Bytes. pg_notify() refuses longer ones, and LISTEN would cut them without a word."""
+
+
+def _channel_of_postgresql(channel: str) -> str:
+    size = len(channel.encode())
+    if not size:
+        raise ValueError("is empty")
+    if size > _LONGEST_CHANNEL:
+        raise ValueError(f"has {size} bytes; PostgreSQL takes channels of up to {_LONGEST_CHANNEL}")
+    return channel
+
+
+Channel = Annotated[str, AfterValidator(_channel_of_postgresql)]
+
+
+def _require_growing_delays(retry_initial: float, retry_max: float) -> None:
+    """Raises ValueError where the first delay would be longer than the longest one."""
+    if retry_max < retry_initial:
+        raise ValueError(f"retry_max: {retry_max:g} s is below retry_initial ({retry_initial:g} s)")
 
 
 class PostgresSettings(Model):
     dsn: Secret = SecretStr("")
     """Where the database is: a libpq URI or key=value string, of one or several hosts. Empty: PGHOST, PGUSER, ..."""
-    connect_timeout: Duration = 10.0
+    connect_timeout: SomeDuration = 10.0
     """How long one attempt to connect may take."""
 
     def key(self, field: str) -> str:
@@ -147,36 +191,49 @@ class OutboxSettings(Model):
     """How long events stay in the log behind the slowest bridge; `pgbridge replay` reaches as far back."""
     page_size: int = Field(2000, ge=1, le=50_000)
     """Most events read at once; over a slow connection up to four times as many."""
-    page_bytes: Size = 8_000_000
+    page_bytes: SomeSize = 8_000_000
     """Most payload bytes read at once; one larger event is still read, alone."""
-    poll_interval: Duration = 1.0
+    poll_interval: SomeDuration = 1.0
     """How often the log is read although no bell rang: the longest that a lost bell can delay an event."""
+    standby_interval: SomeDuration = 1.0
+    """How often a standby tries to lead: the longest that a crashed leader's place stays empty."""
+    heartbeat: SomeDuration = 30.0
+    """How often the connection that hears the bell must hear itself."""
+    prune_interval: SomeDuration = 60.0
+    """How often the leader looks for events that are past the retention."""
 
 
 class ChannelsSettings(Model):
-    listen: list[str] = Field(min_length=1)
+    listen: list[Channel] = Field(min_length=1)
     """Channels of plain pg_notify, exactly as pg_notify() takes them: capitals and spaces matter."""
     buffer: Literal["outbox", "memory"] = "outbox"
     """`outbox`: what is heard goes into the log first. `memory`: nothing is installed; what cannot be kept is lost."""
     buffer_events: int = Field(100_000, ge=1)
     """Most notifications held in memory; beyond them `memory` drops and counts, `outbox` stops listening."""
-    heartbeat: Duration = 30.0
+    heartbeat: SomeDuration = 30.0
     """How often the listener must hear itself."""
+    standby_interval: SomeDuration = 1.0
+    """With `memory`: how often a standby tries to take over."""
 
 
 class RelaySettings(Model):
     events_in_flight: int = Field(16_000, ge=1, le=1_000_000)
     """Most events of a sink that are read and not yet settled; how many are, follows its confirms."""
-    bytes_in_flight: Size = 64_000_000
+    bytes_in_flight: SomeSize = 64_000_000
     """Most bytes of a sink's events (payload, key, headers) that are read and not yet settled, held ones included."""
     held_events: int = Field(10_000, ge=1, le=1_000_000)
     """Most events of a sink that wait because its broker refused them or what precedes them, while others go on."""
-    retry_initial: Duration = 0.1
+    retry_initial: SomeDuration = 0.1
     """First delay before a refused message is published again."""
-    retry_max: Duration = 10.0
+    retry_max: SomeDuration = 10.0
     """Longest such delay."""
     shutdown_limit: Duration = 20.0
     """How long a stop waits for what is in flight."""
+
+    @model_validator(mode="after")
+    def _delays_grow(self) -> Self:
+        _require_growing_delays(self.retry_initial, self.retry_max)
+        return self
 
 
 class RouteSettings(Model):
@@ -197,22 +254,35 @@ class WorkerSettings(Model):
     """Handlers that run at once."""
     prefetch: int | None = Field(None, ge=1, le=65535)
     """Deliveries in hand at once; default: twice the concurrency."""
-    timeout: Duration = 60.0
+    timeout: SomeDuration = 60.0
     """How long one run of the handler may take."""
     max_attempts: int = Field(8, ge=1, le=100)
     """Attempts before the event is dead-lettered."""
-    retry_initial: Duration = 1.0
+    retry_initial: SomeDuration = 1.0
     """Delay before the second attempt; doubles with each further one."""
-    retry_max: Duration = 600.0
+    retry_max: SomeDuration = 600.0
     """Longest delay between two attempts."""
     reply: str | None = Field(None, pattern=r"^[^.]+\.[^.]+$")
     """SQL function `schema.name(event_id uuid, result jsonb)` that takes the handler's result."""
     shutdown_limit: Duration = 20.0
     """How long a stop waits for running handlers."""
-    listen: str | None = Field(None, pattern=LISTEN)
+    listen: Listen | None = None
     """`host:port` at which this worker serves `/metrics` and `/health`; left out: nowhere."""
     options: dict[str, Any] = Field(default_factory=dict)
     """What the handler itself reads; see its documentation."""
+
+    @model_validator(mode="after")
+    def _delays_grow(self) -> Self:
+        _require_growing_delays(self.retry_initial, self.retry_max)
+        return self
+
+    @model_validator(mode="after")
+    def _prefetch_feeds_every_handler(self) -> Self:
+        if self.prefetch is not None and self.prefetch < self.concurrency:
+            raise ValueError(
+                f"prefetch: {self.prefetch} is below concurrency ({self.concurrency}), which would never be reached"
+            )
+        return self
 
 
 class ObserveSettings(Model):
@@ -220,7 +290,7 @@ class ObserveSettings(Model):
     """Least level that is logged."""
     log_format: Literal["auto", "text", "json"] = "auto"
     """`auto`: text on a terminal, JSON otherwise."""
-    listen: str | None = Field(None, pattern=LISTEN)
+    listen: Listen | None = None
     """`host:port` at which the bridge serves `/metrics` and `/health`; left out: nowhere. Workers have their own."""
 
 
@@ -259,7 +329,7 @@ class Settings(Model):
         return self.outbox or OutboxSettings()
 
     @model_validator(mode="after")
-    def _names_that_refer(self) -> "Settings":
+    def _names_that_refer(self) -> Self:
         known = ", ".join(sorted(self.sinks)) or "none"
         for index, route in enumerate(self.routes):
             if route.sink not in self.sinks:

@@ -21,6 +21,7 @@ from bridge.errors import PgbridgeError
 from bridge.event import NO_HEADERS, Event
 from bridge.postgres.connection import Connection, answered, connect
 from bridge.process.metrics import DEAF_SECONDS, NOTIFICATIONS, NOTIFICATIONS_DROPPED
+from bridge.process.outage import Outage
 from bridge.process.tasks import background, one_error
 from bridge.routes import Routes
 from bridge.settings import ChannelsSettings, PostgresSettings
@@ -34,9 +35,6 @@ _PAGE: Final = 2000
 
 _BATCH: Final = 2000
 """Notifications in one INSERT."""
-
-_LEAD_INTERVAL: Final = 1.0
-"""Seconds between two tries to lead."""
 
 _PULSE: Final = 2.0
 """Seconds between two looks whether the session of the lead lives."""
@@ -167,12 +165,13 @@ class Channels:
             self.hear,
             heartbeat=self._channels.heartbeat,
             application_name=f"pgbridge {self._name} channels",
+            sender=lead,
         )
 
         try:
             while not await _leads(lead, self._name):
                 ready()
-                await asyncio.sleep(_LEAD_INTERVAL)
+                await asyncio.sleep(self._channels.standby_interval)
             await listener.open()
             with one_error():
                 async with background(_watch(lead)):
@@ -245,21 +244,41 @@ class _Heard(NamedTuple):
 class Intake:
     """Writes notifications into the log, in batches, durably; from there the outbox carries them."""
 
-    def __init__(self, name: str, postgres: PostgresSettings, channels: ChannelsSettings) -> None:
+    def __init__(self, name: str, postgres: PostgresSettings, channels: ChannelsSettings, outage: Outage) -> None:
+        """`outage` says whether nothing is heard or stored now, and how long to wait before the next try."""
         self._name = name
         self._postgres = postgres
         self._channels = channels
         self._heard: deque[_Heard] = deque()
         self._arrived = asyncio.Event()
         self._deafness = Deafness()
+        self._outage = outage
         self.room = asyncio.Event()
         self.room.set()
 
-    async def session(self) -> None:
-        """Listens and stores until a connection is lost; what it holds then stays for the next session.
+    async def run(self) -> None:
+        """Listens and stores until it is cancelled, in one session after the other.
+
+        A lost one is opened anew by itself, so that the log is carried on meanwhile.
+        """
+        try:
+            while True:
+                try:
+                    await self._session()
+                except PgbridgeError as error:
+                    self._deafness.begin(str(error))
+                    self._outage.lost(error)
+                    await self._outage.wait()
+        finally:
+            self._deafness.begin(None)
+            self._outage.dismiss()
+
+    async def _session(self) -> None:
+        """Until a connection is lost; what it holds then stays for the next session.
 
         Raises DatabaseUnavailableError, PrivilegeError, ListenError.
         """
+        store = await connect(self._postgres, f"pgbridge {self._name} intake")
         listener = Listener(
             self._postgres,
             self._channels.listen,
@@ -267,20 +286,20 @@ class Intake:
             room=self.room,
             heartbeat=self._channels.heartbeat,
             application_name=f"pgbridge {self._name} channels",
+            sender=store,
         )
         try:
             await listener.open()
             with one_error():
-                async with background(self._store_for_ever()):
-                    await listener.run(self._deafness.end)
-        except PgbridgeError as error:
-            self._deafness.begin(str(error))
-            raise
-        except asyncio.CancelledError:
-            self._deafness.begin(None)
-            raise
+                async with background(self._store_for_ever(store)):
+                    await listener.run(self._hears)
         finally:
             await listener.close()
+            await store.close()
+
+    def _hears(self) -> None:
+        self._deafness.end()
+        self._outage.restored()
 
     def hear(self, notification: Notify) -> None:
         """Takes one notification; clears `room` when the listener has to wait."""
@@ -290,16 +309,12 @@ class Intake:
         if len(self._heard) >= self._channels.buffer_events:
             self.room.clear()
 
-    async def _store_for_ever(self) -> None:
-        connection = await connect(self._postgres, f"pgbridge {self._name} intake")
-        try:
-            while True:
-                while not self._heard:
-                    self._arrived.clear()
-                    await self._arrived.wait()
-                await self._store(connection)
-        finally:
-            await connection.close()
+    async def _store_for_ever(self, connection: Connection) -> None:
+        while True:
+            while not self._heard:
+                self._arrived.clear()
+                await self._arrived.wait()
+            await self._store(connection)
 
     async def drain(self) -> None:
         """Stores what is still held, at a clean stop. Raises PgbridgeError, after saying how much is lost with it."""

@@ -1,8 +1,11 @@
 """A connection that only listens, and proves that it hears.
 
 LISTEN through a transaction pooler, or a half-open connection, is silent loss. So the listener must hear a NOTIFY that
-another connection sends, at the start and at every heartbeat. The loop over notifications only appends: psycopg's
-generator holds the connection's lock, and leaving it in the middle of a batch would drop the rest.
+another connection sends, at the start and at every heartbeat. It must be another one: a NOTIFY of the listening
+connection's own would be heard through a pooler too, and its answer would bring all that waits for the listener,
+however little room there is. And it is one that the process has anyway, so that a listener needs no free connection
+slot to go on. The loop over notifications only appends: psycopg's generator holds the connection's lock, and leaving it
+in the middle of a batch would drop the rest.
 """
 
 import asyncio
@@ -39,13 +42,18 @@ class Listener:
         room: asyncio.Event | None = None,
         heartbeat: float = 30.0,
         application_name: str = "pgbridge listener",
+        sender: Connection | None = None,
     ) -> None:
+        """`heartbeat` in seconds; for `sender` see the attribute."""
         self._settings = settings
         self._channels = tuple(channels)
         self._heard = heard
         self._room = room
         self._heartbeat = heartbeat
         self._application_name = application_name
+        self.sender = sender
+        """A session of this process whose end ends the listener too, on which the probes are sent. While there is none,
+        each probe takes a connection of its own."""
         self._probe_channel = f"pgbridge_probe_{secrets.token_hex(8)}"
         self._connection: Connection | None = None
         self._probed = asyncio.Event()
@@ -89,7 +97,7 @@ class Listener:
                 self._last_heard = time.monotonic()
 
     async def _prove(self, ready: Callable[[], None]) -> None:
-        """Sends a probe through a connection of its own, which a pooler cannot mistake for the listening one."""
+        """Sends a probe at the start and at every heartbeat, and waits until it is heard."""
         if not await self._heard_itself():
             raise ListenError(
                 f"{self._settings.key('dsn')}: the connection that listens did not hear a NOTIFY within "
@@ -106,12 +114,14 @@ class Listener:
 
     async def _heard_itself(self) -> bool:
         self._probed.clear()
-        sender = await connect(self._settings, f"{self._application_name} probe")
-        try:
-            with answered(sender):
-                await sender.execute("select pg_notify(%s, '')", (self._probe_channel,))
-        finally:
-            await sender.close()
+        if self.sender is not None:
+            await self._send_probe(self.sender)
+        else:
+            sender = await connect(self._settings, f"{self._application_name} probe")
+            try:
+                await self._send_probe(sender)
+            finally:
+                await sender.close()
         self._last_heard = time.monotonic()
         while True:
             try:
@@ -122,6 +132,10 @@ class Listener:
                 # Behind a flood the probe comes late; only silence is a sign.
                 if self._reads and time.monotonic() - self._last_heard >= _PROBE_TIMEOUT:
                     return False
+
+    async def _send_probe(self, sender: Connection) -> None:
+        with answered(sender, self._settings.key("dsn")):
+            await sender.execute("select pg_notify(%s, '')", (self._probe_channel,))
 
     @property
     def _reads(self) -> bool:

@@ -8,8 +8,10 @@ import psycopg
 import pytest
 from psycopg import Notify
 from pydantic import SecretStr
+from tenacity import wait_fixed
 
 from bridge.errors import DatabaseUnavailableError
+from bridge.process.outage import Outage
 from bridge.process.tasks import background, one_error
 from bridge.settings import ChannelsSettings, PostgresSettings
 from bridge.sources import listener as listener_module
@@ -198,8 +200,10 @@ async def test_a_notification_whose_store_was_not_answered_is_stored_again_under
 ) -> None:
     async with Proxy(postgres.host, postgres.port) as wire:
         dsn = bridge_database.replace(str(postgres.port), str(wire.port))
-        intake = Intake("test", PostgresSettings(dsn=SecretStr(dsn)), ChannelsSettings(listen=["Orders"]))
-        session = asyncio.create_task(intake.session())
+        outage = Outage("channels", wait_fixed(0.1))
+        settings_ = PostgresSettings(dsn=SecretStr(dsn))
+        intake = Intake("test", settings_, ChannelsSettings(listen=["Orders"]), outage)
+        running = asyncio.create_task(intake.run())
         # Sent until one is stored: from then on the intake listens, and has its connection.
         while one(bridge_database, "select count(*) from bridge.outbox") == 0:
             await execute(bridge_database, "notify \"Orders\", 'first'")
@@ -211,8 +215,9 @@ async def test_a_notification_whose_store_was_not_answered_is_stored_again_under
         await rows_become(bridge_database, "select count(*) from bridge.outbox where payload in ('a', 'b')", [(2,)])
         wire.delay_to_client = 0
         wire.cut()
-        with pytest.raises(DatabaseUnavailableError), one_error():
-            await session
+        await until(lambda: outage.lasts)
+        running.cancel()
+        await asyncio.wait([running])
         await intake.drain()
         stored = await execute(
             bridge_database,

@@ -12,7 +12,6 @@ import psycopg
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from psycopg import AsyncConnection
 from pydantic import SecretStr
 
 from bridge.brokers.contract import Unsendable
@@ -22,6 +21,7 @@ from bridge.brokers.pubsub.message import Encoder as PubSubEncoder
 from bridge.brokers.rabbitmq.frames import Encoder as RabbitMQEncoder
 from bridge.brokers.rabbitmq.frames import RefusedEvent
 from bridge.event import Event
+from bridge.postgres.connection import Connection
 from bridge.sources.log import LogReader, Position
 
 NESTED = "[" * 1500 + "]" * 1500
@@ -66,7 +66,7 @@ class Log:
 
     def __init__(self, dsn: str) -> None:
         self._runner = asyncio.Runner()
-        self._connection = self._runner.run(AsyncConnection.connect(dsn))
+        self._connection = self._runner.run(Connection.connect(dsn))
 
     def close(self) -> None:
         self._runner.run(self._connection.close())
@@ -98,7 +98,7 @@ class Log:
             [(event_id,)] = await cursor.fetchall()
             reader = LogReader(self._connection, "test", page_size=10, page_bytes=1_000_000)
             reader.start(Position(0, ()), None)
-            [event], *_ = await reader.read()
+            [event] = (await reader.read()).events
             assert event.id == event_id
             return event
         except psycopg.Error as error:

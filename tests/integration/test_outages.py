@@ -218,6 +218,56 @@ async def test_a_statement_without_an_answer_is_given_up(
         await session.close()
 
 
+async def test_a_page_that_takes_longer_than_the_limit_arrives_while_its_bytes_do(
+    bridge_database: str, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge.postgres.connection, "ANSWER_LIMIT", 1.0)
+    await execute(bridge_database, "select bridge.emit('a', repeat(n::text, 200000)) from generate_series(1, 9) n")
+    async with Proxy(postgres.host, postgres.port) as wire:
+        dsn = bridge_database.replace(str(postgres.port), str(wire.port))
+        outbox = await open_outbox(dsn)
+        source = await lead(outbox)
+        wire.rate_to_client = 500_000
+        began = time.monotonic()
+        page = await source.read(100)
+        assert time.monotonic() - began > 3
+        assert [len(event.payload) for event in page.events] == [200_000] * 9
+        await outbox.session.close()
+
+
+async def test_an_answer_that_stops_in_its_middle_is_given_up(
+    bridge_database: str, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge.postgres.connection, "ANSWER_LIMIT", 1.0)
+    async with Proxy(postgres.host, postgres.port) as wire:
+        dsn = bridge_database.replace(str(postgres.port), str(wire.port))
+        session = await bridge.postgres.connection.connect(PostgresSettings(dsn=SecretStr(dsn)), "test")
+        wire.rate_to_client = 500_000
+
+        async def read() -> None:
+            with bridge.postgres.connection.answered(session):
+                await session.execute("select repeat('x', 2000000)")
+
+        reading = asyncio.create_task(read())
+        await until(lambda: session.signs_of_life > 30)
+        wire.blackhole = True
+        began = time.monotonic()
+        with pytest.raises(DatabaseUnavailableError, match="did not answer within 1 s"):
+            await reading
+        assert 0.9 < time.monotonic() - began < 3
+        wire.blackhole = False
+        await session.close()
+
+
+async def test_an_answer_that_came_while_the_process_was_frozen_is_taken(bridge_database: str) -> None:
+    session = await bridge.postgres.connection.connect(PostgresSettings(dsn=SecretStr(bridge_database)), "test")
+    async with session:
+        asyncio.get_running_loop().call_later(0.2, time.sleep, 1.5)
+        with bridge.postgres.connection.answered(session, limit=1.0):
+            cursor = await session.execute("select 1 from pg_sleep(0.5)")
+        assert await cursor.fetchone() == (1,)
+
+
 async def test_a_failover_to_another_host_loses_nothing(
     server_folder: Path, unique: str, messages: Messages, tmp_path: Path
 ) -> None:

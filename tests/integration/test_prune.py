@@ -5,6 +5,7 @@ from pathlib import Path
 
 import psycopg
 
+from bridge.postgres.connection import Connection
 from bridge.postgres.prune import prune
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
@@ -18,7 +19,7 @@ CURSOR = (
 
 
 async def pruned(dsn: str, *, after: int = 0, chunk: int = 10) -> tuple[int, int]:
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+    async with await Connection.connect(dsn, autocommit=True) as connection:
         return await prune(connection, 86400.0, after, chunk)
 
 
@@ -99,7 +100,7 @@ async def test_pruning_under_load_loses_nothing(bridge_database: str, messages: 
 
     async def prune_all_the_while(done: asyncio.Event) -> int:
         total = after = 0
-        async with await psycopg.AsyncConnection.connect(bridge_database, autocommit=True) as connection:
+        async with await Connection.connect(bridge_database, autocommit=True) as connection:
             while not done.is_set():
                 deleted, after = await prune(connection, 0.0, after, 50)
                 total += deleted

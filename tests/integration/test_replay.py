@@ -91,3 +91,22 @@ async def test_what_is_pruned_is_told(bridge_database: str, messages: Messages, 
 async def test_an_empty_log_replays_nothing(bridge_database: str, messages: Messages, tmp_path: Path) -> None:
     config = str(Daemon(tmp_path, settings(bridge_database, messages)).config)
     assert (await json_of("replay", "--from", "7d", "--config", config))["confirmed"] == 0
+
+
+async def test_only_the_sinks_that_the_part_needs_are_opened(
+    bridge_database: str, messages: Messages, tmp_path: Path
+) -> None:
+    """One of two sinks is down, and what goes there is not in the part."""
+    dead = '[sinks.dead]\ntype = "rabbitmq"\nurl = "amqp://127.0.0.1:1"\n[[routes]]\ntopic = "other.#"\nsink = "dead"'
+    text = settings(bridge_database, messages, dead).replace('topic = "#"', 'topic = "shop.#"')
+    config = str(Daemon(tmp_path, text).config)
+    await execute(bridge_database, "select bridge.emit('shop.a', n::text) from generate_series(1, 10) n order by n")
+    told = await json_of("replay", "--from", "1h", "--config", config)
+    assert told == {"confirmed": 10, "refused": 0, "by_topic": {"shop.a": 10}}
+    await execute(bridge_database, "select bridge.emit('shop.a', '11'), bridge.emit('other.a', 'x')")
+    _, said = await command("replay", "--from", "1h", "--config", config, expect=69)
+    assert "sinks.dead.url: RabbitMQ at 127.0.0.1:1 does not answer" in said
+    told = await json_of("replay", "--from", "1h", "--topic", "shop.*", "--config", config)
+    assert told["confirmed"] == 11
+    bodies = [int(message.body) for message in await messages.take(21)]
+    assert bodies == [*range(1, 11), *range(1, 12)], "the replay that ended with 69 published nothing"

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import psycopg
+import pytest
 
 from tests.support.commands import command, json_of
 from tests.support.daemons import Daemon
@@ -165,13 +166,15 @@ async def test_health_names_a_broker_that_is_gone_and_recovers_while_idle(
             await until_health(port, 200, "leading")
 
 
-async def test_a_taken_port_ends_the_start_with_the_settings_key(
-    bridge_database: str, messages: Messages, rabbitmq: RabbitMQServer, tmp_path: Path
+@pytest.mark.parametrize(("at", "exit_code"), [("127.0.0.1:{taken}", 69), ("192.0.2.1:9000", 69), ("nowhere:9000", 78)])
+async def test_an_address_that_cannot_be_listened_at_ends_the_start_with_the_settings_key(
+    bridge_database: str, messages: Messages, rabbitmq: RabbitMQServer, tmp_path: Path, at: str, exit_code: int
 ) -> None:
-    text = settings(bridge_database, messages, f'[observe]\nlisten = "127.0.0.1:{rabbitmq.port}"')
-    config = str(Daemon(tmp_path, text).config)
-    _, said = await command("run", "--config", config, expect=78)
-    assert f"observe.listen: cannot listen at 127.0.0.1:{rabbitmq.port}" in said
+    """A port that somebody else has, an address that is on another machine until a failover, and a typing mistake."""
+    at = at.format(taken=rabbitmq.port)
+    config = str(Daemon(tmp_path, settings(bridge_database, messages, f'[observe]\nlisten = "{at}"')).config)
+    _, said = await command("run", "--config", config, expect=exit_code)
+    assert f"observe.listen: cannot listen at {at}" in said
 
 
 async def test_a_worker_tells_its_health_and_counts_its_attempts(

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg import conninfo, sql
 
-from tests.support.daemons import run_command
+from tests.support.daemons import Daemon, run_command
 from tests.support.servers import NOT_DURABLE, PostgresServer, free_port
 from tests.support.standby import StandbyServer
 from tests.support.until import until
@@ -44,9 +44,9 @@ async def told(tmp_path: Path, dsn: str, expected: str) -> None:
 
 @pytest.fixture
 async def pgbouncer(
-    postgres: PostgresServer, bridge_database: str, server_folder: Path, unique: str
+    request: pytest.FixtureRequest, postgres: PostgresServer, bridge_database: str, server_folder: Path, unique: str
 ) -> AsyncIterator[str]:
-    """The DSN of PgBouncer in transaction mode before the test's database."""
+    """The DSN of PgBouncer before the test's database; the parameter is its mode of pooling."""
     if not Path("/usr/sbin/pgbouncer").exists():
         if os.environ.get("CI") == "true":
             pytest.fail("CI must have pgbouncer")
@@ -60,7 +60,7 @@ async def pgbouncer(
     (folder / "users").write_text('"postgres" ""\n')
     (folder / "pgbouncer.ini").write_text(
         f"[databases]\n{name} = host={postgres.host} port={postgres.port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
-        f"listen_port = {port}\nauth_type = trust\nauth_file = {folder}/users\npool_mode = transaction\n"
+        f"listen_port = {port}\nauth_type = trust\nauth_file = {folder}/users\npool_mode = {request.param}\n"
         "ignore_startup_parameters = extra_float_digits\nunix_socket_dir =\n"
     )
     with (folder / "log").open("wb") as log:
@@ -87,6 +87,7 @@ def _takes_connections(dsn: str) -> bool:
     return True
 
 
+@pytest.mark.parametrize("pgbouncer", ["transaction"], indirect=True)
 async def test_pgbouncer_in_transaction_mode_is_found_out_and_no_lock_stays_with_its_pool(
     pgbouncer: str, bridge_database: str, tmp_path: Path
 ) -> None:
@@ -97,6 +98,16 @@ async def test_pgbouncer_in_transaction_mode_is_found_out_and_no_lock_stays_with
             "and database = (select oid from pg_database where datname = current_database())"
         ).fetchone()
     assert locks == (0,)
+
+
+@pytest.mark.parametrize("pgbouncer", ["session"], indirect=True)
+async def test_pgbouncer_in_session_mode_is_a_place_where_a_bridge_can_work(pgbouncer: str, tmp_path: Path) -> None:
+    """It takes none of the parameters at the start that would set what our sessions rely on."""
+    with Daemon(tmp_path, SETTINGS.format(dsn=pgbouncer)) as bridge:
+        await asyncio.to_thread(bridge.wait_for, "bridge.leading")
+        done = await asyncio.to_thread(run_command, "emit", "a.topic", "payload", "--config", str(bridge.config))
+        assert done.returncode == 0, done.stderr
+        assert await asyncio.to_thread(bridge.stop) == 0
 
 
 @pytest.fixture(scope="module")

@@ -111,3 +111,73 @@ def test_the_schema_for_editors_knows_every_sink() -> None:
     kinds = json.loads(json_schema())["properties"]["sinks"]["additionalProperties"]["oneOf"]
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert len(kinds) == len(project["entry-points"]["pgbridge.brokers"])
+
+
+SINKS = {
+    "rabbitmq": {"type": "rabbitmq", "url": "amqp://h"},
+    "nats": {"type": "nats", "url": "nats://h"},
+    "pubsub": {"type": "pubsub", "project": "shop-1"},
+    "memory": {"type": "memory"},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("postgres.connect_timeout", "0s", "must be more than zero"),
+        ("outbox.poll_interval", "0s", "must be more than zero"),
+        ("outbox.standby_interval", "0s", "must be more than zero"),
+        ("outbox.heartbeat", "0s", "must be more than zero"),
+        ("outbox.prune_interval", "0s", "must be more than zero"),
+        ("outbox.page_bytes", "0B", "must be more than zero"),
+        ("channels.heartbeat", "0s", "must be more than zero"),
+        ("channels.standby_interval", "0s", "must be more than zero"),
+        ("channels.listen", '[""]', "channels.listen.0: is empty"),
+        ("channels.listen", f'["{"é" * 32}"]', "has 64 bytes; PostgreSQL takes channels of up to 63"),
+        ("relay.bytes_in_flight", "0B", "must be more than zero"),
+        ("relay.retry_initial", "0s", "must be more than zero"),
+        ("relay.retry_max", "0s", "must be more than zero"),
+        ("relay.retry_max", "50ms", "0.05 s is below retry_initial (0.1 s)"),
+        ("sinks.rabbitmq.publish_timeout", "0s", "must be more than zero"),
+        ("sinks.memory.publish_timeout", "0s", "must be more than zero"),
+        ("sinks.rabbitmq.max_message_bytes", "0B", "must be more than zero"),
+        ("sinks.rabbitmq.heartbeat", "0s", "must be more than zero"),
+        ("sinks.rabbitmq.heartbeat", "1d", "is longer than 65535 s"),
+        ("sinks.nats.max_message_bytes", "0B", "must be more than zero"),
+        ("sinks.pubsub.max_message_bytes", "0B", "must be more than zero"),
+        ("sinks.pubsub.max_message_bytes", "10MB", "less than or equal to 9800000"),
+        ("sinks.pubsub.batch_messages", "1001", "less than or equal to 1000"),
+        ("sinks.pubsub.batch_bytes", "11MB", "less than or equal to 10000000"),
+        ("sinks.pubsub.batch_delay", "30s", "30 s is not below publish_timeout (30 s)"),
+        ("observe.listen", "127.0.0.1:65536", "its port is not between 1 and 65535"),
+        ("observe.listen", "127.0.0.1:0", "its port is not between 1 and 65535"),
+        ("workers.w.listen", "localhost:70000", "its port is not between 1 and 65535"),
+        ("workers.w.timeout", "0s", "must be more than zero"),
+        ("workers.w.retry_initial", "0s", "must be more than zero"),
+        ("workers.w.retry_max", "500ms", "0.5 s is below retry_initial (1 s)"),
+        ("workers.w.prefetch", "3", "3 is below concurrency (4), which would never be reached"),
+    ],
+)
+def test_what_can_never_work_is_refused_with_its_key(tmp_path: Path, key: str, value: str, expected: str) -> None:
+    path = tmp_path / "bridge.toml"
+    tables = [f"[sinks.{name}]\n" + "".join(f"{k} = '{v}'\n" for k, v in sink.items()) for name, sink in SINKS.items()]
+    handler = "[workers.w]\nhandler = 'a:b'\nsink = 'memory'\n"
+    path.write_text('name = "shop"\n[channels]\nlisten = ["a"]\n' + "".join(tables) + handler)
+    load(path, {})
+    with pytest.raises(SettingsError) as refused:
+        load(path, {f"PGBRIDGE_{key.upper().replace('.', '__')}": value})
+    line = str(refused.value).splitlines()[1]
+    assert line.startswith(f"  {key}")
+    assert expected in line
+
+
+@pytest.mark.parametrize("key", ["outbox.retention", "relay.shutdown_limit", "sinks.pubsub.batch_delay"])
+def test_zero_is_refused_only_where_it_cannot_work(file: Path, key: str) -> None:
+    pubsub = {"PGBRIDGE_SINKS__PUBSUB__TYPE": "pubsub", "PGBRIDGE_SINKS__PUBSUB__PROJECT": "shop-1"}
+    load(file, pubsub | {f"PGBRIDGE_{key.upper().replace('.', '__')}": "0s"})
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_a_duration_is_finite(number: float) -> None:
+    with pytest.raises(ValueError, match="is not a duration"):
+        parse_duration(number)

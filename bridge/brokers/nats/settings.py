@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 
-from bridge.settings.models import Secret, SinkSettings, Size, TlsSettings
+from bridge.settings.models import Secret, SinkSettings, SomeSize, TlsSettings
 
 _PORT: Final = 4222
 _FORM: Final = "write nats://user:password@host:4222, or several with commas"
@@ -36,7 +36,7 @@ class NatsSettings(SinkSettings):
     """nats:// or tls:// URL, or several with commas."""
     stream: str = Field("events", pattern=r"^[A-Za-z0-9_-]{1,255}$")
     """JetStream stream to publish to; the subject is the event's topic."""
-    max_message_bytes: Size = 8_388_608
+    max_message_bytes: SomeSize = 8_388_608
     """Largest message that the server takes (`max_payload`)."""
     tls: TlsSettings = TlsSettings()
     """Certificates for tls://."""

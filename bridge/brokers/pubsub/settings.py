@@ -1,10 +1,11 @@
 """What can be set of Google Cloud Pub/Sub."""
 
 import os
+from typing import Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
-from bridge.settings.models import Duration, Secret, SinkSettings, Size
+from bridge.settings.models import Duration, Secret, SinkSettings, Size, SomeSize
 
 
 class PubSubSettings(SinkSettings):
@@ -23,7 +24,7 @@ class PubSubSettings(SinkSettings):
     """Host and port of Google's emulator, spoken to without credentials. Default: the variable PUBSUB_EMULATOR_HOST."""
     ordering: bool = True
     """Whether the event's key becomes the ordering key. At most 1 MB a second per key; without it there is no order."""
-    max_message_bytes: Size = Field(9_800_000, le=9_800_000)
+    max_message_bytes: SomeSize = Field(9_800_000, le=9_800_000)
     """Largest payload. Pub/Sub takes requests of 10 MB; the rest of them is room for attributes."""
     batch_messages: int = Field(1000, ge=1, le=1000)
     """Most messages in one request."""
@@ -52,3 +53,11 @@ class PubSubSettings(SinkSettings):
         if retention and not 600 <= retention <= 31 * 86400:
             raise ValueError('is neither 0 nor between "10m" and "31d"')
         return retention
+
+    @model_validator(mode="after")
+    def _delay_is_no_silence(self) -> Self:
+        if self.batch_delay >= self.publish_timeout:
+            raise ValueError(
+                f"batch_delay: {self.batch_delay:g} s is not below publish_timeout ({self.publish_timeout:g} s)"
+            )
+        return self

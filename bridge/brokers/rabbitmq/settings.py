@@ -8,12 +8,15 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 
-from bridge.settings.models import Duration, Secret, SinkSettings, Size, TlsSettings
+from bridge.settings.models import Secret, SinkSettings, SomeDuration, SomeSize, TlsSettings
 
 _PORTS: Final = {"amqp": 5672, "amqps": 5671}
 
 _LONGEST_NAME: Final = 127
 """Most characters of an exchange's or a virtual host's name that an AMQP 0-9-1 method may carry."""
+
+_LONGEST_HEARTBEAT: Final = 65_535
+"""Seconds."""
 
 _EXCHANGE: Final = re.compile(r"[a-zA-Z0-9_.:@#,/+ -]+")
 """What AMQP 0-9-1 allows in an exchange's name."""
@@ -79,9 +82,9 @@ class RabbitMQSettings(SinkSettings):
     """amqp:// or amqps:// URL with user, password and virtual host."""
     exchange: str = Field("events", min_length=1, max_length=_LONGEST_NAME)
     """Topic exchange to publish to; the routing key is the event's topic."""
-    max_message_bytes: Size = 16_777_216
+    max_message_bytes: SomeSize = 16_777_216
     """Largest payload the broker takes: `max_message_size` of RabbitMQ (16 MiB since 4.0, 128 MiB before)."""
-    heartbeat: Duration = 30.0
+    heartbeat: SomeDuration = 30.0
     """AMQP heartbeat; a peer silent for twice as long is dead."""
     tls: TlsSettings = TlsSettings()
     """Certificates for amqps://."""
@@ -98,6 +101,13 @@ class RabbitMQSettings(SinkSettings):
         if not _EXCHANGE.fullmatch(exchange):
             raise ValueError("may hold letters, digits, spaces and -_.:@#,/+ only")
         return exchange
+
+    @field_validator("heartbeat")
+    @classmethod
+    def _heartbeat_that_amqp_can_say(cls, heartbeat: float) -> float:
+        if heartbeat > _LONGEST_HEARTBEAT:
+            raise ValueError(f"is longer than {_LONGEST_HEARTBEAT} s, which is as far as AMQP counts")
+        return heartbeat
 
     @cached_property
     def address(self) -> Address:
