@@ -451,7 +451,7 @@ class Lane:
         try:
             while True:
                 if not self._sink.is_open:
-                    self._lose(NotSent("is not connected"))
+                    self._lose(NotSent(self._sink.stalled or "is not connected"))
                 oldest = time.monotonic() - _CARE
                 self._care = {topic: at for topic, at in self._care.items() if at > oldest}
                 self._tell()

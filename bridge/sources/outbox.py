@@ -196,7 +196,7 @@ class Outbox:
         return True
 
     async def standby(self, readers: Sequence[Reader], left: asyncio.Event, able: Callable[[], None]) -> None:
-        """Waits until this session leads: tries every `standby_interval`, and at once when `left` says that a leader went.
+        """Waits until this session leads: tries again and again, and at once when `left` says that a leader went.
 
         Calls `able` after each try, which shows that this session could lead. Raises what `try_to_lead` raises.
         """

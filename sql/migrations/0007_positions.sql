@@ -416,7 +416,7 @@ begin
     if not backlog_exact then
       backlog := greatest(backlog, last_id - c.mark + late);
     end if;
-    oldest_unsent_at := least(late_at, ahead_at);
+    oldest_unsent_at := bridge.calendar_time(least(late_at, ahead_at));
     dead_letters := (select count(*) from bridge.dead_letter d where d.bridge = c.name);
     return next;
   end loop;

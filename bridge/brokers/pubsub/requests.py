@@ -105,7 +105,9 @@ class Requests:
     @property
     def stalled(self) -> str | None:
         """See `contract.Sink.stalled`."""
-        if not self._asked or self.broken is not None or self._silence.seconds <= STALLED:
+        if self.broken is not None:
+            return self.broken
+        if not self._asked or self._silence.seconds <= STALLED:
             return None
         return f"Pub/Sub at {self._connection.address} has answered nothing for {self._silence.seconds:.0f} s"
 

@@ -66,7 +66,9 @@ class Publisher:
     @property
     def stalled(self) -> str | None:
         """See `contract.Sink.stalled`."""
-        if self.lost is not None or not (waiting := self._outstanding()):
+        if self.lost is not None:
+            return str(self.lost)
+        if not (waiting := self._outstanding()):
             return None
         if self._connection.blocked is not None:
             return f"RabbitMQ blocks publishers ({self._connection.blocked})"
