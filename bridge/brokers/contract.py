@@ -115,8 +115,8 @@ class Sink(Protocol):
     @property
     def stalled(self) -> str | None:
         """Why what was published waits although the connection lives: the broker blocks publishers, or has confirmed
-        nothing for longer than a second. None while nothing waits, and while confirms come. Once the connection is lost:
-        how it ended, where that is known."""
+        nothing for longer than a second. None while nothing waits, and while confirms come. Once the connection is
+        lost: how it ended, where that is known."""
 
     @property
     def pipelines(self) -> bool:

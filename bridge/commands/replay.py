@@ -156,7 +156,8 @@ async def _pages(
     reader = LogReader(connection, settings.name, page_size=outbox.page_size, page_bytes=outbox.page_bytes)
     ((begin, end, first_id, oldest),) = await fetch_all(
         connection,
-        "select bridge.position_at(%s), bridge.position_at(%s), first.id, bridge.calendar_time(first.created_at) from (values (1)) one "
+        "select bridge.position_at(%s), bridge.position_at(%s), first.id, "
+        "bridge.calendar_time(first.created_at) from (values (1)) one "
         "left join (select id, created_at from bridge.outbox order by id limit 1) first on true",
         (part.since - _SLACK, part.until + _SLACK),
     )

@@ -100,7 +100,7 @@ async def look(connection: Connection, retention: float) -> Status:
         rows = await cursor.fetchall()
         cursor = await connection.execute(
             "select clock_timestamp(), notification_queue_usage, oldest_transaction_at, oldest_transaction, "
-            "sees_sessions, outbox_bytes, oldest_event_at from bridge.guards()"
+            "sees_sessions, outbox_bytes, bridge.calendar_time(oldest_event_at) from bridge.guards()"
         )
         [(now, queue, transaction_at, transaction, sees, size, oldest)] = await cursor.fetchall()
     bridges: dict[str, Bridge] = {}
