@@ -33,7 +33,7 @@ from bridge.sources import Source
 from bridge.sources.channels import Channels, Intake
 from bridge.sources.doorbell import Doorbell
 from bridge.sources.listener import Listener
-from bridge.sources.log import Reader
+from bridge.sources.log import PageBytes, Reader
 from bridge.sources.outbox import Calls, Outbox, Problem
 from bridge.unrouted import bury_unrouted, no_route
 
@@ -57,6 +57,7 @@ class Daemon:
             name: sink_outage(name, retry_initial=self._limits.retry_initial, retry_max=self._limits.retry_max)
             for name in self._sinks
         }
+        self._page_bytes = PageBytes(settings.outbox_or_default.page_bytes)
         self._postgres = Outage("postgres", _BACKOFF)
         self._beside = {what: Outage(what, _BACKOFF) for what in ("channels", "prune")}
         """Of what runs beside the relay and does not end it."""
@@ -188,7 +189,7 @@ class Daemon:
                 await hears.wait()
                 listener.sender = session = await Outbox.connect(settings.name, settings.postgres)
                 await check_version(session)
-                outbox = Outbox(settings.name, session, settings.outbox_or_default, calls.doorbell)
+                outbox = Outbox(settings.name, session, settings.outbox_or_default, calls.doorbell, self._page_bytes)
                 await self._stand_by(outbox, calls.left)
                 await self._lead(outbox, stop, intake)
         finally:

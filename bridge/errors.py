@@ -5,6 +5,7 @@
     ├── SettingsError        our settings, files or handlers must change                   exit 78
     ├── UnavailableError     a server does not answer, or not now                          exit 69
     │   ├── DatabaseUnavailableError
+    │   │   ├── NoAnswerError         it has begun no answer, or stopped in the middle of one
     │   │   └── ReadOnlyServerError   it answers, but takes no writes: a failover may be on its way
     │   └── BrokerUnavailableError
     └── RefusedError         a server answers and says no                                  exit 69
@@ -48,6 +49,10 @@ class UnavailableError(PgbridgeError):
 
 class DatabaseUnavailableError(UnavailableError):
     """PostgreSQL does not answer, or ended the session."""
+
+
+class NoAnswerError(DatabaseUnavailableError):
+    """PostgreSQL was silent for too long although the connection stood."""
 
 
 class ReadOnlyServerError(DatabaseUnavailableError):

@@ -21,6 +21,7 @@ from psycopg.rows import TupleRow
 from bridge.errors import (
     DatabaseUnavailableError,
     LoginError,
+    NoAnswerError,
     PgbridgeError,
     PrivilegeError,
     ReadOnlyServerError,
@@ -296,7 +297,7 @@ def answered(connection: Connection, key: str = DSN_KEY, limit: float | None = N
             yield
     except PgbridgeError as error:
         if given_up:
-            raise DatabaseUnavailableError(f"{key}: PostgreSQL did not answer within {silence:g} s") from error
+            raise NoAnswerError(f"{key}: PostgreSQL did not answer within {silence:g} s") from error
         raise
     finally:
         timer.cancel()

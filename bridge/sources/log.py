@@ -10,7 +10,7 @@ from psycopg.rows import TupleRow
 from psycopg.types.multirange import Multirange
 from psycopg.types.range import Range
 
-from bridge.errors import DatabaseUnavailableError, SchemaError
+from bridge.errors import DatabaseUnavailableError, NoAnswerError, SchemaError
 from bridge.event import Event, read_headers
 from bridge.postgres.connection import DSN_KEY, Connection, answered
 from bridge.sources.gaps import Gaps, Ranges
@@ -53,6 +53,27 @@ ALL: Final = Reader("all", ("#",))
 """Takes every event of the log."""
 
 
+class PageBytes:
+    """How many bytes a page may have; it outlives sessions.
+
+    A page that the way to the database does not carry without a pause of the answer's limit would be asked for again
+    and again, so it halves each time that an answer does not come, down to single events, and grows back with pages
+    that do.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.now = most
+
+    def halve(self) -> None:
+        """A page did not come."""
+        self.now = max(1, self.now // 2)
+
+    def grow(self) -> None:
+        """A full page came."""
+        self.now = min(self._most, 2 * self.now)
+
+
 class Look(NamedTuple):
     """What one look into the log found."""
 
@@ -70,7 +91,7 @@ class LogReader:
     """The position of one reader in the log, and the statements that move it."""
 
     def __init__(
-        self, connection: Connection, name: str, reader: Reader = ALL, *, page_size: int, page_bytes: int
+        self, connection: Connection, name: str, reader: Reader = ALL, *, page_size: int, page_bytes: int | PageBytes
     ) -> None:
         self._connection = connection
         # Events name where they come from: the database and the bridge.
@@ -80,7 +101,7 @@ class LogReader:
         self._patterns = None if reader.takes_all else list(reader.patterns)
         self._inverted = not reader.sink
         self._least = self._page_size = page_size
-        self._page_bytes = page_bytes
+        self._page_bytes = page_bytes if isinstance(page_bytes, PageBytes) else PageBytes(page_bytes)
         self._mark = 0
         self._gaps = Gaps()
         self.rest = 0.0
@@ -98,18 +119,15 @@ class LogReader:
         async with self._turn:
             began = time.monotonic()
             size = self._page_size if most is None else max(1, min(self._page_size, most))
-            rows = await fetch_all(
-                self._connection,
-                "select * from bridge.read_page(%s, %s, %s, %s, %s, %s)",
-                (
-                    self._mark,
-                    multirange(self._gaps.all()),
-                    size,
-                    self._page_bytes,
-                    self._patterns,
-                    self._inverted,
-                ),
-            )
+            page_bytes = self._page_bytes.now
+            place = (self._mark, multirange(self._gaps.all()), size, page_bytes, self._patterns, self._inverted)
+            try:
+                rows = await fetch_all(
+                    self._connection, "select * from bridge.read_page(%s, %s, %s, %s, %s, %s)", place
+                )
+            except NoAnswerError:
+                self._page_bytes.halve()
+                raise
             xmin: int = rows[0][0]
             looked_everywhere = rows[-1][0] != _UNFINISHED
             del rows[0]
@@ -119,11 +137,10 @@ class LogReader:
             self._mark = self._gaps.saw(self._mark, [row[0] for row in rows])
             if looked_everywhere:
                 self._gaps.looked(xmin)
-            full = (
-                not looked_everywhere
-                or len(rows) >= size
-                or sum([len(event.payload) for event in events]) >= self._page_bytes
-            )
+            full_of_bytes = sum([len(event.payload) for event in events]) >= page_bytes
+            full = full_of_bytes or len(rows) >= size or not looked_everywhere
+            if full_of_bytes:
+                self._page_bytes.grow()
             took = time.monotonic() - began
             self._page_size = self._next_size(len(rows) >= self._page_size, took)
             self.rest = 0.0 if full else min(max(_REST * took, _SHORTEST_REST), _LONGEST_REST)

@@ -21,7 +21,7 @@ from bridge.postgres.connection import DSN_KEY, Connection, answered, connect
 from bridge.settings import OutboxSettings, PostgresSettings
 from bridge.sources import DeadLetter, Page
 from bridge.sources.doorbell import Doorbell
-from bridge.sources.log import LogReader, Position, Reader, fetch_all, take_horizon
+from bridge.sources.log import LogReader, PageBytes, Position, Reader, fetch_all, take_horizon
 
 log = structlog.get_logger()
 
@@ -86,7 +86,7 @@ class OutboxSource:
         self.reader = reader
         self._outbox = outbox
         self._log = LogReader(
-            outbox.session, outbox.name, reader, page_size=settings.page_size, page_bytes=settings.page_bytes
+            outbox.session, outbox.name, reader, page_size=settings.page_size, page_bytes=outbox.page_bytes
         )
         self._settled: Position | None = None
         """Where everything is settled, and that is not stored yet."""
@@ -144,8 +144,17 @@ class OutboxSource:
 class Outbox:
     """The log of the bridge `name`, on one session: who leads, the sources, and the storing of their positions."""
 
-    def __init__(self, name: str, session: Connection, settings: OutboxSettings, doorbell: Doorbell) -> None:
+    def __init__(
+        self,
+        name: str,
+        session: Connection,
+        settings: OutboxSettings,
+        doorbell: Doorbell,
+        page_bytes: PageBytes | None = None,
+    ) -> None:
+        """`page_bytes` outlives the session, for whoever opens the next one."""
         self.name = name
+        self.page_bytes = page_bytes or PageBytes(settings.page_bytes)
         self.session = session
         self.settings = settings
         self.doorbell = doorbell

@@ -16,9 +16,10 @@ from structlog.testing import capture_logs
 import bridge.daemon
 import bridge.postgres.connection
 from bridge.daemon import Daemon as InProcessDaemon
-from bridge.errors import DatabaseUnavailableError
+from bridge.errors import DatabaseUnavailableError, NoAnswerError
 from bridge.postgres.schema import migrate
 from bridge.settings import PostgresSettings, load
+from bridge.sources.log import PageBytes
 from bridge.sources.outbox import Outbox
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings, stored_mark
@@ -232,6 +233,32 @@ async def test_a_page_that_takes_longer_than_the_limit_arrives_while_its_bytes_d
         page = await source.read(100)
         assert time.monotonic() - began > 3
         assert [len(event.payload) for event in page.events] == [200_000] * 9
+        await outbox.session.close()
+
+
+async def test_a_page_that_does_not_come_is_asked_for_in_halves(
+    bridge_database: str, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a way carries so much and then stops: the same page would be asked for without end."""
+    monkeypatch.setattr(bridge.postgres.connection, "ANSWER_LIMIT", 0.3)
+    await execute(bridge_database, "select bridge.emit('a', repeat(n::text, 200000)) from generate_series(1, 9) n")
+    page_bytes = PageBytes(8_000_000)
+    async with Proxy(postgres.host, postgres.port) as wire:
+        dsn = bridge_database.replace(str(postgres.port), str(wire.port))
+        for expected in (4_000_000, 2_000_000, 1_000_000):
+            outbox = await open_outbox(dsn, page_bytes=page_bytes)
+            source = await lead(outbox)
+            wire.blackhole = True
+            with pytest.raises(NoAnswerError):
+                await source.read(100)
+            assert page_bytes.now == expected
+            wire.blackhole = False
+            await outbox.session.close()
+            wire.cut()
+        outbox = await open_outbox(dsn, page_bytes=page_bytes)
+        source = await lead(outbox)
+        assert [len((await source.read(100)).events) for _ in range(2)] == [5, 4]
+        assert page_bytes.now == 2_000_000, "it grows back"
         await outbox.session.close()
 
 

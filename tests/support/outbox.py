@@ -7,16 +7,21 @@ from pydantic import SecretStr
 
 from bridge.settings import OutboxSettings, PostgresSettings
 from bridge.sources.doorbell import Doorbell
-from bridge.sources.log import Reader
+from bridge.sources.log import PageBytes, Reader
 from bridge.sources.outbox import Outbox, OutboxSource
 
 READERS: Final = [Reader("events", ("#",))]
 
 
-async def open_outbox(dsn: str, settings: OutboxSettings | None = None, doorbell: Doorbell | None = None) -> Outbox:
+async def open_outbox(
+    dsn: str,
+    settings: OutboxSettings | None = None,
+    doorbell: Doorbell | None = None,
+    page_bytes: PageBytes | None = None,
+) -> Outbox:
     """The outbox of the bridge `test`, which does not lead yet. Its session is the caller's to close."""
     session = await Outbox.connect("test", PostgresSettings(dsn=SecretStr(dsn)))
-    return Outbox("test", session, settings or OutboxSettings(), doorbell or Doorbell(1.0))
+    return Outbox("test", session, settings or OutboxSettings(), doorbell or Doorbell(1.0), page_bytes)
 
 
 async def lead(outbox: Outbox) -> OutboxSource:
