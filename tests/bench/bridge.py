@@ -86,9 +86,13 @@ def drain(
 def _watch(
     watcher: psycopg.Connection[tuple[object, ...]], name: str, last: int, process: Daemon, deadline: float
 ) -> tuple[list[Sample], float]:
+    leader = watcher.execute("select to_regclass('bridge.leader') is not null").fetchone()
     query = (
         "select mark, extract(epoch from stored_at)::float8, extract(epoch from since)::float8 "
-        "from bridge.cursor join bridge.leader using (name) where name = %s"
+        "from bridge.cursor join bridge.leader using (name) where name = %s and sink <> ''"
+        if leader == (True,)
+        else "select mark, extract(epoch from stored_at)::float8, extract(epoch from leader_since)::float8 "
+        "from bridge.cursor where name = %s"
     )
     samples: list[Sample] = []
     assert process.process is not None

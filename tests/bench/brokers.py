@@ -42,7 +42,7 @@ def to_nats(world: World) -> Sequence[Row]:
 
     def ours(python: Path | None = None) -> float:
         stream()
-        rate = drain(world, log, sink, python=python).rate
+        rate = drain(world, world.log(log.events, python=python), sink, python=python).rate
         _expect(log, asyncio.run(_stream_messages(world.nats.url)))
         return rate
 

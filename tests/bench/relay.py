@@ -60,7 +60,8 @@ def rabbitmq(world: World) -> Sequence[Row]:
         FASTSTREAM: lambda: published(world, few, lambda to: run.foreign("faststream_relay.py", *_to(to, log, few))),
     }
     if world.beside is not None:
-        contenders[OTHER] = lambda: ours(world, log, world.beside)
+        old_log = world.log(log.events, python=world.beside)
+        contenders[OTHER] = lambda: ours(world, old_log, world.beside)
     found = interleave(world.rounds, contenders)
     other = [] if world.beside is None else [found.row("rabbitmq: the other version", "events/s", OTHER)]
     return [

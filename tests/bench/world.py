@@ -3,6 +3,7 @@
 import base64
 import random
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -56,7 +57,7 @@ class World:
         self.rounds = rounds
         self.beside = beside
         self._stack = ExitStack()
-        self._logs: dict[tuple[int, int, int, int], Log] = {}
+        self._logs: dict[tuple[int, int, int, int, Path | None], Log] = {}
         self._names = 0
 
     def __enter__(self) -> Self:
@@ -97,18 +98,27 @@ class World:
         self._names += 1
         return f"{prefix}{self._names}"
 
-    def database(self) -> str:
-        """The DSN of a new database with the schema `bridge`."""
+    def database(self, python: Path | None = None) -> str:
+        """The DSN of a new database with the schema `bridge`; of another version where its interpreter is given."""
         dsn = self.postgres.create_database(self.unique("bench"))
-        migrate(dsn)
+        if python is None:
+            migrate(dsn)
+        else:
+            program = "import sys; from bridge.postgres.schema import migrate; migrate(sys.argv[1])"
+            subprocess.run([str(python), "-P", "-c", program, dsn], check=True, cwd=self.folder)
         return dsn
 
-    def log(self, events: int, *, size: int = 200, topics: int = 1, keys: int = 1000) -> Log:
-        """A log of that kind; several themes share one. Every reader brings a cursor of its own."""
-        kind = (events, size, topics, keys)
+    def log(
+        self, events: int, *, size: int = 200, topics: int = 1, keys: int = 1000, python: Path | None = None
+    ) -> Log:
+        """A log of that kind; several themes share one. Every reader brings a cursor of its own.
+
+        With `python`, the schema is that of another version.
+        """
+        kind = (events, size, topics, keys, python)
         if kind not in self._logs:
             say(f"  writing {events} events of {size} bytes, {topics} topics, {keys} keys")
-            self._logs[kind] = fill(self.database(), events, size, topics, keys)
+            self._logs[kind] = fill(self.database(python), events, size, topics, keys)
         return self._logs[kind]
 
     def describe(self) -> str:
