@@ -31,8 +31,8 @@ _PULSE: Final = 2.0
 """Seconds between two signs of life while the relays have no room for another page."""
 _STORE_PAUSE: Final = 0.05
 """Seconds between two stores of the positions. What was settled since is published again after a crash."""
-_STORE_SHARE: Final = 10
-"""Stores take at most one part in so many of the time: thousands of held events make them longer."""
+_HELD_PAUSE: Final = 0.00005
+"""Seconds more for each event that is held: thousands of ids make a store longer."""
 
 _BURY: Final = """
 insert into bridge.dead_letter
@@ -124,6 +124,11 @@ class OutboxSource:
         self._settled = cast(Position, position)
         self._held = frozenset(held)
         self._outbox.news.set()
+
+    @property
+    def held_count(self) -> int:
+        """Events that are held, as of the last `settle`."""
+        return len(self._held)
 
     async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
         """Writes them into `bridge.dead_letter`. Raises DatabaseUnavailableError, PrivilegeError."""
@@ -245,13 +250,11 @@ class Outbox:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(asyncio.get_running_loop().time() + _PULSE):
                     await self.news.wait()
-            began = time.monotonic()
             await self.store()
-            took = time.monotonic() - began
-            if began >= next_pulse:
-                next_pulse = began + _PULSE
+            if time.monotonic() >= next_pulse:
+                next_pulse = time.monotonic() + _PULSE
                 known = await self._pulse(known, problems())
-            await asyncio.sleep(max(_STORE_PAUSE, _STORE_SHARE * took))
+            await asyncio.sleep(_STORE_PAUSE + _HELD_PAUSE * sum(source.held_count for source in self.sources))
 
     async def _pulse(self, known: Mapping[str, Problem], now: Mapping[str, Problem]) -> Mapping[str, Problem]:
         await fetch_all(self.session, "select 1", ())
