@@ -187,7 +187,9 @@ class Daemon:
             async with background(listener.run(hears.set)):
                 # Behind a pooler that LISTEN finds out, the lock of the lead would stay with the pool.
                 await hears.wait()
-                listener.sender = session = await Outbox.connect(settings.name, settings.postgres)
+                listener.sender = session = await Outbox.connect(
+                    settings.name, settings.postgres, settings.outbox_or_default
+                )
                 await check_version(session)
                 outbox = Outbox(settings.name, session, settings.outbox_or_default, calls.doorbell, self._page_bytes)
                 await self._stand_by(outbox, calls.left)

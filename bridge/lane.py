@@ -206,7 +206,7 @@ class Lane:
                 if isinstance(outcome, Never):
                     page.refused(event, outcome, 1, was_held=False)
                     continue
-                item = _Item((page.number, place), event, page, attempts=1)
+                item = _Item((page.number, place), event, page, attempts=int(not isinstance(outcome, NotSent)))
                 failed = self._failed(self._wait(item), item, outcome) or failed
         if confirmed:
             self._count_confirmed(confirmed)
@@ -280,8 +280,10 @@ class Lane:
         for item, outcome in zip(items, outcomes, strict=True):
             name = _key_name(item.event)
             key = self._keys[name]
-            retried += bool(item.attempts)
-            item.attempts += 1
+            # What never left us was no attempt.
+            if not isinstance(outcome, NotSent):
+                retried += bool(item.attempts)
+                item.attempts += 1
             key.flying -= 1
             match outcome:
                 case Confirmed():

@@ -5,7 +5,6 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Final
 
 import structlog
 
@@ -15,9 +14,6 @@ from bridge.process import metrics
 from bridge.settings import Settings
 
 log = structlog.get_logger()
-
-_SAMPLE_INTERVAL: Final = 15.0
-"""Seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +170,9 @@ def _position(status: Status, name: str, sink: str) -> tuple[int, int] | None:
     return None
 
 
-async def sample_for_ever(settings: Settings, interval: float = _SAMPLE_INTERVAL) -> None:
+async def sample_for_ever(settings: Settings) -> None:
     """Sets the gauges that only the database knows, until it is cancelled; a failure is logged, and tried again."""
+    interval = settings.observe.sample_interval
     while True:
         began = time.monotonic()
         try:

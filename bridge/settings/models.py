@@ -194,7 +194,8 @@ class OutboxSettings(Model):
     page_bytes: SomeSize = 8_000_000
     """Most payload bytes read at once; one larger event is still read, alone."""
     poll_interval: SomeDuration = 1.0
-    """How often the log is read although no bell rang: the longest that a lost bell can delay an event."""
+    """How often the log is read although no bell rang: the longest that a lost bell can delay an event. A bridge that
+    polls seldom also shows seldom that it lives, so that another one takes over later."""
     standby_interval: SomeDuration = 1.0
     """How often a standby tries to lead: the longest that a crashed leader's place stays empty."""
     heartbeat: SomeDuration = 30.0
@@ -292,6 +293,8 @@ class ObserveSettings(Model):
     """`auto`: text on a terminal, JSON otherwise."""
     listen: Listen | None = None
     """`host:port` at which the bridge serves `/metrics` and `/health`; left out: nowhere. Workers have their own."""
+    sample_interval: SomeDuration = 15.0
+    """How often a leader that serves metrics asks the database for those that only it knows."""
 
 
 class Settings(Model):

@@ -25,10 +25,12 @@ from bridge.sources.log import LogReader, PageBytes, Position, Reader, fetch_all
 
 log = structlog.get_logger()
 
-_FROZEN_AFTER: Final = "15s"
-"""The server ends a session that is silent for so long: its bridge is frozen, and another one may lead."""
+_FROZEN_AFTER: Final = 15.0
+"""Seconds; the server ends a session that is silent for so long: its bridge is frozen, and another one may lead."""
 _PULSE: Final = 2.0
-"""Seconds between two signs of life while the relays have no room for another page."""
+"""Seconds between two signs of life, where nothing is read or stored."""
+_PULSES_TO_LIVE: Final = 3
+"""A bridge that polls more seldom gives fewer signs of life, so that the database may rest, and is given more time."""
 _STORE_PAUSE: Final = 0.05
 """Seconds between two stores of the positions. What was settled since is published again after a crash."""
 _HELD_PAUSE: Final = 0.00005
@@ -168,8 +170,9 @@ class Outbox:
         self.sources: list[OutboxSource] = []
 
     @staticmethod
-    async def connect(name: str, postgres: PostgresSettings) -> Connection:
+    async def connect(name: str, postgres: PostgresSettings, outbox: OutboxSettings | None = None) -> Connection:
         """A session for the log. Raises DatabaseUnavailableError, PrivilegeError, RefusedError."""
+        frozen_after = max(_FROZEN_AFTER, _PULSES_TO_LIVE * pulse_interval(outbox or OutboxSettings()))
         session = await connect(postgres, f"pgbridge {name}")
         with answered(session):
             # A store that a crash loses is only a page that is published again: its commit need not wait for the disk.
@@ -178,7 +181,7 @@ class Outbox:
                 "set_config('idle_session_timeout', %s, false), "
                 # A frozen bridge that has asked for a page is not idle: the server waits for it to read.
                 "set_config('tcp_user_timeout', %s, false)",
-                (_FROZEN_AFTER, _FROZEN_AFTER),
+                [f"{frozen_after * 1000:.0f}ms"] * 2,
             )
         return session
 
@@ -245,14 +248,15 @@ class Outbox:
         cancelled. Raises DatabaseUnavailableError once the session is lost.
         """
         known: Mapping[str, Problem] = {}
+        pulse = pulse_interval(self.settings)
         next_pulse = time.monotonic()
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(asyncio.get_running_loop().time() + _PULSE):
+                async with asyncio.timeout(pulse):
                     await self.news.wait()
             await self.store()
             if time.monotonic() >= next_pulse:
-                next_pulse = time.monotonic() + _PULSE
+                next_pulse = time.monotonic() + pulse
                 known = await self._pulse(known, problems())
             await asyncio.sleep(_STORE_PAUSE + _HELD_PAUSE * sum(source.held_count for source in self.sources))
 
@@ -292,6 +296,11 @@ class Outbox:
 
     async def _set_asleep(self, sleeps: bool) -> None:
         await fetch_all(self.session, "select bridge.set_asleep(%s, %s)", (self.name, sleeps))
+
+
+def pulse_interval(settings: OutboxSettings) -> float:
+    """Seconds between two signs of life of a session."""
+    return max(_PULSE, settings.poll_interval)
 
 
 async def require_sequence(session: Connection) -> None:

@@ -123,7 +123,8 @@ async def test_a_bridge_that_stands_by_or_waits_holds_no_snapshot(
 async def test_the_server_ends_the_session_of_a_leader_that_is_frozen_within_a_page(
     bridge_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbox_module, "_FROZEN_AFTER", "1s")
+    monkeypatch.setattr(outbox_module, "_FROZEN_AFTER", 1.0)
+    monkeypatch.setattr(outbox_module, "_PULSE", 0.1)
     session = (await open_outbox(bridge_database)).session
     try:
         await session.execute("select bridge.take_lead('test', 'me')")

@@ -9,6 +9,7 @@ from pathlib import Path
 import aio_pika
 import nats
 import pytest
+from nats.js.api import DiscardPolicy, RetentionPolicy, StreamConfig
 
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.sink import NatsSink
@@ -141,6 +142,54 @@ async def test_what_is_held_survives_a_crash_and_comes_before_what_follows_in_it
             await rows_become(bridge_database, "select held, backlog from bridge.status()", [(0, 0)])
             assert await drain(queues.free) == []
             assert bridge.stop() == 0
+
+
+async def test_a_nats_stream_at_its_limit_gets_every_key_in_order_without_being_told(
+    bridge_database: str, nats_server: NatsServer, unique: str, tmp_path: Path
+) -> None:
+    """It refuses one event and takes a later one as soon as there is room: 11,984 of 20,000 were out of order."""
+    client = await nats.connect(nats_server.url)
+    try:
+        jetstream = client.jetstream()
+        await jetstream.add_stream(
+            StreamConfig(
+                name=unique,
+                subjects=[f"{unique}.>"],
+                max_msgs=20,
+                discard=DiscardPolicy.NEW,
+                retention=RetentionPolicy.WORK_QUEUE,
+            )
+        )
+        text = f"""
+name = "test"
+[postgres]
+dsn = "{bridge_database}"
+[relay]
+retry_initial = "5ms"
+retry_max = "50ms"
+[sinks.events]
+type = "nats"
+url = "{nats_server.url}"
+stream = "{unique}"
+[[routes]]
+topic = "#"
+sink = "events"
+"""
+        with Daemon(tmp_path, text) as bridge:
+            bridge.wait_for("bridge.leading")
+            await execute(bridge_database, EMIT, "a", "key", 1, 2000)
+            consumer = await jetstream.pull_subscribe(f"{unique}.>", durable="reader")
+            taken: list[int] = []
+            async with asyncio.timeout(60):
+                while len(taken) < 2000:
+                    for message in await consumer.fetch(10, timeout=20):
+                        taken.append(int(message.data))
+                        await message.ack_sync()
+            assert by_key(taken) == by_key(list(range(1, 2001)))
+            assert any(line["action"] == "sink.refusing" for line in bridge.lines()), "the limit must have been met"
+            assert bridge.stop() == 0
+    finally:
+        await client.close()
 
 
 TWO_SINKS = """
