@@ -257,7 +257,7 @@ class Daemon:
         """Why which sinks are behind."""
         found = {}
         for name, outage in self._sink_outages.items():
-            if (words := outage.problem) is not None:
+            if (words := outage.reason) is not None:
                 found[name] = Problem(words, outage.seconds)
         return found
 

@@ -310,11 +310,15 @@ class Lane:
 
     def _failed(self, name: _KeyName, item: _Item, outcome: NotSent | Refused | Unknown) -> NotSent | Unknown | None:
         """An event of this key waits for another try."""
+        if isinstance(outcome, NotSent) and self._sink.is_open:
+            # It waits behind one of its key that was refused, in a sink that keeps the order itself.
+            outcome = Refused(outcome.reason, in_order=True)
         match outcome:
             case Refused():
-                if item.event.topic not in self._care:
-                    self._barrier |= self._calm
-                self._care[item.event.topic] = time.monotonic()
+                if not outcome.in_order:
+                    if item.event.topic not in self._care:
+                        self._barrier |= self._calm
+                    self._care[item.event.topic] = time.monotonic()
                 self._close_gate(name, item, outcome)
                 return None
             case Unknown(poisoned=True):

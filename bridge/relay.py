@@ -219,7 +219,6 @@ class Relay:
             ):
                 return max(1, room)
             self._room.clear()
-            # The window shrinks and grows with time, too.
             await self._room.wait()
 
     def _dispatch(self, lane: Lane, number: int, page: Page) -> None:

@@ -1110,9 +1110,12 @@ comment on function bridge.guards() is
 create table bridge.leader (
   name  text primary key,
   who   text,
-  since timestamptz not null default now()
+  since timestamptz not null default now(),
+  sinks text[] not null default '{}'
 ) with (fillfactor = 50);
 comment on table bridge.leader is 'Who reads the log for each bridge, host:pid; null after a clean stop. Only the lock says whether it lives.';
+comment on column bridge.leader.sinks is
+  'The sinks that it has read for: one whose position is missing all the same was not new, and begins at the beginning.';
 
 alter table bridge.cursor
   drop constraint cursor_pkey,
@@ -1292,6 +1295,7 @@ declare
     cluster constant bigint := (select system_identifier from pg_control_system());
     last_id constant bigint := coalesce(pg_sequence_last_value('bridge.outbox_id_seq'), 0);
     is_known boolean;
+    had_sinks constant text[] := (select l.sinks from bridge.leader l where l.name = bridge_name);
     named text[];
     reader record;
     c bridge.cursor;
@@ -1321,6 +1325,8 @@ begin
                        where o.name = bridge_name and (reader.sink = '') = (o.sink = any (named)));
             began := case
                 when reader.sink = '' then 'routes'
+                -- Somebody removed its position by hand: what it had not published is not known any more.
+                when reader.sink = any (had_sinks) then 'removed'
                 when reader.start is not null then reader.start
                 -- A sink that has another name now goes on where it was.
                 when lowest is not null then 'renamed'
@@ -1372,6 +1378,9 @@ begin
         horizon := c.horizon::text::bigint;
         return next;
     end loop;
+    update bridge.leader l
+    set sinks = array(select distinct s from unnest(l.sinks || named) s where s <> '' order by s)
+    where l.name = bridge_name;
 end $$;
 
 -- Hands the lead over at once: a standby listens for it. Awake, since nobody would hear a bell now; whoever leads next
@@ -1563,7 +1572,16 @@ as $$
 begin
     perform bridge.require_no_leader(bridge_name);
     delete from bridge.cursor c where c.name = bridge_name and c.sink = sink_name;
-    return found;
+    if not found then
+        return false;
+    end if;
+    update bridge.leader l set sinks = array_remove(l.sinks, sink_name) where l.name = bridge_name;
+    if not exists (select from bridge.cursor c where c.name = bridge_name) then
+        -- Nobody will read for it any more, so nobody needs to be rung for.
+        delete from bridge.leader l where l.name = bridge_name;
+        delete from bridge.bell b where b.name = bridge_name;
+    end if;
+    return true;
 end $$;
 comment on function bridge.forget_position(text, text) is
   'Removes a sink''s position: it no longer keeps events from being pruned. False: there is none.';
@@ -1621,7 +1639,9 @@ comment on function bridge.header_texts(jsonb) is
 -- made by hand may hold infinity, or a year before Christ.
 create function bridge.calendar_time(at timestamptz) returns timestamptz
   language sql immutable parallel safe
-  return greatest(least(at, timestamptz '9999-12-30 00:00+00'), timestamptz '0001-01-02 00:00+00');
+  -- Null stays null: greatest() and least() would pass it over.
+  return case when at is not null then
+    greatest(least(at, timestamptz '9999-12-30 00:00+00'), timestamptz '0001-01-02 00:00+00') end;
 
 -- Bytes that the names and values of headers take together.
 create function bridge.headers_size(headers jsonb) returns bigint

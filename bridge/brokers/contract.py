@@ -88,6 +88,8 @@ class Refused:
     """The broker said no for now, as a full queue does. A later event of its key may have been taken meanwhile."""
 
     reason: str
+    in_order: bool = False
+    """The sink itself let nothing of the key go behind it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,12 +135,13 @@ async def _positions(settings: Settings) -> str:
     own = next((bridge for bridge in status.bridges if bridge.name == settings.name), None)
     if own is None:
         return "none yet: this bridge has not run on this database"
+    led_to = {route.sink for route in settings.routes}
     for position in own.sinks:
         # Nothing reads for it any more, and it keeps all that follows it from being pruned.
-        if position.sink not in ("", "*", *settings.sinks):
+        if position.sink not in ("", "*", *led_to):
             raise SchemaError(
-                f"{DSN_KEY}: there is a position of the sink {position.sink!r}, which the settings do not name, with "
-                f"{position.backlog} events not published. Name the sink again, or stop the bridge and run: "
+                f"{DSN_KEY}: there is a position of the sink {position.sink!r}, to which no route of the settings "
+                f"leads, with {position.backlog} events not published. Add the route again, or stop the bridge and run: "
                 f"pgbridge cursor forget {position.sink}"
             )
     return f"{len(own.sinks)}, of {settings.name!r}"

@@ -98,7 +98,7 @@ async def _id_of(connection: Connection, place: int | str | datetime) -> int:
         return 0
     if place == "now":
         with database_errors():
-            cursor = await connection.execute("select last_id from bridge.sequence_state()")
+            cursor = await connection.execute("select greatest(last_id, last_value) from bridge.sequence_state()")
             return int((await cursor.fetchall())[0][0])
     return max(0, int(await _ask(connection, "bridge.position_at", place)) - 1)
 

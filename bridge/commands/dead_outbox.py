@@ -117,7 +117,7 @@ async def replay_letters(
 
         async with open_sinks(settings, [sink] if sink else settings.sinks) as opened:
             pages = _pages(settings.name, connection, list(of_sink), pace.chunk)
-            await republish(settings.relay, opened, routes, pages, pace, settled, stop)
+            await republish(settings, opened, routes, pages, pace, settled, stop)
 
 
 async def _settle(

@@ -117,7 +117,7 @@ async def replay_log(
         needed = {sink for topic in topics for sink in routes.sinks_of(topic)}
         pages = _pages(settings, connection, part, Pace(rate).chunk, replayed, topics)
         async with open_sinks(settings, sorted(needed)) as sinks:
-            await republish(settings.relay, sinks, routes, pages, Pace(rate), settled, stop)
+            await republish(settings, sinks, routes, pages, Pace(rate), settled, stop)
     return replayed
 
 

@@ -19,7 +19,7 @@ from bridge.event import REPLAYED, Event
 from bridge.process.tasks import one_error, unless_stopped
 from bridge.relay import Limits, Relay
 from bridge.routes import Routes
-from bridge.settings import RelaySettings, Settings
+from bridge.settings import Settings
 from bridge.sources import DeadLetter, Page
 from bridge.unrouted import no_route
 
@@ -160,7 +160,7 @@ class _Republishing:
 
 
 async def republish(
-    settings: RelaySettings,
+    settings: Settings,
     sinks: Mapping[str, Sink],
     routes: Routes,
     pages: AsyncIterator[Sequence[Event]],
@@ -173,7 +173,7 @@ async def republish(
     A sink that may take an event later is tried again without end. Raises what `pages` and `settled` raise.
     """
     ended = asyncio.Event()
-    limits = Limits(**settings.model_dump())
+    limits = Limits(**settings.relay.model_dump())
     republishing = _Republishing(routes, sinks, settled)
 
     async def publish() -> None:
@@ -183,7 +183,8 @@ async def republish(
     with one_error():
         async with asyncio.TaskGroup() as tasks:
             for name, source in republishing.sources.items():
-                tasks.create_task(Relay(source, name, sinks[name], limits=limits).run(ended))
+                pipelined = settings.sinks[name].pipelined
+                tasks.create_task(Relay(source, name, sinks[name], limits=limits, pipelined=pipelined).run(ended))
             tasks.create_task(publish())
 
 

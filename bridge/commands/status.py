@@ -39,7 +39,8 @@ def _bridge(bridge: Bridge, before: Status | None, now: Status) -> str:
             "leader", f"{bridge.leader}, for {since}" if leads else _bad("nobody; no bridge of this name is running")
         ),
         _line(
-            "looks for events", "when a NOTIFY wakes it" if bridge.asleep else "all the time, since events keep coming"
+            "looks for events",
+            "when a NOTIFY wakes it" if bridge.asleep else "all the time: events keep coming, or no sink has room",
         ),
         _line("dead letters", _bad(str(bridge.dead_letters)) if bridge.dead_letters else "0"),
     ]
@@ -60,7 +61,7 @@ def _sink(bridge: Bridge, position: SinkPosition, rate: Rates | None) -> list[st
         _line("  position", f"{position.mark} of {bridge.last_id}, {position.gaps} in gaps"),
     ]
     if position.problem is not None:
-        lines.append(_line("  problem", _bad(position.problem)))
+        lines.append(_line("  problem", _bad(f"for {age(position.problem_seconds)}: {position.problem}")))
     if rate is not None:
         lines.append(_line("  rates", f"{rate.emitted:.0f} emitted, {rate.settled:.0f} settled a second"))
     return lines

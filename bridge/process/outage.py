@@ -74,6 +74,12 @@ class Outage:
         return 0.0 if since is None else time.monotonic() - since
 
     @property
+    def reason(self) -> str | None:
+        """What is wrong, in words; None when nothing is. Any thread may ask."""
+        error = self._error
+        return None if error is None else f"{_kind(error)}: {error}"
+
+    @property
     def problem(self) -> str | None:
         """For `/health`: what is lost, for how long, and the last reason; None when nothing is. Any thread may ask."""
         since, error = self._since, self._error

@@ -192,7 +192,7 @@ class OutboxSettings(Model):
     page_size: int = Field(2000, ge=1, le=50_000)
     """Most events read at once; over a slow connection up to four times as many."""
     page_bytes: SomeSize = 8_000_000
-    """Most payload bytes read at once; one larger event is still read, alone."""
+    """Most bytes of payload, key and headers read at once; one larger event is still read, alone."""
     poll_interval: SomeDuration = 1.0
     """How often the log is read although no bell rang: the longest that a lost bell can delay an event. A bridge that
     polls seldom also shows seldom that it lives, so that another one takes over later."""

@@ -151,6 +151,8 @@ class Channels:
         self.sources = {sink: MemorySource(sink, channels.buffer_events) for sink in routes.sinks}
         self._deafness = Deafness()
         self._source = ""
+        self._number = 0
+        """Of the notifications heard: what a place in the log is for other events."""
 
     async def session(self, ready: Callable[[], None]) -> None:
         """Listens until a connection is lost; calls `ready` once it is a standby, or listens.
@@ -190,7 +192,8 @@ class Channels:
     def hear(self, notification: Notify) -> None:
         """Takes one notification, for each sink that a route leads to."""
         NOTIFICATIONS.inc()
-        event = _event(notification, self._source)
+        self._number += 1
+        event = _event(notification, self._source, self._number)
         sinks = self._routes.sinks_of(event.topic)
         for sink in sinks:
             self.sources[sink].hear(event)
@@ -220,7 +223,7 @@ async def _watch(session: Connection) -> None:
             await session.execute("select 1")
 
 
-def _event(notification: Notify, source: str) -> Event:
+def _event(notification: Notify, source: str, number: int) -> Event:
     return Event(
         id=str(uuid.uuid4()),
         topic=notification.channel,
@@ -230,6 +233,7 @@ def _event(notification: Notify, source: str) -> Event:
         time=datetime.now(UTC),
         content_type="text/plain",
         headers=NO_HEADERS,
+        sequence=number,
     )
 
 

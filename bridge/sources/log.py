@@ -137,7 +137,7 @@ class LogReader:
             self._mark = self._gaps.saw(self._mark, [row[0] for row in rows])
             if looked_everywhere:
                 self._gaps.looked(xmin)
-            full_of_bytes = sum([len(event.payload) for event in events]) >= page_bytes
+            full_of_bytes = sum([event.weight for event in events]) >= page_bytes
             full = full_of_bytes or len(rows) >= size or not looked_everywhere
             if full_of_bytes:
                 self._page_bytes.grow()

@@ -45,6 +45,7 @@ on conflict do nothing
 
 _BEGINS: Final = {
     "beginning": "this sink is new, and begins at the beginning of the log",
+    "removed": "its position was removed by hand, so what it had not published is not known: all is published (again)",
     "now": 'this sink is new, and begins with what is recorded from now on; start = "beginning" would publish the log',
     "renamed": "this sink is new, and goes on where one that the settings do not name any more was",
     "routes": "topics that come from another sink may not have been published there, so they are published again",
@@ -172,7 +173,8 @@ class Outbox:
     @staticmethod
     async def connect(name: str, postgres: PostgresSettings, outbox: OutboxSettings | None = None) -> Connection:
         """A session for the log. Raises DatabaseUnavailableError, PrivilegeError, RefusedError."""
-        frozen_after = max(_FROZEN_AFTER, _PULSES_TO_LIVE * pulse_interval(outbox or OutboxSettings()))
+        outbox = outbox or OutboxSettings()
+        frozen_after = max(_FROZEN_AFTER, _PULSES_TO_LIVE * max(pulse_interval(outbox), outbox.standby_interval))
         session = await connect(postgres, f"pgbridge {name}")
         with answered(session):
             # A store that a crash loses is only a page that is published again: its commit need not wait for the disk.
@@ -263,8 +265,8 @@ class Outbox:
     async def _pulse(self, known: Mapping[str, Problem], now: Mapping[str, Problem]) -> Mapping[str, Problem]:
         await fetch_all(self.session, "select 1", ())
         for sink in {*known, *now}:
-            problem = now.get(sink)
-            if problem != known.get(sink):
+            problem, before = now.get(sink), known.get(sink)
+            if (problem and problem.words) != (before and before.words):
                 await fetch_all(
                     self.session,
                     "select bridge.store_problem(%s, %s, %s, %s)",

@@ -37,7 +37,9 @@ comment on function bridge.header_texts(jsonb) is
 -- made by hand may hold infinity, or a year before Christ.
 create function bridge.calendar_time(at timestamptz) returns timestamptz
   language sql immutable parallel safe
-  return greatest(least(at, timestamptz '9999-12-30 00:00+00'), timestamptz '0001-01-02 00:00+00');
+  -- Null stays null: greatest() and least() would pass it over.
+  return case when at is not null then
+    greatest(least(at, timestamptz '9999-12-30 00:00+00'), timestamptz '0001-01-02 00:00+00') end;
 
 -- Bytes that the names and values of headers take together.
 create function bridge.headers_size(headers jsonb) returns bigint

@@ -115,7 +115,9 @@ class NatsSink:
     @property
     def stalled(self) -> str | None:
         """See `contract.Sink.stalled`."""
-        if not self._batches or not self.is_open or self._silence.seconds <= STALLED:
+        if self._connection is not None and not self._connection.is_open:
+            return self._connection.last_words
+        if not self._batches or self._silence.seconds <= STALLED:
             return None
         return f"NATS at {self._address} has confirmed nothing for {self._silence.seconds:.0f} s"
 

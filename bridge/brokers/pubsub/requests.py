@@ -291,7 +291,7 @@ class Requests:
             self._fail(queue, batch, Unknown(said))
         elif queue.key or error.code() in _REFUSED_WHOLE:
             first, behind = batch[:1], batch[1:]
-            self._fail(queue, first, Refused(said))
+            self._fail(queue, first, Refused(said, in_order=True))
             # The request was refused whole: nothing behind the first can have overtaken it.
             self._fail(queue, behind, _behind(queue.key) if queue.key else NotSent(said))
         else:
