@@ -141,8 +141,8 @@ async def _positions(settings: Settings) -> str:
         if position.sink not in ("", "*", *led_to):
             raise SchemaError(
                 f"{DSN_KEY}: there is a position of the sink {position.sink!r}, to which no route of the settings "
-                f"leads, with {position.backlog} events not published. Add the route again, or stop the bridge and run: "
-                f"pgbridge cursor forget {position.sink}"
+                f"leads, with {position.backlog} events not published. Add the route again, or stop the bridge and "
+                f"run: pgbridge cursor forget {position.sink}"
             )
     return f"{len(own.sinks)}, of {settings.name!r}"
 

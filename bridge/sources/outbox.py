@@ -52,6 +52,8 @@ _BEGINS: Final = {
     "restarted": "the log was emptied and its numbers begin again, so it is read from its beginning",
 }
 """Why a reader does not simply go on where it was, by the words of `bridge.begin_reading`."""
+_EXPECTED: Final = {"beginning", "now"}
+"""What a first start says; the rest may repeat events."""
 
 
 class Problem(NamedTuple):
@@ -209,7 +211,8 @@ class Outbox:
             source.start(mark, gaps, horizon, held)
             self.sources.append(source)
             if sink and began in _BEGINS:
-                log.warning("outbox.position", sink=sink, mark=mark, begins=began, reason=_BEGINS[began])
+                say = log.info if began in _EXPECTED else log.warning
+                say("outbox.position", sink=sink, mark=mark, begins=began, reason=_BEGINS[began])
         # Under the last leader the bell may have said awake: what runs now may commit without ringing.
         self.doorbell.fell_asleep(await take_horizon(self.session))
         return True

@@ -5,6 +5,7 @@ from pathlib import Path
 from tests.support.commands import command, json_of
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
+from tests.support.until import rows_become
 
 EMIT = "select bridge.emit('a', n::text) from generate_series(%s::int, %s::int) n order by n"
 
@@ -84,3 +85,30 @@ async def test_the_position_of_a_sink_that_is_gone_is_found_by_check_and_forgott
     assert out == "forgotten; 2 of its events were not published\n"
     out, _ = await command("check", "--config", config)
     assert "positions          1, of 'test'" in out
+
+
+async def test_commands_on_an_empty_log_say_so(bridge_database: str, messages: Messages, tmp_path: Path) -> None:
+    config = str(Daemon(tmp_path, settings(bridge_database, messages)).config)
+    out, _ = await command("check", "--config", config)
+    assert "none yet: this bridge has not run on this database" in out
+    assert await json_of("cursor", "show", "--config", config) == []
+    await command("status", "--config", config, expect=1)
+    with Daemon(tmp_path, settings(bridge_database, messages)) as bridge:
+        bridge.wait_for("bridge.leading")
+        (one,) = (await json_of("status", "--config", config))["bridges"]
+        assert one["sinks"][0]["oldest_unsent_seconds"] is None
+        assert bridge.stop() == 0
+
+
+async def test_a_bridge_that_is_forgotten_leaves_no_bell(
+    bridge_database: str, messages: Messages, tmp_path: Path
+) -> None:
+    """A row that says asleep would make every emit() send a NOTIFY that nobody hears."""
+    bridge, config = await ran(bridge_database, messages, tmp_path, 3)
+    with bridge:
+        bridge.wait_for("bridge.leading")
+        await rows_become(bridge_database, "select asleep from bridge.bell", [(True,)])
+        bridge.kill()
+    await command("cursor", "forget", "events", "--config", config)
+    assert await execute(bridge_database, "select * from bridge.bell") == []
+    assert await execute(bridge_database, "select bridge.somebody_sleeps()") == [(False,)]

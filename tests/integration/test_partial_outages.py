@@ -311,6 +311,25 @@ async def test_a_new_sink_of_a_known_bridge_starts_where_it_is_told(
         assert bridge.stop() == 0
 
 
+async def test_a_sink_whose_position_was_removed_by_hand_begins_at_the_beginning(
+    bridge_database: str, messages: Messages, tmp_path: Path
+) -> None:
+    """It is not new: what it had not published would be skipped."""
+    text = routes(bridge_database, messages, ("a", "one"), ("b", "two"), sinks={"one": "", "two": ""})
+    with Daemon(tmp_path, text) as bridge:
+        bridge.wait_for("bridge.leading")
+        await execute(bridge_database, EMIT, "a", "key", 1, 5)
+        await messages.take(5)
+        assert bridge.stop() == 0
+        await execute(bridge_database, "delete from bridge.cursor where sink = 'two'")
+        await execute(bridge_database, EMIT, "b", "key", 6, 10)
+        bridge.start()
+        said = bridge.wait_for("outbox.position")
+        assert (said["sink"], said["begins"]) == ("two", "removed")
+        assert [int(message.body) for message in await messages.take(5)] == list(range(6, 11))
+        assert bridge.stop() == 0
+
+
 async def test_a_sink_with_a_new_name_goes_on_where_the_old_one_was(
     bridge_database: str, messages: Messages, tmp_path: Path
 ) -> None:

@@ -180,6 +180,7 @@ class TakesNothingAtFirst(Broker):
         self.calls += 1
         if self.first is not None:
             first, self.first = self.first, None
+            self.open_now = isinstance(first, Refused)
             return [first] * len(events)
         return await super().publish(events)
 
