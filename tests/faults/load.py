@@ -199,7 +199,10 @@ async def burst(dsn: str, ledger: Ledger, name: str, events: int, keys: int) -> 
 
 
 async def poison(dsn: str, ledger: Ledger, name: str) -> None:
-    """Commits one row of each kind that `emit()` refuses, past it, each between two good events of its key."""
+    """Commits one row of each kind that `emit()` refuses, past it, each between two good events of its key.
+
+    Where the key is what is odd, its neighbours share it.
+    """
 
     async def work(connection: AsyncConnection[TupleRow]) -> dict[str, Emitted]:
         emitted = {}
@@ -213,7 +216,7 @@ async def poison(dsn: str, ledger: Ledger, name: str) -> None:
                     "values (%s, %s, %s, %s, %s, %s::text::jsonb, coalesce(%s::timestamptz, clock_timestamp()))",
                     (event_id, topic, key, f'{{"n": {number}}}', each.content_type, each.headers, each.created_at),
                 )
-                emitted[event_id] = Emitted(key, number, POISONED, is_poison)
+                emitted[event_id] = Emitted(key, number, POISONED, is_poison or bool(row.key))
         return emitted
 
     await commit_surely(dsn, ledger, work)
