@@ -95,6 +95,7 @@ class RabbitMQAudit(Audit):
         super().__init__(url, place, queue, sink, takes)
         self._keys = ["#"] if takes is None else list(takes)
         self._arguments: FieldTable = {"x-queue-type": "quorum"}
+        self._prefetch = 100 if room is None else room
         if room is not None:
             self._arguments |= {"x-max-length": room, "x-overflow": "reject-publish"}
 
@@ -102,7 +103,8 @@ class RabbitMQAudit(Audit):
         connection = await aio_pika.connect(f"{self.url}?heartbeat=5", timeout=5)
         try:
             channel = await connection.channel()
-            await channel.set_qos(100)  # few, since the place of what is delivered again cannot be known
+            # Few, since the place of what is delivered again cannot be known, and what is in hand has left the room.
+            await channel.set_qos(self._prefetch)
             exchange = await channel.declare_exchange(self.place, "topic", durable=True)
             queue = await channel.declare_queue(self.queue, durable=True, arguments=self._arguments)
             for key in self._keys:

@@ -68,7 +68,7 @@ class RabbitMQ(Broker):
         return [
             RabbitMQAudit(url, self.place, f"{self.place}-audit", "events"),
             RabbitMQAudit(url, second, f"{second}-audit", "second", [PLACED, BURST]),
-            RabbitMQAudit(url, second, f"{second}-full", "second", [MOVED], room=20),
+            RabbitMQAudit(url, second, f"{second}-full", "second", [MOVED], room=5),
         ]
 
     @contextlib.asynccontextmanager
@@ -120,7 +120,7 @@ class Nats(Broker):
         client = await nats.connect(self.url, connect_timeout=5, allow_reconnect=False)
         try:
             found = await client.jetstream().stream_info(stream)
-            found.config.max_msgs = found.state.messages + 20 if full else -1
+            found.config.max_msgs = found.state.messages + 5 if full else -1
             await client.jetstream().update_stream(found.config)
         finally:
             await client.close()
