@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.audit import Audit
 from tests.faults.brokers import RabbitMQ
 from tests.faults.kinds import KINDS
 from tests.faults.run import deck, play
@@ -46,3 +47,17 @@ def test_a_deck_has_as_many_faults_as_asked_for_and_each_kind_once_they_suffice(
     if faults >= len(kinds):
         assert set(cards) == set(kinds)
     assert cards == deck(faults, 1, broker)
+
+
+async def test_the_audit_tells_a_repeat_and_an_overtaking_from_what_the_broker_delivers_again() -> None:
+    audit = Audit("", "", "queue", "sink")
+    await audit.note("a", "key", b'{"n": 1}', delivered_again=False)
+    await audit.note("c", "key", b'{"n": 3}', delivered_again=False)
+    await audit.note("c", "key", b'{"n": 3}', delivered_again=True)
+    await audit.note("b", "key", b'{"n": 2}', delivered_again=True)
+    assert (audit.repeats.total(), audit.out_of_order) == (0, [])
+    await audit.note("a", "key", b'{"n": 1}', delivered_again=False)
+    await audit.note("d", "other", b'{"n": 2}', delivered_again=False)
+    await audit.note("e", "other", b'{"n": 1}', delivered_again=False)
+    assert audit.repeats == {"a": 1}
+    assert audit.out_of_order == ["other: 1 behind 2"]
