@@ -1,69 +1,69 @@
-"""Takes every message from a queue that is bound to everything, and notes repeats and order."""
+"""Takes every message from a queue, and notes repeats and order: of one sink, as a consumer would see it."""
 
 import asyncio
 import json
 from collections import Counter, defaultdict
+from collections.abc import Callable, Collection
 
 import aio_pika
+import nats
+import nats.errors
 from aio_pika.exceptions import AMQPError
+from nats.aio.msg import Msg
+from nats.js.api import ConsumerConfig
+from pamqp.common import FieldTable
 
-EXCHANGE = "faults"
-QUEUE = "faults-audit"
+from bridge.brokers.nats.message import unquote_headers
 
 
 class Audit:
-    """What has arrived at the broker."""
+    """What has arrived in one queue. A subclass for each broker consumes it."""
 
-    def __init__(self, url: str, exchange: str = EXCHANGE, queue: str = QUEUE) -> None:
-        self._url = url
-        self._exchange = exchange
-        self._queue = queue
+    def __init__(self, url: str, place: str, queue: str, sink: str, takes: Collection[str] | None = None) -> None:
+        """`place`: the exchange or stream; `takes`: the topics that get here of all that the sink is given."""
+        self.url = url
+        self.place = place
+        self.queue = queue
+        self.sink = sink
+        self.takes: Callable[[str], bool] = (lambda _: True) if takes is None else takes.__contains__
         self.first_at: dict[str, float] = {}
         """When each event was seen first, by the loop's clock."""
-        self.duplicates: Counter[str] = Counter()
+        self.repeats: Counter[str] = Counter()
         """Repeats of an event that the bridge published again; what the broker only delivered again is left out."""
-        self.order_violations = 0
+        self.out_of_order: list[str] = []
+        """What came behind a later event of its key, for people."""
+        self.going = asyncio.Event()
+        """Cleared, it takes nothing more, and the queue fills."""
+        self.going.set()
+        self.ready = asyncio.Event()
         self._last: defaultdict[str, int] = defaultdict(int)
         self._arrived = asyncio.Condition()
-        self.ready = asyncio.Event()
 
     async def run(self) -> None:
         """Consumes until it is cancelled; an outage of the broker is waited out."""
         while True:
             try:
                 await self._consume()
-            except (AMQPError, OSError, RuntimeError, TimeoutError):
-                # aio-pika raises any of these when the connection goes, by the moment in which it goes.
+            except (AMQPError, nats.errors.Error, OSError, RuntimeError, TimeoutError):
+                # The clients raise any of these when the connection goes, by the moment in which it goes.
                 await asyncio.sleep(0.1)
 
     async def _consume(self) -> None:
-        connection = await aio_pika.connect(f"{self._url}?heartbeat=5", timeout=5)
-        try:
-            channel = await connection.channel()
-            await channel.set_qos(100)  # few, since the place of what is delivered again cannot be told
-            exchange = await channel.declare_exchange(self._exchange, "topic", durable=True)
-            queue = await channel.declare_queue(self._queue, durable=True, arguments={"x-queue-type": "quorum"})
-            await queue.bind(exchange, "#")
-            self.ready.set()
-            async with queue.iterator() as messages:
-                async for message in messages:
-                    await self._note(message)
-                    await message.ack()
-        finally:
-            await connection.close()
+        """Sets `ready` once nothing can get past it. Returns or raises when the connection is lost."""
+        raise NotImplementedError
 
-    async def _note(self, message: aio_pika.abc.AbstractIncomingMessage) -> None:
-        event_id = str(message.message_id)
+    async def note(self, event_id: str, key: str, payload: bytes, *, delivered_again: bool) -> None:
+        """One message has come."""
         if event_id in self.first_at:
-            if not message.redelivered:
-                self.duplicates[event_id] += 1
+            if not delivered_again:
+                self.repeats[event_id] += 1
             return
         self.first_at[event_id] = asyncio.get_running_loop().time()
-        key, number = str(message.headers["cloudEvents_subject"]), int(json.loads(message.body)["n"])
+        number = int(json.loads(payload)["n"])
         # What a lost connection had in hand comes again behind newer messages, whatever its place in the queue was.
         # Whatever else came before this one was published before it, so the check still finds every overtaking.
-        if number <= self._last[key] and not message.redelivered:
-            self.order_violations += 1
+        if number <= self._last[key] and not delivered_again:
+            self.out_of_order.append(f"{key[:40]}: {number} behind {self._last[key]}")
         self._last[key] = max(number, self._last[key])
         async with self._arrived:
             self._arrived.notify_all()
@@ -76,3 +76,84 @@ class Audit:
         except TimeoutError:
             return event_ids - self.first_at.keys()
         return set()
+
+
+class RabbitMQAudit(Audit):
+    """A quorum queue of its own, bound to a topic exchange."""
+
+    def __init__(
+        self,
+        url: str,
+        place: str,
+        queue: str,
+        sink: str,
+        takes: Collection[str] | None = None,
+        *,
+        room: int | None = None,
+    ) -> None:
+        """`room`: messages that the queue holds; it refuses what comes beyond them."""
+        super().__init__(url, place, queue, sink, takes)
+        self._keys = ["#"] if takes is None else list(takes)
+        self._arguments: FieldTable = {"x-queue-type": "quorum"}
+        self._prefetch = 100 if room is None else room
+        if room is not None:
+            self._arguments |= {"x-max-length": room, "x-overflow": "reject-publish"}
+
+    async def _consume(self) -> None:
+        connection = await aio_pika.connect(f"{self.url}?heartbeat=5", timeout=5)
+        try:
+            channel = await connection.channel()
+            # Few, since the place of what is delivered again cannot be known, and what is in hand has left the room.
+            await channel.set_qos(self._prefetch)
+            exchange = await channel.declare_exchange(self.place, "topic", durable=True)
+            queue = await channel.declare_queue(self.queue, durable=True, arguments=self._arguments)
+            for key in self._keys:
+                await queue.bind(exchange, key)
+            self.ready.set()
+            async with queue.iterator() as messages:
+                async for message in messages:
+                    await self.going.wait()
+                    subject = str(message.headers.get("cloudEvents_subject"))
+                    await self.note(
+                        str(message.message_id), subject, message.body, delivered_again=bool(message.redelivered)
+                    )
+                    await message.ack()
+        finally:
+            await connection.close()
+
+
+class NatsAudit(Audit):
+    """A durable consumer of a stream."""
+
+    _highest = 0
+    """Place in the stream of the last message; one that is no higher was delivered again."""
+
+    async def _consume(self) -> None:
+        client = await nats.connect(self.url, connect_timeout=5, allow_reconnect=False, error_cb=_say_nothing)
+        try:
+            stream = client.jetstream()
+            await stream.add_consumer(self.place, ConsumerConfig(durable_name=self.queue, max_ack_pending=1000))
+            consumer = await stream.pull_subscribe_bind(self.queue, self.place)
+            self.ready.set()
+            while client.is_connected:
+                try:
+                    messages = await consumer.fetch(100, timeout=2)
+                except TimeoutError:
+                    continue
+                for message in messages:
+                    await self.going.wait()
+                    await self._take(message)
+        finally:
+            await client.close()
+
+    async def _take(self, message: Msg) -> None:
+        headers = unquote_headers(message.headers or {})
+        place = message.metadata.sequence.stream
+        again = place <= self._highest
+        self._highest = max(place, self._highest)
+        await self.note(headers["ce-id"], headers.get("ce-subject", ""), message.data, delivered_again=again)
+        await message.ack()
+
+
+async def _say_nothing(_: Exception) -> None:
+    """In place of nats-py's log line."""

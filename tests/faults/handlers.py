@@ -5,7 +5,7 @@ from workers import handler
 from workers.handler import Result
 
 
-@handler("shop.order.placed")
+@handler("shop.order.*")
 async def count(event: Event) -> Result:
     """Its reply function writes one row an event, so a second run of the reply shows."""
     return {"of": event.json()}

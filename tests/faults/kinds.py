@@ -1,15 +1,22 @@
-"""The kinds of fault: how each is done, to what, and how often among a hundred."""
+"""The kinds of fault: how each is done, to what, and how often among a hundred or so."""
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import psycopg
 
+from tests.faults.brokers import RabbitMQ
+from tests.faults.load import burst, poison
 from tests.faults.world import World, send, wake
+from tests.support.proxy import Proxy
 
 _TERMINATE = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'pgbridge%'"
+
+_BURST, _BURST_KEYS = 1500, 20
+"""Events at once behind which a broker is slow, and their keys: more than are in flight before a confirm has come."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,11 @@ class Kind:
     target: str
     weight: int
     do: Callable[[World], Awaitable[None]]
+    is_slowness: bool = False
+    """Nothing breaks, all is only late: the bridge has no reason to publish anything twice."""
+    is_aside: bool = False
+    """The probe's way is not concerned: its event must arrive while this goes on."""
+    brokers: tuple[str, ...] = ("rabbitmq", "nats")
 
 
 async def _kill_bridge(world: World) -> None:
@@ -58,6 +70,14 @@ async def _kill_database(world: World) -> None:
     await asyncio.to_thread(world.postgres.start)
 
 
+async def _kill_database_and_bridges(world: World) -> None:
+    """The bridges start while the database recovers: as after a power cut, or at a failover."""
+    await asyncio.to_thread(world.postgres.kill)
+    for bridge in world.bridges:
+        send(bridge, signal.SIGKILL)
+    await asyncio.to_thread(world.postgres.start)
+
+
 async def _freeze_database(world: World) -> None:
     world.postgres.freeze()
     await asyncio.sleep(world.random.uniform(0.3, 4.0))
@@ -72,25 +92,42 @@ async def _end_sessions(world: World) -> None:
         world.database_wire.cut()
 
 
+async def _take_all_slots(world: World) -> None:
+    """Whoever connects meanwhile is refused; who is connected stays."""
+    ends = asyncio.get_running_loop().time() + world.random.uniform(2.0, 5.0)
+    async with contextlib.AsyncExitStack() as taken:
+        while (left := ends - asyncio.get_running_loop().time()) > 0:
+            try:
+                connecting = psycopg.AsyncConnection.connect(world.dsn, autocommit=True, connect_timeout=2)
+                await taken.enter_async_context(await connecting)
+            except psycopg.OperationalError:
+                # A session that ends frees a slot, which is taken at once.
+                await asyncio.sleep(min(0.02, left))
+
+
 async def _cut_database(world: World) -> None:
     world.database_wire.cut()
 
 
-async def _swallow_database(world: World) -> None:
-    world.database_wire.blackhole = True
+async def _swallow(world: World, wire: Proxy) -> None:
+    wire.blackhole = True
     await asyncio.sleep(world.random.uniform(1.0, 6.0))
-    world.database_wire.blackhole = False
+    wire.blackhole = False
+
+
+async def _swallow_database(world: World) -> None:
+    await _swallow(world, world.database_wire)
 
 
 async def _kill_broker(world: World) -> None:
-    await asyncio.to_thread(world.rabbitmq.kill)
-    await asyncio.to_thread(world.rabbitmq.start)
+    await asyncio.to_thread(world.broker.server.kill)
+    await asyncio.to_thread(world.broker.server.start)
 
 
 async def _freeze_broker(world: World) -> None:
-    world.rabbitmq.freeze()
+    world.broker.server.freeze()
     await asyncio.sleep(world.random.uniform(0.3, 6.0))
-    world.rabbitmq.thaw()
+    world.broker.server.thaw()
 
 
 async def _cut_broker(world: World) -> None:
@@ -98,26 +135,104 @@ async def _cut_broker(world: World) -> None:
 
 
 async def _swallow_broker(world: World) -> None:
-    world.broker_wire.blackhole = True
-    await asyncio.sleep(world.random.uniform(1.0, 6.0))
-    world.broker_wire.blackhole = False
+    await _swallow(world, world.broker_wire)
+
+
+async def _poison(world: World) -> None:
+    await poison(world.dsn, world.ledger, world.next_name("poison"))
+
+
+async def _burst(world: World) -> None:
+    await burst(world.dsn, world.ledger, world.next_name("burst"), _BURST, _BURST_KEYS)
+
+
+async def _slow_to_broker(world: World) -> None:
+    """Some 50 to 200 events a second reach the broker."""
+    world.broker_wire.rate_to_server = world.random.randint(30_000, 120_000)
+    try:
+        await _burst(world)
+        await asyncio.sleep(world.random.uniform(6.0, 9.0))
+    finally:
+        world.broker_wire.rate_to_server = None
+
+
+async def _slow_confirms(world: World) -> None:
+    """Confirms come one by one, at a few a second."""
+    world.broker_wire.rate_to_client = world.random.randint(300, 1200)
+    try:
+        await _burst(world)
+        await asyncio.sleep(world.random.uniform(6.0, 9.0))
+    finally:
+        world.broker_wire.rate_to_client = None
+
+
+async def _mostly_frozen_broker(world: World) -> None:
+    await _burst(world)
+    ends = asyncio.get_running_loop().time() + world.random.uniform(6.0, 9.0)
+    while asyncio.get_running_loop().time() < ends:
+        world.broker.server.freeze()
+        try:
+            await asyncio.sleep(0.95)
+        finally:
+            world.broker.server.thaw()
+        await asyncio.sleep(0.05)
+
+
+async def _alarm(world: World) -> None:
+    assert isinstance(world.broker, RabbitMQ)
+    async with world.broker.alarm():
+        await _burst(world)
+        await asyncio.sleep(world.random.uniform(4.0, 8.0))
+
+
+async def _full(world: World) -> None:
+    async with world.broker.full(world.audits):
+        await asyncio.sleep(world.random.uniform(4.0, 8.0))
+
+
+async def _second_sink_dead(world: World) -> None:
+    world.second_wire.refuse = True
+    try:
+        world.second_wire.cut()
+        await asyncio.sleep(world.random.uniform(4.0, 8.0))
+    finally:
+        world.second_wire.refuse = False
+
+
+async def _bridge_killed_while_second_sink_dead(world: World) -> None:
+    world.second_wire.refuse = True
+    try:
+        world.second_wire.cut()
+        await _kill_bridge(world)
+        await asyncio.sleep(world.random.uniform(5.0, 8.0))
+    finally:
+        world.second_wire.refuse = False
 
 
 KINDS = [
-    Kind("bridge: kill -9", "bridge", 18, _kill_bridge),
-    Kind("bridge: SIGTERM", "bridge", 6, _stop_bridge),
-    Kind("bridge: frozen 0.3-4 s", "bridge", 8, _freeze_bridge),
+    Kind("bridge: kill -9", "bridge", 14, _kill_bridge),
+    Kind("bridge: SIGTERM", "bridge", 5, _stop_bridge),
+    Kind("bridge: frozen 0.3-4 s", "bridge", 6, _freeze_bridge),
     Kind("bridge: frozen past its session", "bridge", 2, _freeze_bridge_past_its_session),
-    Kind("worker: kill -9", "worker", 12, _kill_worker),
-    Kind("worker: frozen 0.3-4 s", "worker", 6, _freeze_worker),
-    Kind("database: kill -9", "database", 9, _kill_database),
-    Kind("database: frozen 0.3-4 s", "database", 5, _freeze_database),
-    Kind("database: sessions ended", "database", 6, _end_sessions),
-    Kind("database: wire cut", "database wire", 6, _cut_database),
+    Kind("worker: kill -9", "worker", 9, _kill_worker),
+    Kind("worker: frozen 0.3-4 s", "worker", 4, _freeze_worker),
+    Kind("database: kill -9", "database", 7, _kill_database),
+    Kind("database: kill -9 with both bridges", "database", 4, _kill_database_and_bridges),
+    Kind("database: frozen 0.3-4 s", "database", 4, _freeze_database),
+    Kind("database: sessions ended", "database", 5, _end_sessions),
+    Kind("database: no slots left 2-5 s", "database", 4, _take_all_slots),
+    Kind("database: wire cut", "database wire", 4, _cut_database),
     Kind("database: wire swallows 1-6 s", "database wire", 3, _swallow_database),
-    Kind("broker: kill -9", "broker", 8, _kill_broker),
+    Kind("broker: kill -9", "broker", 7, _kill_broker),
     Kind("broker: frozen 0.3-6 s", "broker", 4, _freeze_broker),
-    Kind("broker: wire cut", "broker wire", 5, _cut_broker),
+    Kind("broker: wire cut", "broker wire", 4, _cut_broker),
     Kind("broker: wire swallows 1-6 s", "broker wire", 2, _swallow_broker),
+    Kind("log: poison", "log", 4, _poison),
+    Kind("broker: slow to take, 6-9 s", "broker wire", 4, _slow_to_broker, is_slowness=True),
+    Kind("broker: slow to confirm, 6-9 s", "broker wire", 4, _slow_confirms, is_slowness=True),
+    Kind("broker: frozen 0.95 of 6-9 s", "broker", 4, _mostly_frozen_broker, is_slowness=True),
+    Kind("broker: memory alarm 4-8 s", "broker", 3, _alarm, is_slowness=True, brokers=("rabbitmq",)),
+    Kind("second sink: full 4-8 s", "second", 5, _full, is_aside=True),
+    Kind("second sink: dead 4-8 s", "second", 4, _second_sink_dead, is_aside=True),
+    Kind("second sink: dead at a start", "second", 3, _bridge_killed_while_second_sink_dead),
 ]
-"""The weights add up to a hundred."""

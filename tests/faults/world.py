@@ -1,25 +1,27 @@
-"""Everything that runs: servers, proxies before them, two bridges of one name, two workers, writers, the audit."""
+"""Everything that runs: servers, proxies before them, two bridges of one name, two workers, writers, the audits."""
 
 import asyncio
 import contextlib
-import os
 import random
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
 
 from bridge.postgres.schema import migrate
-from tests.faults.audit import EXCHANGE, Audit
+from tests.faults.audit import Audit
+from tests.faults.brokers import SECOND, SINKS, Broker
 from tests.faults.load import SCHEMA, Ledger, Writer
 from tests.support.daemons import Daemon, run_command
 from tests.support.proxy import Proxy
-from tests.support.servers import PostgresServer, RabbitMQServer
+from tests.support.servers import PostgresServer
 
 KEYS = [f"key-{number}" for number in range(20)]
 WRITERS = 5
+POSTGRES = {"max_connections": "60"}
+"""Settings of the server: few enough slots that they can be used up quickly."""
 _SETTINGS = """
 name = "faults"
 [postgres]
@@ -28,16 +30,19 @@ connect_timeout = 3
 [outbox]
 page_size = 50
 [sinks.events]
-type = "rabbitmq"
-url = "{url}"
-exchange = "{exchange}"
+{events}
 publish_timeout = 5
-heartbeat = 4
+[sinks.second]
+{second}
+publish_timeout = 5
+pipelined = false
 [[routes]]
 topic = "#"
 sink = "events"
+{routes}
 [workers.count]
 handler = "tests.faults.handlers:count"
+sink = "events"
 concurrency = 8
 prefetch = 16
 max_attempts = 100
@@ -45,6 +50,12 @@ retry_initial = "200ms"
 retry_max = "2s"
 reply = "shop.counted"
 """
+_ROUTE = """[[routes]]
+topic = "{topic}"
+sink = "second"
+"""
+_ENDS = (0, 69, -signal.SIGKILL, -signal.SIGTERM)
+"""Exit codes of a bridge or worker that was stopped, killed, or could not reach a server at its start."""
 
 
 @dataclass
@@ -52,18 +63,28 @@ class World:
     """What faults are done to."""
 
     postgres: PostgresServer
-    rabbitmq: RabbitMQServer
+    broker: Broker
     database_wire: Proxy
     broker_wire: Proxy
+    second_wire: Proxy
     bridges: list[Daemon]
     workers: list[Daemon]
     ledger: Ledger
-    audit: Audit
+    audits: Sequence[Audit]
+    """The first takes everything."""
     dsn: str
-    """Past the proxy, as writers and the audit connect."""
+    """Past the proxy, as writers and the audits connect."""
     random: random.Random
     busy: set[str] = field(default_factory=set)
     """Targets of faults that are going on."""
+    wrong_ends: list[str] = field(default_factory=list)
+    """Daemons that ended as they never should: by a traceback, or saying that our settings are wrong."""
+    _names: int = 0
+
+    def next_name(self, prefix: str) -> str:
+        """A name that no other key begins with."""
+        self._names += 1
+        return f"{prefix}-{self._names}"
 
     def leader(self) -> Daemon:
         """The bridge that leads, as far as the database can tell; otherwise any."""
@@ -82,11 +103,11 @@ class World:
         with psycopg.connect(self.dsn, connect_timeout=5) as connection:
             return [str(row[0]) for row in connection.execute("select event_id from shop.reply").fetchall()]
 
-    def dead_letters(self) -> int:
-        """Events that a bridge gave up."""
-        with psycopg.connect(self.dsn) as connection:
-            row = connection.execute("select count(*) from bridge.dead_letter").fetchone()
-        return int(row[0]) if row else 0
+    def dead_letters(self) -> set[tuple[str, str]]:
+        """Event and sink of what a bridge gave up; the sink is empty for what no route took."""
+        with psycopg.connect(self.dsn, connect_timeout=5) as connection:
+            found = connection.execute("select event_id::text, coalesce(sink, '') from bridge.dead_letter").fetchall()
+        return {(str(event_id), str(sink)) for event_id, sink in found}
 
 
 def send(daemon: Daemon, number: signal.Signals) -> int | None:
@@ -104,10 +125,13 @@ def wake(daemon: Daemon, pid: int | None) -> None:
         send(daemon, signal.SIGCONT)
 
 
-async def _keep_running(daemon: Daemon, stop: asyncio.Event) -> None:
+async def _keep_running(world: World, daemon: Daemon, stop: asyncio.Event) -> None:
     """As systemd with Restart=always."""
     while not stop.is_set():
-        if daemon.process is None or daemon.process.poll() is not None:
+        code = None if daemon.process is None else daemon.process.poll()
+        if code not in (None, *_ENDS):
+            world.wrong_ends.append(f"{daemon.folder.name}: {code}")
+        if daemon.process is None or code is not None:
             daemon.start()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.3):
@@ -130,7 +154,7 @@ async def _none_left_behind(*daemons: Daemon) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def running(
-    postgres: PostgresServer, rabbitmq: RabbitMQServer, folder: Path, seed: int, pause: float = 0.04
+    postgres: PostgresServer, broker: Broker, folder: Path, seed: int, pause: float = 0.04
 ) -> AsyncIterator[tuple[World, Callable[[], None]]]:
     """The world under load, and what ends the load; the servers are the caller's."""
     dsn = postgres.create_database("faults")
@@ -139,40 +163,44 @@ async def running(
         connection.execute(SCHEMA)
         for key in KEYS:
             connection.execute("insert into shop.counter values (%s)", (key,))
+    server = broker.server
     async with (
         Proxy(postgres.host, postgres.port) as database_wire,
-        Proxy(rabbitmq.host, rabbitmq.port) as broker_wire,
+        Proxy(server.host, server.port) as broker_wire,
+        Proxy(server.host, server.port) as second_wire,
     ):
-        exchange = f"{EXCHANGE}-{os.getpid()}"
+        sinks = zip(SINKS, (broker_wire, second_wire), strict=True)
         text = _SETTINGS.format(
             dsn=dsn.replace(str(postgres.port), str(database_wire.port)),
-            url=rabbitmq.url.replace(str(rabbitmq.port), str(broker_wire.port)),
-            exchange=exchange,
+            routes="".join(_ROUTE.format(topic=topic) for topic in SECOND),
+            **{sink: broker.settings(sink, wire.port) for sink, wire in sinks},
         )
         bridges = [Daemon(folder / f"bridge-{number}", text) for number in (1, 2)]
         workers = [Daemon(folder / f"worker-{number}", text, "run", "count", module="workers.cli") for number in (1, 2)]
         declared = await asyncio.to_thread(run_command, "topology", "--apply", "--config", str(bridges[0].config))
         assert declared.returncode == 0, declared.stdout + declared.stderr
         ledger = Ledger()
-        audit = Audit(rabbitmq.url, exchange, f"{exchange}-audit")
+        audits = broker.audits()
         world = World(
             postgres,
-            rabbitmq,
+            broker,
             database_wire,
             broker_wire,
+            second_wire,
             bridges,
             workers,
             ledger,
-            audit,
+            audits,
             dsn,
             random.Random(seed),
         )
         stop, load_ended = asyncio.Event(), asyncio.Event()
         writers = [Writer(dsn, ledger, KEYS, seed * 1000 + number, pause) for number in range(WRITERS)]
         async with _none_left_behind(*bridges, *workers), asyncio.TaskGroup() as tasks:
-            taking = tasks.create_task(audit.run())
-            await audit.ready.wait()
-            keeping = [tasks.create_task(_keep_running(daemon, stop)) for daemon in (*bridges, *workers)]
+            taking = [tasks.create_task(audit.run()) for audit in audits]
+            for audit in audits:
+                await audit.ready.wait()
+            keeping = [tasks.create_task(_keep_running(world, daemon, stop)) for daemon in (*bridges, *workers)]
             writing = [tasks.create_task(writer.run(load_ended)) for writer in writers]
             try:
                 yield world, load_ended.set
@@ -180,4 +208,5 @@ async def running(
                 load_ended.set()
                 stop.set()
                 await asyncio.wait([*keeping, *writing])
-                taking.cancel()
+                for task in taking:
+                    task.cancel()
