@@ -326,8 +326,9 @@ class Lane:
         return outcome
 
     def _release(self, key: _Key, item: _Item) -> None:
+        if item is key.items[0]:
+            key.held = False
         key.items.remove(item)
-        key.held = False
         if item.held:
             self.held.discard(item.event.sequence)
             self.held_bytes -= item.event.weight
@@ -348,6 +349,9 @@ class Lane:
         key.held = True
         for behind in key.items:
             self._hold(behind)
+        if key.gate is not None:
+            # An earlier event of the key waits already, perhaps of another topic.
+            return
         topic = item.event.topic
         gate = self._gates.get(topic)
         if gate is None:
