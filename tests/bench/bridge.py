@@ -53,9 +53,11 @@ OTHER = "the other version of the bridge"
 """The contender that `World.beside` names."""
 
 
-def daemon(world: World, name: str, dsn: str, sink: Mapping[str, str | int], python: Path | None = None) -> Daemon:
-    """The bridge `name`, not yet started; `python` as in `Daemon`."""
-    return Daemon(world.folder / name, settings_of(name, dsn, sink), python=python)
+def daemon(
+    world: World, name: str, dsn: str, sink: Mapping[str, str | int], python: Path | None = None, more: str = ""
+) -> Daemon:
+    """The bridge `name`, not yet started; `python` as in `Daemon`, `more` are further settings."""
+    return Daemon(world.folder / name, settings_of(name, dsn, sink) + more, python=python)
 
 
 def drain(
@@ -66,13 +68,15 @@ def drain(
     dsn: str | None = None,
     limit: float = 120.0,
     python: Path | None = None,
+    more: str = "",
 ) -> Drained:
-    """Runs a bridge with a new cursor over a log until all of it is confirmed; `dsn` overrides where it connects.
+    """Runs a bridge with a new cursor over a log until all of it is confirmed (or held); `dsn` overrides where it
+    connects, `more` are further settings.
 
     Raises TimeoutError after `limit` seconds, RuntimeError when the daemon ends.
     """
     name = world.unique("bridge")
-    process = daemon(world, name, dsn or log.dsn, sink, python)
+    process = daemon(world, name, dsn or log.dsn, sink, python, more)
     with psycopg.connect(log.dsn, autocommit=True) as watcher, process:
         samples, began = _watch(watcher, name, log.last, process, time.monotonic() + limit)
         assert process.process is not None
@@ -89,7 +93,7 @@ def _watch(
     leader = watcher.execute("select to_regclass('bridge.leader') is not null").fetchone()
     query = (
         "select mark, extract(epoch from stored_at)::float8, extract(epoch from since)::float8 "
-        "from bridge.cursor join bridge.leader using (name) where name = %s and sink <> ''"
+        "from bridge.cursor join bridge.leader using (name) where name = %s and sink = 'events'"
         if leader == (True,)
         else "select mark, extract(epoch from stored_at)::float8, extract(epoch from leader_since)::float8 "
         "from bridge.cursor where name = %s"

@@ -24,6 +24,7 @@ ORDER = (
     "distance",
     "payload",
     "topics",
+    "trouble",
 )
 """As the table shows them."""
 
