@@ -134,9 +134,9 @@ class Lane:
         """`changed` is called when what is held has changed. `pipelined`: a key's events may go together while nothing
         is refused. `careful`: the sink has refused something lately."""
         self.name = name
-        self.held: set[int] = set()
-        """The places in the log of what is held."""
         self.held_bytes = 0
+        self._held: set[int] = set()
+        self._held_copy: frozenset[int] | None = frozenset()
         self._sink = sink
         self._pipelined = pipelined
         self._count_confirmed = EVENTS_CONFIRMED.labels(name).inc
@@ -330,14 +330,16 @@ class Lane:
             key.held = False
         key.items.remove(item)
         if item.held:
-            self.held.discard(item.event.sequence)
+            self._held.discard(item.event.sequence)
+            self._held_copy = None
             self.held_bytes -= item.event.weight
             self._changed()
 
     def _hold(self, item: _Item) -> None:
         if not item.held:
             item.held = True
-            self.held.add(item.event.sequence)
+            self._held.add(item.event.sequence)
+            self._held_copy = None
             self.held_bytes += item.event.weight
             item.page.held(1)
 
@@ -474,6 +476,19 @@ class Lane:
 
     # What others see
 
+    @property
+    def held(self) -> frozenset[int]:
+        """The places in the log of what is held; the same object until that changes, since pages settle far more often
+        than thousands of held events change."""
+        if self._held_copy is None:
+            self._held_copy = frozenset(self._held)
+        return self._held_copy
+
+    @property
+    def held_count(self) -> int:
+        """How many events are held."""
+        return len(self._held)
+
     def _tell(self) -> None:
         """Tells the outage how things are, unless the connection is lost: then whoever recovers does."""
         if self._recovering:
@@ -489,7 +504,7 @@ class Lane:
     def _refusals(self) -> str:
         oldest = min(self._gates.values(), key=lambda gate: gate.since)
         others = f" and of {len(self._gates) - 1} more topics" if len(self._gates) > 1 else ""
-        events = "1 event is held" if len(self.held) == 1 else f"{len(self.held)} events are held"
+        events = "1 event is held" if self.held_count == 1 else f"{self.held_count} events are held"
         return (
             f"{events}, of the topic {oldest.topic!r}{others}, "
             f"since {oldest.since:%Y-%m-%d %H:%M:%S} UTC: {oldest.reason}"

@@ -214,8 +214,8 @@ class Relay:
             size = self.window.size
             room = size - self._unsettled
             fits = self._bytes + lane.held_bytes < self._limits.bytes_in_flight
-            if (not self._pages and not lane.held) or (
-                room >= min(_LEAST_READ, max(1, size // 4)) and fits and len(lane.held) < self._limits.held_events
+            if (not self._pages and not lane.held_count) or (
+                room >= min(_LEAST_READ, max(1, size // 4)) and fits and lane.held_count < self._limits.held_events
             ):
                 return max(1, room)
             self._room.clear()
@@ -263,7 +263,7 @@ class Relay:
         # All of one moment: a letter that comes while these are stored was still held, or its page was not done.
         letters, self._letters = self._letters, []
         done = list(takewhile(lambda flight: not flight.unsettled, self._pages))
-        held = frozenset(lane.held)
+        held = lane.held
         if letters:
             await self._source.dead_letter(letters)
             tell_dead_letters(letters)
@@ -285,7 +285,7 @@ class Relay:
     def _gauge(self, lane: Lane) -> None:
         EVENTS_IN_FLIGHT.labels(self.name).set(self._unsettled)
         BYTES_IN_FLIGHT.labels(self.name).set(self._bytes + lane.held_bytes)
-        EVENTS_HELD.labels(self.name).set(len(lane.held))
+        EVENTS_HELD.labels(self.name).set(lane.held_count)
 
 
 def tell_dead_letters(letters: Sequence[DeadLetter]) -> None:
