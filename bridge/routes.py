@@ -1,7 +1,7 @@
 """The routing table: which sinks take a topic, and which topics a sink's reader asks the log for.
 
 A topic is matched twice, in Python for what comes from memory or goes to a replay, and in SQL for what is read from the
-log, so that no message is made for a sink that does not take it. `bridge.topic_regex` says in SQL what
+log, so that no message is made for a sink that does not take it. `bridge.topic_test` says in SQL what
 `bridge.event.matches` says here; a test compares them on any pattern and topic.
 """
 

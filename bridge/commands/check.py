@@ -31,7 +31,7 @@ select what from (values
     ('EXECUTE on bridge.read_page',
      has_function_privilege('bridge.read_page(bigint, int8multirange, int, bigint, text[], boolean)', 'execute')),
     ('EXECUTE on bridge.store_cursor',
-     has_function_privilege('bridge.store_cursor(text, text, bigint, int8multirange, int8multirange)', 'execute')),
+     has_function_privilege('bridge.store_cursor(text, text, bigint, int8multirange, bigint[])', 'execute')),
     ('EXECUTE on bridge.take_lead', has_function_privilege('bridge.take_lead(text, text)', 'execute')),
     ('EXECUTE on bridge.intake', has_function_privilege('bridge.intake(uuid[], text[], text[])', 'execute'))
 ) needed (what, granted) where not granted

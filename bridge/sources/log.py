@@ -22,8 +22,6 @@ _GROWTH: Final = 4
 _REST: Final = 3
 """Times the duration of the last read: a trickle is read in pages of a few, for a quarter of the time at most."""
 _SHORTEST_REST, _LONGEST_REST = 0.001, 0.005
-_UNFINISHED: Final = -1
-"""The id of the last row of a page that had no room to look into every gap."""
 
 
 class Position(NamedTuple):
@@ -82,7 +80,7 @@ class Look(NamedTuple):
     position: Position
     """Behind them."""
     xmin: int
-    """Of the snapshot that looked."""
+    """Of the snapshot that looked; 0, which closes none, if the page had no room to look into every gap."""
     rows: int
     """The rows that were seen, taken or not."""
 
@@ -128,23 +126,22 @@ class LogReader:
             except NoAnswerError:
                 self._page_bytes.halve()
                 raise
-            xmin: int = rows[0][0]
-            looked_everywhere = rows[-1][0] != _UNFINISHED
-            del rows[0]
-            if not looked_everywhere:
-                del rows[-1]
+            summary = rows.pop()
+            xmin: int = summary[0]
+            ids = [row[0] for row in rows]
+            if summary[-1]:
+                ids = sorted(ids + summary[-1])
             events = self._events(rows)
-            self._mark = self._gaps.saw(self._mark, [row[0] for row in rows])
-            if looked_everywhere:
-                self._gaps.looked(xmin)
+            self._mark = self._gaps.saw(self._mark, ids)
+            self._gaps.looked(xmin)
             full_of_bytes = sum([event.weight for event in events]) >= page_bytes
-            full = full_of_bytes or len(rows) >= size or not looked_everywhere
+            full = full_of_bytes or len(ids) >= size or not xmin
             if full_of_bytes:
                 self._page_bytes.grow()
             took = time.monotonic() - began
-            self._page_size = self._next_size(len(rows) >= self._page_size, took)
+            self._page_size = self._next_size(len(ids) >= self._page_size, took)
             self.rest = 0.0 if full else min(max(_REST * took, _SHORTEST_REST), _LONGEST_REST)
-            return Look(events, Position(self._mark, self._gaps.all()), xmin, len(rows))
+            return Look(events, Position(self._mark, self._gaps.all()), xmin, len(ids))
 
     def _next_size(self, full: bool, seconds: float) -> int:
         """Over a long way each page costs two round trips, so while it is full and slow, the next one is larger."""
@@ -166,8 +163,7 @@ class LogReader:
                 read_headers(headers),
                 sequence,
             )
-            for sequence, event_id, topic, key, payload, content_type, headers, created_at in rows
-            if event_id is not None
+            for sequence, event_id, topic, key, payload, content_type, headers, created_at, _ in rows
         ]
 
     async def store(self, position: Position, held: Collection[int] | None) -> None:
@@ -175,7 +171,7 @@ class LogReader:
         caller's session must lead. Raises SchemaError when the position has been removed."""
         ids = None
         if held is not None:
-            ids = multirange(tuple((id_, id_ + 1) for id_ in sorted(held) if id_ <= position.mark))
+            ids = [id_ for id_ in held if id_ <= position.mark]
         async with self._turn:
             rows = await fetch_all(
                 self._connection,

@@ -207,7 +207,7 @@ async def _put_hazard_back(connection: Connection) -> None:
             create or replace function bridge.take_horizon() returns bigint language sql as
             $$ select pg_snapshot_xmax(pg_current_snapshot())::text::bigint $$;
             create or replace function bridge.store_cursor(bridge_name text, sink_name text, settled_mark bigint,
-                                                           settled_gaps int8multirange, now_held int8multirange)
+                                                           settled_gaps int8multirange, now_held bigint[])
             returns bigint language sql as $$
                 update bridge.cursor set mark = settled_mark, gaps = settled_gaps,
                     horizon = pg_snapshot_xmax(pg_current_snapshot()) where name = bridge_name and sink = sink_name

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from bridge.event import matches
 
 WORDS = st.one_of(
-    st.sampled_from(["*", "#", "a", "b", "", "Stock Level", ".", "\\", "(x", "[^", "$", "{2}", "+?", "a|b", "\n"]),
+    st.sampled_from(["*", "#", "a", "b", "", "%", "_", "*a", "#a", "a#", "Stock Level", ".", "\\", "(x", "[^", "$", "{2}", "+?", "a|b", "\n"]),
     st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\x00."), max_size=4),
 )
 TOPICS = st.lists(WORDS, min_size=1, max_size=4).map(".".join).filter(bool)
@@ -22,8 +22,10 @@ def test_a_pattern_takes_the_same_topics_in_sql_and_in_python(
 ) -> None:
     with psycopg.connect(bridge_database) as connection:
         rows = connection.execute(
-            "select '.' || topic ~ bridge.topic_regex(%s) from unnest(%s::text[]) with ordinality as t (topic, n) "
+            "select bridge.takes(topic, test.likes, test.regex), '.' || topic ~ bridge.topic_regex(%(patterns)s) "
+            "from bridge.topic_test(%(patterns)s) as test, unnest(%(topics)s::text[]) with ordinality as t (topic, n) "
             "order by n",
-            (patterns, topics),
+            {"patterns": patterns, "topics": topics},
         ).fetchall()
-    assert [row[0] for row in rows] == [any(matches(pattern, topic) for pattern in patterns) for topic in topics]
+    expected = [any(matches(pattern, topic) for pattern in patterns) for topic in topics]
+    assert rows == list(zip(expected, expected, strict=True))
