@@ -22,6 +22,8 @@ _GROWTH: Final = 4
 _REST: Final = 3
 """Times the duration of the last read: a trickle is read in pages of a few, for a quarter of the time at most."""
 _SHORTEST_REST, _LONGEST_REST = 0.001, 0.005
+_LONG_REST: Final = 9
+"""Times the duration of the last read, for a reader in no hurry: it leaves nine tenths of the session to the others."""
 
 
 class Position(NamedTuple):
@@ -89,8 +91,16 @@ class LogReader:
     """The position of one reader in the log, and the statements that move it."""
 
     def __init__(
-        self, connection: Connection, name: str, reader: Reader = ALL, *, page_size: int, page_bytes: int | PageBytes
+        self,
+        connection: Connection,
+        name: str,
+        reader: Reader = ALL,
+        *,
+        page_size: int,
+        page_bytes: int | PageBytes,
+        pause: float | None = None,
     ) -> None:
+        """A reader with a `pause` is in no hurry: it rests so many seconds when there is no full page to read."""
         self._connection = connection
         # Events name where they come from: the database and the bridge.
         self._source = f"/{connection.info.dbname}/{name}"
@@ -102,8 +112,9 @@ class LogReader:
         self._page_bytes = page_bytes if isinstance(page_bytes, PageBytes) else PageBytes(page_bytes)
         self._mark = 0
         self._gaps = Gaps()
+        self._pause = pause
         self.rest = 0.0
-        """Seconds to let pass before the next read while events are coming; 0 behind a full page."""
+        """Seconds to let pass before the next read while events are coming."""
         # A page and a store never overlap: a horizon must not cover a gap that was found after it was taken.
         self._turn = asyncio.Lock()
 
@@ -134,13 +145,14 @@ class LogReader:
             events = self._events(rows)
             self._mark = self._gaps.saw(self._mark, ids)
             self._gaps.looked(xmin)
-            full_of_bytes = sum([event.weight for event in events]) >= page_bytes
-            full = full_of_bytes or len(ids) >= size or not xmin
+            full_of_rows = len(ids) >= size
+            full_of_bytes = not full_of_rows and sum([event.weight for event in events]) >= page_bytes
             if full_of_bytes:
                 self._page_bytes.grow()
             took = time.monotonic() - began
-            self._page_size = self._next_size(len(ids) >= self._page_size, took)
-            self.rest = 0.0 if full else min(max(_REST * took, _SHORTEST_REST), _LONGEST_REST)
+            self._page_size = self._next_size(full_of_rows, took)
+            full = full_of_rows or full_of_bytes or not xmin
+            self.rest = self._next_rest(full, took)
             return Look(events, Position(self._mark, self._gaps.all()), xmin, len(ids))
 
     def _next_size(self, full: bool, seconds: float) -> int:
@@ -148,6 +160,11 @@ class LogReader:
         if not full:
             return self._least
         return min(2 * self._page_size, _GROWTH * self._least) if seconds > _SLOW else self._page_size
+
+    def _next_rest(self, full: bool, seconds: float) -> float:
+        if self._pause is not None:
+            return _LONG_REST * seconds if full else self._pause
+        return 0.0 if full else min(max(_REST * seconds, _SHORTEST_REST), _LONGEST_REST)
 
     def _events(self, rows: list[TupleRow]) -> list[Event]:
         source = self._source

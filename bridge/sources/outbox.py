@@ -91,7 +91,12 @@ class OutboxSource:
         self.reader = reader
         self._outbox = outbox
         self._log = LogReader(
-            outbox.session, outbox.name, reader, page_size=settings.page_size, page_bytes=outbox.page_bytes
+            outbox.session,
+            outbox.name,
+            reader,
+            page_size=settings.page_size,
+            page_bytes=outbox.page_bytes,
+            pause=None if reader.sink else settings.poll_interval,
         )
         self._settled: Position | None = None
         """Where everything is settled, and that is not stored yet."""
@@ -108,21 +113,20 @@ class OutboxSource:
     async def read(self, most: int) -> Page:
         """The next page; sleeps until the doorbell rings while there is none. Raises DatabaseUnavailableError."""
         doorbell = self._outbox.doorbell
+        # What has no route is not worth a bell.
+        listens = bool(self.reader.sink)
         while True:
-            if not doorbell.asleep:
+            if not listens or not doorbell.asleep:
                 await asyncio.sleep(self._log.rest)
             ring = doorbell.next_ring
             look = await self._log.read(most)
             if look.rows:
-                await self._outbox.saw_events()
+                if listens:
+                    await self._outbox.saw_events()
                 return Page(look.events, look.position)
             await self._log.close_gaps()
-            if not await self._outbox.fell_asleep():
-                if self.reader.sink:
-                    await doorbell.wait(look.xmin, ring)
-                else:
-                    # What has no route is in no hurry, and not worth a bell.
-                    await asyncio.sleep(self._outbox.settings.poll_interval)
+            if listens and not await self._outbox.fell_asleep():
+                await doorbell.wait(look.xmin, ring)
 
     async def settle(self, position: object, held: Collection[int]) -> None:
         """Remembers the position; `Outbox.keep` and `Outbox.leave` store it."""

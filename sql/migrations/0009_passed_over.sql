@@ -28,6 +28,26 @@ create function bridge.takes(topic text, likes text[], regex text) returns boole
 language sql immutable parallel safe
 return topic like any (likes) or coalesce(('.' || topic) ~ regex, false);
 
+-- The ids of the next rows above the mark, by whether a reader takes them; null where there are none.
+-- Planner: as for read_page().
+create function bridge.split_page(
+    mark bigint, room int, likes text[], regex text, inverted boolean, out taken bigint[], out passed bigint[])
+language plpgsql stable
+set search_path = pg_catalog, bridge, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_sort = off
+as $$
+begin
+    select array_agg(r.id) filter (where r.is_taken), array_agg(r.id) filter (where not r.is_taken)
+    into taken, passed
+    from (
+        select n.id, bridge.takes(n.topic, split_page.likes, split_page.regex) <> inverted as is_taken
+        from bridge.outbox n where n.id > split_page.mark order by n.id limit room
+    ) r;
+end $$;
+
 -- One page: late rows first (those in the gaps), then the rows above the mark, in id order. The reader takes the topics
 -- that `patterns` take (null: all), or with `inverted` all others. The last row is no event: its `passed` are the ids
 -- that were seen and not taken, and its id is the xmin of the very snapshot that looked (STABLE: all queries share it),
@@ -53,9 +73,9 @@ declare
     takes_all constant boolean := patterns is null;
     test constant record := bridge.topic_test(patterns);
     passed_late bigint[] := '{}';
-    passed_ids bigint[];
     taken_ids bigint[];
-    returned bigint;
+    passed_ids bigint[];
+    returned bigint := 0;
 begin
     -- unnest() gives the gaps in ascending order and a lateral join keeps it. A sort by id would say so formally,
     -- but would fetch every late row of a bulk transaction for each page.
@@ -85,27 +105,31 @@ begin
         end if;
     end loop;
 
-    return query
-        select o.id, o.event_id::text, o.topic, o.key, convert_to(o.payload, 'UTF8'), o.content_type,
-               bridge.header_texts(o.headers), bridge.calendar_time(o.created_at), null::bigint[]
-        from (
-            select m.*, sum(m.size) over (order by m.id rows unbounded preceding) - m.size as bytes_before
+    if inverted then
+        -- It takes next to nothing, which is seen without making rows.
+        select s.* into taken_ids, passed_ids
+        from bridge.split_page(mark, room, test.likes, test.regex, inverted) as s;
+    end if;
+    if not inverted or taken_ids is not null then
+        return query
+            select o.id, o.event_id::text, o.topic, o.key, convert_to(o.payload, 'UTF8'), o.content_type,
+                   bridge.header_texts(o.headers), bridge.calendar_time(o.created_at), null::bigint[]
             from (
-                select r.*, bridge.event_bytes(r.payload, r.key, r.headers) as size
-                from (select * from bridge.outbox n where n.id > read_page.mark order by n.id limit room) r
-                where takes_all or bridge.takes(r.topic, test.likes, test.regex) <> inverted
-            ) m
-        ) o
-        where o.bytes_before < bytes_room order by o.id;
-    get diagnostics returned = row_count;
+                select m.*, sum(m.size) over (order by m.id rows unbounded preceding) - m.size as bytes_before
+                from (
+                    select r.*, bridge.event_bytes(r.payload, r.key, r.headers) as size
+                    from (select * from bridge.outbox n where n.id > read_page.mark order by n.id limit room) r
+                    where takes_all or bridge.takes(r.topic, test.likes, test.regex) <> inverted
+                ) m
+            ) o
+            where o.bytes_before < bytes_room order by o.id;
+        get diagnostics returned = row_count;
+    end if;
     if returned < room and not takes_all then
-        -- Order: as above, the rows come by id.
-        select array_agg(r.id) filter (where r.is_taken), array_agg(r.id) filter (where not r.is_taken)
-        into taken_ids, passed_ids
-        from (
-            select n.id, bridge.takes(n.topic, test.likes, test.regex) <> inverted as is_taken
-            from bridge.outbox n where n.id > read_page.mark order by n.id limit room
-        ) r;
+        if not inverted then
+            select s.* into taken_ids, passed_ids
+            from bridge.split_page(mark, room, test.likes, test.regex, inverted) as s;
+        end if;
         if returned < cardinality(taken_ids) then
             -- It was the bytes that did not suffice: what comes behind the last row is left to the next page.
             passed_ids := array(select p from unnest(passed_ids) as p where p < taken_ids[returned + 1]);

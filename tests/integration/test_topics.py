@@ -7,7 +7,30 @@ from hypothesis import strategies as st
 from bridge.event import matches
 
 WORDS = st.one_of(
-    st.sampled_from(["*", "#", "a", "b", "", "%", "_", "*a", "#a", "a#", "Stock Level", ".", "\\", "(x", "[^", "$", "{2}", "+?", "a|b", "\n"]),
+    st.sampled_from(
+        [
+            "*",
+            "#",
+            "a",
+            "b",
+            "",
+            "%",
+            "_",
+            "*a",
+            "#a",
+            "a#",
+            "Stock Level",
+            ".",
+            "\\",
+            "(x",
+            "[^",
+            "$",
+            "{2}",
+            "+?",
+            "a|b",
+            "\n",
+        ]
+    ),
     st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\x00."), max_size=4),
 )
 TOPICS = st.lists(WORDS, min_size=1, max_size=4).map(".".join).filter(bool)
