@@ -106,6 +106,70 @@ async def test_a_full_queue_stops_its_keys_and_nothing_else_and_is_named(
         assert sorted(taken) == list(range(1, 101))
 
 
+STUCK_SINK = """
+[sinks.stuck]
+type = "rabbitmq"
+url = "{url}"
+exchange = "{exchange}"
+[[routes]]
+topic = "stuck.#"
+sink = "stuck"
+[observe]
+listen = "127.0.0.1:{port}"
+"""
+
+
+async def test_a_queue_that_never_answers_holds_up_only_the_sink_that_its_topic_has(
+    bridge_database: str, rabbitmq: RabbitMQServer, unique: str, tmp_path: Path
+) -> None:
+    """As a quorum queue without a majority: RabbitMQ stops reading a connection that publishes to it."""
+    port = free_port()
+    async with await aio_pika.connect(rabbitmq.url) as connection:
+        channel = await connection.channel()
+        exchange = await channel.declare_exchange(unique, aio_pika.ExchangeType.TOPIC, durable=True)
+        queues = []
+        for name in ("free", "stuck"):
+            queue = await channel.declare_queue(f"{unique}-{name}", durable=True, arguments={"x-queue-type": "quorum"})
+            await queue.bind(exchange, f"{name}.#")
+            queues.append(queue)
+        both = Queues(*queues)
+        text = settings(
+            bridge_database,
+            Messages(rabbitmq.url, unique),
+            STUCK_SINK.format(url=rabbitmq.url, exchange=unique, port=port),
+        )
+        text = text.replace('topic = "#"', 'topic = "free.#"')
+        with Daemon(tmp_path, text) as bridge:
+            bridge.wait_for("bridge.leading")
+            await asyncio.to_thread(queue_process, rabbitmq, f"{unique}-stuck", "suspend")
+            try:
+                await execute(bridge_database, EMIT, "stuck.a", "stuck", 1, 2_000)
+                await execute(bridge_database, EMIT, "free.a", "free", 1, 20_000)
+                assert by_key(await both.take(both.free, 20_000)) == by_key(list(range(1, 20_001)))
+                await rows_become(
+                    bridge_database,
+                    "select sink, backlog > 0, problem like '%%confirmed nothing for%%' from bridge.status() "
+                    "where sink <> '' order by sink",
+                    [("events", False, None), ("stuck", True, True)],
+                )
+                status, body = await get(port, "/health")
+                assert (status, "RabbitMQ has confirmed nothing for" in body) == (503, True)
+            finally:
+                await asyncio.to_thread(queue_process, rabbitmq, f"{unique}-stuck", "resume")
+            assert by_key(await both.take(both.full, 2_000)) == by_key(list(range(1, 2_001)))
+            await rows_become(bridge_database, "select distinct backlog, problem from bridge.status()", [(0, None)])
+            assert bridge.stop() == 0
+
+
+def queue_process(server: RabbitMQServer, queue: str, verb: str) -> None:
+    """Suspends or resumes the process of a queue: it takes messages and answers nothing."""
+    server.ctl(
+        "eval",
+        f'{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{queue}">>)), '
+        f"sys:{verb}(amqqueue:get_pid(Q)).",
+    )
+
+
 async def test_where_a_keys_events_go_one_by_one_not_even_the_first_refusal_lets_one_overtake(
     bridge_database: str, rabbitmq: RabbitMQServer, unique: str, tmp_path: Path
 ) -> None:
