@@ -42,8 +42,8 @@ _WINDOW_FACTOR: Final = 2
 """So many times the confirms of that time may be in flight, so that the window can grow."""
 _SMALLEST_WINDOW: Final = 500
 """Events that may be in flight whatever the confirms."""
-_LEAST_READ: Final = 4
-"""A page is read when there is room for this part of the window: small pages cost as much as large ones."""
+_PARTS_READ: Final = 4
+"""A page is read once one of so many parts of the window is free: small pages cost as much as large ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +215,7 @@ class Relay:
             room = size - self._unsettled
             fits = self._bytes + lane.held_bytes < self._limits.bytes_in_flight
             if (not self._pages and not lane.held_count) or (
-                room >= max(1, size // _LEAST_READ) and fits and lane.held_count < self._limits.held_events
+                room >= max(1, size // _PARTS_READ) and fits and lane.held_count < self._limits.held_events
             ):
                 return max(1, room)
             self._room.clear()
