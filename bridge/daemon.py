@@ -25,7 +25,7 @@ from bridge.postgres.status import sample_for_ever
 from bridge.process.health import Health, notify, serving, watchdog_for_ever
 from bridge.process.metrics import DATABASE_UP, LEADING, SINK_UP
 from bridge.process.outage import Outage
-from bridge.process.tasks import background, one_error, stop_on_signals, unless_stopped
+from bridge.process.tasks import background, one_error, raise_if_cancelled, stop_on_signals, unless_stopped
 from bridge.relay import Limits, Relay, tell_dead_letters
 from bridge.routes import Routes
 from bridge.settings import ChannelsSettings, Settings
@@ -216,6 +216,7 @@ class Daemon:
                     self._sink_outages[name].lost(error)
                 else:
                     self._sink_outages[name].restored()
+                raise_if_cancelled()
 
     async def _lead(self, outbox: Outbox, stop: asyncio.Event, intake: Intake | None) -> None:
         log.info("bridge.leading", name=self._settings.name)

@@ -21,6 +21,7 @@ from bridge.errors import PgbridgeError
 from bridge.event import Event, Malformed
 from bridge.process.metrics import WORKER_EVENTS
 from bridge.process.outage import Outage
+from bridge.process.tasks import is_cancelled
 from bridge.settings import WorkerSettings
 from workers.effects import current_effects
 from workers.handler import Reject, Result, Retry, Run
@@ -130,8 +131,7 @@ class Attempts:
             reason = str(error) or "the handler asked for another attempt"
             return _Failed(_failure("attempts_exhausted", reason), error.after)
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            if is_cancelled():
                 raise
             return _Failed(_failure("error", "the handler was cancelled from within", error))
         except Exception as error:  # noqa: BLE001 - whatever an author's code raises is an outcome, with its trace

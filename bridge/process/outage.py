@@ -19,6 +19,7 @@ from tenacity import AsyncRetrying, RetryCallState
 from tenacity.wait import wait_base
 
 from bridge.errors import PgbridgeError, ReadOnlyServerError, UnavailableError
+from bridge.process.tasks import raise_if_cancelled
 
 log = structlog.get_logger()
 
@@ -96,6 +97,7 @@ class Outage:
 
     async def wait(self, stop: asyncio.Event | None = None) -> None:
         """Counts a failure, and waits before the next attempt; `stop` cuts the wait short."""
+        raise_if_cancelled()
         self.failures += 1
         seconds = self.delay(self.failures)
         if stop is None:
@@ -115,6 +117,7 @@ class Outage:
             try:
                 result = await call(*args, **kwargs)
             except PgbridgeError as error:
+                raise_if_cancelled()
                 self.lost(error)
                 failures += 1
                 await asyncio.sleep(self.delay(failures))

@@ -52,14 +52,37 @@ async def background(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[No
 
 @contextmanager
 def one_error() -> Iterator[None]:
-    """Turns a group of which every error is ours into the first of them; any other group is a bug and stays whole."""
+    """Turns a group of which every error is ours into the first of them; any other group is a bug and stays whole.
+
+    A task that was asked to end meanwhile ends: before Python 3.13 a TaskGroup with failures forgets that.
+    """
+    before = _times_cancelled()
     try:
         yield
     except BaseExceptionGroup as group:
+        if _times_cancelled() > before:
+            raise asyncio.CancelledError from group
         leaves = list(_leaves(group))
         if all(isinstance(leaf, PgbridgeError) for leaf in leaves):
             raise leaves[0] from group
         raise
+
+
+def is_cancelled() -> bool:
+    """Whether this task was asked to end. The request may have been lost: before Python 3.12 `asyncio.wait_for`, which
+    clients of brokers use, forgets one that comes at the same moment as its result."""
+    return _times_cancelled() > 0
+
+
+def raise_if_cancelled() -> None:
+    """For loops that come back from everything. Raises CancelledError where this task was asked to end."""
+    if is_cancelled():
+        raise asyncio.CancelledError
+
+
+def _times_cancelled() -> int:
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:

@@ -104,6 +104,22 @@ async def test_an_outage_of_the_database_loses_nothing_and_is_told_in_two_lines(
             assert await asyncio.to_thread(bridge.stop) == 0
 
 
+async def test_a_cut_of_all_connections_in_one_moment_is_come_back_from_each_time(
+    bridge_database: str, postgres: PostgresServer, messages: Messages, tmp_path: Path
+) -> None:
+    """The loss of the listening for pg_notify, which is come back from beside the relay, falls into the same moment as
+    the loss that ends the lead, and that one must end it."""
+    async with Proxy(postgres.host, postgres.port) as wire:
+        dsn = bridge_database.replace(str(postgres.port), str(wire.port))
+        with Daemon(tmp_path, settings(dsn, messages, "[channels]\nlisten = ['Orders']")) as bridge:
+            for count in range(1, 11):
+                await asyncio.to_thread(bridge.wait_for, "channels.listening", 20.0, count=count)
+                wire.cut()
+                await asyncio.to_thread(bridge.wait_for, "bridge.leading", 20.0, count=count + 1)
+            await asyncio.to_thread(bridge.wait_for, "channels.listening", 20.0, count=11)
+            assert await asyncio.to_thread(bridge.stop) == 0
+
+
 async def test_a_wire_that_swallows_everything_is_noticed_by_the_missing_answer(
     bridge_database: str,
     postgres: PostgresServer,

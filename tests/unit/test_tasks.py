@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from tenacity import wait_none
 
-from bridge.process.tasks import unless_stopped
+from bridge.errors import DatabaseUnavailableError
+from bridge.process.outage import Outage
+from bridge.process.tasks import background, one_error, unless_stopped
 
 PROCESS = """
 import asyncio
@@ -81,3 +84,52 @@ async def test_a_stop_cancels_work_unless_it_obeys_the_stop_by_itself() -> None:
         obeys.set()
         await unless_stopped(stop, work(), obeys=obeys)
     assert ends == ["finished", "cancelled", "finished"]
+
+
+async def test_a_cancellation_in_the_moment_of_a_loss_is_not_lost_with_it() -> None:
+    runs = asyncio.Event()
+
+    async def listen() -> None:
+        runs.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise DatabaseUnavailableError("the connection is lost")
+
+    async def session() -> None:
+        with one_error():
+            async with background(listen()):
+                await asyncio.Event().wait()
+
+    session_under_way = asyncio.create_task(session())
+    await runs.wait()
+    session_under_way.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await session_under_way
+
+
+@pytest.mark.parametrize("way", ["wait", "outlast"])
+async def test_a_cancellation_that_a_client_forgot_ends_the_wait_for_the_next_attempt(way: str) -> None:
+    outage = Outage("server", wait_none())
+    asked = asyncio.Event()
+
+    async def ask() -> None:
+        if asked.is_set():
+            return
+        asked.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise DatabaseUnavailableError("the connection is lost") from None
+
+    async def ask_twice() -> None:
+        try:
+            await ask()
+        except DatabaseUnavailableError:
+            await outage.wait()
+
+    coming_back = asyncio.create_task(ask_twice() if way == "wait" else outage.outlast(ask))
+    await asked.wait()
+    coming_back.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await coming_back

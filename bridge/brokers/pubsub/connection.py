@@ -33,6 +33,7 @@ from bridge.errors import (
     SettingsError,
     TopologyError,
 )
+from bridge.process.tasks import is_cancelled
 
 CALL_LIMIT: Final = 30.0
 """Seconds that one call may take, publishing and pulling aside."""
@@ -126,8 +127,7 @@ class Connection:
         except grpc.aio.AioRpcError as error:
             raise await self.explained(error) from error
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            if is_cancelled():
                 raise
             raise BrokerUnavailableError(f"{self.at()} was left: this process closed the connection") from None
 

@@ -22,6 +22,7 @@ from bridge.brokers.pubsub.connection import Connection, said_by
 from bridge.brokers.pubsub.message import topic_field
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.silence import LOOK_INTERVAL, STALLED, Silence, read_what_arrived
+from bridge.process.tasks import is_cancelled
 
 
 class Call:
@@ -267,7 +268,7 @@ class Requests:
             return await self._refused(queue, batch, error)
         except asyncio.CancelledError:
             self._fail(queue, batch, Unknown(self.broken or "the connection was closed before the confirm came"))
-            if (task := asyncio.current_task()) is not None and task.cancelling():
+            if is_cancelled():
                 raise
             return False
         finally:
