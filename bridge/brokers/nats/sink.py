@@ -14,6 +14,7 @@ that one is lost: between the servers of a cluster nothing is sent twice.
 
 import asyncio
 import json
+import re
 from collections.abc import Sequence
 from itertools import count
 from typing import Final
@@ -44,6 +45,8 @@ MAX_SUBJECT: Final = 3000
 
 _DISCONNECTED: Final = NotSent("the connection to NATS is not open")
 _NO_STREAM: Final = Refused("no stream answered for the subject: it is gone, or JetStream is not ready")
+_STORED: Final = re.compile(rb'\{"stream":"[^"\\]*", ?"seq":\d+\}')
+"""What JetStream nearly always answers; parsing it takes four times as long."""
 _TOO_LARGE: Final = {10054, 10097}
 """JetStream's codes for a message, or its headers, beyond the stream's limit: refusals that no waiting can help."""
 
@@ -230,7 +233,8 @@ class NatsSink:
         return subject, headers
 
     async def _confirm(self, message: Msg) -> None:
-        number, _, index = message.subject[len(self._inbox) + 1 :].partition(".")
+        batch_number, _, index = message.subject[len(self._inbox) + 1 :].partition(".")
+        number = int(batch_number)
         outcome = _outcome_of(message)
         if outcome is None:
             # Somebody else subscribes to the subject, and answers. JetStream's own answer is still to come.
@@ -240,10 +244,10 @@ class NatsSink:
             return
         self._silence.end()
         if outcome is CONFIRMED:
-            self._newest = max(self._newest, int(number))
+            self._newest = max(self._newest, number)
         elif isinstance(outcome, Refused):
             self._pipelines = False
-        batch = self._batches.get(int(number))
+        batch = self._batches.get(number)
         if batch is not None:
             batch.passed_over = 0.0
             batch.settle(int(index), outcome)
@@ -343,6 +347,8 @@ def _outcome_of(message: Msg) -> Outcome | None:
     """What an answer on the reply subject says of its message; None when JetStream did not write it."""
     if not message.data:
         return _NO_STREAM
+    if _STORED.fullmatch(message.data):
+        return CONFIRMED
     try:
         answer = json.loads(message.data)
         error = answer.get("error")
