@@ -117,7 +117,6 @@ class Outage:
             try:
                 result = await call(*args, **kwargs)
             except PgbridgeError as error:
-                raise_if_cancelled()
                 self.lost(error)
                 failures += 1
                 await asyncio.sleep(self.delay(failures))

@@ -52,16 +52,10 @@ async def background(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[No
 
 @contextmanager
 def one_error() -> Iterator[None]:
-    """Turns a group of which every error is ours into the first of them; any other group is a bug and stays whole.
-
-    A task that was asked to end meanwhile ends: before Python 3.13 a TaskGroup with failures forgets that.
-    """
-    before = _times_cancelled()
+    """Turns a group of which every error is ours into the first of them; any other group is a bug and stays whole."""
     try:
         yield
     except BaseExceptionGroup as group:
-        if _times_cancelled() > before:
-            raise asyncio.CancelledError from group
         leaves = list(_leaves(group))
         if all(isinstance(leaf, PgbridgeError) for leaf in leaves):
             raise leaves[0] from group
@@ -69,20 +63,30 @@ def one_error() -> Iterator[None]:
 
 
 def is_cancelled() -> bool:
-    """Whether this task was asked to end. The request may have been lost: before Python 3.12 `asyncio.wait_for`, which
-    clients of brokers use, forgets one that comes at the same moment as its result."""
-    return _times_cancelled() > 0
+    """Whether this task was asked to end. Not to be asked in a task in which a TaskGroup has failed: before Python 3.13
+    such a group may leave its own request standing."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def raise_if_cancelled() -> None:
-    """For loops that come back from everything. Raises CancelledError where this task was asked to end."""
+    """For loops that come back from errors. Raises CancelledError where this task was asked to end, and that was lost:
+    before Python 3.12 `asyncio.wait_for`, which clients of brokers use, forgets a request that comes with its result.
+    """
     if is_cancelled():
         raise asyncio.CancelledError
 
 
-def _times_cancelled() -> int:
-    task = asyncio.current_task()
-    return 0 if task is None else task.cancelling()
+async def in_own_task(work: Coroutine[Any, Any, T]) -> T:
+    """Does the work, for a loop that comes back from its errors, and whose end is not lost when it comes with one.
+
+    Before Python 3.13 a TaskGroup with failures forgets that the task around it was asked to end.
+    """
+    try:
+        return await asyncio.ensure_future(work)
+    except Exception:
+        raise_if_cancelled()
+        raise
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:

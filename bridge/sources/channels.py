@@ -22,7 +22,7 @@ from bridge.event import NO_HEADERS, Event
 from bridge.postgres.connection import Connection, answered, connect
 from bridge.process.metrics import DEAF_SECONDS, NOTIFICATIONS, NOTIFICATIONS_DROPPED
 from bridge.process.outage import Outage
-from bridge.process.tasks import background, one_error
+from bridge.process.tasks import background, in_own_task, one_error
 from bridge.routes import Routes
 from bridge.settings import ChannelsSettings, PostgresSettings
 from bridge.sources import DeadLetter, Page
@@ -268,7 +268,7 @@ class Intake:
         try:
             while True:
                 try:
-                    await self._session()
+                    await in_own_task(self._session())
                 except PgbridgeError as error:
                     self._deafness.begin(str(error))
                     self._outage.lost(error)

@@ -10,7 +10,7 @@ from tenacity import wait_none
 
 from bridge.errors import DatabaseUnavailableError
 from bridge.process.outage import Outage
-from bridge.process.tasks import background, one_error, unless_stopped
+from bridge.process.tasks import background, in_own_task, one_error, unless_stopped
 
 PROCESS = """
 import asyncio
@@ -101,34 +101,49 @@ async def test_a_cancellation_in_the_moment_of_a_loss_is_not_lost_with_it() -> N
             async with background(listen()):
                 await asyncio.Event().wait()
 
-    session_under_way = asyncio.create_task(session())
+    session_under_way = asyncio.create_task(in_own_task(session()))
     await runs.wait()
     session_under_way.cancel()
     with pytest.raises(asyncio.CancelledError):
         await session_under_way
 
 
-@pytest.mark.parametrize("way", ["wait", "outlast"])
-async def test_a_cancellation_that_a_client_forgot_ends_the_wait_for_the_next_attempt(way: str) -> None:
+async def test_a_loop_comes_back_from_a_loss_that_nobody_cancelled() -> None:
+    outage = Outage("server", wait_none())
+
+    async def listen() -> None:
+        raise DatabaseUnavailableError("the connection is lost")
+
+    async def session() -> None:
+        with one_error():
+            # Fails while the task waits for it at the end of the group.
+            async with asyncio.TaskGroup() as group:
+                group.create_task(listen())
+
+    for _ in range(2):
+        with pytest.raises(DatabaseUnavailableError):
+            await in_own_task(session())
+        await outage.wait()
+
+
+async def test_a_cancellation_that_a_client_forgot_ends_the_wait_for_the_next_attempt() -> None:
     outage = Outage("server", wait_none())
     asked = asyncio.Event()
 
     async def ask() -> None:
-        if asked.is_set():
-            return
         asked.set()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             raise DatabaseUnavailableError("the connection is lost") from None
 
-    async def ask_twice() -> None:
+    async def come_back() -> None:
         try:
             await ask()
         except DatabaseUnavailableError:
             await outage.wait()
 
-    coming_back = asyncio.create_task(ask_twice() if way == "wait" else outage.outlast(ask))
+    coming_back = asyncio.create_task(come_back())
     await asked.wait()
     coming_back.cancel()
     with pytest.raises(asyncio.CancelledError):
