@@ -23,7 +23,7 @@ from bridge.postgres.prune import prune_for_ever
 from bridge.postgres.schema import check_version
 from bridge.postgres.status import sample_for_ever
 from bridge.process.health import Health, notify, serving, watchdog_for_ever
-from bridge.process.metrics import DATABASE_UP, LEADING, SINK_UP
+from bridge.process.metrics import DATABASE_UP, LEADING, PER_SINK, SINK_UP
 from bridge.process.outage import Outage
 from bridge.process.tasks import background, one_error, raise_if_cancelled, stop_on_signals, unless_stopped
 from bridge.relay import Limits, Relay, tell_dead_letters
@@ -67,6 +67,8 @@ class Daemon:
         DATABASE_UP.set_function(self._database_up)
         for name, sink in self._sinks.items():
             SINK_UP.labels(name).set_function(partial(_sink_up, sink))
+            for metric in PER_SINK:
+                metric.labels(name)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Runs until `stop` is set. Raises PgbridgeError when the first start fails."""

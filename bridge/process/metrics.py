@@ -15,6 +15,8 @@ EVENTS_HELD = Gauge(
     "pgbridge_events_held", "Events that the broker refused for now, and what waits behind them", ["sink"]
 )
 BYTES_IN_FLIGHT = Gauge("pgbridge_bytes_in_flight", "Bytes of payload, key and headers in flight and held", ["sink"])
+PER_SINK = (EVENTS_READ, EVENTS_CONFIRMED, EVENTS_RETRIED, EVENTS_IN_FLIGHT, EVENTS_HELD, BYTES_IN_FLIGHT)
+"""What is there for each sink from the start: a counter that appears with its first event has no rise to be seen."""
 SETTLE_SECONDS = Histogram(
     "pgbridge_settle_seconds",
     "From the recording of a page's first event, by the database's clock, until the page is settled, by ours",

@@ -142,6 +142,10 @@ async def test_health_and_metrics_of_leader_and_standby(
                 'pgbridge_backlog_events{bridge="test",sink="events"} 0.0',
             ):
                 assert f"\n{line}\n" in metrics
+            # What has not risen is there, too, for whoever computes a rate.
+            _, metrics = await get(ports[1], "/metrics")
+            for name in ("events_read_total", "events_confirmed_total", "events_retried_total", "events_held"):
+                assert f'\npgbridge_{name}{{sink="events"}} 0.0\n' in metrics
             assert (await get(ports[0], "/elsewhere"))[0] == 404
             one.kill()
             assert (await until_health(ports[1], 200, "leading"))["status"] == "ok"
