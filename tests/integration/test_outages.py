@@ -486,7 +486,8 @@ async def test_a_full_queue_that_refuses_takes_a_keys_events_in_order_once_it_ha
         await full.bind(messages.exchange, "#")
         await emit(bridge_database, 6, 1500)
         await asyncio.to_thread(bridge.wait_for, "sink.refusing")
-        assert stored_mark(bridge_database) < 1500
+        # The mark may be behind them all: then those that the queue has no room for are held.
+        assert await execute(bridge_database, "select mark < 1500 or held <> '{}' from bridge.cursor") == [(True,)]
         seen: list[int] = []
         async with asyncio.timeout(60), full.iterator() as iterator:
             async for message in iterator:
