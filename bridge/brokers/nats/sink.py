@@ -46,7 +46,7 @@ MAX_SUBJECT: Final = 3000
 _DISCONNECTED: Final = NotSent("the connection to NATS is not open")
 _NO_STREAM: Final = Refused("no stream answered for the subject: it is gone, or JetStream is not ready")
 _STORED: Final = re.compile(rb'\{"stream":"[^"\\]*", ?"seq":\d+\}')
-"""What JetStream nearly always answers; parsing it takes four times as long."""
+"""What JetStream nearly always answers; parsing it takes six times as long."""
 _TOO_LARGE: Final = {10054, 10097}
 """JetStream's codes for a message, or its headers, beyond the stream's limit: refusals that no waiting can help."""
 
