@@ -167,7 +167,13 @@ class Failure:
 
 
 class Delivery(Protocol):
-    """One message in hand. Exactly one of its four verbs ends it; each returns once the broker has taken it."""
+    """One message in hand. Exactly one of its four verbs ends it; each returns once the broker has answered that it
+    took it, or raises a PgbridgeError within some seconds of the last sign of life of a broker that does not.
+
+    One whose verb raised is still in hand, and stays there: it comes again once its queue is closed, which is what a
+    worker then does. Only of `dead_letter` a RefusedError says that the broker lives and takes all but this letter,
+    as when the queue of dead letters is full; then another verb may follow.
+    """
 
     @property
     def event(self) -> Event | Malformed:
@@ -228,7 +234,7 @@ class Queue(Protocol):
         """
 
     async def close(self) -> None:
-        """Disconnects; the broker redelivers what was not settled."""
+        """Disconnects; the broker redelivers whatever was not settled, also what a verb has failed to settle."""
 
 
 @dataclass(frozen=True, slots=True)
