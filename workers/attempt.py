@@ -1,31 +1,31 @@
 """One delivery: claim, run the handler, finish with the reply, and settle; or retry; or dead-letter.
 
-The inbox's count of attempts decides when to give up, since a broker's counts deliveries that never ran, too.
+What became of an event is in the inbox before the broker is told, and the broker's answer changes nothing of it: an
+event that comes again because its delivery could not be settled is settled then, and no handler runs for that. The
+inbox's count of attempts decides when to give up, since a broker's counts deliveries that never ran, too.
 """
 
 import asyncio
-import json
 import random
 import time
 import traceback
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, Literal
 
 import structlog
 from tenacity import wait_random_exponential
 
 from bridge.brokers.contract import Delivery, Failure
-from bridge.errors import PgbridgeError
+from bridge.errors import PgbridgeError, PrivilegeError, RefusedError, TopologyError
 from bridge.event import Event, Malformed
-from bridge.process.metrics import WORKER_EVENTS
 from bridge.process.outage import Outage
-from bridge.process.tasks import is_cancelled
 from bridge.settings import WorkerSettings
-from workers.effects import current_effects
+from workers.effects import Effect, current_effects
 from workers.handler import Reject, Result, Retry, Run
-from workers.inbox import Claim, ClaimLostError, Inbox, ReplyError
+from workers.inbox import Claim, ClaimLostError, Inbox, NotNow, ReplyError
+from workers.metrics import ATTEMPT_SECONDS, DELIVERIES, OUTCOMES
+from workers.shared_lock import SharedLock
 
 log = structlog.get_logger()
 
@@ -35,8 +35,24 @@ OUTAGE_BACKOFF: Final = wait_random_exponential(multiplier=0.1, max=10.0)
 BUSY_DELAY: Final = 1.0
 """Seconds until an event that another process has in hand is looked at again."""
 
+REFUSED_DELAY: Final = 60.0
+"""Seconds until a dead letter that the broker refused is offered to it again."""
+
 _LONGEST_TRACE: Final = 16_000
 """Characters of a traceback that travel with a dead letter; the end is kept, where the error is."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Settle:
+    """What to tell the broker, and then the log."""
+
+    outcome: Literal["handled", "repeated", "busy", "early", "retried", "dead_lettered", "given_back"]
+    delay: float = 0.0
+    """Seconds, for what comes again."""
+    failure: Failure | None = None
+    duration: float | None = None
+    """Seconds that the attempt took, where there was one."""
+    attempt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,75 +70,110 @@ class Attempts:
         self._settings = settings
         self._run = run
         self._inbox = inbox
-        self._database = Outage("database", OUTAGE_BACKOFF, worker=worker)
+        self.database = Outage("database", OUTAGE_BACKOFF, worker=worker)
+        self._refusal: str | None = None
+        self._in_hand: set[str] = set()
+        self._handlers = SharedLock()
+        self._count = {outcome: DELIVERIES.labels(worker, outcome).inc for outcome in OUTCOMES}
+        self._seconds = ATTEMPT_SECONDS.labels(worker)
 
     @property
-    def problem(self) -> str | None:
-        """For `/health`: the outage of the database, if there is one."""
-        return self._database.problem
+    def problems(self) -> tuple[str, ...]:
+        """For `/health`: the outage of the database, and that the broker takes no dead letters."""
+        return tuple(filter(None, (self.database.problem, self._refusal)))
 
     async def handle(self, delivery: Delivery) -> None:
-        """Handles one delivery to its end. Cancelling it gives the delivery back, without counting an attempt.
+        """Handles one delivery to its end, and settles it. Cancelling it gives the delivery back, without counting an
+        attempt, once the handler has ended.
 
-        A broker that is gone, or says no, cannot take the outcome: the delivery comes again, and the inbox knows what
-        was done.
+        Raises what the broker raises that does not take the outcome. The delivery is in hand then until its queue is
+        closed; it comes again, and the inbox knows what was done.
         """
         try:
-            await self._handle(delivery)
+            await self._settle(delivery, await self._become(delivery))
         except PgbridgeError as error:
+            self._count["unsettled"]()
             log.warning("event.unsettled", worker=self._worker, reason=str(error), **_names(delivery.event))
+            raise
 
-    async def _handle(self, delivery: Delivery) -> None:
+    def crashed(self, error: BaseException) -> None:
+        """A task of `handle` ended in a mistake of ours. Its delivery comes again, to this process or to another."""
+        self._count["crashed"]()
+        log.error("event.crashed", worker=self._worker, exc_info=error)
+
+    async def _become(self, delivery: Delivery) -> _Settle:
+        """What becomes of the delivery."""
         event = _readable(delivery.event)
         if isinstance(event, Malformed):
-            await self._dead_letter(delivery, Failure("malformed", str(event)), attempt=delivery.attempt)
-            return
+            return _Settle("dead_lettered", failure=Failure("malformed", str(event)))
+        if event.id in self._in_hand:
+            return _Settle("busy", BUSY_DELAY)
+        self._in_hand.add(event.id)
         try:
-            claim = await self._database.outlast(self._inbox.claim, event.id)
+            return await self._run_once(event)
+        except ClaimLostError:
+            log.warning("event.claim_lost", worker=self._worker, **_names(event))
+            return _Settle("busy", BUSY_DELAY)
         except asyncio.CancelledError:
-            await delivery.give_back()
-            return
-        if claim == "finished":
-            log.debug("event.repeated", worker=self._worker, **_names(event))
-            await delivery.ack()
-        elif claim == "busy":
-            log.debug("event.busy", worker=self._worker, **_names(event))
-            await delivery.retry(BUSY_DELAY)
-        else:
-            await self._claimed(delivery, event, claim)
+            return _Settle("given_back")
+        finally:
+            self._in_hand.discard(event.id)
 
-    async def _claimed(self, delivery: Delivery, event: Event, claim: Claim) -> None:
+    async def _run_once(self, event: Event) -> _Settle:
+        async with self._handlers.shared():
+            claim = await self.database.outlast(self._inbox.claim, event.id)
+            if isinstance(claim, Claim):
+                return await self._claimed(event, claim)
+        if claim.state == "alone":
+            # Its last attempt died with its process. If it kills this one too, nothing else shall die with it.
+            async with self._handlers.exclusive():
+                claim = await self.database.outlast(self._inbox.claim_alone, event.id)
+                if isinstance(claim, Claim):
+                    return await self._claimed(event, claim)
+        match claim:
+            case NotNow("finished"):
+                return _Settle("repeated")
+            case NotNow("failed", failure=failure):
+                return _Settle("dead_lettered", failure=failure)
+            case NotNow("early", seconds):
+                return _Settle("early", seconds)
+        return _Settle("busy", BUSY_DELAY)
+
+    async def _claimed(self, event: Event, claim: Claim) -> _Settle:
+        """Runs an event that is ours, and records what became of it."""
         started = time.perf_counter()
         try:
             failed = await self._attempt(event, claim)
-        except ClaimLostError:
-            log.warning("event.claim_lost", worker=self._worker, **_names(event), attempt=claim.attempt)
-            await delivery.retry(BUSY_DELAY)
-            return
         except asyncio.CancelledError:
-            await self._give_back(delivery, event, claim)
-            return
-        known = {"attempt": claim.attempt, "duration_ms": round((time.perf_counter() - started) * 1000, 1)}
+            await self._unclaim(event, claim)
+            raise
+        duration = time.perf_counter() - started
+        self._seconds.observe(duration)
         if failed is None:
-            await delivery.ack()
-            WORKER_EVENTS.labels(self._worker, "handled").inc()
-            log.info("event.handled", worker=self._worker, **_names(event), **known)
-        elif failed.failure.code == "rejected" or claim.attempt >= self._settings.max_attempts:
-            await self._database.outlast(self._inbox.release, claim, counted=0)
-            await self._dead_letter(delivery, failed.failure, **known)
-        else:
-            await self._retry(delivery, event, claim, failed, **known)
+            return _Settle("handled", duration=duration, attempt=claim.attempt)
+        failure = replace(failed.failure, attempts=min(claim.attempt, self._settings.max_attempts))
+        if failure.code == "rejected" or claim.attempt >= self._settings.max_attempts:
+            await self.database.outlast(self._inbox.fail, claim, failure)
+            return _Settle("dead_lettered", failure=failure, duration=duration, attempt=claim.attempt)
+        delay = failed.after if failed.after is not None else backoff(self._settings, claim.attempt)
+        await self.database.outlast(self._inbox.release, claim, counted=claim.attempt, delay=delay)
+        return _Settle("retried", delay, failure, duration, claim.attempt)
+
+    async def _unclaim(self, event: Event, claim: Claim) -> None:
+        # One try only: the end of our session, which is near, frees the claim as well.
+        try:
+            await self._inbox.release(claim, counted=claim.attempt - 1)
+        except PgbridgeError as error:
+            log.warning("event.unreleased", worker=self._worker, **_names(event), reason=str(error))
 
     async def _attempt(self, event: Event, claim: Claim) -> _Failed | None:
         """Runs the handler and its reply. None when the event is finished."""
         if claim.attempt > self._settings.max_attempts:
             reason = f"{claim.attempt - 1} attempts were begun and none ended: the worker's process died in each"
             return _Failed(Failure("attempts_exhausted", reason))
-        current_effects.set(claim)
-        deadline = asyncio.timeout(self._settings.timeout)
+        current_effects.set(_Effects(self._inbox, claim, self.database))
         try:
-            async with deadline:
-                result = _checked(await self._run(event))
+            result = await self._run_handler(event)
         except ClaimLostError:
             raise
         except Reject as error:
@@ -130,57 +181,110 @@ class Attempts:
         except Retry as error:
             reason = str(error) or "the handler asked for another attempt"
             return _Failed(_failure("attempts_exhausted", reason), error.after)
-        except asyncio.CancelledError as error:
-            if is_cancelled():
-                raise
-            return _Failed(_failure("error", "the handler was cancelled from within", error))
+        except _TimedOutError as error:
+            reason = f"the handler ran longer than workers.{self._worker}.timeout, {self._settings.timeout:g} s"
+            return _Failed(_failure("timeout", reason, error.__cause__))
         except Exception as error:  # noqa: BLE001 - whatever an author's code raises is an outcome, with its trace
-            if isinstance(error, TimeoutError) and deadline.expired():
-                reason = f"the handler ran longer than workers.{self._worker}.timeout, {self._settings.timeout:g} s"
-                return _Failed(_failure("timeout", reason, error))
             return _Failed(_failure("error", f"{type(error).__name__}: {error}", error))
         try:
-            await self._database.outlast(self._inbox.finish, claim, result)
+            await self.database.outlast(self._inbox.finish, claim, result)
         except ReplyError as error:
             return _Failed(_failure("error", str(error), error))
         return None
 
-    async def _retry(self, delivery: Delivery, event: Event, claim: Claim, failed: _Failed, **known: object) -> None:
-        delay = failed.after if failed.after is not None else backoff(self._settings, claim.attempt)
-        await self._database.outlast(self._inbox.release, claim, counted=claim.attempt)
-        await delivery.retry(delay)
-        WORKER_EVENTS.labels(self._worker, "retried").inc()
-        code = failed.failure.code
-        log.warning(
-            "event.retried",
-            worker=self._worker,
-            **_names(event),
-            **known,
-            seconds=round(delay, 3),
-            code="retry" if code == "attempts_exhausted" else code,
-            reason=failed.failure.reason,
-        )
+    async def _run_handler(self, event: Event) -> Result:
+        """Returns or raises what the handler does; _TimedOutError, whatever it does after its time.
 
-    async def _give_back(self, delivery: Delivery, event: Event, claim: Claim) -> None:
-        # One try only: the end of our session, which is near, frees the claim as well.
+        An attempt is over when its handler has ended, and not when it was told to: no two may run side by side. It runs
+        in a task of its own, since what it does with tasks may leave its task looking cancelled (Python 3.11).
+        """
+        running = asyncio.ensure_future(self._run(event))
         try:
-            await self._inbox.release(claim, counted=claim.attempt - 1)
-        except PgbridgeError as error:
-            log.warning("event.unreleased", worker=self._worker, **_names(event), reason=str(error))
-        await delivery.give_back()
-        log.info("event.given_back", worker=self._worker, **_names(event), attempt=claim.attempt)
+            in_time, _ = await asyncio.wait([running], timeout=self._settings.timeout)
+        finally:
+            await _end(running)
+        try:
+            result = running.result()
+        except asyncio.CancelledError as error:
+            if in_time:
+                raise RuntimeError("the handler was cancelled from within") from error
+            raise _TimedOutError from error
+        except Exception as error:
+            if in_time:
+                raise
+            raise _TimedOutError from error
+        if not in_time:
+            raise _TimedOutError
+        return result
 
-    async def _dead_letter(self, delivery: Delivery, failure: Failure, **known: object) -> None:
-        await delivery.dead_letter(failure)
-        WORKER_EVENTS.labels(self._worker, "dead_lettered").inc()
-        log.error(
-            "event.dead_lettered",
-            worker=self._worker,
-            **_names(delivery.event),
-            **known,
-            code=failure.code,
-            reason=failure.reason,
-        )
+    async def _settle(self, delivery: Delivery, settle: _Settle) -> None:
+        """Tells the broker, and says so once it has taken it."""
+        match settle.outcome:
+            case "handled" | "repeated":
+                await delivery.ack()
+            case "busy" | "early" | "retried":
+                await delivery.retry(settle.delay)
+            case "given_back":
+                await delivery.give_back()
+            case "dead_lettered" if settle.failure is not None:
+                if not await self._dead_letter(delivery, settle.failure):
+                    return
+        self._count[settle.outcome]()
+        _tell(self._worker, delivery.event, settle)
+
+    async def _dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
+        """Offers it to the broker, and says whether it was taken. One that is refused comes again later, and no handler
+        runs for that."""
+        try:
+            await delivery.dead_letter(failure)
+        except (PrivilegeError, TopologyError):
+            raise
+        except RefusedError as error:
+            self._count["refused"]()
+            self._refusal = f"worker {self._worker}: the broker takes no dead letter: {error}"
+            log.warning("event.letter_refused", worker=self._worker, **_names(delivery.event), reason=str(error))
+            await delivery.retry(REFUSED_DELAY)
+            return False
+        self._refusal = None
+        if not isinstance(event := _readable(delivery.event), Malformed):
+            await self.database.outlast(self._inbox.forget, event.id)
+        return True
+
+
+class _TimedOutError(Exception):
+    """The handler ran for longer than it may. Its cause is what ended it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Effects:
+    """The effects of one attempt. An outage of the database is waited out, as long as the handler may run."""
+
+    inbox: Inbox
+    claim: Claim
+    database: Outage
+
+    async def begin_effect(self, operation: str) -> Effect:
+        """See `effects.EffectStore`."""
+        return await self.database.outlast(self.inbox.begin_effect, self.claim, operation)
+
+    async def end_effect(self, effect: Effect) -> None:
+        """See `effects.EffectStore`."""
+        await self.database.outlast(self.inbox.end_effect, self.claim, effect)
+
+
+async def _end(task: asyncio.Future[Result]) -> None:
+    """Cancels it, and returns once it has ended, however long it takes over that."""
+    task.cancel()
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            cancelled = True
+    if not task.cancelled():
+        task.exception()  # else asyncio would complain that nobody has looked at it
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 def retry_delays(settings: WorkerSettings) -> list[float]:
@@ -202,6 +306,32 @@ def backoff(settings: WorkerSettings, attempt: int) -> float:
     return random.uniform(max(lower, delays[rung] * 0.75), delays[rung])  # noqa: S311 - spreads load, guards nothing
 
 
+def _tell(worker: str, event: Event | Malformed, settle: _Settle) -> None:
+    fields: dict[str, object] = {"worker": worker, **_names(event)}
+    if settle.attempt is not None:
+        fields["attempt"] = settle.attempt
+    if settle.duration is not None:
+        fields["duration_ms"] = round(settle.duration * 1000, 1)
+    match settle.outcome:
+        case "handled":
+            log.info("event.handled", **fields)
+        case "retried" if settle.failure is not None:
+            code = settle.failure.code
+            log.warning(
+                "event.retried",
+                **fields,
+                seconds=round(settle.delay, 3),
+                code="retry" if code == "attempts_exhausted" else code,
+                reason=settle.failure.reason,
+            )
+        case "dead_lettered" if settle.failure is not None:
+            log.error("event.dead_lettered", **fields, code=settle.failure.code, reason=settle.failure.reason)
+        case "given_back":
+            log.info("event.given_back", **fields)
+        case outcome:
+            log.debug(f"event.{outcome}", **fields)
+
+
 def _names(event: Event | Malformed) -> dict[str, str]:
     return {} if isinstance(event, Malformed) else {"event_id": event.id, "topic": event.topic}
 
@@ -214,15 +344,6 @@ def _readable(event: Event | Malformed) -> Event | Malformed:
         return event._replace(id=str(uuid.UUID(event.id)))
     except ValueError:
         return Malformed(f"the event's id {event.id[:80]!r} is not a UUID, which the inbox needs")
-
-
-def _checked(result: object) -> Result:
-    if result is None:
-        return None
-    if not isinstance(result, Mapping):
-        raise TypeError(f"the handler returned a {type(result).__name__}; a dict or None is wanted")
-    json.dumps(dict(result), allow_nan=False)
-    return result
 
 
 def _failure(code: str, reason: str, error: BaseException | None = None) -> Failure:

@@ -11,6 +11,7 @@ from bridge.process.tasks import run_daemon, stop_on_signals
 from bridge.process.terminal import config_option, exit_codes, json_option, print_json, table
 from bridge.settings import Settings, load
 from workers.handler import load_handler
+from workers.metrics import REGISTRY
 from workers.worker import build
 
 
@@ -28,7 +29,7 @@ def run_worker(name: str, config: Path | None) -> None:
 async def _run(name: str, settings: Settings) -> None:
     worker = build(name, settings)
     stop = stop_on_signals("worker")
-    with serving(f"workers.{name}.listen", settings.workers[name].listen, worker.health):
+    with serving(f"workers.{name}.listen", settings.workers[name].listen, worker.health, REGISTRY):
         await worker.run(stop)
 
 

@@ -4,17 +4,20 @@
         if charge.result is None:
             charge.result = await pay(..., idempotency_key=charge.idempotency_key)
 
-PostgreSQL cannot take a card's charge back, so outside effects happen at least once. The key, ``<event
+In a handler that is no coroutine it is ``with effect("charge") as charge``.
+
+PostgreSQL cannot take a card's charge back, so outside effects happen at least once. The key, ``<worker>:<event
 id>:<operation>``, is the same at every attempt and lets the other side suppress repetitions; the result, once it
 is known, spares later attempts the call.
 """
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
+
+from workers.threads import await_in_loop
 
 
 @dataclass(slots=True)
@@ -43,16 +46,29 @@ current_effects: ContextVar[EffectStore] = ContextVar("pgbridge_effects")
 """Where the effects of the event in hand are recorded. The worker sets it around a handler; a test may set its own."""
 
 
-@asynccontextmanager
-async def effect(operation: str) -> AsyncIterator[Effect]:
+class effect:  # noqa: N801 - authors write it like `open`
     """Records an outside effect of the event in hand around the code that brings it about.
 
     When the code raises, no result is recorded, and the next attempt finds the effect begun. Only for use in a
     handler, or where `current_effects` is set; raises LookupError elsewhere.
     """
-    store = current_effects.get()
-    begun = await store.begin_effect(operation)
-    known = begun.result
-    yield begun
-    if begun.result is not None and begun.result is not known:
-        await store.end_effect(begun)
+
+    def __init__(self, operation: str) -> None:
+        self._operation = operation
+
+    async def __aenter__(self) -> Effect:
+        self._store = current_effects.get()
+        self._effect = await self._store.begin_effect(self._operation)
+        self._known = self._effect.result
+        return self._effect
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        result = self._effect.result
+        if kind is None and result is not None and result is not self._known:
+            await self._store.end_effect(self._effect)
+
+    def __enter__(self) -> Effect:
+        return await_in_loop(self.__aenter__())
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        await_in_loop(self.__aexit__(kind))

@@ -1,16 +1,17 @@
-"""What an author of a worker writes: an async function from an event to a result."""
+"""What an author of a worker writes: a function from an event to a result, a coroutine or one that may block."""
 
 import importlib
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Concatenate, Protocol, TypeVar, cast, overload
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bridge.errors import SettingsError
 from bridge.event import Event
+from workers.threads import in_thread
 
 Result = Mapping[str, Any] | None
 """What a handler returns: a JSON object for the worker's reply function, or nothing."""
@@ -44,14 +45,14 @@ O_contra = TypeVar("O_contra", bound=Options, contravariant=True)
 
 
 class FunctionWithOptions(Protocol[O_contra]):
-    """An async function that takes the worker's options after the event."""
+    """A function that takes the worker's options after the event."""
 
-    async def __call__(self, event: Event, options: O_contra, /) -> Result: ...
+    def __call__(self, event: Event, options: O_contra, /) -> Result | Awaitable[Result]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """A function, the topics it was written for, and the model of its options. Tests call it like the function."""
+    """A function, the topics it was written for, and the model of its options. Tests await it like a coroutine."""
 
     function: Callable[Concatenate[Event, ...], Awaitable[Result]]
     topics: tuple[str, ...]
@@ -80,7 +81,7 @@ async def _with_options(function: Callable[..., Awaitable[Result]], options: Opt
 
 
 @overload
-def handler(*topics: str) -> Callable[[Run], Handler]: ...
+def handler(*topics: str) -> Callable[[Callable[[Event], Result | Awaitable[Result]]], Handler]: ...
 @overload
 def handler(*topics: str, options: type[O_contra]) -> Callable[[FunctionWithOptions[O_contra]], Handler]: ...
 def handler(*topics: str, options: type[Options] | None = None) -> Callable[[Any], Handler]:
@@ -88,18 +89,30 @@ def handler(*topics: str, options: type[Options] | None = None) -> Callable[[Any
 
     A worker subscribes to these, unless its settings name others. With `options`, a model of the worker's
     ``[workers.<name>.options]``, the function takes an instance of it as its second argument.
+
+    ``async def`` runs in the worker's event loop, and must not block it; ``def`` runs in a thread of its own, as many
+    at once as the worker's `concurrency`.
     """
 
-    def mark(function: Callable[..., Awaitable[Result]]) -> Handler:
-        if not inspect.iscoroutinefunction(function):
-            raise TypeError(f"@handler needs an async function; {function.__qualname__} is not async")
+    def mark(function: Callable[..., Any]) -> Handler:
+        if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+            raise TypeError(f"@handler: {function.__qualname__} yields; return the result instead")
         wanted = 1 if options is None else 2
         if len(inspect.signature(function).parameters) != wanted:
             takes = "the event" if options is None else "the event and its options"
             raise TypeError(f"@handler: {function.__qualname__} must take {takes}, and nothing else")
-        return Handler(cast("Callable[Concatenate[Event, ...], Awaitable[Result]]", function), topics, options)
+        called = function if inspect.iscoroutinefunction(function) else _threaded(function)
+        return Handler(cast("Callable[Concatenate[Event, ...], Awaitable[Result]]", called), topics, options)
 
     return mark
+
+
+def _threaded(function: Callable[..., Result]) -> Callable[..., Awaitable[Result]]:
+    @wraps(function)
+    async def run(*args: Any) -> Result:
+        return await in_thread(function, *args)
+
+    return run
 
 
 def load_handler(place: str, worker: str) -> Handler:

@@ -1,4 +1,5 @@
-"""The ledger that makes a worker's database effects exactly-once; its SQL is in ``0005_inbox.sql``.
+"""The ledger that makes a worker's database effects exactly-once; its SQL is in ``0005_inbox.sql`` and
+``0010_inbox_outcomes.sql``.
 
 Claims carry the token of the process' session (``session.py``) and die with it, so after a crash another process takes
 over at once. A claim is made only while the token's lock is held, and finishing one checks that it is still ours.
@@ -6,24 +7,34 @@ Claims, and ends without a reply, that are asked for at the same time share a qu
 worker cost.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Literal, LiteralString, Protocol
+from typing import Any, Final, Literal, LiteralString, TypeVar
 
 import psycopg
 from psycopg import sql
 from psycopg.rows import TupleRow
-from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
+from bridge.brokers.contract import Failure
 from bridge.errors import DatabaseUnavailableError, PrivilegeError, SchemaError
-from bridge.postgres.connection import connection_parameters, database_errors, translated
+from bridge.postgres.connection import (
+    Connection,
+    connection_parameters,
+    database_errors,
+    prepare_session,
+    silence_limited,
+    translated,
+)
 from bridge.process.batching import Batcher
 from bridge.settings import PostgresSettings
 from workers.effects import Effect
 from workers.handler import Result
 from workers.session import ClaimSession
+
+T = TypeVar("T")
 
 
 class ClaimLostError(Exception):
@@ -34,20 +45,11 @@ class ReplyError(Exception):
     """The reply function, or the conversion of the result, raised. The message is PostgreSQL's."""
 
 
-class Database(Protocol):
-    """What a claim needs of the inbox."""
-
-    worker: str
-
-    async def value(self, query: LiteralString, *parameters: object) -> Any:
-        """The first column of a query's one row."""
-
-
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """An event that is ours to handle; the `EffectStore` of its effects."""
+    """An event that is ours to handle."""
 
-    inbox: Database
+    worker: str
     event_id: str
     token: int
     attempt: int
@@ -55,57 +57,71 @@ class Claim:
 
     @property
     def fence(self) -> tuple[str, str, int, int]:
-        return (self.inbox.worker, self.event_id, self.token, self.attempt)
+        """What says in SQL whose claim it is."""
+        return (self.worker, self.event_id, self.token, self.attempt)
 
-    async def begin_effect(self, operation: str) -> Effect:
-        """See `effects.EffectStore`. Raises ClaimLostError, DatabaseUnavailableError."""
-        entry = await self.inbox.value("select bridge.inbox_effect_begin(%s, %s, %s, %s, %s)", *self.fence, operation)
-        if entry is None:
-            raise ClaimLostError
-        return Effect(
-            operation, entry["idempotency_key"], datetime.fromisoformat(entry["started_at"]), entry.get("result")
-        )
 
-    async def end_effect(self, effect: Effect) -> None:
-        """See `effects.EffectStore`. Raises ClaimLostError, DatabaseUnavailableError."""
-        if not await self.inbox.value(
-            "select bridge.inbox_effect_end(%s, %s, %s, %s, %s, %s)",
-            *self.fence,
-            effect.operation,
-            Jsonb(effect.result),
-        ):
-            raise ClaimLostError
+@dataclass(frozen=True, slots=True)
+class NotNow:
+    """An event that is not ours to handle: how it stands."""
+
+    state: Literal["finished", "failed", "busy", "early", "alone"]
+    """See the function inbox_claim()."""
+    seconds: float = 0.0
+    """Until it may run, where it is early."""
+    failure: Failure | None = None
+    """With which it was given up, where that is so."""
 
 
 _SERIALIZATION_ATTEMPTS: Final = 5
 """Tries of a transaction that conflicts with another one."""
 _TOGETHER: Final = 100
 """Most events in one query."""
-_UNAVAILABLE_CLASSES: Final = ("08", "53", "57P", "58")
-"""Classes of SQLSTATEs about the server and not about the reply: connection, resources, shutdown, system."""
+_CLAIMING: Final = 2
+"""Connections beside those on which replies run, so that slow ones keep no claim from being made."""
+_ANSWER_GRACE: Final = 10.0
+"""Seconds of silence, beyond the time that a statement may take, after which its connection counts as dead."""
 
 
 class Inbox:
     """One worker process's side of the ledger. `reply` is the SQL function that takes results, as two names."""
 
-    def __init__(self, worker: str, settings: PostgresSettings, *, concurrency: int, reply: str | None = None) -> None:
+    def __init__(
+        self,
+        worker: str,
+        settings: PostgresSettings,
+        *,
+        concurrency: int,
+        reply: str | None = None,
+        reply_timeout: float = 30.0,
+        backoff: Sequence[float] = (1.0,),
+    ) -> None:
+        """`reply_timeout` in seconds; `backoff` are the seconds before each attempt after the first, for one whose
+        last attempt died with its process."""
         self.worker = worker
         application_name = f"pgbridge-worker {worker}"
         self._key = settings.key("dsn")
         self._connect_timeout = settings.connect_timeout
         self._finishing = _finishing(reply)
         self._reply_name = reply
-        self._pool = AsyncConnectionPool(
+        self._reply_timeout = reply_timeout
+        self._backoff = list(backoff) or [1.0]
+        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            connection_class=Connection,
+            configure=self._configure,
             kwargs={**connection_parameters(settings, application_name), "autocommit": True},
             min_size=1,
-            max_size=concurrency,
+            max_size=concurrency + _CLAIMING,
             timeout=settings.connect_timeout,
             open=False,
         )
         self._session = ClaimSession(settings, application_name)
-        self._in_hand: set[str] = set()
         self._claims = Batcher(self._claim_together, _TOGETHER)
         self._ends = Batcher(self._finish_together, _TOGETHER)
+
+    async def _configure(self, connection: Connection) -> None:
+        await prepare_session(connection, self._key)
+        await connection.execute("select set_config('statement_timeout', %s, false)", [f"{self._reply_timeout:g}s"])
 
     async def open(self) -> None:
         """Connects, and checks that the schema and the reply function are there and may be used.
@@ -114,7 +130,7 @@ class Inbox:
         """
         await self._session.renew(instead_of=self._session.token)
         await self._pool.open()
-        await self.value("select bridge.inbox_prune(%s, '-infinity')", self.worker)
+        await self._value("select bridge.inbox_prune(%s, '-infinity')", self.worker)
         if self._reply_name is not None:
             await self._check_reply(self._reply_name)
 
@@ -123,47 +139,68 @@ class Inbox:
         await self._pool.close()
         await self._session.close()
 
-    async def claim(self, event_id: str) -> Claim | Literal["finished", "busy"]:
-        """Claims an event. Raises DatabaseUnavailableError, or another PgbridgeError when PostgreSQL refuses."""
-        if event_id in self._in_hand:
-            return "busy"
-        self._in_hand.add(event_id)
-        claim: Claim | Literal["finished", "busy"] = "busy"
+    async def beat(self) -> None:
+        """Shows PostgreSQL that this process lives, and learns whether PostgreSQL does. To be called every
+        `session.HEARTBEAT` seconds; without it, PostgreSQL frees the claims.
+
+        Takes a new token where the session has ended. Raises what `ClaimSession.renew` raises.
+        """
+        token = self._session.token
         try:
-            claim = await self._claims.ask(event_id)
-        finally:
-            if not isinstance(claim, Claim):
-                self._in_hand.discard(event_id)
+            await self._session.beat()
+        except DatabaseUnavailableError:
+            await self._session.renew(instead_of=token)
+
+    async def claim(self, event_id: str) -> Claim | NotNow:
+        """Claims an event, which this process must not have in hand.
+
+        Raises DatabaseUnavailableError, or another PgbridgeError when PostgreSQL refuses.
+        """
+        return await self._claims.ask(event_id)
+
+    async def claim_alone(self, event_id: str) -> Claim | NotNow:
+        """The same for an event that `claim` said is to run alone, once nothing else runs."""
+        [claim] = await self._claim_together([event_id], alone=True)
         return claim
 
-    async def _claim_together(self, events: Sequence[str]) -> Sequence[Claim | Literal["finished", "busy"]]:
+    async def _claim_together(self, events: Sequence[str], *, alone: bool = False) -> Sequence[Claim | NotNow]:
         while True:
             token = self._session.token
             rows = await self._rows(
-                "select event::text, state, attempt from bridge.inbox_claim(%s, %s::uuid[], %s)",
+                "select event::text, state, attempt, seconds, failure"
+                " from bridge.inbox_claim(%s, %s::uuid[], %s, %s::bigint[], %s::double precision[], %s)",
                 self.worker,
                 # In one order in every process, so that no two wait for each other.
                 sorted(events),
                 token,
+                list(self._session.former),
+                self._backoff,
+                alone,
             )
             if rows[0][1] != "unheld":
                 break
             # Our session ended unnoticed, and its claims with it.
             await self._session.renew(instead_of=token)
-        claims: dict[str, Claim | Literal["finished", "busy"]] = {}
-        for event_id, state, attempt in rows:
-            claimed = Claim(self, event_id, token, attempt) if state == "claimed" else None
-            claims[event_id] = claimed or ("finished" if state == "finished" else "busy")
+        claims = {event_id: self._standing(event_id, token, *how) for event_id, *how in rows}
         return [claims[event_id] for event_id in events]
+
+    def _standing(
+        self, event_id: str, token: int, state: Any, attempt: int, seconds: float | None, failure: dict[str, str] | None
+    ) -> Claim | NotNow:
+        if state == "claimed":
+            return Claim(self.worker, event_id, token, attempt)
+        return NotNow(state, seconds or 0.0, None if failure is None else Failure(**failure, attempts=attempt))
 
     async def finish(self, claim: Claim, result: Result) -> None:
         """Records the result and hands it to the reply function, in one transaction.
 
-        Raises ReplyError when the reply function refuses (the claim stays ours: release it), ClaimLostError, and
+        Raises ReplyError when the result is no JSON object or the reply function refuses (the claim stays ours: release
+        it), ClaimLostError, and
         DatabaseUnavailableError (RefusedError on a standby), after which the same call may be made again: had the
         transaction been committed after all, it raises ClaimLostError, and the next claim says "finished".
         """
-        outcome = None if result is None else Jsonb(result)
+        # Before it shares a query with others, which would share its failure.
+        outcome = _outcome(result)
         alone = self._reply_name is not None
         conflicts = 0
         while True:
@@ -174,83 +211,118 @@ class Inbox:
                 conflicts += 1
                 if conflicts == _SERIALIZATION_ATTEMPTS:
                     raise self._refused(error) from error
-            except PoolTimeout as error:
-                raise self._no_connection() from error
             except psycopg.Error as error:
-                if _is_the_servers(error):
-                    raise translated(error, self._key) from error
                 if alone:
                     raise self._refused(error) from error
                 # Of those that went together it may be another one's result that was refused.
                 alone = True
-        self._in_hand.discard(claim.event_id)
         if not ours:
             raise ClaimLostError
 
-    async def release(self, claim: Claim, *, counted: int) -> None:
-        """Gives the claim up with `counted` attempts on record; one that was lost is gone already.
+    async def release(self, claim: Claim, *, counted: int, delay: float = 0.0) -> None:
+        """Gives the claim up with `counted` attempts on record, for `delay` seconds; one that was lost is gone already.
 
         Raises DatabaseUnavailableError, or another PgbridgeError when PostgreSQL refuses.
         """
-        await self.value("select bridge.inbox_release(%s, %s, %s, %s, %s)", *claim.fence, counted)
-        self._in_hand.discard(claim.event_id)
+        await self._value("select bridge.inbox_release(%s, %s, %s, %s, %s, %s)", *claim.fence, counted, delay)
+
+    async def fail(self, claim: Claim, failure: Failure) -> None:
+        """Gives the event up: until `forget` it never runs again, and every claim says so. Raises as `release`."""
+        told = {"code": failure.code, "reason": failure.reason, "trace": failure.trace}
+        text = json.dumps({name: _storable(value) for name, value in told.items()})
+        await self._value("select bridge.inbox_fail(%s, %s, %s, %s, %s::jsonb)", *claim.fence, text)
+
+    async def forget(self, event_id: str) -> None:
+        """The dead letter of an event that was given up is with the broker: a replay starts afresh. Raises as
+        `release`."""
+        await self._value("select bridge.inbox_forget(%s, %s)", self.worker, event_id)
+
+    async def begin_effect(self, claim: Claim, operation: str) -> Effect:
+        """See `effects.EffectStore`. Raises ClaimLostError, and as `release`."""
+        entry = await self._value("select bridge.inbox_effect_begin(%s, %s, %s, %s, %s)", *claim.fence, operation)
+        if entry is None:
+            raise ClaimLostError
+        return Effect(
+            operation, entry["idempotency_key"], datetime.fromisoformat(entry["started_at"]), entry.get("result")
+        )
+
+    async def end_effect(self, claim: Claim, effect: Effect) -> None:
+        """See `effects.EffectStore`. Raises ClaimLostError, ValueError for a result that jsonb cannot hold, and as
+        `release`."""
+        query = "select bridge.inbox_effect_end(%s, %s, %s, %s, %s, %s::jsonb)"
+        try:
+            [(ours,)] = await self._statement(query, *claim.fence, effect.operation, json_text(effect.result))
+        except psycopg.DataError as error:
+            raise ValueError(f"effect {effect.operation}: PostgreSQL refuses its result: {_said(error)}") from error
+        except psycopg.Error as error:
+            raise translated(error, self._key) from error
+        if not ours:
+            raise ClaimLostError
 
     async def prune(self, keep: timedelta, chunk: int = 1000) -> int:
-        """Deletes what was finished longer than `keep` ago, in chunks; returns how many events that were."""
+        """Deletes what ended longer than `keep` ago, in chunks; returns how many events that were."""
         before = datetime.now(UTC) - keep
         total = 0
         while True:
-            deleted: int = await self.value("select bridge.inbox_prune(%s, %s, %s)", self.worker, before, chunk)
+            deleted: int = await self._value("select bridge.inbox_prune(%s, %s, %s)", self.worker, before, chunk)
             total += deleted
             if deleted < chunk:
                 return total
 
-    async def value(self, query: LiteralString, *parameters: object) -> Any:
-        """The first column of a query's one row. Raises DatabaseUnavailableError and other PgbridgeErrors."""
+    async def _value(self, query: LiteralString, *parameters: object) -> Any:
         [row] = await self._rows(query, *parameters)
         return row[0]
 
     async def _rows(self, query: LiteralString, *parameters: object) -> list[TupleRow]:
+        with database_errors(self._key):
+            return await self._statement(query, *parameters)
+
+    async def _statement(self, query: LiteralString | sql.Composed, *parameters: object) -> list[TupleRow]:
+        """Raises psycopg's error where PostgreSQL refuses the statement, and DatabaseUnavailableError where it is the
+        connection that is at fault, or the server takes no writes."""
         try:
-            with database_errors(self._key):
-                async with self._pool.connection() as connection:
-                    return await (await connection.execute(query, parameters, prepare=True)).fetchall()
+            async with self._pool.connection() as connection:
+                try:
+                    with silence_limited(connection, self._key, self._reply_timeout + _ANSWER_GRACE):
+                        return await (await connection.execute(query, parameters, prepare=True)).fetchall()
+                except psycopg.Error as error:
+                    if connection.closed or _ended_session(error):
+                        raise translated(error, self._key) from error
+                    raise
         except PoolTimeout as error:
-            raise self._no_connection() from error
+            raise DatabaseUnavailableError(
+                f"{self._key}: PostgreSQL gave no connection within {self._connect_timeout:g} s"
+            ) from error
 
-    async def _finish_alone(self, claim: Claim, outcome: Jsonb | None) -> bool:
+    async def _finish_alone(self, claim: Claim, outcome: str | None) -> bool:
         """With the reply, if there is one. Whether the claim was still ours."""
-        parameters = [*claim.fence, outcome, *([] if self._reply_name is None else [claim.event_id, outcome])]
-        async with self._pool.connection() as connection:
-            row = await (await connection.execute(self._finishing, parameters, prepare=True)).fetchone()
-        return row is not None and bool(row[0])
+        reply = [] if self._reply_name is None else [claim.event_id, outcome]
+        [(ours,)] = await self._statement(self._finishing, *claim.fence, outcome, *reply)
+        return bool(ours)
 
-    async def _finish_together(self, ends: Sequence[tuple[Claim, Jsonb | None]]) -> Sequence[bool]:
+    async def _finish_together(self, ends: Sequence[tuple[Claim, str | None]]) -> Sequence[bool]:
         ends_by_id = sorted(ends, key=lambda end: end[0].event_id)
-        columns = (
+        finished = await self._statement(
+            _FINISH_TOGETHER,
+            self.worker,
             [claim.event_id for claim, _ in ends_by_id],
             [claim.token for claim, _ in ends_by_id],
             [claim.attempt for claim, _ in ends_by_id],
             [outcome for _, outcome in ends_by_id],
         )
-        async with self._pool.connection() as connection:
-            cursor = await connection.execute(_FINISH_TOGETHER, (self.worker, *columns), prepare=True)
-            finished = {event for (event,) in await cursor.fetchall()}
-        return [claim.event_id in finished for claim, _ in ends]
-
-    def _no_connection(self) -> DatabaseUnavailableError:
-        return DatabaseUnavailableError(
-            f"{self._key}: PostgreSQL gave no connection within {self._connect_timeout:g} s"
-        )
+        ours = {event for (event,) in finished}
+        return [claim.event_id in ours for claim, _ in ends]
 
     def _refused(self, error: psycopg.Error) -> ReplyError:
-        said = " ".join((error.diag.message_primary or str(error)).split())
         where = self._reply_name or "the inbox"
-        return ReplyError(f"{where} refuses the result: {said} (SQLSTATE {error.sqlstate})")
+        if isinstance(error, psycopg.errors.QueryCanceled):
+            limit = f"workers.{self.worker}.reply_timeout, {self._reply_timeout:g} s"
+            return ReplyError(f"{where} ran longer than {limit}, or was cancelled: {_said(error)}")
+        return ReplyError(f"{where} refuses the result: {_said(error)}")
 
     async def _check_reply(self, reply: str) -> None:
         schema, name = reply.split(".", 1)
-        allowed = await self.value(
+        allowed = await self._value(
             "select bool_or(has_schema_privilege(n.oid, 'usage') and has_function_privilege(p.oid, 'execute'))"
             "  from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace"
             " where n.nspname = %s and p.proname = %s and oidvectortypes(p.proargtypes) = 'uuid, jsonb'",
@@ -269,16 +341,46 @@ class Inbox:
             )
 
 
-def _is_the_servers(error: psycopg.Error) -> bool:
-    """Whether it is about the server or the connection, and not about the result."""
-    if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
-        return True
-    operational = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
-    return operational and (error.sqlstate is None or error.sqlstate.startswith(_UNAVAILABLE_CLASSES))
+def _outcome(result: object) -> str | None:
+    if result is None:
+        return None
+    if not isinstance(result, Mapping):
+        raise ReplyError(f"the handler returned a {type(result).__name__}; a dict or None is wanted")
+    try:
+        return json_text(result)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ReplyError(f"the handler's result has no form in JSON: {error}") from error
+
+
+def json_text(value: Mapping[str, Any] | None) -> str:
+    """A result as JSON. Raises TypeError for what JSON does not have, ValueError for NaN, infinities and cycles."""
+    return json.dumps(value, allow_nan=False, default=_plain)
+
+
+def _plain(value: object) -> dict[Any, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a {type(value).__name__} has no form in JSON")
+
+
+def _storable(text: str) -> str:
+    """As jsonb can hold it, which has neither NUL nor half a surrogate pair."""
+    return text.encode(errors="replace").decode().replace("\0", "\ufffd")
+
+
+def _said(error: psycopg.Error) -> str:
+    return f"{' '.join((error.diag.message_primary or str(error)).split())} (SQLSTATE {error.sqlstate})"
+
+
+def _ended_session(error: psycopg.Error) -> bool:
+    """Whether the server ended the session with it, though the end may not have been read yet; or takes no writes."""
+    fatal = error.diag.severity_nonlocalized in ("FATAL", "PANIC")
+    return fatal or isinstance(error, psycopg.errors.ReadOnlySqlTransaction)
 
 
 _FINISH_TOGETHER: Final = (
-    "select event::text from bridge.inbox_finish_all(%s, %s::uuid[], %s::bigint[], %s::int[], %s::jsonb[]) as event"
+    "select event::text"
+    " from bridge.inbox_finish_all(%s, %s::uuid[], %s::bigint[], %s::int[], %s::text[]::jsonb[]) as event"
 )
 
 

@@ -1,24 +1,37 @@
 """The session with PostgreSQL that a worker process' claims live and die with.
 
 It holds an advisory lock on a random number, the *token*, which the claims of the inbox carry. PostgreSQL releases the
-lock when the session ends, however the process died, and so frees the claims. Nothing else runs on the connection.
+lock when the session ends, however the process died, and so frees the claims. A process that stands still says nothing
+here, and PostgreSQL ends its session. Nothing but that sign of life runs on the connection.
 """
 
 import asyncio
 import secrets
-from typing import Final, LiteralString
+from collections import deque
+from typing import Final
+
+import structlog
 
 from bridge.errors import DatabaseUnavailableError, RefusedError
-from bridge.postgres.connection import Connection, connect, database_errors
+from bridge.postgres.connection import Connection, answered, connect
 from bridge.settings import PostgresSettings
 
-_SETTINGS: Final[tuple[LiteralString, ...]] = (
-    # The server must notice within seconds that our machine is gone, and never end us for being idle.
+log = structlog.get_logger()
+
+HEARTBEAT: Final = 10.0
+"""Seconds between two signs of life, and for the answer to one."""
+
+_SETTINGS: Final = (
+    # The server must notice within seconds that our machine is gone,
     "set tcp_keepalives_idle = 10",
     "set tcp_keepalives_interval = 5",
     "set tcp_keepalives_count = 3",
-    "set idle_session_timeout = 0",
+    # and that our process stands still, which the kernel goes on to answer for. It is given three signs of life.
+    f"set idle_session_timeout = '{3 * HEARTBEAT:g}s'",
 )
+
+_FORMER: Final = 16
+"""Tokens that are remembered after their sessions: claims under them were asked for shortly before a session ended."""
 
 
 class ClaimSession:
@@ -26,11 +39,14 @@ class ClaimSession:
 
     def __init__(self, settings: PostgresSettings, application_name: str) -> None:
         self._settings = settings
+        self._key = settings.key("dsn")
         self._application_name = application_name
         self._connection: Connection | None = None
-        self._renewing = asyncio.Lock()
+        self._using = asyncio.Lock()
         self.token = 0
         """0 until the first `renew`; no lock is ever held on 0."""
+        self.former: deque[int] = deque(maxlen=_FORMER)
+        """Tokens of this process whose sessions have ended."""
 
     async def renew(self, instead_of: int) -> None:
         """Opens a session with a new token; does nothing when another task has replaced `instead_of` already.
@@ -38,15 +54,14 @@ class ClaimSession:
         Raises what `bridge.postgres.connection.connect` raises, and RefusedError behind a connection pooler, where a
         session lock stays with a server connection that outlives this process.
         """
-        async with self._renewing:
+        async with self._using:
             if self.token != instead_of:
                 return
             await self.close()
             self._connection = connection = await connect(self._settings, self._application_name)
             token = secrets.randbits(62) + 1
-            with database_errors(self._settings.key("dsn")):
-                for setting in _SETTINGS:
-                    await connection.execute(setting)
+            with answered(connection, self._key, HEARTBEAT):
+                await connection.execute("; ".join(_SETTINGS).encode())
                 rows = await (
                     await connection.execute("select pg_backend_pid(), pg_try_advisory_lock(%s)", [token])
                 ).fetchall()
@@ -54,14 +69,24 @@ class ClaimSession:
             if backend != connection.info.backend_pid:
                 await self.close()
                 raise RefusedError(
-                    f"{self._settings.key('dsn')}: a connection pooler is between this worker and PostgreSQL, where "
+                    f"{self._key}: a connection pooler is between this worker and PostgreSQL, where "
                     "session locks get lost. Connect to the server's own host and port"
                 )
             if not locked:
-                raise DatabaseUnavailableError(
-                    f"{self._settings.key('dsn')}: another process holds the same token; taking a new one"
-                )
+                raise DatabaseUnavailableError(f"{self._key}: another process holds the same token; taking a new one")
+            if self.token:
+                log.warning("inbox.token_renewed", session=self._application_name)
+                self.former.append(self.token)
             self.token = token
+
+    async def beat(self) -> None:
+        """Gives a sign of life, and waits for one of PostgreSQL. Raises DatabaseUnavailableError where none comes, and
+        where the session has ended."""
+        async with self._using:
+            if self._connection is None:
+                raise DatabaseUnavailableError(f"{self._key}: the session of the worker's claims is not open")
+            with answered(self._connection, self._key, HEARTBEAT):
+                await self._connection.execute("select")
 
     async def close(self) -> None:
         """Ends the session; its claims become free for other processes."""

@@ -1,11 +1,15 @@
 """A worker process: it takes deliveries, handles them with bounded concurrency, reconnects, and stops in order.
 
 The start fails fast; a delivery goes to `attempt.Attempts`; a stop takes no more deliveries, lets running handlers
-finish up to `shutdown_limit`, gives the others back, and closes queue and inbox.
+finish, gives the others back, and closes queue and inbox, all within `shutdown_limit`.
+
+No delivery is ever left behind: each has a task until it is settled, and one that could not be settled ends the
+connection to the broker, which then delivers again whatever was in hand.
 """
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -15,13 +19,16 @@ import structlog
 
 from bridge.brokers.contract import Delivery, Queue, Subscription
 from bridge.brokers.registry import broker_of
-from bridge.errors import PgbridgeError, SettingsError, UsageError
+from bridge.errors import BrokerUnavailableError, PgbridgeError, SettingsError, UsageError
 from bridge.process.health import Health, notify, watchdog_for_ever
 from bridge.process.outage import Outage
+from bridge.process.tasks import in_own_task
 from bridge.settings import Settings, WorkerSettings
-from workers.attempt import OUTAGE_BACKOFF, Attempts, retry_delays
+from workers.attempt import BUSY_DELAY, OUTAGE_BACKOFF, Attempts, retry_delays
 from workers.handler import Run, load_handler
 from workers.inbox import Inbox
+from workers.metrics import BROKER_UP, DATABASE_UP, IN_HAND
+from workers.session import HEARTBEAT
 
 log = structlog.get_logger()
 
@@ -31,8 +38,11 @@ PRUNE_INTERVAL: Final = 3600.0
 LEASE: Final = 30.0
 """Seconds after which a crashed worker's deliveries go to another one; a living one's queue extends them."""
 
-_GIVE_BACK_LIMIT: Final = 5.0
-"""Seconds that cancelled handlers have for giving their deliveries back."""
+_GIVE_BACK_PART: Final = 0.25
+"""Of `shutdown_limit`: kept for giving back what still runs, and for goodbyes."""
+
+_COARSE_DELAYS: Final = (60.0, 600.0)
+"""Seconds; rungs of every ladder, beside BUSY_DELAY, so that a long delay takes few rounds."""
 
 _REMEMBERED: Final = timedelta(days=30)
 """How long finished events are remembered at least."""
@@ -64,10 +74,17 @@ class Worker:
         self._running: set[asyncio.Task[None]] = set()
         self._queue: Queue | None = None
         self._started = False
+        self._deadline = math.inf
+        """When the process should be gone, by the loop's clock; never before a stop."""
+        self._fruitless = 0
+        """Connections to the broker, one after the other, on which nothing was settled before they ended."""
+        IN_HAND.labels(name).set_function(lambda: len(self._running))
+        DATABASE_UP.labels(name).set_function(lambda: not self._attempts.database.lasts)
+        BROKER_UP.labels(name).set_function(lambda: self._started and not self._broker.lasts)
 
     def health(self) -> Health:
         """What `/health` says. Other threads may ask."""
-        problems = (self._broker.problem, self._attempts.problem, None if self._started else "the start is not done")
+        problems = (self._broker.problem, *self._attempts.problems, None if self._started else "the start is not done")
         role = "stopping" if self._stopping.is_set() else "working" if self._started else "starting"
         return Health(self._name, role, tuple(filter(None, problems)))
 
@@ -94,11 +111,12 @@ class Worker:
     async def _work(self, stop: asyncio.Event) -> None:
         """Consumes until `stop` is set or a task fails, and then drains."""
         consumer = asyncio.create_task(self._consume())
-        others = [asyncio.create_task(job) for job in (stop.wait(), self._prune(), watchdog_for_ever())]
+        others = [asyncio.create_task(job) for job in (stop.wait(), self._beat(), self._prune(), watchdog_for_ever())]
         try:
             done, _ = await asyncio.wait([consumer, *others], return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._stopping.set()
+            self._deadline = asyncio.get_running_loop().time() + self._settings.shutdown_limit
             notify("STOPPING=1")
             await self._drain(consumer)
             for task in others:
@@ -108,10 +126,16 @@ class Worker:
             task.result()
 
     async def _shut_down(self) -> None:
+        """Closes queue and inbox. After a start, what does not answer in time is left: the process ends anyway, and
+        that of its connections with it."""
         try:
-            await self._close()
-        finally:
-            await self._inbox.close()
+            async with asyncio.timeout_at(None if math.isinf(self._deadline) else self._deadline):
+                try:
+                    await self._close()
+                finally:
+                    await self._inbox.close()
+        except TimeoutError:
+            log.warning("worker.left", worker=self._name, seconds=self._settings.shutdown_limit)
 
     async def _open(self) -> Queue:
         queue = self._make_queue()
@@ -123,9 +147,9 @@ class Worker:
         return queue
 
     async def _close(self) -> None:
-        if self._queue is not None:
-            await self._queue.close()
-            self._queue = None
+        queue, self._queue = self._queue, None
+        if queue is not None:
+            await queue.close()
 
     async def _consume(self) -> None:
         while not self._stopping.is_set():
@@ -133,17 +157,33 @@ class Worker:
                 if self._queue is None:
                     self._queue = await self._open()
                     self._broker.restored()
-                await self._take(self._queue.deliveries())
+                await in_own_task(self._deliver(self._queue))
             except PgbridgeError as error:
                 self._broker.lost(error)
                 await self._close()
-                # A broker that opens the queue and ends it at once must not be asked without a pause.
+                # A broker that opens the queue and ends it at once, or settles nothing, must not be asked without a
+                # pause.
+                self._broker.failures = max(self._broker.failures, self._fruitless)
+                self._fruitless += 1
                 await self._broker.wait(self._stopping)
             else:
                 if not self._stopping.is_set():
                     raise RuntimeError("the queue ended its deliveries although nobody had stopped it")
 
-    async def _take(self, deliveries: AsyncIterator[Delivery]) -> None:
+    async def _deliver(self, queue: Queue) -> None:
+        """Works on what one connection to the broker delivers. Raises what ends it: the loss of the connection, or the
+        first delivery that could not be settled."""
+        unsettled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        taking = asyncio.ensure_future(self._take(queue.deliveries(), unsettled))
+        try:
+            await asyncio.wait([taking, unsettled], return_when=asyncio.FIRST_COMPLETED)
+            await (unsettled if unsettled.done() else taking)
+        finally:
+            taking.cancel()
+            await asyncio.wait([taking])
+            unsettled.cancel()
+
+    async def _take(self, deliveries: AsyncIterator[Delivery], unsettled: asyncio.Future[None]) -> None:
         """Starts a task for every delivery. A slot comes first, so that none waits in hand for one."""
         while True:
             await self._slots.acquire()
@@ -155,39 +195,64 @@ class Worker:
             except BaseException:
                 self._slots.release()
                 raise
-            if self._stopping.is_set():
-                self._slots.release()
-                await delivery.give_back()
-                continue
-            task = asyncio.create_task(self._attempts.handle(delivery))
+            task = asyncio.create_task(self._handle(delivery))
             self._running.add(task)
-            task.add_done_callback(self._ended)
+            task.add_done_callback(partial(self._ended, unsettled))
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    async def _handle(self, delivery: Delivery) -> None:
+        if self._stopping.is_set():
+            await delivery.give_back()
+        else:
+            await self._attempts.handle(delivery)
+
+    def _ended(self, unsettled: asyncio.Future[None], task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         self._slots.release()
-        if not task.cancelled() and (error := task.exception()) is not None:
-            # A mistake of ours. The delivery is unsettled and comes again, to this process or to another.
-            log.error("event.crashed", worker=self._name, exc_info=error)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            self._fruitless = 0
+            return
+        if not isinstance(error, PgbridgeError):
+            self._attempts.crashed(error)
+            error = BrokerUnavailableError(f"a delivery was not settled: {type(error).__name__}: {error}")
+        if not unsettled.done():
+            unsettled.set_exception(error)
+            unsettled.exception()  # else asyncio would complain where the connection was lost in the same moment
 
     async def _drain(self, consumer: asyncio.Task[None]) -> None:
+        """Lets what runs finish, and gives back what does not in time. What ignores that is left to the process' end:
+        its claims are not released, since it still runs."""
+        limit = self._settings.shutdown_limit
         if self._queue is not None:
-            with contextlib.suppress(PgbridgeError):  # gone already: nothing comes any more
-                await self._queue.stop()
+            with contextlib.suppress(PgbridgeError, TimeoutError):  # gone already: nothing comes any more
+                async with asyncio.timeout(limit * _GIVE_BACK_PART):
+                    await self._queue.stop()
         if self._running:
             log.info("worker.draining", worker=self._name, running=len(self._running))
-            await asyncio.wait(self._running, timeout=self._settings.shutdown_limit)
+            await self._wait_for_running(limit * _GIVE_BACK_PART)
         for task in self._running:
             task.cancel()
         if self._running:
-            _, stuck = await asyncio.wait(self._running, timeout=_GIVE_BACK_LIMIT)
-            if stuck:
-                log.error("worker.stuck", worker=self._name, running=len(stuck))
-        if not consumer.done():
-            # It ends by itself once the queue has ended its deliveries, unless it waits for a broker.
-            await asyncio.wait([consumer], timeout=0.5)
-            consumer.cancel()
-            await asyncio.wait([consumer])
+            await self._wait_for_running(limit * _GIVE_BACK_PART / 2)
+        if self._running:
+            log.error("worker.stuck", worker=self._name, running=len(self._running))
+        # It ends by itself once the queue has ended its deliveries, unless it waits for a broker.
+        await asyncio.wait([consumer], timeout=min(0.5, limit * _GIVE_BACK_PART / 4))
+        consumer.cancel()
+        await asyncio.wait([consumer])
+
+    async def _wait_for_running(self, reserve: float) -> None:
+        """Until nothing runs, or `reserve` seconds before the process should be gone."""
+        timeout = self._deadline - reserve - asyncio.get_running_loop().time()
+        await asyncio.wait(self._running, timeout=max(0.0, timeout))
+
+    async def _beat(self) -> None:
+        """Keeps the claims, and knows whether PostgreSQL answers although nothing happens."""
+        while True:
+            await asyncio.sleep(HEARTBEAT)
+            await self._attempts.database.outlast(self._inbox.beat)
 
     async def _prune(self) -> None:
         while True:
@@ -207,7 +272,7 @@ def subscription(name: str, settings: WorkerSettings, topics: Sequence[str]) -> 
         worker=name,
         topics=settings.subscribe or list(topics),
         prefetch=prefetch,
-        retry_delays=retry_delays(settings),
+        retry_delays=sorted({BUSY_DELAY, *retry_delays(settings), *_COARSE_DELAYS}),
         max_attempts=settings.max_attempts,
         ack_wait=LEASE,
     )
@@ -243,6 +308,13 @@ def build(name: str, settings: Settings) -> Worker:
         own,
         run,
         partial(broker.queue, sink, wanted),
-        Inbox(name, settings.postgres, concurrency=own.concurrency, reply=own.reply),
+        Inbox(
+            name,
+            settings.postgres,
+            concurrency=own.concurrency,
+            reply=own.reply,
+            reply_timeout=own.reply_timeout,
+            backoff=retry_delays(own),
+        ),
         keep_finished=max(kept, _REMEMBERED),
     )

@@ -164,6 +164,8 @@ class Failure:
     """One sentence."""
     trace: str = ""
     """The traceback, where there is one."""
+    attempts: int = 0
+    """How often the handler ran; 0 where only the broker's count of deliveries is known."""
 
 
 class Delivery(Protocol):

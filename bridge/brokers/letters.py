@@ -15,7 +15,7 @@ PREFIX: Final = "x-pgbridge-"
 """Begins the name of every header that a queue writes. Such headers are not part of the event."""
 
 ATTEMPTS: Final = f"{PREFIX}attempts"
-"""How often the message was delivered before it was given up."""
+"""How often the handler ran before the event was given up; of what never ran, how often it was delivered."""
 
 MAX_REASON: Final = 300
 """Characters. With the other headers, but not the trace, it fits into the room that sinks keep free for a letter."""
@@ -25,11 +25,14 @@ MAX_TRACE: Final = 8000
 
 
 def letter_headers(worker: str, failure: Failure, attempts: int) -> dict[str, str]:
-    """Code, reason, attempts, time and worker of a failure, and its trace where there is one."""
+    """Code, reason, attempts, time and worker of a failure, and its trace where there is one.
+
+    `attempts` are the deliveries that the broker has counted, for a failure that does not know its own attempts.
+    """
     headers = {
         f"{PREFIX}code": failure.code,
         f"{PREFIX}reason": failure.reason[:MAX_REASON],
-        ATTEMPTS: str(attempts),
+        ATTEMPTS: str(failure.attempts or attempts),
         f"{PREFIX}failed-at": datetime.now(UTC).isoformat(),
         f"{PREFIX}worker": worker,
     }

@@ -187,13 +187,21 @@ async def connect(settings: PostgresSettings, application_name: str, **overrides
             await require_writes(looking, key)
         raise
     try:
-        require_database(connection.info, key)
-        with answered(connection, key):
-            await connection.execute(_SESSION_SETTINGS)
+        await prepare_session(connection, key)
     except BaseException:
         await connection.close()
         raise
     return connection
+
+
+async def prepare_session(connection: Connection, key: str) -> None:
+    """Gives a new connection the settings that sessions of ours rely on.
+
+    Raises what `require_database` raises, and what `answered` does.
+    """
+    require_database(connection.info, key)
+    with answered(connection, key):
+        await connection.execute(_SESSION_SETTINGS)
 
 
 def connect_blocking(settings: PostgresSettings, application_name: str) -> psycopg.Connection[TupleRow]:
@@ -269,7 +277,15 @@ def database_errors(key: str = DSN_KEY) -> Iterator[None]:
 
 @contextmanager
 def answered(connection: Connection, key: str = DSN_KEY, limit: float | None = None) -> Iterator[None]:
-    """As `database_errors`, and gives a connection up that is silent for `limit` seconds; default: ANSWER_LIMIT.
+    """As `database_errors`, and gives a connection up that is silent, see `silence_limited`."""
+    with database_errors(key), silence_limited(connection, key, limit):
+        yield
+
+
+@contextmanager
+def silence_limited(connection: Connection, key: str = DSN_KEY, limit: float | None = None) -> Iterator[None]:
+    """Gives a connection up that is silent for `limit` seconds; default: ANSWER_LIMIT. Raises NoAnswerError then, and
+    leaves all other errors as they are.
 
     An answer may take as long as it likes to arrive: what counts is that something does, be it a part of a large page.
     It ends the socket itself: a cancelled psycopg would ask the server to cancel too, and wait for it again.
@@ -293,9 +309,8 @@ def answered(connection: Connection, key: str = DSN_KEY, limit: float | None = N
 
     timer = loop.call_later(silence / _LOOKS, look)
     try:
-        with database_errors(key):
-            yield
-    except PgbridgeError as error:
+        yield
+    except psycopg.Error as error:
         if given_up:
             raise NoAnswerError(f"{key}: PostgreSQL did not answer within {silence:g} s") from error
         raise

@@ -12,7 +12,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-from prometheus_client import make_wsgi_app
+from prometheus_client import REGISTRY, CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
 from bridge.errors import SettingsError, UnavailableError
@@ -37,8 +37,11 @@ class Health:
 
 
 @contextmanager
-def serving(key: str, listen: str | None, health: Callable[[], Health]) -> Iterator[None]:
+def serving(
+    key: str, listen: str | None, health: Callable[[], Health], registry: CollectorRegistry = REGISTRY
+) -> Iterator[None]:
     """Serves while the body runs; nothing when `listen` (``host:port``) is None. `health` is called in other threads.
+    The metrics are those of `registry`.
 
     `key` names the setting, for its errors.
 
@@ -53,7 +56,7 @@ def serving(key: str, listen: str | None, health: Callable[[], Health]) -> Itera
         server = make_server(
             host.strip("[]"),
             int(port),
-            _application(health),
+            _application(health, registry),
             server_class=_V6Server if host.startswith("[") else ThreadingWSGIServer,
             handler_class=_Silent,
         )
@@ -70,8 +73,10 @@ def serving(key: str, listen: str | None, health: Callable[[], Health]) -> Itera
         thread.join()
 
 
-def _application(health: Callable[[], Health]) -> Callable[["WSGIEnvironment", "StartResponse"], Iterable[bytes]]:
-    metrics = make_wsgi_app()
+def _application(
+    health: Callable[[], Health], registry: CollectorRegistry
+) -> Callable[["WSGIEnvironment", "StartResponse"], Iterable[bytes]]:
+    metrics = make_wsgi_app(registry)
 
     def application(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "/")

@@ -28,9 +28,6 @@ DATABASE_UP = Gauge("pgbridge_database_up", "1 while the session with PostgreSQL
 NOTIFICATIONS = Counter("pgbridge_notifications_total", "Plain notifications that were heard")
 NOTIFICATIONS_DROPPED = Counter("pgbridge_notifications_dropped_total", "Notifications that no memory was left for")
 DEAF_SECONDS = Counter("pgbridge_deaf_seconds_total", "Time in which nobody listened to plain notifications")
-WORKER_EVENTS = Counter(
-    "pgbridge_worker_events_total", "Attempts of a worker: handled, retried or dead_lettered", ["worker", "outcome"]
-)
 EVENTS_PRUNED = Counter("pgbridge_events_pruned_total", "Events deleted from the log after their retention")
 
 BACKLOG = Gauge("pgbridge_backlog_events", "Events of the log that are not settled", ["bridge", "sink"])

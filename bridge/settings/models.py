@@ -265,8 +265,11 @@ class WorkerSettings(Model):
     """Longest delay between two attempts."""
     reply: str | None = Field(None, pattern=r"^[^.]+\.[^.]+$")
     """SQL function `schema.name(event_id uuid, result jsonb)` that takes the handler's result."""
+    reply_timeout: SomeDuration = 30.0
+    """How long one call of `reply` may take; a longer one is cancelled, and the attempt has failed."""
     shutdown_limit: Duration = 20.0
-    """How long a stop waits for running handlers."""
+    """How long a stop may take, the process is gone by then: three quarters of it for running handlers to finish, the
+    rest for giving back those that have not."""
     listen: Listen | None = None
     """`host:port` at which this worker serves `/metrics` and `/health`; left out: nowhere."""
     options: dict[str, Any] = Field(default_factory=dict)

@@ -15,13 +15,13 @@ from pydantic import SecretStr
 from bridge.errors import DatabaseUnavailableError, PgbridgeError, PrivilegeError, RefusedError, SchemaError
 from bridge.settings import PostgresSettings
 from tests.support.until import until
-from workers.inbox import Claim, ClaimLostError, Inbox, ReplyError
+from workers.inbox import Claim, ClaimLostError, Inbox, NotNow, ReplyError
 from workers.session import ClaimSession
 
 
 @contextlib.asynccontextmanager
 async def opened(settings: PostgresSettings, reply: str | None = "shop.rendered") -> AsyncIterator[Inbox]:
-    inbox = Inbox("invoices", settings, concurrency=4, reply=reply)
+    inbox = Inbox("invoices", settings, concurrency=4, reply=reply, backoff=[0.01])
     try:
         await inbox.open()
         yield inbox
@@ -37,12 +37,12 @@ async def claimed(inbox: Inbox, event_id: str) -> Claim:
 
 async def taken_over(inbox: Inbox, event_id: str) -> Claim:
     """Claims an event whose session has just been closed, which the server learns a moment later."""
-    claim: Claim | str | None = None
+    claim: Claim | NotNow | None = None
 
     async def is_free() -> bool:
         nonlocal claim
-        claim = await inbox.claim(event_id)
-        return claim != "busy"
+        claim = await inbox.claim_alone(event_id)
+        return isinstance(claim, Claim)
 
     await until(is_free, "the event is free")
     assert isinstance(claim, Claim)
@@ -73,8 +73,8 @@ async def test_a_finished_event_has_its_reply_and_is_never_run_again(
 ) -> None:
     async with opened(shop) as inbox, opened(shop) as other:
         await inbox.finish(await claimed(inbox, event_id), {"path": "a.pdf"})
-        assert await inbox.claim(event_id) == "finished"
-        assert await other.claim(event_id) == "finished"
+        assert await inbox.claim(event_id) == NotNow("finished")
+        assert await other.claim(event_id) == NotNow("finished")
     assert rows(bridge_database, "SELECT result FROM shop.invoice") == [{"result": {"path": "a.pdf"}}]
     # What the reply emits is in the same transaction.
     assert rows(bridge_database, "SELECT topic FROM bridge.outbox") == [{"topic": "shop.invoice.rendered"}]
@@ -91,13 +91,10 @@ async def test_no_result_reaches_the_reply_as_null(shop: PostgresSettings, bridg
     assert rows(bridge_database, "SELECT result IS NULL AS none FROM shop.invoice") == [{"none": True}]
 
 
-async def test_an_event_in_hand_is_busy_for_others_and_for_its_own_process(
-    shop: PostgresSettings, event_id: str
-) -> None:
+async def test_an_event_in_hand_is_busy_for_others(shop: PostgresSettings, event_id: str) -> None:
     async with opened(shop) as inbox, opened(shop) as other:
         claim = await claimed(inbox, event_id)
-        assert await inbox.claim(event_id) == "busy"
-        assert await other.claim(event_id) == "busy"
+        assert await other.claim(event_id) == NotNow("busy")
         await inbox.release(claim, counted=claim.attempt)
         assert (await claimed(other, event_id)).attempt == 2
 
@@ -116,9 +113,9 @@ async def test_two_workers_of_different_names_both_handle_an_event(shop: Postgre
 async def test_of_many_claims_at_once_exactly_one_is_granted(shop: PostgresSettings, event_id: str) -> None:
     async with contextlib.AsyncExitStack() as stack:
         inboxes = [await stack.enter_async_context(opened(shop)) for _ in range(5)]
-        claims = await asyncio.gather(*(inbox.claim(event_id) for inbox in inboxes for _ in range(4)))
+        claims = await asyncio.gather(*(inbox.claim(event_id) for inbox in inboxes))
         assert sum(isinstance(claim, Claim) for claim in claims) == 1
-        assert {claim for claim in claims if not isinstance(claim, Claim)} == {"busy"}
+        assert {claim for claim in claims if not isinstance(claim, Claim)} == {NotNow("busy")}
 
 
 async def test_the_claim_of_an_ended_session_is_taken_over_at_once_and_fenced(
@@ -132,7 +129,7 @@ async def test_the_claim_of_an_ended_session_is_taken_over_at_once_and_fenced(
         with pytest.raises(ClaimLostError):
             await inbox.finish(lost, {"by": "the first"})
         with pytest.raises(ClaimLostError):
-            await lost.begin_effect("charge")
+            await inbox.begin_effect(lost, "charge")
         await inbox.release(lost, counted=0)
         await other.finish(taken, {"by": "the second"})
     assert rows(bridge_database, "SELECT result FROM shop.invoice") == [{"result": {"by": "the second"}}]
@@ -153,7 +150,7 @@ async def test_a_process_whose_token_is_gone_takes_a_new_one_before_it_claims(
         assert claim.token == inbox._session.token != before
         while True:
             try:
-                assert await other.claim(event_id) == "busy"
+                assert await other.claim(event_id) == NotNow("busy")
                 break
             except DatabaseUnavailableError:
                 continue
@@ -169,11 +166,17 @@ async def test_work_that_survives_its_session_may_finish_if_nobody_took_over(
     assert len(rows(bridge_database, "SELECT 1 FROM shop.invoice")) == 1
 
 
-async def test_a_claim_whose_answer_was_lost_is_granted_again(shop: PostgresSettings, event_id: str) -> None:
+async def test_a_claim_whose_answer_was_lost_is_granted_again_and_counts_once(
+    shop: PostgresSettings, event_id: str
+) -> None:
     async with opened(shop) as inbox:
         await claimed(inbox, event_id)
-        inbox._in_hand.clear()  # what an exception on the way back does
-        assert (await claimed(inbox, event_id)).attempt == 2
+        assert (await claimed(inbox, event_id)).attempt == 1
+        # Also when the session ended with the answer.
+        before = inbox._session.token
+        await inbox._session.renew(instead_of=before)
+        assert (await claimed(inbox, event_id)).token != before
+        assert (await claimed(inbox, event_id)).attempt == 1
 
 
 async def test_finishing_again_after_a_commit_whose_answer_was_lost_replies_only_once(
@@ -184,11 +187,11 @@ async def test_finishing_again_after_a_commit_whose_answer_was_lost_replies_only
         await inbox.finish(claim, {})
         with pytest.raises(ClaimLostError):
             await inbox.finish(claim, {})
-        assert await inbox.claim(event_id) == "finished"
+        assert await inbox.claim(event_id) == NotNow("finished")
     assert len(rows(bridge_database, "SELECT 1 FROM shop.invoice")) == 1
 
 
-@pytest.mark.parametrize("sqlstate", ["P0001", "22023", "23503", "57014", "42501"])
+@pytest.mark.parametrize("sqlstate", ["P0001", "22023", "23503", "42501", "57P01", "53100", "58030", "08006"])
 async def test_a_reply_that_raises_leaves_the_event_unfinished(
     shop: PostgresSettings, bridge_database: str, event_id: str, sqlstate: str
 ) -> None:
@@ -201,15 +204,32 @@ async def test_a_reply_that_raises_leaves_the_event_unfinished(
     assert rows(bridge_database, "SELECT result FROM shop.invoice") == [{"result": {"path": "a.pdf"}}]
 
 
-@pytest.mark.parametrize("sqlstate", ["57P01", "53100", "25006", "08006"])
-async def test_a_server_in_trouble_is_not_the_replys_fault(
-    shop: PostgresSettings, event_id: str, sqlstate: str
-) -> None:
+async def test_a_server_that_takes_no_writes_is_not_the_replys_fault(shop: PostgresSettings, event_id: str) -> None:
     async with opened(shop) as inbox:
         claim = await claimed(inbox, event_id)
         with pytest.raises(PgbridgeError):
-            await inbox.finish(claim, {"refuse": sqlstate})
+            await inbox.finish(claim, {"refuse": "25006"})
         await inbox.finish(claim, {})
+
+
+async def test_a_server_that_ends_the_session_is_not_the_replys_fault(
+    shop: PostgresSettings, bridge_database: str, event_id: str
+) -> None:
+    with psycopg.connect(bridge_database, autocommit=True) as admin:
+        admin.execute(
+            "CREATE FUNCTION shop.slow(event_id uuid, result jsonb) RETURNS void SECURITY DEFINER LANGUAGE sql"
+            " AS 'SELECT pg_sleep(60)'"
+        )
+    async with opened(shop, "shop.slow") as inbox:
+        finishing = asyncio.ensure_future(inbox.finish(await claimed(inbox, event_id), {}))
+
+        def replying() -> bool:
+            return bool(rows(bridge_database, "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
+
+        await until(replying, "the reply runs")
+        await asyncio.to_thread(end_sessions, bridge_database)
+        with pytest.raises(DatabaseUnavailableError):
+            await finishing
 
 
 async def test_a_result_that_jsonb_cannot_hold_is_the_handlers_fault(shop: PostgresSettings, event_id: str) -> None:
@@ -244,22 +264,22 @@ async def test_an_effect_keeps_its_key_its_start_and_its_result_over_attempts(
 ) -> None:
     async with opened(shop) as inbox:
         claim = await claimed(inbox, event_id)
-        first = await claim.begin_effect("charge")
-        assert first.idempotency_key == f"{event_id}:charge"
+        first = await inbox.begin_effect(claim, "charge")
+        assert first.idempotency_key == f"invoices:{event_id}:charge"
         assert first.result is None
         await inbox.release(claim, counted=claim.attempt)
 
         claim = await claimed(inbox, event_id)
-        second = await claim.begin_effect("charge")
+        second = await inbox.begin_effect(claim, "charge")
         assert second == first
         second.result = {"id": "ch_1"}
-        await claim.end_effect(second)
-        await claim.begin_effect("receipt")
+        await inbox.end_effect(claim, second)
+        await inbox.begin_effect(claim, "receipt")
         await inbox.release(claim, counted=claim.attempt)
 
         claim = await claimed(inbox, event_id)
-        assert (await claim.begin_effect("charge")).result == {"id": "ch_1"}
-        assert (await claim.begin_effect("receipt")).result is None
+        assert (await inbox.begin_effect(claim, "charge")).result == {"id": "ch_1"}
+        assert (await inbox.begin_effect(claim, "receipt")).result is None
 
 
 async def test_pruning_takes_old_finished_events_in_chunks_and_leaves_the_rest(
@@ -335,7 +355,7 @@ async def test_of_ends_that_share_a_query_only_the_refused_one_fails(
         assert [type(end) for end in ends] == [ReplyError if n == 5 else type(None) for n in range(8)]
         await inbox.release(claims[5], counted=1)
         assert (await claimed(inbox, events[5])).attempt == 2
-        assert [await inbox.claim(event) for event in events[:5]] == ["finished"] * 5
+        assert [await inbox.claim(event) for event in events[:5]] == [NotNow("finished")] * 5
 
 
 async def test_claims_of_many_at_once_by_two_processes_give_each_event_to_one(shop: PostgresSettings) -> None:
@@ -343,5 +363,5 @@ async def test_claims_of_many_at_once_by_two_processes_give_each_event_to_one(sh
     async with opened(shop, reply=None) as one, opened(shop, reply=None) as other:
         claims = await asyncio.gather(*(inbox.claim(event) for event in events for inbox in (one, other)))
     for first, second in zip(claims[::2], claims[1::2], strict=True):
-        assert {type(first), type(second)} == {Claim, str}
-        assert "busy" in (first, second)
+        assert {type(first), type(second)} == {Claim, NotNow}
+        assert NotNow("busy") in (first, second)

@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import threading
+import time
 from collections.abc import AsyncIterator
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import psycopg
@@ -13,7 +16,7 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from bridge.brokers.contract import Failure
-from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError, LoginError
+from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError, LoginError, RefusedError, TopologyError
 from bridge.event import Event, Malformed
 from bridge.settings import PostgresSettings, WorkerSettings
 from tests.support.events import make_event
@@ -22,8 +25,8 @@ from tests.support.scripted_queue import ScriptedQueue
 from tests.support.servers import PostgresServer
 from tests.support.until import until
 from workers.effects import effect
-from workers.handler import Reject, Result, Retry, Run
-from workers.inbox import Claim, Inbox
+from workers.handler import Reject, Result, Retry, Run, handler
+from workers.inbox import Claim, ClaimLostError, Inbox, NotNow
 from workers.worker import Worker
 
 
@@ -123,7 +126,7 @@ async def test_a_rejected_event_is_dead_lettered_at_its_first_attempt(
 
     async with working(reject, shop) as queue:
         queue.add(make_event(payload=1))
-        assert await queue.outcomes(1) == [("dead_letter", Failure("rejected", "the order was cancelled"))]
+        assert await queue.outcomes(1) == [("dead_letter", Failure("rejected", "the order was cancelled", attempts=1))]
     assert replies(bridge_database) == []
 
 
@@ -138,7 +141,7 @@ async def test_a_handler_may_say_when_it_wants_the_event_again(shop: PostgresSet
 
 async def test_failures_climb_the_ladder_and_end_in_a_dead_letter_with_the_trace(shop: PostgresSettings) -> None:
     event = make_event(payload=1)
-    async with working(fail, shop, max_attempts=4, retry_initial="1s") as queue:
+    async with working(fail, shop, max_attempts=4, retry_initial="100ms") as queue:
         for count in range(4):
             # The broker's count is higher: deliveries that found the event busy raised it.
             queue.add(event, attempt=count + 40)
@@ -147,16 +150,17 @@ async def test_failures_climb_the_ladder_and_end_in_a_dead_letter_with_the_trace
     assert [verb for verb, _ in outcomes] == ["retry", "retry", "retry", "dead_letter"]
     for rung, (_, delay) in zip([1, 2, 4], outcomes, strict=False):
         assert isinstance(delay, float)
-        assert rung * 0.5 < delay <= rung
+        assert rung * 0.05 < delay <= rung * 0.1
     failure = outcomes[-1][1]
     assert isinstance(failure, Failure)
     assert (failure.code, failure.reason) == ("error", "ValueError: the printer is out of paper")
     assert "in fail" in failure.trace
+    assert failure.attempts == 4
 
 
 async def test_a_dead_letter_that_is_replayed_has_all_its_attempts_again(shop: PostgresSettings) -> None:
     event = make_event(payload=1)
-    async with working(fail, shop, max_attempts=2) as queue:
+    async with working(fail, shop, max_attempts=2, retry_initial="10ms") as queue:
         for count in range(4):
             queue.add(event)
             await queue.outcomes(count + 1)
@@ -213,7 +217,7 @@ async def test_a_result_that_cannot_be_replied_is_an_attempt_that_failed(
 
 
 async def claims(inbox: Inbox, event_id: str) -> bool:
-    return isinstance(await inbox.claim(event_id), Claim)
+    return isinstance(await inbox.claim_alone(event_id), Claim)
 
 
 async def test_an_event_that_kills_its_process_again_and_again_is_dead_lettered_unrun(
@@ -221,7 +225,7 @@ async def test_an_event_that_kills_its_process_again_and_again_is_dead_lettered_
 ) -> None:
     event = make_event(payload=1)
     for _ in range(3):
-        dying = Inbox("invoices", shop, concurrency=1)
+        dying = Inbox("invoices", shop, concurrency=1, backoff=[0.01])
         await dying.open()
         # The server learns a moment later that the session before has ended.
         await until(partial(claims, dying, event.id), "the event is claimed")
@@ -402,12 +406,12 @@ async def test_an_effect_in_a_handler_is_recorded_in_the_inbox(shop: PostgresSet
         return {"charge": charge.result["id"]}
 
     event = make_event(payload=1)
-    async with working(charge_then_fail_once, shop) as queue:
+    async with working(charge_then_fail_once, shop, retry_initial="10ms") as queue:
         queue.add(event)
         await queue.outcomes(1)
         queue.add(event)
         assert [verb for verb, _ in await queue.outcomes(2)] == ["retry", "ack"]
-    assert charged == [f"{event.id}:charge"]
+    assert charged == [f"invoices:{event.id}:charge"]
 
 
 async def test_a_log_line_names_event_topic_and_attempt_and_never_the_payload(shop: PostgresSettings) -> None:
@@ -452,3 +456,462 @@ async def test_two_processes_of_one_worker_share_an_event_delivered_to_both(
         outcomes = [*await one.outcomes(30), *await other.outcomes(30)]
     assert {verb for verb, _ in outcomes} <= {"ack", "retry"}
     assert sorted(reply["of"] for reply in replies(bridge_database)) == list(range(30))
+
+
+@pytest.mark.parametrize("verb", ["ack", "retry", "dead_letter"])
+@pytest.mark.parametrize("error", [BrokerUnavailableError("no answer"), TopologyError("lacks a queue"), OSError("bug")])
+async def test_a_delivery_that_cannot_be_settled_ends_the_connection_and_comes_again(
+    shop: PostgresSettings, verb: str, error: Exception
+) -> None:
+    runs: list[str] = []
+
+    async def run(event: Event) -> Result:
+        runs.append(event.id)
+        if verb == "retry" and len(runs) == 1:
+            raise Retry
+        if verb == "dead_letter":
+            raise Reject("never")
+        return {}
+
+    queue = ScriptedQueue(failures={verb: [error]}, redelivers=True)
+    with capture_logs() as lines:
+        async with working(run, shop, queue, retry_initial="10ms"):
+            queue.add(make_event(payload=1))
+            [(settled, _)] = await queue.outcomes(1)
+    assert settled == ("dead_letter" if verb == "dead_letter" else "ack")
+    # What became of it is on record: it did not run again only because the broker did not take it.
+    assert len(runs) == (2 if verb == "retry" else 1)
+    assert queue.opened == 2
+    kind = "event.crashed" if isinstance(error, OSError) else "event.unsettled"
+    assert [line["event"] for line in lines].count(kind) == 1
+
+
+async def test_health_tells_what_could_not_be_settled_until_the_broker_is_back(shop: PostgresSettings) -> None:
+    queue = ScriptedQueue(redelivers=True)
+    inbox = Inbox("invoices", shop, concurrency=4, reply="shop.rendered")
+    worker = Worker("invoices", settings_of(), echo, lambda: queue, inbox)
+    stop = asyncio.Event()
+    task = asyncio.create_task(worker.run(stop))
+    await until(lambda: worker.health().role == "working", "the worker works")
+    assert worker.health().problems == ()
+    queue.failures["ack"] = [BrokerUnavailableError("the ack has no answer")]
+    queue.refusals = 2
+    queue.add(make_event(payload=1))
+    await until(lambda: "the ack has no answer" in str(worker.health().problems), "health tells it")
+    queue.failures.clear()
+    await queue.outcomes(1)
+    await until(lambda: worker.health().problems == (), "health is well again")
+    stop.set()
+    await task
+
+
+async def test_a_broker_that_settles_nothing_is_not_asked_without_a_pause(shop: PostgresSettings) -> None:
+    queue = ScriptedQueue(failures={"ack": [BrokerUnavailableError("no") for _ in range(1000)]}, redelivers=True)
+    async with working(echo, shop, queue):
+        queue.add(make_event(payload=1))
+        await asyncio.sleep(2)
+        # The pauses grow to seconds: 0.1 s, 0.2 s, 0.4 s, ... drawn at random.
+        assert 2 <= queue.opened < 40
+        queue.failures.clear()
+        await queue.outcomes(1)
+
+
+async def test_a_dead_letter_that_the_broker_refuses_is_offered_again_and_nothing_runs_for_that(
+    shop: PostgresSettings,
+) -> None:
+    runs: list[str] = []
+
+    async def fail_once_each(event: Event) -> Result:
+        runs.append(event.id)
+        raise ValueError("the real error")
+
+    event = make_event(payload=1)
+    queue = ScriptedQueue(failures={"dead_letter": [RefusedError("queue invoices.dead is full")]})
+    with capture_logs() as lines:
+        async with working(fail_once_each, shop, queue, max_attempts=1):
+            queue.add(event)
+            assert await queue.outcomes(1) == [("retry", 60.0)]
+            queue.add(event)
+            _, (verb, failure) = await queue.outcomes(2)
+            assert queue.opened == 1
+            # A replay of it starts afresh.
+            await until(lambda: any(line["event"] == "event.dead_lettered" for line in lines))
+            queue.add(event)
+            await queue.outcomes(3)
+    assert verb == "dead_letter"
+    assert isinstance(failure, Failure)
+    assert (failure.reason, failure.attempts) == ("ValueError: the real error", 1)
+    assert "fail_once_each" in failure.trace
+    assert len(runs) == 2
+    [refused] = [line for line in lines if line["event"] == "event.letter_refused"]
+    assert "invoices.dead is full" in refused["reason"]
+
+
+async def test_an_event_whose_claim_was_lost_at_an_effect_runs_again(
+    shop: PostgresSettings, bridge_database: str
+) -> None:
+    runs: list[str] = []
+
+    async def charge(event: Event) -> Result:
+        runs.append(event.id)
+        if len(runs) == 1:
+            # As a kill of PostgreSQL right after the claim does, whose commit need not wait for the disk.
+            with psycopg.connect(bridge_database, autocommit=True) as admin:
+                admin.execute("delete from bridge.inbox")
+        async with effect("charge") as charge:
+            charge.result = {"id": "ch_1"}
+        return {}
+
+    event = make_event(payload=1)
+    async with working(charge, shop) as queue:
+        queue.add(event)
+        assert await queue.outcomes(1) == [("retry", 1.0)]
+        queue.add(event)
+        assert await queue.outcomes(2) == [("retry", 1.0), ("ack", None)]
+
+
+async def test_an_event_that_is_delivered_twice_to_one_process_runs_once_at_a_time(shop: PostgresSettings) -> None:
+    gate = asyncio.Event()
+    runs: list[str] = []
+
+    async def slow(event: Event) -> Result:
+        runs.append(event.id)
+        await gate.wait()
+        return {}
+
+    event = make_event(payload=1)
+    async with working(slow, shop) as queue:
+        queue.add(event)
+        await until(lambda: len(runs) == 1)
+        queue.add(event)
+        assert await queue.outcomes(1) == [("retry", 1.0)]
+        gate.set()
+        await queue.outcomes(2)
+    assert len(runs) == 1
+
+
+async def test_a_result_that_is_a_mapping_is_replied(shop: PostgresSettings, bridge_database: str) -> None:
+    async def mapping(event: Event) -> Result:
+        return MappingProxyType({"of": MappingProxyType({"n": event.json()})})
+
+    async with working(mapping, shop) as queue:
+        queue.add(make_event(payload=7))
+        assert await queue.outcomes(1) == [("ack", None)]
+    assert replies(bridge_database) == [{"of": {"n": 7}}]
+
+
+@pytest.mark.parametrize("reply", [None, "shop.rendered"])
+async def test_a_result_that_cannot_be_stored_fails_alone(shop: PostgresSettings, reply: str | None) -> None:
+    gate = asyncio.Event()
+    strange: list[Any] = [{"x": "a\0b"}, {"x": object()}, {"x": "\ud800"}, {1: {2, 3}}]
+
+    async def run(event: Event) -> Result:
+        await gate.wait()
+        number = event.json()
+        return strange[number] if number < len(strange) else MappingProxyType({})
+
+    settings = settings_of(concurrency=16)
+    queue = ScriptedQueue()
+    worker = Worker("invoices", settings, run, lambda: queue, Inbox("invoices", shop, concurrency=16, reply=reply))
+    stop = asyncio.Event()
+    task = asyncio.create_task(worker.run(stop))
+    for number in range(12):
+        queue.add(make_event(payload=number))
+    await until(lambda: len(queue._in_hand) == 12)
+    gate.set()
+    outcomes = await queue.outcomes(12)
+    stop.set()
+    await task
+    assert [verb for verb, _ in outcomes].count("retry") == len(strange)
+    assert [verb for verb, _ in outcomes].count("ack") == 12 - len(strange)
+
+
+async def test_a_delay_is_kept_although_the_broker_brings_the_event_sooner_and_costs_no_attempt(
+    shop: PostgresSettings, bridge_database: str
+) -> None:
+    runs: list[str] = []
+
+    async def later(event: Event) -> Result:
+        runs.append(event.id)
+        if len(runs) == 1:
+            raise Retry("the bank is closed", after=3 * 3600)
+        return {"of": 1}
+
+    event = make_event(payload=1)
+    with capture_logs() as lines:
+        async with working(later, shop) as queue:
+            queue.add(event)
+            await queue.outcomes(1)
+            for number in range(3):
+                queue.add(event)
+                outcomes = await queue.outcomes(2 + number)
+            assert len(runs) == 1
+            with psycopg.connect(bridge_database, autocommit=True) as admin:
+                admin.execute("update bridge.inbox set due_at = due_at - interval '3 hours'")
+            queue.add(event)
+            await queue.outcomes(5)
+            await until(lambda: any(line["event"] == "event.handled" for line in lines))
+    for verb, delay in outcomes:
+        assert verb == "retry"
+        assert isinstance(delay, float | int)
+        assert 3 * 3600 - 60 < delay <= 3 * 3600
+    assert [line["attempt"] for line in lines if line["event"] == "event.handled"] == [2]
+
+
+async def test_an_event_whose_attempt_died_with_its_process_runs_with_nothing_beside_it(
+    shop: PostgresSettings, bridge_database: str
+) -> None:
+    poison = make_event(payload="poison")
+    dying = Inbox("invoices", shop, concurrency=1)
+    await dying.open()
+    assert isinstance(await dying.claim(poison.id), Claim)
+    await dying.close()
+    running: set[str] = set()
+    beside: list[set[str]] = []
+    gate = asyncio.Event()
+
+    async def run(event: Event) -> Result:
+        running.add(event.id)
+        if event.id == poison.id:
+            beside.append(set(running))
+        else:
+            await gate.wait()
+        running.discard(event.id)
+        return {}
+
+    async with working(run, shop, concurrency=8, retry_initial="600ms") as queue:
+        queue.add(poison)
+        # First it waits for its backoff, so that a process that starts again and again does other work, too.
+        [(verb, _)] = await queue.outcomes(1)
+        assert verb == "retry"
+        for _ in range(4):
+            queue.add(make_event(payload=1))
+        await until(lambda: len(running) == 4)
+        with psycopg.connect(bridge_database, autocommit=True) as admin:
+            admin.execute("update bridge.inbox set due_at = clock_timestamp() where due_at is not null")
+        queue.add(poison)
+        await until(lambda: len(queue._in_hand) == 6)
+        for _ in range(3):
+            queue.add(make_event(payload=1))
+        await asyncio.sleep(0.1)
+        assert not beside
+        gate.set()
+        await queue.outcomes(9)
+    assert beside == [{poison.id}]
+
+
+async def test_a_stop_within_its_limit_dead_letters_nothing_that_never_ran(shop: PostgresSettings) -> None:
+    event = make_event(payload=1)
+    gate = asyncio.Event()
+
+    async def hang(event: Event) -> Result:
+        await gate.wait()
+        return {}
+
+    for _ in range(5):
+        async with working(hang, shop, max_attempts=2, shutdown_limit="100ms") as queue:
+            queue.add(event)
+            await until(lambda: bool(queue._in_hand))
+        assert {verb for _, verb, _ in queue.settled} <= {"give_back"}
+    gate.set()
+    async with working(hang, shop, max_attempts=2) as queue:
+        queue.add(event)
+        assert await queue.outcomes(1) == [("ack", None)]
+
+
+async def test_an_attempt_is_not_over_while_its_thread_runs(shop: PostgresSettings) -> None:
+    go_on = threading.Event()
+    running = 0
+    most = 0
+    lock = threading.Lock()
+
+    @handler("shop.#")
+    def blocking(event: Event) -> Result:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        go_on.wait(20)
+        with lock:
+            running -= 1
+        return {}
+
+    event = make_event(payload=1)
+    async with working(blocking, shop, timeout="50ms", retry_initial="10ms") as queue:
+        queue.add(event)
+        await until(lambda: running == 1)
+        queue.add(event)
+        # The first has run for longer than it may, and still runs.
+        assert await queue.outcomes(1) == [("retry", 1.0)]
+        await asyncio.sleep(0.2)
+        assert len(queue.settled) == 1
+        go_on.set()
+        [_, (verb, delay)] = await queue.outcomes(2)
+        assert (verb, most) == ("retry", 1)
+        assert isinstance(delay, float)
+        assert delay <= 0.01
+
+
+async def test_a_thread_that_never_ends_does_not_keep_the_worker_and_its_event_is_not_released(
+    shop: PostgresSettings,
+) -> None:
+    go_on = threading.Event()
+    started = threading.Event()
+
+    @handler("shop.#")
+    def blocking(event: Event) -> Result:
+        started.set()
+        go_on.wait(30)
+        return {}
+
+    event = make_event(payload=1)
+    other = Inbox("invoices", shop, concurrency=1)
+    await other.open()
+    async with working(blocking, shop, shutdown_limit="400ms") as queue:
+        queue.add(event)
+        await asyncio.to_thread(started.wait, 10)
+        stopping = time.monotonic()
+    assert time.monotonic() - stopping < 2
+    assert queue.settled == []
+    # The process lives, and so do its thread and its claim's attempt: whoever claims it must come back later.
+    claim = await other.claim(event.id)
+    assert isinstance(claim, NotNow)
+    go_on.set()
+    await other.close()
+
+
+async def test_an_effect_in_a_thread_is_recorded(shop: PostgresSettings, bridge_database: str) -> None:
+    @handler("shop.#")
+    def charge(event: Event) -> Result:
+        with effect("charge") as charge:
+            charge.result = {"key": charge.idempotency_key}
+        return dict(charge.result)
+
+    event = make_event(payload=1)
+    async with working(charge, shop) as queue:
+        queue.add(event)
+        assert await queue.outcomes(1) == [("ack", None)]
+    assert replies(bridge_database) == [{"key": f"invoices:{event.id}:charge"}]
+
+
+def add_slow_reply(dsn: str, seconds: float) -> None:
+    with psycopg.connect(dsn, autocommit=True) as admin:
+        admin.execute(
+            f"CREATE FUNCTION shop.slow(event_id uuid, result jsonb) RETURNS void SECURITY DEFINER LANGUAGE plpgsql"
+            f" AS $$ BEGIN IF result ? 'slow' THEN PERFORM pg_sleep({seconds}); END IF; END $$".encode()
+        )
+
+
+async def test_a_reply_that_takes_too_long_is_cancelled_and_is_an_attempt_that_failed(
+    shop: PostgresSettings, bridge_database: str
+) -> None:
+    add_slow_reply(bridge_database, 60)
+
+    async def slow(event: Event) -> Result:
+        return {"slow": True}
+
+    queue = ScriptedQueue()
+    inbox = Inbox("invoices", shop, concurrency=4, reply="shop.slow", reply_timeout=0.2)
+    worker = Worker("invoices", settings_of(max_attempts=1), slow, lambda: queue, inbox)
+    stop = asyncio.Event()
+    task = asyncio.create_task(worker.run(stop))
+    queue.add(make_event(payload=1))
+    [(verb, failure)] = await queue.outcomes(1)
+    stop.set()
+    await task
+    assert verb == "dead_letter"
+    assert isinstance(failure, Failure)
+    assert "shop.slow ran longer than workers.invoices.reply_timeout, 0.2 s" in failure.reason
+
+
+async def test_slow_replies_keep_no_other_event_from_being_claimed(
+    shop: PostgresSettings, bridge_database: str
+) -> None:
+    add_slow_reply(bridge_database, 60)
+    quick = make_event(payload=0)
+    inbox = Inbox("invoices", shop, concurrency=4, reply="shop.slow")
+    other = Inbox("invoices", shop, concurrency=4, reply="shop.slow")
+    await inbox.open()
+    await other.open()
+    claims = [await inbox.claim(make_event(payload=n).id) for n in range(4)]
+    finishing = [
+        asyncio.ensure_future(inbox.finish(claim, {"slow": True})) for claim in claims if isinstance(claim, Claim)
+    ]
+
+    async def all_reply() -> bool:
+        with psycopg.connect(bridge_database) as connection:
+            row = connection.execute("select count(*) from pg_stat_activity where wait_event = 'PgSleep'").fetchone()
+        return row == (4,)
+
+    await until(all_reply)
+    async with asyncio.timeout(3):
+        claim = await inbox.claim(quick.id)
+        assert isinstance(claim, Claim)
+        await inbox.finish(claim, {})
+        # Nor does one that meets an event that is being finished wait for its reply.
+        for busy in claims:
+            assert isinstance(busy, Claim)
+            assert await other.claim(busy.event_id) == NotNow("busy")
+    for each in finishing:
+        each.cancel()
+    await asyncio.gather(*finishing, return_exceptions=True)
+    await inbox.close()
+    await other.close()
+
+
+async def test_a_database_that_falls_silent_is_told_by_health_and_comes_back_while_nothing_happens(
+    shop: PostgresSettings, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.session.HEARTBEAT", 0.5)
+    monkeypatch.setattr("workers.worker.HEARTBEAT", 0.2)
+    async with Proxy("127.0.0.1", postgres.port) as proxy:
+        dsn = make_conninfo(shop.dsn.get_secret_value(), port=proxy.port)
+        behind = PostgresSettings(dsn=SecretStr(dsn), connect_timeout=2.0)
+        queue = ScriptedQueue()
+        worker = Worker("invoices", settings_of(), echo, lambda: queue, Inbox("invoices", behind, concurrency=4))
+        stop = asyncio.Event()
+        task = asyncio.create_task(worker.run(stop))
+        await until(lambda: worker.health().role == "working", "the worker works")
+        proxy.blackhole = True
+        await until(lambda: "database" in str(worker.health().problems), "health tells it")
+        proxy.blackhole = False
+        await until(lambda: worker.health().problems == (), "health is well again")
+        queue.add(make_event(payload=1))
+        await queue.outcomes(1)
+        stop.set()
+        await task
+
+
+async def test_a_stop_ends_in_time_although_the_database_is_silent(
+    shop: PostgresSettings, postgres: PostgresServer
+) -> None:
+    async with Proxy("127.0.0.1", postgres.port) as proxy:
+        dsn = make_conninfo(shop.dsn.get_secret_value(), port=proxy.port)
+        behind = PostgresSettings(dsn=SecretStr(dsn), connect_timeout=2.0)
+        async with working(echo, behind, shutdown_limit="2s") as queue:
+            proxy.blackhole = True
+            queue.add(make_event(payload=1))
+            await until(lambda: bool(queue._in_hand))
+            stopping = time.monotonic()
+        assert time.monotonic() - stopping < 4
+
+
+async def test_a_process_that_stands_still_frees_its_events(
+    shop: PostgresSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.session._SETTINGS", ("set idle_session_timeout = '300ms'",))
+    event = make_event(payload=1)
+    # Nobody beats for it, as for a process under SIGSTOP.
+    frozen = Inbox("invoices", shop, concurrency=1)
+    await frozen.open()
+    claim = await frozen.claim(event.id)
+    assert isinstance(claim, Claim)
+    other = Inbox("invoices", shop, concurrency=1, backoff=[0.01])
+    await other.open()
+    await until(partial(claims, other, event.id), "the event is free")
+    with pytest.raises(ClaimLostError):
+        await frozen.finish(claim, {})
+    await frozen.beat()
+    assert isinstance(await frozen.claim(make_event(payload=2).id), Claim)
+    await frozen.close()
+    await other.close()

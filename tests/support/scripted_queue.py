@@ -8,6 +8,9 @@ from bridge.brokers.contract import Declaration, Failure
 from bridge.errors import BrokerUnavailableError, PgbridgeError
 from bridge.event import Event, Malformed
 
+_OPEN = asyncio.Event()
+_OPEN.set()
+
 
 @dataclass(eq=False)
 class ScriptedDelivery:
@@ -17,18 +20,21 @@ class ScriptedDelivery:
     connected: bool = True
 
     async def ack(self) -> None:
-        self._settle("ack", None)
+        await self._settle("ack", None)
 
     async def retry(self, delay: float) -> None:
-        self._settle("retry", delay)
+        await self._settle("retry", delay)
 
     async def dead_letter(self, failure: Failure) -> None:
-        self._settle("dead_letter", failure)
+        await self._settle("dead_letter", failure)
 
     async def give_back(self) -> None:
-        self._settle("give_back", None)
+        await self._settle("give_back", None)
 
-    def _settle(self, verb: str, detail: object) -> None:
+    async def _settle(self, verb: str, detail: object) -> None:
+        await self.queue.gates.get(verb, _OPEN).wait()
+        if self.queue.failures.get(verb):
+            raise self.queue.failures[verb].pop(0)
         if not self.connected:
             raise BrokerUnavailableError("the connection is lost")
         assert self not in [delivery for delivery, _, _ in self.queue.settled], "settled twice"
@@ -38,13 +44,20 @@ class ScriptedDelivery:
 
 @dataclass(eq=False)
 class ScriptedQueue:
-    """Give it `add(event)`; `lose()` ends the connection, and the next `refusals` calls of `open` raise `refusal`."""
+    """Give it `add(event)`; `lose()` ends the connection, and the next `refusals` calls of `open` raise `refusal`.
+
+    What is in `failures` is raised, one after the other, by the verb of that name; a gate of `gates` makes it wait.
+    With `redelivers`, what was in hand at a `close` comes again.
+    """
 
     settled: list[tuple[ScriptedDelivery, str, object]] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    redelivers: bool = False
     refusals: int = 0
     refusal: PgbridgeError = field(default_factory=lambda: BrokerUnavailableError("nobody listens on the port"))
     opened: int = 0
+    failures: dict[str, list[Exception]] = field(default_factory=dict)
+    gates: dict[str, asyncio.Event] = field(default_factory=dict)
     _waiting: asyncio.Queue[ScriptedDelivery | str] = field(default_factory=asyncio.Queue)
     _in_hand: list[ScriptedDelivery] = field(default_factory=list)
 
@@ -82,6 +95,11 @@ class ScriptedQueue:
     async def close(self) -> None:
         for delivery in self._in_hand:
             delivery.connected = False
+        settled = [delivery for delivery, _, _ in self.settled]
+        for delivery in self._in_hand:
+            if delivery not in settled and self.redelivers:
+                self.add(delivery.event, delivery.attempt + 1)
+        self._in_hand.clear()
 
     async def outcomes(self, count: int) -> list[tuple[str, object]]:
         """The first `count` settlements, once they are there."""

@@ -1,5 +1,7 @@
 """Handlers: how they are marked, found and given their options; effects; the ladder of retries."""
 
+import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -59,11 +61,56 @@ def test_a_handler_without_options_refuses_any() -> None:
         plain.configured({"x": 1}, "w")
 
 
-def test_only_an_async_function_can_be_a_handler() -> None:
-    def sync(event: Event) -> None: ...
+async def test_a_function_that_may_block_runs_in_a_thread_of_its_own() -> None:
+    @handler("a")
+    def blocking(event: Event) -> dict[str, Any]:
+        return {"thread": threading.current_thread().name, "daemon": threading.current_thread().daemon}
 
-    with pytest.raises(TypeError, match="needs an async function"):
-        handler("a")(sync)  # type: ignore[arg-type]
+    result = await blocking(EVENT)
+    assert result is not None
+    assert result["thread"].endswith("blocking")
+    # The process must not wait for it at its end.
+    assert result["daemon"]
+
+
+async def test_a_thread_that_was_cancelled_is_waited_for() -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    @handler("a")
+    def blocking(event: Event) -> None:
+        started.set()
+        go_on.wait(10)
+
+    running = asyncio.ensure_future(blocking(EVENT))
+    await asyncio.to_thread(started.wait, 10)
+    running.cancel()
+    done, _ = await asyncio.wait([running], timeout=0.1)
+    assert not done
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+
+
+@pytest.mark.parametrize("error", [StopIteration("s"), SystemExit(3), KeyboardInterrupt()])
+async def test_what_would_end_a_process_fails_only_the_attempt_of_a_thread(error: BaseException) -> None:
+    @handler("a")
+    def strange(event: Event) -> None:
+        raise error
+
+    with pytest.raises(RuntimeError, match="the handler raised"):
+        await strange(EVENT)
+
+
+def test_a_handler_that_yields_is_refused_when_it_is_marked() -> None:
+    def yields(event: Event) -> Any:
+        yield {}
+
+    async def yields_later(event: Event) -> Any:
+        yield {}
+
+    for function in (yields, yields_later):
+        with pytest.raises(TypeError, match="yields; return the result instead"):
+            handler("a")(function)
 
 
 def test_a_handler_that_does_not_take_its_options_is_refused_when_it_is_marked() -> None:
