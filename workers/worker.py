@@ -289,6 +289,19 @@ def subscriptions(settings: Settings) -> Mapping[str, tuple[str, Subscription]]:
     }
 
 
+def make_inbox(name: str, settings: Settings) -> Inbox:
+    """The inbox of the worker `name`, not yet open."""
+    own = settings.workers[name]
+    return Inbox(
+        name,
+        settings.workers_postgres,
+        concurrency=own.concurrency,
+        reply=own.reply,
+        reply_timeout=own.reply_timeout,
+        backoff=retry_delays(own),
+    )
+
+
 def build(name: str, settings: Settings) -> Worker:
     """The worker `name`, ready to run. Raises UsageError for an unknown name, SettingsError for wrong settings."""
     if name not in settings.workers:
@@ -308,13 +321,6 @@ def build(name: str, settings: Settings) -> Worker:
         own,
         run,
         partial(broker.queue, sink, wanted),
-        Inbox(
-            name,
-            settings.postgres,
-            concurrency=own.concurrency,
-            reply=own.reply,
-            reply_timeout=own.reply_timeout,
-            backoff=retry_delays(own),
-        ),
+        make_inbox(name, settings),
         keep_finished=max(kept, _REMEMBERED),
     )

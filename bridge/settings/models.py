@@ -88,18 +88,24 @@ class Model(BaseModel):
             return data
         data = dict(data)
         for name, field in cls.model_fields.items():
-            if field.annotation is not SecretStr or f"{name}_file" not in data:
-                continue
-            if name in data:
-                raise ValueError(f"{name}_file: is given beside {name}; keep one of the two")
-            path = data.pop(f"{name}_file")
-            try:
-                data[name] = Path(path).read_text(encoding="utf-8").rstrip("\n")
-            except (OSError, TypeError, UnicodeDecodeError) as error:
-                reasons = {TypeError: "it is not a path", UnicodeDecodeError: "it is not UTF-8"}
-                reason = error.strerror if isinstance(error, OSError) else reasons[type(error)]
-                raise ValueError(f"{name}_file: the secret file {path!r} cannot be read: {reason}") from None
+            if field.annotation is SecretStr:
+                _read_secret_file(data, name)
         return data
+
+
+def _read_secret_file(table: dict[str, Any], name: str) -> None:
+    """Puts what `<name>_file` holds in the place of it, if it is there. Raises ValueError."""
+    if f"{name}_file" not in table:
+        return
+    if name in table:
+        raise ValueError(f"{name}_file: is given beside {name}; keep one of the two")
+    path = table.pop(f"{name}_file")
+    try:
+        table[name] = Path(path).read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, TypeError, UnicodeDecodeError) as error:
+        reasons = {TypeError: "it is not a path", UnicodeDecodeError: "it is not UTF-8"}
+        reason = error.strerror if isinstance(error, OSError) else reasons[type(error)]
+        raise ValueError(f"{name}_file: the secret file {path!r} cannot be read: {reason}") from None
 
 
 class TlsSettings(Model):
@@ -181,9 +187,17 @@ class PostgresSettings(Model):
     connect_timeout: SomeDuration = 10.0
     """How long one attempt to connect may take."""
 
+    _dsn_key: str = PrivateAttr("postgres.dsn")
+
     def key(self, field: str) -> str:
         """The dotted key of one of its fields, for errors: ``postgres.dsn``."""
-        return f"postgres.{field}"
+        return self._dsn_key if field == "dsn" else f"postgres.{field}"
+
+    def for_login(self, dsn: SecretStr, key: str) -> "PostgresSettings":
+        """The same with another DSN, which the settings give under `key`."""
+        other = self.model_copy(update={"dsn": dsn})
+        other._dsn_key = key
+        return other
 
 
 class OutboxSettings(Model):
@@ -320,9 +334,39 @@ class Settings(Model):
     unrouted: Literal["dead_letter", "drop"] = "dead_letter"
     """What becomes of an event that no route takes."""
     workers: dict[Name, WorkerSettings] = Field(default_factory=dict)
-    """Worker processes, by name."""
+    """Worker processes, by name. `workers.dsn` is where they find the database, with a login of their own; left out:
+    `postgres.dsn`."""
+    workers_login: SecretStr | None = None
     observe: ObserveSettings = ObserveSettings()
     """Logs, metrics and health."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_workers_login(cls, data: Any) -> Any:
+        """``[workers] dsn`` stands among the workers, and is none."""
+        if not isinstance(data, dict):
+            return data
+        if "workers_login" in data:
+            raise ValueError("workers_login: unknown key; write dsn in the table [workers]")
+        workers = data.get("workers")
+        if not isinstance(workers, dict):
+            return data
+        workers = dict(workers)
+        try:
+            _read_secret_file(workers, "dsn")
+        except ValueError as error:
+            raise ValueError(f"workers.{error}") from None
+        dsn = workers.pop("dsn", None)
+        if not isinstance(dsn, str | None):
+            raise ValueError("workers.dsn: is a libpq connection string; a worker cannot have this name")  # noqa: TRY004
+        return {**data, "workers": workers, "workers_login": dsn}
+
+    @property
+    def workers_postgres(self) -> PostgresSettings:
+        """The database, as the workers reach it."""
+        if self.workers_login is None:
+            return self.postgres
+        return self.postgres.for_login(self.workers_login, "workers.dsn")
 
     @property
     def reads_outbox(self) -> bool:

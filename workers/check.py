@@ -1,0 +1,36 @@
+"""What `pgbridge check` looks at for each worker, found through the entry points of the group ``pgbridge.checks``."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+
+from bridge.brokers.registry import broker_of
+from bridge.errors import SettingsError
+from bridge.settings import Settings
+from workers.handler import load_handler
+from workers.worker import make_inbox, subscription
+
+
+def checks(settings: Settings) -> Mapping[str, Callable[[], Awaitable[str]]]:
+    """By ``worker <name>``, what looks at it: returns what was found in words, or raises a PgbridgeError."""
+    return {f"worker {name}": partial(_look, name, settings) for name in settings.workers}
+
+
+async def _look(name: str, settings: Settings) -> str:
+    """Everything that a start of the worker would find, in its order, and nothing is handled."""
+    own = settings.workers[name]
+    handler = load_handler(own.handler, name)
+    handler.configured(own.options, name)
+    if not (own.subscribe or handler.topics):
+        raise SettingsError(f"workers.{name}.subscribe: the handler names no topics, so the settings must")
+    inbox = make_inbox(name, settings)
+    try:
+        await inbox.open()
+    finally:
+        await inbox.close()
+    sink = settings.sinks[settings.sink_of(name)]
+    queue = broker_of(sink).queue(sink, subscription(name, own, handler.topics))
+    try:
+        await queue.open()
+    finally:
+        await queue.close()
+    return f"{own.handler}, reply {own.reply or 'none'}"
