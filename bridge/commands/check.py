@@ -59,9 +59,11 @@ async def findings(settings: Settings) -> AsyncIterator[Finding]:
     yield connected
     if connected.ok:
         yield await _finding("listen", partial(_listen, settings))
+    database_ok = connected.ok
     if connected.ok and settings.reads_outbox:
         schema = await _finding("schema", partial(_schema, settings))
         yield schema
+        database_ok = schema.ok
         if schema.ok:
             privileges = await _finding("privileges", partial(_privileges, settings))
             yield privileges
@@ -71,7 +73,7 @@ async def findings(settings: Settings) -> AsyncIterator[Finding]:
         yield await _finding(f"sink {name}", partial(_sink, sink))
     topology = await _finding("topology", partial(_topology, settings))
     yield topology
-    if topology.ok:
+    if topology.ok and (database_ok or settings.workers_login is not None):
         # The bridge never imports the workers, so what is to be looked at comes through an entry point.
         for point in entry_points(group="pgbridge.checks"):
             for subject, look in point.load()(settings).items():
