@@ -210,6 +210,15 @@ async def test_a_character_that_only_the_template_holds_is_the_templates_mistake
         await render(event_of(PAYLOAD), options)
 
 
+async def test_words_too_long_for_a_line_are_broken(options: InvoiceOptions) -> None:
+    party = {"name": "W" * 200, "address": ["W" * 200], "email": "W" * 200, "tax_id": "W" * 200}
+    changes = {"number": "W" * 200, "seller": party, "customer": party, "notes": "W" * 2000}
+    reader = await rendered(event_of(PAYLOAD, lines=[LINE | {"description": "W" * 2000}], **changes), options)
+    text = "\n".join(page.extract_text() for page in reader.pages)
+    assert max(line.count("W") for line in text.splitlines()) <= 100
+    assert text.count("W") == 2 * 4 * 200 + 2000 + 2000 + (1 + len(reader.pages)) * 200
+
+
 async def test_the_pdf_is_made_for_archives(options: InvoiceOptions) -> None:
     metadata = (await rendered(event_of(PAYLOAD), options)).xmp_metadata
     assert metadata is not None

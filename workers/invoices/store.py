@@ -166,7 +166,7 @@ class ObjectStore:
         try:
             self._store = obstore.store.from_url(
                 self._url,
-                client_options={"connect_timeout": "5s", "timeout": "30s", "user_agent": "pgbridge"},
+                # No client_options: any would put those of the environment, such as AWS_ALLOW_HTTP, out of action.
                 retry_config={"max_retries": 3, "retry_timeout": _RETRY_TIME},
             )
         except (obstore.exceptions.BaseError, ValueError):
@@ -215,6 +215,8 @@ class ObjectStore:
                 why = f"the credentials ({self._variables}) are wrong or have expired"
             case _ if "169.254.169.254" in text or "metadata.google.internal" in text:
                 why = f"there are no credentials in the environment ({self._variables}), and the machine has none"
+            case _ if "builder error" in text:
+                why = f"a plain http:// endpoint needs {_ENVIRONMENT[urlsplit(self._url).scheme]}ALLOW_HTTP=true"
             case _ if said:
                 why = "the object store has a problem"
             case _:
