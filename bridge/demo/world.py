@@ -55,7 +55,7 @@ timeout = "5s"
 retry_initial = "200ms"
 
 [workers.invoices.options]
-directory = {invoices}
+path = {invoices}
 
 [observe]
 log_format = "json"
