@@ -12,7 +12,7 @@ from workers.handler import Reject, explain
 from workers.invoices.money import CURRENCIES
 
 LARGEST_PAYLOAD: Final = 512 * 1024
-"""Bytes. The worst that was found below it took Typst 5 s and 370 MiB: 2,000 lines of 40 different words."""
+"""Bytes. One of 741 KB, 2,000 lines of 40 different words, took Typst 3.8 to 6 s and 370 to 440 MiB."""
 
 
 def _printed_on(lines: int) -> Callable[[str], str]:
