@@ -137,16 +137,19 @@ async def test_a_narrowed_subscription_gets_nothing_of_its_earlier_patterns(
     # An event of another publisher, whose type is not its routing key; and one that was put into the queue itself.
     await exchange.publish(event_message("com.example.placed"), "shop.order.foreign")
     await channel.default_exchange.publish(event_message("shop.stock.by-hand"), unique)
-    topics = set()
-    for _ in range(3):
+    came = set()
+    for _ in range(4):
         delivery = await asyncio.wait_for(anext(deliveries), LIMIT)
         assert isinstance(delivery.event, Event)
-        topics.add(delivery.event.topic)
-        if delivery.event.topic == "com.example.placed" and delivery.attempt == 1:
-            await delivery.retry(0.1)
-            delivery = await asyncio.wait_for(anext(deliveries), LIMIT)
-        await delivery.ack()
-    assert topics == {"shop.order.placed", "com.example.placed", "shop.stock.by-hand"}
+        came.add((delivery.event.topic, delivery.attempt))
+        again = delivery.event.topic == "com.example.placed" and delivery.attempt == 1
+        await (delivery.retry(0.1) if again else delivery.ack())
+    assert came == {
+        ("shop.order.placed", 2),
+        ("com.example.placed", 1),
+        ("com.example.placed", 2),
+        ("shop.stock.by-hand", 1),
+    }
     await narrow.close()
     left = await channel.declare_queue(unique, passive=True)
     assert left.declaration_result.message_count == 0

@@ -14,6 +14,7 @@ from pamqp import commands, frame
 from pamqp.header import ContentHeader
 
 from bridge.brokers.contract import Confirmed, Never, Outcome, Refused
+from bridge.brokers.letters import PREFIX
 from bridge.brokers.rabbitmq.closure import APPLY, Closure, error_of, rabbitmq_at
 from bridge.brokers.rabbitmq.connection import Connection, answers, connect
 from bridge.brokers.rabbitmq.frames import CHANNEL, ROUTING_HEADERS, body_frames, malformed, payload_limit
@@ -41,14 +42,13 @@ class Copy(NamedTuple):
     properties: commands.Basic.Properties
 
 
-def copy_of(message: AbstractIncomingMessage, queue: str, headers: Mapping[str, str], *, without: str = "") -> Copy:
-    """The same message, persistent, with headers beside its own; without those that begin with `without`.
+def copy_of(message: AbstractIncomingMessage, queue: str, headers: Mapping[str, str]) -> Copy:
+    """The same message, persistent, with our headers beside its own, in place of those that it had of us.
 
     It has no time to live of its own, or it would expire in a queue that must lose nothing. And no user id: RabbitMQ
     takes only that of whoever publishes.
     """
-    dropped = (*BROKERS, without) if without else BROKERS
-    kept = {name: value for name, value in message.headers.items() if not name.startswith(dropped)}
+    kept = {name: value for name, value in message.headers.items() if not name.startswith((*BROKERS, PREFIX))}
     # RabbitMQ would route the copy by these once more.
     for name in ROUTING_HEADERS:
         kept.pop(name, None)
@@ -154,7 +154,7 @@ class Copies:
             case Refused(reason=reason):
                 raise RefusedError(
                     f"{rabbitmq_at(self._settings)} did not take a message for queue {copy.topic}: {reason}; make room "
-                    "there, or raise its limit"
+                    "there"
                 )
             case Never(reason=reason):
                 raise RefusedError(

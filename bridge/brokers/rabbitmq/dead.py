@@ -46,7 +46,7 @@ class RabbitMQDeadLetters:
                     if copies is None:
                         copies = Copies(self._settings)
                         await copies.open()
-                    await copies.publish(copy_of(message, self._worker, {"replayed": "true"}, without=PREFIX))
+                    await copies.publish(copy_of(message, self._worker, {"replayed": "true"}))
                 if verdict != "keep":
                     with refusals(self._settings):
                         await message.ack()

@@ -42,7 +42,7 @@ _CLOSE_LIMIT: Final = 10.0
 """Seconds that the broker may take to answer a goodbye."""
 
 ROUTED: Final = f"{PREFIX}routed"
-"""The routing key with which a message first came: a copy has another one."""
+"""The routing key with which a message first came: when it comes from a queue of retries, it has another one."""
 
 
 class RabbitMQDelivery:
@@ -64,7 +64,9 @@ class RabbitMQDelivery:
     async def retry(self, delay: float) -> None:
         """See `contract.Delivery.retry`. Raises TopologyError where the queue of this delay is gone."""
         queue = self._session.topology.retry_queue(delay)
-        await self._session.copy(self._message, queue, {ATTEMPTS: str(self.attempt)})
+        topic = _routing_key(self._message)
+        headers = {ATTEMPTS: str(self.attempt)} | ({} if topic is None else {ROUTED: topic})
+        await self._session.copy(self._message, queue, headers)
         await self.ack()
 
     async def dead_letter(self, failure: Failure) -> None:
@@ -145,8 +147,6 @@ class Session:
         """
         if self.lost is not None:
             raise self.gone(self.lost)
-        if (topic := _routing_key(message)) is not None:
-            headers |= {ROUTED: topic}
         await self._copies.publish(copy_of(message, queue, headers))
 
     async def stop(self) -> None:

@@ -17,8 +17,8 @@ LOOK_LIMIT: Final = 30.0
 """Seconds that asking for or declaring everything that one sink or worker needs may take."""
 
 _NO_LIMIT: Final = 1_000_000_000
-"""Deliveries without an acknowledgement (a crash, one given back, a dead letter that was looked at) beyond which RabbitMQ
-drops a message: the inbox alone counts attempts. RabbitMQ 4 would set 20; 3.x takes no -1."""
+"""Deliveries without an acknowledgement (a crash, one given back, a look at a dead letter) beyond which RabbitMQ gives
+a message up: the inbox alone counts attempts. RabbitMQ 4 would set 20; 3.x takes no -1."""
 
 _UNITS: Final = (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1))
 
