@@ -65,7 +65,7 @@ class Scene:
         try:
             yield
         finally:
-            # First this: RabbitMQ looks again whether there is room when messages leave a queue, not when its limit does.
+            # First this: RabbitMQ looks whether there is room when messages leave a queue, not when its limit does.
             await (await self.channel.get_queue(queue, ensure=False)).purge()
             await self.ctl("clear_policy", self.name)
             await until(lambda: self.takes(queue), f"{queue} takes messages again")
@@ -76,14 +76,6 @@ class Scene:
         except aio_pika.exceptions.DeliveryError:
             return False
         return True
-
-    async def ready(self, queue: str) -> int:
-        declared = await self.channel.declare_queue(queue, passive=True)
-        return declared.declaration_result.message_count or 0
-
-    async def is_settled(self) -> bool:
-        """Whether the worker's queue and that of its retries are empty; only without a consumer."""
-        return await self.ready(self.name) + await self.ready(f"{self.name}.retry.200ms") == 0
 
 
 @pytest.fixture
@@ -298,6 +290,11 @@ async def test_a_frozen_broker_ends_every_verb_and_gives_back_what_is_in_hand(sc
             await queue.close()
     finally:
         scene.node.thaw()
-    again = await take(await opened(scene.queue()), 2)
-    assert await together(*(each.ack() for each in again)) == [None] * len(again)
-    await until(lambda: scene.is_settled(), "nothing is left")
+    missing = {b"0", b"1"}
+    async with asyncio.timeout(LIMIT):
+        async for delivery in await opened(scene.queue()):
+            # What was acknowledged may come again; what was retried too, once more as its copy.
+            missing.discard(delivery._message.body)
+            await delivery.ack()
+            if not missing:
+                break

@@ -49,7 +49,10 @@ class QuorumQueue:
     name: str
     arguments: Arguments = field(default_factory=dict)
     kind: Literal["queue"] = "queue"
-    remedy: str = "let it run empty, delete it, and run `pgbridge topology --apply`"
+    remedy: str = (
+        "stop the bridge, let it run empty, stop its workers, delete it (`rabbitmqctl delete_queue`), and run `pgbridge "
+        "topology --apply`"
+    )
 
     @property
     def detail(self) -> str:
