@@ -50,8 +50,8 @@ class QuorumQueue:
     arguments: Arguments = field(default_factory=dict)
     kind: Literal["queue"] = "queue"
     remedy: str = (
-        "stop the bridge, let it run empty, stop its workers, delete it (`rabbitmqctl delete_queue`), and run `pgbridge "
-        "topology --apply`"
+        "stop the bridge, let it run empty, stop its workers, delete it (`rabbitmqctl delete_queue`), and run "
+        "`pgbridge topology --apply`"
     )
 
     @property
