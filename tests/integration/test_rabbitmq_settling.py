@@ -11,7 +11,8 @@ import pytest
 from aio_pika.abc import AbstractChannel
 from pydantic import SecretStr
 
-from bridge.brokers.contract import Delivery, Failure, Subscription
+from bridge.brokers.contract import Delivery, Failure, Letter, Subscription, Verdict
+from bridge.brokers.rabbitmq.dead import RabbitMQDeadLetters
 from bridge.brokers.rabbitmq.queue import RabbitMQQueue
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.errors import BrokerUnavailableError, PrivilegeError, RefusedError, TopologyError
@@ -41,8 +42,11 @@ class Scene:
         self.name = name
         self.channel = channel
 
-    def queue(self, *, url: str = "", prefetch: int = PREFETCH, **changes: Any) -> RabbitMQQueue:
-        settings = RabbitMQSettings(type="rabbitmq", url=SecretStr(url or self.node.url), exchange=self.name, **changes)
+    def settings(self, *, url: str = "", **changes: Any) -> RabbitMQSettings:
+        return RabbitMQSettings(type="rabbitmq", url=SecretStr(url or self.node.url), exchange=self.name, **changes)
+
+    def queue(self, *, prefetch: int = PREFETCH, **changes: Any) -> RabbitMQQueue:
+        settings = self.settings(**changes)
         return RabbitMQQueue(
             settings, Subscription(self.name, ["#"], prefetch, [0.2, 60.0], max_attempts=3, ack_wait=30.0)
         )
@@ -247,6 +251,24 @@ async def test_a_worker_starts_and_settles_during_an_alarm(scene: Scene, opened:
         await asyncio.to_thread(scene.node.alarm, False)
     (again,) = await take(await opened(scene.queue()), 1)
     await again.ack()
+
+
+async def test_a_replay_during_an_alarm_ends_after_the_time_out_and_its_letter_stays(scene: Scene, opened: Any) -> None:
+    await scene.channel.default_exchange.publish(aio_pika.Message(b"letter"), f"{scene.name}.dead")
+
+    async def replay(_: Letter) -> Verdict:
+        return "replay"
+
+    letters = RabbitMQDeadLetters(scene.settings(publish_timeout=1.0), scene.name)
+    await asyncio.to_thread(scene.node.alarm, True)
+    try:
+        with pytest.raises(BrokerUnavailableError, match="within 1 s"):
+            await asyncio.wait_for(letters.walk(replay), LIMIT)
+    finally:
+        await asyncio.to_thread(scene.node.alarm, False)
+    await letters.walk(replay)
+    (delivery,) = await take(await opened(scene.queue()), 1)
+    await delivery.ack()
 
 
 @pytest.mark.parametrize("publishes", [True, False], ids=["the one that publishes", "the one that consumes"])

@@ -11,6 +11,7 @@ from aio_pika.abc import AbstractIncomingMessage
 from bridge.brokers.contract import Decide, Letter
 from bridge.brokers.letters import PREFIX, letter_of
 from bridge.brokers.rabbitmq.client import LOST, open_client, refusals
+from bridge.brokers.rabbitmq.connection import answers
 from bridge.brokers.rabbitmq.copies import Copies, copy_of
 from bridge.brokers.rabbitmq.message import count_of, event_of
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
@@ -46,7 +47,9 @@ class RabbitMQDeadLetters:
                     if copies is None:
                         copies = Copies(self._settings)
                         await copies.open()
-                    await copies.publish(copy_of(message, self._worker, {"replayed": "true"}))
+                    # A person waits, so not for as long as an alarm lasts.
+                    async with answers(self._settings, self._settings.publish_timeout):
+                        await copies.publish(copy_of(message, self._worker, {"replayed": "true"}))
                 if verdict != "keep":
                     with refusals(self._settings):
                         await message.ack()
