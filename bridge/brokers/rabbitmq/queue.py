@@ -35,7 +35,7 @@ from bridge.brokers.rabbitmq.copies import Copies, copy_of
 from bridge.brokers.rabbitmq.message import count_of, event_of
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.topology import LOOK_LIMIT, WorkerTopology, declarations
-from bridge.errors import BrokerUnavailableError
+from bridge.errors import BrokerUnavailableError, PgbridgeError
 from bridge.event import Malformed, matches
 
 _CLOSE_LIMIT: Final = 10.0
@@ -119,7 +119,7 @@ class Session:
         if isinstance(delivery.event, Malformed) or self._subscribed(message):
             self.arrived.put_nowait(delivery)
         else:
-            with contextlib.suppress(BrokerUnavailableError):  # It comes again.
+            with contextlib.suppress(PgbridgeError):  # It comes again.
                 await self._acks.ack(message)
 
     def _subscribed(self, message: AbstractIncomingMessage) -> bool:
