@@ -1,21 +1,20 @@
-"""A message of RabbitMQ: the event in it, its counts, and its copy for another queue."""
+"""A message of RabbitMQ: the event in it, and its counts."""
 
 from datetime import datetime
 from typing import Any, Final
 
-from aio_pika import DeliveryMode, Message
-from aio_pika.abc import AbstractIncomingMessage, HeadersType
+from aio_pika.abc import AbstractIncomingMessage
 
 from bridge.brokers.letters import PREFIX
 from bridge.event import AMQP_PREFIX, Event, Malformed, from_attributes
 
-_BROKERS: Final = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count")
+BROKERS: Final = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count")
 """What RabbitMQ adds to a message's headers; no part of the event, and not to be published again."""
 
 
 def event_of(message: AbstractIncomingMessage) -> Event | Malformed:
     """The event, or why the message is none."""
-    flat = {name: _text(value) for name, value in message.headers.items() if not name.startswith((*_BROKERS, PREFIX))}
+    flat = {name: _text(value) for name, value in message.headers.items() if not name.startswith((*BROKERS, PREFIX))}
     try:
         return from_attributes(flat, message.body, message.content_type, AMQP_PREFIX)
     except Malformed as error:
@@ -26,24 +25,6 @@ def count_of(message: AbstractIncomingMessage, name: str) -> int:
     """A count from a header; 0 for what is none, since anyone may have published it."""
     value = message.headers.get(name)
     return max(0, int(value)) if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()) else 0
-
-
-def copy_of(message: AbstractIncomingMessage, headers: dict[str, str]) -> Message:
-    """The same message, persistent, with headers beside its own."""
-    kept: HeadersType = {name: value for name, value in message.headers.items() if not name.startswith(_BROKERS)}
-    kept.update(headers)
-    return Message(
-        message.body,
-        headers=kept,
-        content_type=message.content_type,
-        content_encoding=message.content_encoding,
-        delivery_mode=DeliveryMode.PERSISTENT,
-        correlation_id=message.correlation_id,
-        message_id=message.message_id,
-        timestamp=message.timestamp,
-        type=message.type,
-        app_id=message.app_id,
-    )
 
 
 def _text(value: Any) -> str:
