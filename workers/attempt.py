@@ -8,7 +8,6 @@ import json
 import random
 import time
 import traceback
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -73,12 +72,12 @@ class Attempts:
             log.warning("event.unsettled", worker=self._worker, reason=str(error), **_names(delivery.event))
 
     async def _handle(self, delivery: Delivery) -> None:
-        event = _readable(delivery.event)
+        event = delivery.event
         if isinstance(event, Malformed):
             await self._dead_letter(delivery, Failure("malformed", str(event)), attempt=delivery.attempt)
             return
         try:
-            claim = await self._database.outlast(self._inbox.claim, event.id)
+            claim = await self._database.outlast(self._inbox.claim, event.inbox_id)
         except asyncio.CancelledError:
             await delivery.give_back()
             return
@@ -204,16 +203,6 @@ def backoff(settings: WorkerSettings, attempt: int) -> float:
 
 def _names(event: Event | Malformed) -> dict[str, str]:
     return {} if isinstance(event, Malformed) else {"event_id": event.id, "topic": event.topic}
-
-
-def _readable(event: Event | Malformed) -> Event | Malformed:
-    """An event with its id in the one form that the inbox compares."""
-    if isinstance(event, Malformed):
-        return event
-    try:
-        return event._replace(id=str(uuid.UUID(event.id)))
-    except ValueError:
-        return Malformed(f"the event's id {event.id[:80]!r} is not a UUID, which the inbox needs")
 
 
 def _checked(result: object) -> Result:

@@ -1,6 +1,6 @@
 """A message of RabbitMQ: the event in it, its counts, and its copy for another queue."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from aio_pika import DeliveryMode, Message
@@ -12,14 +12,27 @@ from bridge.event import AMQP_PREFIX, Event, Malformed, from_attributes
 _BROKERS: Final = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count")
 """What RabbitMQ adds to a message's headers; no part of the event, and not to be published again."""
 
+_OTHER_PREFIX: Final = "cloudEvents:"
+"""What other programs may write for AMQP_PREFIX (CloudEvents AMQP binding 1.0.2, 3.1.3.1)."""
+
 
 def event_of(message: AbstractIncomingMessage) -> Event | Malformed:
     """The event, or why the message is none."""
     flat = {name: _text(value) for name, value in message.headers.items() if not name.startswith((*_BROKERS, PREFIX))}
+    if f"{AMQP_PREFIX}specversion" not in flat:
+        flat = {_with_our_prefix(name): value for name, value in flat.items()}
     try:
-        return from_attributes(flat, message.body, message.content_type, AMQP_PREFIX)
+        return from_attributes(flat, message.body, message.content_type, AMQP_PREFIX, lambda: _sent(message))
     except Malformed as error:
         return error
+
+
+def _with_our_prefix(name: str) -> str:
+    return AMQP_PREFIX + name.removeprefix(_OTHER_PREFIX) if name.startswith(_OTHER_PREFIX) else name
+
+
+def _sent(message: AbstractIncomingMessage) -> datetime:
+    return message.timestamp or datetime.now(UTC)
 
 
 def count_of(message: AbstractIncomingMessage, name: str) -> int:
@@ -29,7 +42,7 @@ def count_of(message: AbstractIncomingMessage, name: str) -> int:
 
 
 def copy_of(message: AbstractIncomingMessage, headers: dict[str, str]) -> Message:
-    """The same message, persistent, with headers beside its own."""
+    """The same message, persistent, with headers beside its own, and with a time, which then stays what it is."""
     kept: HeadersType = {name: value for name, value in message.headers.items() if not name.startswith(_BROKERS)}
     kept.update(headers)
     return Message(
@@ -40,7 +53,7 @@ def copy_of(message: AbstractIncomingMessage, headers: dict[str, str]) -> Messag
         delivery_mode=DeliveryMode.PERSISTENT,
         correlation_id=message.correlation_id,
         message_id=message.message_id,
-        timestamp=message.timestamp,
+        timestamp=_sent(message),
         type=message.type,
         app_id=message.app_id,
     )
