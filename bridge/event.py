@@ -160,7 +160,7 @@ def from_attributes(
         raise Malformed(f"{prefix}time is not an RFC 3339 time: {error}") from error
     key = attribute(names.subject)
     headers = {name: value for name, value in flat.items() if not name.startswith(prefix)}
-    if len(flat) - len(headers) > (_OWN_ATTRIBUTES if key is None else _OWN_ATTRIBUTES + 1):
+    if len(flat) - len(headers) > _REQUIRED + (written is not None) + (key is not None):
         content_type = content_type or attribute(names.datacontenttype)
         for name, value in flat.items():
             if name.startswith(prefix) and name not in names:
@@ -180,8 +180,8 @@ class _Names(NamedTuple):
     datacontenttype: str
 
 
-_OWN_ATTRIBUTES: Final = 5
-"""Those that `attributes` writes for every event; `subject` comes with a key."""
+_REQUIRED: Final = 4
+"""Those that every CloudEvent has: the first of `_Names`."""
 
 
 @lru_cache(maxsize=8)

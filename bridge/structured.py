@@ -79,9 +79,9 @@ def _members(text: str) -> Iterator[tuple[str, Any, str]]:
     position = _past_space(text, position + 1)
     more = not text.startswith("}", position)
     while more:
+        if not text.startswith('"', position):
+            raise ValueError(f"the name of a member is wanted at character {position}")
         name, position = _value_at(text, position)
-        if not isinstance(name, str):
-            raise ValueError(f"a name of a member is wanted at character {position}")
         position = _past_space(text, position)
         if not text.startswith(":", position):
             raise ValueError(f"a colon is wanted at character {position}")
@@ -133,13 +133,15 @@ def _content(value: object, text: str, content_type: str | None) -> bytes:
     subtype = _essence(content_type).rpartition("/")[2] if content_type else "json"
     if subtype == "json" or subtype.endswith("+json"):
         return text.encode()
-    if not isinstance(value, str):
-        raise ValueError(f"data is no text although datacontenttype, {content_type!r:.80}, is not JSON")
     _require_utf8(content_type or "")
-    return value.encode()
+    match value:
+        case str():
+            return value.encode()
+    raise ValueError(f"data is no text although datacontenttype, {content_type!r:.80}, is not JSON")
 
 
 def _binary(value: object) -> bytes:
-    if not isinstance(value, str):
-        raise ValueError("data_base64 is not a text")
-    return base64.b64decode(value, validate=True)
+    match value:
+        case str():
+            return base64.b64decode(value, validate=True)
+    raise ValueError("data_base64 is no text")

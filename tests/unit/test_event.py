@@ -67,6 +67,8 @@ def test_attributes_that_have_no_field_are_headers_unless_the_message_has_such_a
 
 def test_the_attribute_of_the_content_type_counts_where_the_message_has_none() -> None:
     assert from_attributes(FLAT | {"ce-datacontenttype": "text/xml"}, b"").content_type == "text/xml"
+    without_time = {name: value for name, value in FLAT.items() if name != "ce-time"}
+    assert from_attributes(without_time | {"ce-datacontenttype": "text/xml"}, b"").content_type == "text/xml"
     both = from_attributes(FLAT | {"ce-datacontenttype": "text/xml"}, b"", "text/plain")
     assert (both.content_type, both.headers) == ("text/plain", {})
 

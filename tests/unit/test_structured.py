@@ -92,13 +92,13 @@ TEXT = json.dumps(EVENT).encode()
     [
         (b"", "not a JSON object"),
         (b"[]", "not a JSON object"),
-        (b"{" + TEXT, "name of a member|Expecting|property"),
+        (b"{" + TEXT, "the name of a member is wanted"),
         (TEXT[:-1], "comma or the object's end"),
-        (TEXT[:-1] + b",}", "Expecting value"),
+        (TEXT[:-1] + b",}", "the name of a member is wanted"),
         (TEXT + b"x", "something follows"),
         (TEXT + TEXT, "something follows"),
         (b'{"id" 1}', "colon is wanted"),
-        (b"{1: 2}", "name of a member is wanted"),
+        (b"{1: 2}", "the name of a member is wanted"),
         (TEXT.replace(b"order-17", b"\xff\xfe"), "codec can't decode"),
         (TEXT.decode().encode("utf-16"), "codec can't decode"),
         (TEXT.replace(b"order-17", b"\\ud800"), "surrogates not allowed"),
@@ -113,7 +113,7 @@ TEXT = json.dumps(EVENT).encode()
         (TEXT[:-1] + b', "data": 1, "data_base64": ""}', "both data and data_base64"),
         (TEXT[:-1] + b', "data_base64": "A"}', "padding|base64"),
         (TEXT[:-1] + b', "data_base64": "\xc3\xa9"}', "ASCII"),
-        (TEXT[:-1] + b', "data_base64": 1}', "data_base64 is not a text"),
+        (TEXT[:-1] + b', "data_base64": 1}', "data_base64 is no text"),
         (TEXT[:-1] + b', "data": 1, "datacontenttype": "text/plain"}', "data is no text"),
         (TEXT[:-1] + b', "data": "", "datacontenttype": "text/plain; charset=latin1"}', "charset 'latin1'"),
         (TEXT[:-1] + b', "data": "\\ud800", "datacontenttype": "text/plain"}', "surrogates not allowed"),
@@ -145,7 +145,7 @@ def test_a_form_that_is_not_read_is_malformed_and_named(content_type: str, said:
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=10),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
@@ -169,21 +169,15 @@ content_types = st.sampled_from([JSON, f"{JSON};charset=utf-8"]) | st.text(max_s
 def test_whatever_comes_is_an_event_or_malformed(document: bytes, content_type: str, headers: dict[str, str]) -> None:
     try:
         event = from_attributes(headers, document, content_type)
-    except Malformed as error:
-        assert str(error)
-    else:
-        assert event.id
-        assert event.topic
-        assert event.time.tzinfo is UTC
-        assert len(event.inbox_id) == 36
-        "".join([event.id, event.topic, event.source, event.key or "", event.content_type]).encode()
+    except Malformed:
+        return
+    assert event.id
+    assert event.topic
+    assert event.time.tzinfo is UTC
+    assert len(event.inbox_id) == 36
+    "".join([event.id, event.topic, event.source, event.key or "", event.content_type]).encode()
 
 
 @given(values)
 def test_data_comes_back_with_its_value(value: object) -> None:
-    try:
-        event = read(EVENT | {"data": value})
-    except Malformed as error:
-        assert "is no number" in str(error)  # noqa: PT017 - most values are read
-    else:
-        assert event.json() == value
+    assert read(EVENT | {"data": value}).json() == value

@@ -7,7 +7,7 @@ google/pubsub/v1/pubsub.proto, their form that of https://protobuf.dev/programmi
 https://cloud.google.com/pubsub/quotas.
 """
 
-from datetime import UTC, datetime
+from datetime import UTC
 from functools import lru_cache
 from typing import Any, Final
 

@@ -63,4 +63,6 @@ def _text(value: Any) -> str:
     """A header's value, also as other publishers write it."""
     if isinstance(value, bytes | bytearray):
         return bytes(value).decode(errors="replace")
+    if isinstance(value, bool):
+        return "true" if value else "false"
     return value.isoformat() if isinstance(value, datetime) else str(value)
