@@ -209,16 +209,24 @@ def matches(pattern: str, topic: str) -> bool:
 
     Patterns are AMQP's: words between dots, ``*`` for exactly one word, ``#`` for any number of words, also none.
     """
-    return _words_match(pattern.split("."), topic.split("."))
-
-
-def _words_match(pattern: list[str], words: list[str]) -> bool:
-    if not pattern:
-        return not words
-    head, rest = pattern[0], pattern[1:]
-    if head == "#":
-        return any(_words_match(rest, words[taken:]) for taken in range(len(words) + 1))
-    return bool(words) and head in ("*", words[0]) and _words_match(rest, words[1:])
+    wanted, words = pattern.split("."), topic.split(".")
+    at = taken = 0
+    behind = resumed = -1  # the place behind the last `#`, and how many words it was tried with
+    while taken < len(words):
+        if at < len(wanted) and wanted[at] == "#":
+            at += 1
+            if at == len(wanted):
+                return True
+            behind, resumed = at, taken
+        elif at < len(wanted) and wanted[at] in ("*", words[taken]):
+            at, taken = at + 1, taken + 1
+        elif resumed >= 0:
+            # Only the last `#` need take more: what stood before it has found its words already.
+            resumed += 1
+            at, taken = behind, resumed
+        else:
+            return False
+    return all(word == "#" for word in wanted[at:])
 
 
 _ONE_SECOND: Final = timedelta(seconds=1)

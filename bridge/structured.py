@@ -16,6 +16,8 @@ MEDIA_TYPE: Final = "application/cloudevents"
 _FORMATS: Final = (MEDIA_TYPE, f"{MEDIA_TYPE}+json")
 _BATCH: Final = f"{MEDIA_TYPE}-batch"
 _CHARSET: Final = re.compile(r""";\s*charset\s*=\s*["']?([^\s;"']+)""", re.IGNORECASE)
+_LONGEST_ATTRIBUTE: Final = 65_536
+"""Characters; more than any broker carries beside a payload."""
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
 
 
@@ -121,6 +123,10 @@ def _attribute(name: str, value: object, text: str) -> str:
     """The canonical text of an attribute's value."""
     match value:
         case str():
+            if len(value) > _LONGEST_ATTRIBUTE:
+                raise ValueError(
+                    f"the attribute {name[:80]!r} has {len(value)} characters; {_LONGEST_ATTRIBUTE} are read"
+                )
             (name + value).encode()  # raises for a lone surrogate, which no text that travels may hold
             return value
         case bool() | int():

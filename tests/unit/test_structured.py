@@ -117,6 +117,7 @@ TEXT = json.dumps(EVENT).encode()
         (TEXT[:-1] + b', "data": 1, "datacontenttype": "text/plain"}', "data is no text"),
         (TEXT[:-1] + b', "data": "", "datacontenttype": "text/plain; charset=latin1"}', "charset 'latin1'"),
         (TEXT[:-1] + b', "data": "\\ud800", "datacontenttype": "text/plain"}', "surrogates not allowed"),
+        (TEXT.replace(b"order-17", b"x" * 65_537), "attribute 'id' has 65537 characters"),
         (TEXT.replace(b'"order-17"', b"17.5"), "attribute 'id' is neither text"),
         (TEXT.replace(b'"order-17"', b"{}"), "attribute 'id' is neither text"),
         (TEXT.replace(b'"order-17"', b"null"), "no attribute ce-id"),
