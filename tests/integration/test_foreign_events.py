@@ -263,6 +263,7 @@ async def test_on_nats_an_attribute_that_is_not_utf8_is_malformed(nats_server: N
         (b"\xff{}", "application/cloudevents+json", "decode"),
         (structured(), None, "no attribute"),
     ],
+    ids=["batch", "version", "twice", "nested", "nan", "utf8", "untyped"],
 )
 async def test_what_is_no_event_is_a_dead_letter_and_what_follows_is_delivered(
     stranger: Stranger, payload: bytes, content_type: str | None, said: str
