@@ -4,6 +4,7 @@ import json
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
+from unittest.mock import Mock
 
 from aio_pika.message import IncomingMessage
 from aiormq.abc import DeliveredMessage
@@ -65,7 +66,7 @@ def test_any_message_of_nats_is_an_event_or_malformed(
 ) -> None:
     typed = {} if content_type is None else {"Content-Type": content_type}
     reply = "$JS.ACK.s.c.1.2.3.1700000000000000000.0"
-    message = Msg(_client=None, subject="s.shop.x", reply=reply, data=body, headers={**headers, **typed} or None)
+    message = Msg(_client=Mock(), subject="s.shop.x", reply=reply, data=body, headers={**headers, **typed} or None)
     assert is_whole(from_nats(message))
 
 
@@ -93,6 +94,6 @@ def test_any_message_of_rabbitmq_is_an_event_or_malformed(
         delivery=commands.Basic.Deliver("c", 1, False, "x", "shop.x"),
         header=ContentHeader(properties=properties),
         body=body,
-        channel=None,
+        channel=Mock(),
     )
     assert is_whole(from_rabbitmq(IncomingMessage(delivered, no_ack=True)))
