@@ -4,7 +4,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
 from bridge.brokers.registry import broker_of
-from bridge.errors import SettingsError
 from bridge.settings import Settings
 from workers.handler import load_handler
 from workers.worker import make_inbox, subscription
@@ -20,15 +19,14 @@ async def _look(name: str, settings: Settings) -> str:
     own = settings.workers[name]
     handler = load_handler(own.handler, name)
     handler.configured(own.options, name)
-    if not (own.subscribe or handler.topics):
-        raise SettingsError(f"workers.{name}.subscribe: the handler names no topics, so the settings must")
+    wanted = subscription(name, own, handler.topics)
     inbox = make_inbox(name, settings)
     try:
         await inbox.open()
     finally:
         await inbox.close()
     sink = settings.sinks[settings.sink_of(name)]
-    queue = broker_of(sink).queue(sink, subscription(name, own, handler.topics))
+    queue = broker_of(sink).queue(sink, wanted)
     try:
         await queue.open()
     finally:

@@ -109,14 +109,29 @@ async def test_an_event_that_another_process_has_comes_back_soon_without_an_atte
 async def test_what_is_not_an_event_is_dead_lettered_as_malformed(shop: PostgresSettings) -> None:
     async with working(echo, shop) as queue:
         queue.add(Malformed("the message has no attribute ce-id"))
-        queue.add(make_event(payload=1, id="order-17"))
-        outcomes = await queue.outcomes(2)
-    assert [verb for verb, _ in outcomes] == ["dead_letter"] * 2
-    first, second = (failure for _, failure in outcomes if isinstance(failure, Failure))
-    assert {first.code, second.code} == {"malformed"}
-    assert {"no attribute ce-id" in f.reason or "'order-17' is not a UUID" in f.reason for f in (first, second)} == {
-        True
-    }
+        outcomes = await queue.outcomes(1)
+    assert outcomes == [("dead_letter", Failure("malformed", "the message has no attribute ce-id"))]
+
+
+async def test_an_id_that_is_no_uuid_is_one_event_per_source_and_the_reply_gets_its_inbox_id(
+    shop: PostgresSettings, bridge_database: str
+) -> None:
+    ours, theirs = (make_event(payload=1, id="order-17", source=source) for source in ("/ours", "/theirs"))
+
+    async def charge(event: Event) -> Result:
+        async with effect("charge") as begun:
+            return {"id": event.id, "source": event.source, "key": begun.idempotency_key}
+
+    async with working(charge, shop, concurrency=1) as queue:
+        for event in (ours, theirs, ours):
+            queue.add(event)
+        assert await queue.outcomes(3) == [("ack", None)] * 3
+    assert replies(bridge_database) == [
+        {"id": "order-17", "source": event.source, "key": f"{event.inbox_id}:charge"} for event in (ours, theirs)
+    ]
+    with psycopg.connect(bridge_database) as connection:
+        known_as = connection.execute("SELECT event_id::text FROM shop.invoice").fetchall()
+    assert known_as == [(ours.inbox_id,), (theirs.inbox_id,)]
 
 
 async def test_a_rejected_event_is_dead_lettered_at_its_first_attempt(

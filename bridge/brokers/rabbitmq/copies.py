@@ -18,7 +18,7 @@ from bridge.brokers.letters import PREFIX
 from bridge.brokers.rabbitmq.closure import APPLY, Closure, error_of, rabbitmq_at
 from bridge.brokers.rabbitmq.connection import Connection, answers, connect
 from bridge.brokers.rabbitmq.frames import CHANNEL, ROUTING_HEADERS, body_frames, malformed, payload_limit
-from bridge.brokers.rabbitmq.message import BROKERS
+from bridge.brokers.rabbitmq.message import BROKERS, sent_at
 from bridge.brokers.rabbitmq.publisher import Publisher
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.topology import Needed, require
@@ -67,7 +67,8 @@ def copy_of(message: AbstractIncomingMessage, queue: str, headers: Mapping[str, 
             correlation_id=message.correlation_id,
             reply_to=message.reply_to,
             message_id=message.message_id,
-            timestamp=message.timestamp,
+            # One without a time has that at which it came here, also when it comes again.
+            timestamp=sent_at(message),
             message_type=message.type,
             app_id=message.app_id,
         ),
