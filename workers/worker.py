@@ -210,6 +210,7 @@ def subscription(name: str, settings: WorkerSettings, topics: Sequence[str]) -> 
         retry_delays=retry_delays(settings),
         max_attempts=settings.max_attempts,
         ack_wait=LEASE,
+        start=settings.start,
     )
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final
+from typing import ClassVar, Final
 from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, SecretStr, field_validator
@@ -32,6 +32,7 @@ class Servers:
 
 
 class NatsSettings(SinkSettings):
+    keeps_history: ClassVar[bool] = True
     url: Secret
     """nats:// or tls:// URL, or several with commas."""
     stream: str = Field("events", pattern=r"^[A-Za-z0-9_-]{1,255}$")
