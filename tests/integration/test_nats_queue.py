@@ -20,7 +20,8 @@ from bridge.brokers.nats.sink import NatsSink
 from bridge.errors import BrokerUnavailableError, RefusedError
 from bridge.event import Event
 from tests.support.events import ids, make_event
-from tests.support.servers import NatsServer
+from tests.support.proxy import Proxy
+from tests.support.servers import MAX_PAYLOAD, NatsServer
 from tests.support.until import LIMIT, until
 
 FAILURE = Failure("error", "it failed")
@@ -154,7 +155,7 @@ async def test_what_was_being_settled_while_the_server_was_paused_is_settled_or_
     finally:
         thaw.cancel()
         server.thaw()
-    again = set()
+    again: set[str] = set()
     deliveries = aiter(another.deliveries())
     while {id_of(retried), id_of(given_back)} - again or not await nothing_is_left(server, unique):
         delivery = await take(deliveries)
@@ -187,7 +188,8 @@ async def test_a_stop_while_the_server_is_paused_leaves_a_connection_on_which_ca
 async def test_a_close_while_the_server_is_paused_takes_nothing_from_who_gets_it_next(
     server: NatsServer, unique: str
 ) -> None:
-    queue, other = (queue_of(server, unique, ack_wait=1.0) for _ in range(2))
+    # No request is open, which could get it in the moment of the thaw.
+    queue, other = (queue_of(server, unique, prefetch=1, ack_wait=1.0) for _ in range(2))
     await queue.topology(apply=True)
     await publish(server, unique, [make_event()])
     await queue.open()
@@ -258,24 +260,43 @@ async def test_thousands_that_no_pattern_takes_do_not_stop_the_few_that_one_does
     assert seen == ids(events[::700])
 
 
-async def test_a_pause_while_what_no_pattern_takes_is_passed_over_ends_nothing(server: NatsServer, unique: str) -> None:
-    events = [make_event(number, topic="shop.a.lost") for number in range(20_000)]
-    queue = queue_of(server, unique, "shop.#.paid", prefetch=2)
+async def test_the_answer_to_the_acknowledgement_of_what_no_pattern_takes_is_not_waited_for(
+    nats_server: NatsServer, unique: str
+) -> None:
+    async with Proxy(nats_server.host, nats_server.port) as proxy:
+        url = SecretStr(f"nats://127.0.0.1:{proxy.port}")
+        wanted = Subscription(unique, ["shop.#.paid"], 1, [1.0], 3, 30.0)
+        queue = NatsQueue(NatsSettings(type="nats", url=url, stream=unique), wanted)
+        await queue.topology(apply=True)
+        async with consuming(queue) as deliveries:
+            proxy.delay_to_client = 6.0
+            await publish(nats_server, unique, [make_event(topic="shop.a.lost"), make_event(topic="shop.a.paid")])
+            delivery = await take(deliveries)
+            proxy.delay_to_client = 0.0
+            await delivery.ack()
+            assert await nothing_is_left(nats_server, unique)
+
+
+async def test_verbs_raise_in_time_also_where_nothing_more_can_be_written(server: NatsServer, unique: str) -> None:
+    events = [make_event(0, payload=bytes(MAX_PAYLOAD - 100_000)) for _ in range(4)]
+    events += [make_event(number) for number in range(2000)]
+    queue = queue_of(server, unique, prefetch=len(events), ack_wait=30.0)
     await queue.topology(apply=True)
-    await publish(server, unique, [*events, make_event(topic="shop.a.paid")])
-    async with consuming(queue) as deliveries:
-        taking = asyncio.create_task(take(deliveries))
-
-        async def in_the_middle_of_it() -> bool:
-            pending, _ = await left(server, unique)
-            return 0 < pending < 19_900
-
-        await until(in_the_middle_of_it)
-        server.freeze()
-        await asyncio.sleep(6.0)
+    await publish(server, unique, events)
+    await queue.open()
+    deliveries = aiter(queue.deliveries())
+    large = [await take(deliveries) for _ in range(4)]
+    small = [await take(deliveries) for _ in range(2000)]
+    server.freeze()
+    try:
+        verbs = [each.dead_letter(FAILURE) for each in large] + [each.ack() for each in small]
+        async with asyncio.timeout(16.0):
+            errors = await asyncio.gather(*verbs, return_exceptions=True)
+        assert {type(error) for error in errors} == {BrokerUnavailableError}
+        async with asyncio.timeout(8.0):
+            await queue.close()
+    finally:
         server.thaw()
-        await (await taking).ack()
-        await until(lambda: nothing_is_left(server, unique))
 
 
 @pytest.mark.parametrize("payload", [b"", b"x"], ids=["empty", "payload"])

@@ -156,6 +156,8 @@ SINKS = {
         ("workers.w.retry_initial", "0s", "must be more than zero"),
         ("workers.w.retry_max", "500ms", "0.5 s is below retry_initial (1 s)"),
         ("workers.w.prefetch", "3", "3 is below concurrency (4), which would never be reached"),
+        ("workers.w.start", "beginning", "and memory does not. Leave it out"),
+        ("workers.w.start", "yesterday", "'now' or 'beginning'"),
     ],
 )
 def test_what_can_never_work_is_refused_with_its_key(tmp_path: Path, key: str, value: str, expected: str) -> None:
@@ -169,6 +171,25 @@ def test_what_can_never_work_is_refused_with_its_key(tmp_path: Path, key: str, v
     line = str(refused.value).splitlines()[1]
     assert line.startswith(f"  {key}")
     assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("sink", "mistakes"), [("nats", 0), ("rabbitmq", 1), ("pubsub", 1), ("memory", 1), ("unknown", 1)]
+)
+def test_a_worker_begins_with_the_history_only_where_the_broker_keeps_one(
+    tmp_path: Path, sink: str, mistakes: int
+) -> None:
+    path = tmp_path / "bridge.toml"
+    table = "".join(f"{k} = '{v}'\n" for k, v in SINKS.get(sink, {"type": "smtp"}).items())
+    handler = "[workers.w]\nhandler = 'a:b'\nstart = 'beginning'\n"
+    path.write_text(f'name = "shop"\n[sinks.events]\n{table}{handler}')
+    if not mistakes:
+        assert load(path, {}).workers["w"].start == "beginning"
+        return
+    with pytest.raises(SettingsError) as refused:
+        load(path, {})
+    (line,) = str(refused.value).splitlines()[1:]
+    assert line.startswith("  sinks.events.type" if sink == "unknown" else "  workers.w.start")
 
 
 @pytest.mark.parametrize("key", ["outbox.retention", "relay.shutdown_limit", "sinks.pubsub.batch_delay"])
