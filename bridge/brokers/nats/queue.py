@@ -12,7 +12,6 @@ which decides when attempts are exhausted, does not count it). Nothing is droppe
 """
 
 import asyncio
-import contextlib
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -98,7 +97,7 @@ class NatsQueue:
         self._heard = 0.0
         """When the request for messages last had a sign of the server, by the loop's clock."""
         self._extended = 0.0
-        """When the server was last known to leave us what is in hand for another `ack_wait`, by the loop's clock."""
+        """Since when, by the loop's clock, the server leaves us what is in hand for `ack_wait`."""
 
     async def open(self) -> None:
         """See `contract.Queue.open`."""
@@ -200,18 +199,19 @@ class NatsQueue:
 
     async def _extend(self, connection: Connection) -> None:
         """Says that what is in hand is worked on, so that the server waits for another `ack_wait`."""
-        *others, last = self._in_hand or ("",)
-        if not last:
-            return
         now = asyncio.get_running_loop().time()
-        with contextlib.suppress(PgbridgeError):  # A lost or silent connection shows itself to the watcher.
+        replies = tuple(self._in_hand)
+        try:
             async with connection.asking(), asyncio.timeout(REQUEST_TIMEOUT) as limit:
-                for reply in others:
+                for reply in replies[:-1]:
                     await connection.client.publish(reply, b"+WPI")
                     if limit.expired():
                         return  # where nothing can be written, nats-py swallows the cancellation
-                await connection.client.request(last, b"+WPI", timeout=REQUEST_TIMEOUT)
-            self._extended = now
+                for reply in replies[-1:]:
+                    await connection.client.request(reply, b"+WPI", timeout=REQUEST_TIMEOUT)
+        except PgbridgeError:
+            return  # a lost or silent connection shows itself to the watcher
+        self._extended = now
 
     def _denied(self, refusal: PrivilegeError, subject: str) -> None:
         self._lose(refusal)
@@ -333,4 +333,4 @@ class NatsQueue:
         async with connection.asking():
             await self._end_subscription(connection)
         if asyncio.get_running_loop().time() - self._extended < self._subscription.ack_wait:
-            await self._send(self._in_hand, b"-NAK")
+            await self._send(tuple(self._in_hand), b"-NAK")
