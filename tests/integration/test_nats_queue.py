@@ -17,6 +17,7 @@ from bridge.brokers.nats.dead import NatsDeadLetters
 from bridge.brokers.nats.queue import NatsQueue
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.sink import NatsSink
+from bridge.demo.servers import guard
 from bridge.errors import BrokerUnavailableError, RefusedError
 from bridge.event import Event
 from tests.support.events import ids, make_event
@@ -112,6 +113,13 @@ async def letters(server: NatsServer, name: str, verdict: Verdict = "keep") -> l
     return found
 
 
+async def freeze(server: NatsServer) -> None:
+    """Returns once every thread of it stands still, for which SIGSTOP takes a moment."""
+    server.freeze()
+    states = [stat for pid in guard.tree(server.pid) for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+    await until(lambda: all(each.read_text().rpartition(")")[2].split()[0] == "T" for each in states))
+
+
 async def outcome_and_time(verb: asyncio.Task[None]) -> tuple[BaseException | None, float]:
     began = time.monotonic()
     await asyncio.wait([verb], timeout=LIMIT)
@@ -130,7 +138,7 @@ async def test_what_was_being_settled_while_the_server_was_paused_is_settled_or_
     await queue.open()
     deliveries = aiter(queue.deliveries())
     acked, retried, dead, given_back = [await take(deliveries) for _ in events]
-    server.freeze()
+    await freeze(server)
     thaw = asyncio.get_running_loop().call_later(pause, server.thaw)
     try:
         verbs = [acked.ack(), retried.retry(0.1), dead.dead_letter(FAILURE), given_back.give_back()]
@@ -173,7 +181,7 @@ async def test_a_stop_while_the_server_is_paused_leaves_a_connection_on_which_ca
     await publish(server, unique, [make_event()])
     async with consuming(queue) as deliveries:
         delivery = await take(deliveries)
-        server.freeze()
+        await freeze(server)
         try:
             with pytest.raises(BrokerUnavailableError):
                 await asyncio.wait_for(queue.stop(), 8.0)
@@ -194,7 +202,7 @@ async def test_a_close_while_the_server_is_paused_takes_nothing_from_who_gets_it
     await publish(server, unique, [make_event()])
     await queue.open()
     first = await take(aiter(queue.deliveries()))
-    server.freeze()
+    await freeze(server)
     try:
         began = time.monotonic()
         await queue.close()
