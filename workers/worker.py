@@ -280,6 +280,7 @@ def subscription(name: str, settings: WorkerSettings, topics: Sequence[str]) -> 
         retry_delays=sorted({BUSY_DELAY, *retry_delays(settings), *_COARSE_DELAYS}),
         max_attempts=settings.max_attempts,
         ack_wait=LEASE,
+        start=settings.start,
     )
 
 

@@ -212,6 +212,9 @@ class Subscription:
     max_attempts: int
     ack_wait: float
     """Seconds after which a delivery goes to another worker, unless its queue, alive, extends that: a crash's delay."""
+    start: Literal["now", "beginning"] = "now"
+    """Where a queue that did not exist begins: with what is published after its declaration, or with the oldest event
+    that the broker keeps. Of a queue that exists it is neither compared nor changed."""
 
 
 class Queue(Protocol):
