@@ -4,6 +4,8 @@
   few of them would stop a worker.
 - Leases are extended while a message is in hand. A retry lets the lease run for the delay instead of sending a nack,
   which knows no delay of its own. One of an ordered key takes along what is in hand behind it, so order is kept.
+- A message leaves the hand once the service has taken what settles it, so that a verb that raises changes nothing, and
+  what comes behind one on its way back goes with it. A close gives back all that is in hand.
 - `attempt` is what the service counts: a delivery that was given back counts too, and one that waited in hand behind
   another. The inbox, which decides when attempts are exhausted, does not count those.
 - `lease` extends what is in hand, `order` holds back what waits behind one of its key, `topology` names subscription
