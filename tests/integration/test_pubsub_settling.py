@@ -124,6 +124,17 @@ async def test_after_a_letter_that_is_refused_a_retry_may_follow(server: Scripte
         assert (await come(deliveries)).message.data == b"2"
 
 
+@pytest.mark.parametrize(("delay", "lease"), [(0.2, 1), (1.5, 2), (3600.0, 600)])
+async def test_a_delay_is_rounded_up_to_a_lease_or_is_the_longest_one(
+    server: ScriptedPubSub, delay: float, lease: int
+) -> None:
+    server.to_pull = [message(0)]
+    async with consuming(server) as (queue, deliveries):
+        await (await come(deliveries)).retry(delay)
+        assert server.leases == [("0", lease)]
+        await in_hand(queue, 0)
+
+
 @pytest.mark.parametrize("verb", ["retry", "give_back"])
 async def test_what_comes_behind_one_that_is_on_its_way_back_goes_back_with_it(
     server: ScriptedPubSub, verb: str
