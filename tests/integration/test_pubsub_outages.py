@@ -4,6 +4,7 @@ The tests do what a worker does: a verb that raises has the queue closed and a n
 """
 
 import asyncio
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -30,10 +31,8 @@ CLOSE_LIMIT = 6.0
 @pytest.fixture(scope="module")
 def emulator(server_folder: Path) -> Iterator[PubSubEmulator]:
     """One that no other test uses, since it is frozen."""
-    folder = server_folder / "pubsub-frozen"
-    folder.mkdir()
     try:
-        server = PubSubEmulator(folder)
+        server = PubSubEmulator(Path(tempfile.mkdtemp(prefix="pubsub-", dir=server_folder)))
     except MissingProgramError as error:
         pytest.skip(str(error))
     with server:
