@@ -21,7 +21,7 @@ UNREADABLE: Final = f"{PREFIX}unreadable"
 def event_of(message: AbstractIncomingMessage) -> Event | Malformed:
     """The event, or why the message is none."""
     if UNREADABLE in message.headers:
-        return Malformed(f"its properties cannot be decoded: {message.headers[UNREADABLE]}")
+        return Malformed(f"its properties cannot be decoded: {_text(message.headers[UNREADABLE])}")
     flat = {name: _text(value) for name, value in message.headers.items() if not name.startswith((*BROKERS, PREFIX))}
     if f"{AMQP_PREFIX}specversion" not in flat:
         flat = {_with_our_prefix(name): value for name, value in flat.items()}
