@@ -229,6 +229,13 @@ class Queue(Protocol):
     def deliveries(self) -> AsyncIterator[Delivery]:
         """Messages as they come; ends after `stop`. Raises BrokerUnavailableError when the connection is lost."""
 
+    async def depth(self) -> int | None:
+        """How many messages wait for this worker: not delivered yet, or for another attempt. None where the broker does
+        not say.
+
+        Raises BrokerUnavailableError, RefusedError.
+        """
+
     async def stop(self) -> None:
         """No new deliveries; those in hand can still be settled."""
 

@@ -272,6 +272,13 @@ class NatsQueue:
         async with connection.asking(), asyncio.timeout(REQUEST_TIMEOUT):
             await connection.jetstream().publish(subject, message.data, stream=self._dead_stream, headers=headers)
 
+    async def depth(self) -> int:
+        """See `contract.Queue.depth`; with what other processes of the worker have in hand."""
+        connection = self._connected()
+        async with connection.asking():
+            info = await connection.jetstream().consumer_info(self._settings.stream, self._subscription.worker)
+        return max(0, (info.num_pending or 0) + (info.num_ack_pending or 0) - len(self._in_hand))
+
     async def stop(self) -> None:
         """See `contract.Queue.stop`. What has arrived and was not delivered goes back at once; where the server does
         not answer, only after `close`."""

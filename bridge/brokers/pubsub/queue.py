@@ -118,6 +118,10 @@ class PubSubQueue:
                 return
             yield self._hand.hand_out()
 
+    async def depth(self) -> None:
+        """Pub/Sub tells Cloud Monitoring alone, as `num_undelivered_messages`."""
+        return
+
     async def stop(self) -> None:
         """See `contract.Queue.stop`; what was not handed out is given back at once."""
         self._stopping = True
