@@ -570,6 +570,26 @@ async def test_an_event_whose_claim_was_lost_at_an_effect_runs_again(
         assert await queue.outcomes(2) == [("retry", 1.0), ("ack", None)]
 
 
+async def test_an_event_whose_claim_was_lost_is_not_given_up_by_who_lost_it(
+    shop: PostgresSettings, bridge_database: str
+) -> None:
+    taken_over = Inbox("invoices", shop, concurrency=1)
+    await taken_over.open()
+
+    async def reject_late(event: Event) -> Result:
+        # Our session ends, as that of a process that stood still, and another process has the event.
+        with psycopg.connect(bridge_database, autocommit=True) as admin:
+            admin.execute("update bridge.inbox set claim = null")
+        await taken_over.claim(event.id)
+        raise Reject("no such customer")
+
+    event = make_event(payload=1)
+    async with working(reject_late, shop) as queue:
+        queue.add(event)
+        assert await queue.outcomes(1) == [("retry", 1.0)]
+    await taken_over.close()
+
+
 async def test_an_event_that_is_delivered_twice_to_one_process_runs_once_at_a_time(shop: PostgresSettings) -> None:
     gate = asyncio.Event()
     runs: list[str] = []
