@@ -36,7 +36,7 @@ class Broker:
 
     name: ClassVar[str]
     redelivery: ClassVar[float] = 0.0
-    """Seconds until what a process had in hand when it died is delivered again."""
+    """Seconds until what a process had in hand when it died comes again, where no look at the queue shows that."""
 
     def __init__(self, server: Server, url: str) -> None:
         self.server = server
@@ -131,7 +131,6 @@ class Nats(Broker):
     """The second stream can be full."""
 
     name = "nats"
-    redelivery = LEASE
 
     def __init__(self, server: NatsServer) -> None:
         super().__init__(server, server.url)
