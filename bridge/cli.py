@@ -8,7 +8,7 @@ from bridge import __version__
 from bridge.process.lazy import LazyGroup
 
 COMMANDS: Final = {
-    "check": ("bridge.commands.check:check", "Checks settings, database, privileges, brokers and topology."),
+    "check": ("bridge.commands.check:check", "Checks settings, database, privileges, brokers, topology and workers."),
     "cursor": ("bridge.commands.cursor:cursor", "Shows, moves and removes the positions of sinks in the log."),
     "dead": ("bridge.commands.dead:dead", "Shows, replays and discards dead letters."),
     "demo": ("bridge.commands.demo:demo", "Runs the embedded world: a shop from orders to invoices, live."),

@@ -1,14 +1,20 @@
 """An event, and how it travels: CloudEvents 1.0 in binary mode, over AMQP 0-9-1, Pub/Sub and NATS.
 
-The bridge writes this form and the workers read it, both through this module. The payload's bytes are never parsed or
-changed on the way. `matches` is how routes and subscriptions choose topics; `TimeWriter` writes an event's time.
+The bridge writes this form and the workers read it, both through this module; events of other programs are read in
+structured mode, too. The payload's bytes are never parsed or changed on the way. `matches` is how routes and
+subscriptions choose topics; `TimeWriter` writes an event's time.
 """
 
 import json
-from collections.abc import Mapping
+import re
+import uuid
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
+
+from bridge.structured import MEDIA_TYPE, take_apart
 
 SPECVERSION: Final = "1.0"
 """The CloudEvents version that the attributes follow."""
@@ -26,15 +32,21 @@ NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 """What an event without headers of its own carries; one object, shared."""
 
 
+INBOX_NAMESPACE: Final = uuid.UUID("6873494e-5b5e-421c-a6b9-7fee1425ef24")
+"""The namespace of `Event.inbox_id`. It never changes: handled events would be handled again."""
+
+_UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
+
 class Malformed(ValueError):  # noqa: N818 - named for what the message is
     """A message is not an event: an attribute is missing or not legal. The text says which."""
 
 
 class Event(NamedTuple):
-    """Something that happened in the database, as committed."""
+    """Something that happened in the database, as committed; or what another program published as a CloudEvent."""
 
     id: str
-    """UUID in its text form; it never changes, so it serves as an idempotency key."""
+    """As its author gave it. The bridge gives UUIDs in their text form; others are unique only with their `source`."""
     topic: str
     """Dotted words; routing key, subject and CloudEvents type."""
     payload: bytes
@@ -42,15 +54,28 @@ class Event(NamedTuple):
     key: str | None
     """Events with one key are published in the order in which they were committed."""
     source: str
-    """``/<database>/<bridge name>``."""
+    """``/<database>/<bridge name>``; of another program's event, what that gave."""
     time: datetime
-    """When the event was recorded, by the database's clock."""
+    """When the event was recorded, by the database's clock. Of another program's event without a time: when the broker
+    took the message, on RabbitMQ its property `timestamp`, without which it is when the worker received it."""
     content_type: str
-    """``application/json`` or ``text/plain``."""
+    """``application/json`` or ``text/plain``; of another program's event, what that gave."""
     headers: Mapping[str, str]
-    """The author's own headers, with ``traceparent`` and ``actor`` where they were known."""
+    """The author's own headers, with ``traceparent`` and ``actor`` where they were known. Of another program's event
+    also its further attributes, such as ``dataschema`` and extensions, by their names without the prefix."""
     sequence: int = 0
     """Position in the log; 0 for an event that did not come from it. It does not travel."""
+
+    @property
+    def inbox_id(self) -> str:
+        """The UUID that a worker's inbox, its reply function and its idempotency keys know the event by.
+
+        An id of the form 8-4-4-4-12 is that UUID itself, in lower case. Any other becomes the UUIDv5 (RFC 9562) in
+        INBOX_NAMESPACE of ``<bytes of source>:<source><id>``, in UTF-8, since only source and id together are unique.
+        """
+        if _UUID.fullmatch(self.id):
+            return self.id.lower()
+        return str(uuid.uuid5(INBOX_NAMESPACE, f"{len(self.source.encode())}:{self.source}{self.id}"))
 
     @property
     def weight(self) -> int:
@@ -66,7 +91,7 @@ class Event(NamedTuple):
         """The payload, parsed. Raises Malformed when it is not JSON."""
         try:
             return json.loads(self.payload)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Malformed(f"the payload of event {self.id} is not JSON: {error}") from error
 
 
@@ -99,31 +124,84 @@ def attributes(event: Event, prefix: str = ATTRIBUTE_PREFIX) -> dict[str, str]:
     return flat
 
 
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
 def from_attributes(
-    flat: Mapping[str, str], payload: bytes, content_type: str | None = None, prefix: str = ATTRIBUTE_PREFIX
+    flat: Mapping[str, str],
+    payload: bytes,
+    content_type: str | None = None,
+    prefix: str = ATTRIBUTE_PREFIX,
+    sent: Callable[[], datetime] = _now,
 ) -> Event:
-    """The event that `attributes` wrote. Raises Malformed when an attribute is missing or illegal."""
+    """The event in a message that `attributes` or another program wrote, be it in binary or in structured mode.
 
-    def required(name: str) -> str:
-        value = flat.get(prefix + name)
-        if not value:
-            raise Malformed(f"the message has no attribute {prefix}{name}, so it is not a CloudEvent")
-        return value
-
+    `sent` is asked for the time of one whose author gave none. Raises Malformed, which says what is wrong.
+    """
+    if content_type is not None and content_type[: len(MEDIA_TYPE)].lower() == MEDIA_TYPE:
+        try:
+            own, payload, content_type = take_apart(payload, content_type)
+        except ValueError as error:
+            raise Malformed(f"the message is no CloudEvent in JSON: {error}") from error
+        beside = {name: value for name, value in flat.items() if not name.startswith(prefix)}
+        flat = beside | {prefix + name: value for name, value in own.items()}
+    names = _names(prefix)
+    attribute = flat.get
+    event_id, topic, source = attribute(names.id), attribute(names.type), attribute(names.source)
+    if not event_id or not topic or not source or attribute(names.specversion) != SPECVERSION:
+        raise _not_an_event(flat, prefix)
+    written = attribute(names.time)
     try:
-        time = datetime.fromisoformat(required("time")).astimezone(UTC)
+        time = sent() if written is None else datetime.fromisoformat(written.upper())
+        if time.tzinfo is not UTC:
+            time = _in_utc(time)
     except (ValueError, OverflowError) as error:
         raise Malformed(f"{prefix}time is not an RFC 3339 time: {error}") from error
-    return Event(
-        id=required("id"),
-        topic=required("type"),
-        payload=payload,
-        key=flat.get(f"{prefix}subject"),
-        source=required("source"),
-        time=time,
-        content_type=content_type or "application/json",
-        headers={name: value for name, value in flat.items() if not name.startswith(prefix)},
-    )
+    key = attribute(names.subject)
+    headers = {name: value for name, value in flat.items() if not name.startswith(prefix)}
+    if len(flat) - len(headers) > _REQUIRED + (written is not None) + (key is not None):
+        content_type = content_type or attribute(names.datacontenttype)
+        for name, value in flat.items():
+            if name.startswith(prefix) and name not in names:
+                headers.setdefault(name.removeprefix(prefix), value)
+    return Event(event_id, topic, payload, key, source, time, content_type or "application/json", headers)
+
+
+class _Names(NamedTuple):
+    """The attributes that have a field of `Event`, with a broker's prefix."""
+
+    specversion: str
+    id: str
+    type: str
+    source: str
+    time: str
+    subject: str
+    datacontenttype: str
+
+
+_REQUIRED: Final = 4
+"""Those that every CloudEvent has: the first of `_Names`."""
+
+
+@lru_cache(maxsize=8)
+def _names(prefix: str) -> _Names:
+    return _Names(*(prefix + name for name in _Names._fields))
+
+
+def _not_an_event(flat: Mapping[str, str], prefix: str) -> Malformed:
+    version = flat.get(f"{prefix}specversion")
+    if version and version != SPECVERSION:
+        return Malformed(f"{prefix}specversion is {version[:80]!r}; CloudEvents {SPECVERSION} are read")
+    missing = next(name for name in ("specversion", "id", "type", "source") if not flat.get(prefix + name))
+    return Malformed(f"the message has no attribute {prefix}{missing}, so it is not a CloudEvent")
+
+
+def _in_utc(time: datetime) -> datetime:
+    """Raises ValueError for a time without an offset, which no one could place."""
+    if time.tzinfo is None:
+        raise ValueError("it has no offset, as Z or +01:00")
+    return time.astimezone(UTC)
 
 
 def matches(pattern: str, topic: str) -> bool:
@@ -131,16 +209,24 @@ def matches(pattern: str, topic: str) -> bool:
 
     Patterns are AMQP's: words between dots, ``*`` for exactly one word, ``#`` for any number of words, also none.
     """
-    return _words_match(pattern.split("."), topic.split("."))
-
-
-def _words_match(pattern: list[str], words: list[str]) -> bool:
-    if not pattern:
-        return not words
-    head, rest = pattern[0], pattern[1:]
-    if head == "#":
-        return any(_words_match(rest, words[taken:]) for taken in range(len(words) + 1))
-    return bool(words) and head in ("*", words[0]) and _words_match(rest, words[1:])
+    wanted, words = pattern.split("."), topic.split(".")
+    at = taken = 0
+    behind = resumed = -1  # the place behind the last `#`, and how many words it was tried with
+    while taken < len(words):
+        if at < len(wanted) and wanted[at] == "#":
+            at += 1
+            if at == len(wanted):
+                return True
+            behind, resumed = at, taken
+        elif at < len(wanted) and wanted[at] in ("*", words[taken]):
+            at, taken = at + 1, taken + 1
+        elif resumed >= 0:
+            # Only the last `#` need take more: what stood before it has found its words already.
+            resumed += 1
+            at, taken = behind, resumed
+        else:
+            return False
+    return all(word == "#" for word in wanted[at:])
 
 
 _ONE_SECOND: Final = timedelta(seconds=1)

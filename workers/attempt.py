@@ -9,7 +9,6 @@ import asyncio
 import random
 import time
 import traceback
-import uuid
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -103,12 +102,12 @@ class Attempts:
 
     async def _become(self, delivery: Delivery) -> _Settle:
         """What becomes of the delivery."""
-        event = _readable(delivery.event)
+        event = delivery.event
         if isinstance(event, Malformed):
             return _Settle("dead_lettered", failure=Failure("malformed", str(event)))
-        if event.id in self._in_hand:
+        if event.inbox_id in self._in_hand:
             return _Settle("busy", BUSY_DELAY)
-        self._in_hand.add(event.id)
+        self._in_hand.add(event.inbox_id)
         try:
             return await self._run_once(event)
         except ClaimLostError:
@@ -117,17 +116,17 @@ class Attempts:
         except asyncio.CancelledError:
             return _Settle("given_back")
         finally:
-            self._in_hand.discard(event.id)
+            self._in_hand.discard(event.inbox_id)
 
     async def _run_once(self, event: Event) -> _Settle:
         async with self._handlers.shared():
-            claim = await self.database.outlast(self._inbox.claim, event.id)
+            claim = await self.database.outlast(self._inbox.claim, event.inbox_id)
             if isinstance(claim, Claim):
                 return await self._claimed(event, claim)
         if claim.state == "alone":
             # Its last attempt died with its process. If it kills this one too, nothing else shall die with it.
             async with self._handlers.exclusive():
-                claim = await self.database.outlast(self._inbox.claim_alone, event.id)
+                claim = await self.database.outlast(self._inbox.claim_alone, event.inbox_id)
                 if isinstance(claim, Claim):
                     return await self._claimed(event, claim)
         match claim:
@@ -246,8 +245,8 @@ class Attempts:
             await delivery.retry(REFUSED_DELAY)
             return False
         self._refusal = None
-        if not isinstance(event := _readable(delivery.event), Malformed):
-            await self.database.outlast(self._inbox.forget, event.id)
+        if isinstance(delivery.event, Event):
+            await self.database.outlast(self._inbox.forget, delivery.event.inbox_id)
         return True
 
 
@@ -333,17 +332,11 @@ def _tell(worker: str, event: Event | Malformed, settle: _Settle) -> None:
 
 
 def _names(event: Event | Malformed) -> dict[str, str]:
-    return {} if isinstance(event, Malformed) else {"event_id": event.id, "topic": event.topic}
-
-
-def _readable(event: Event | Malformed) -> Event | Malformed:
-    """An event with its id in the one form that the inbox compares."""
     if isinstance(event, Malformed):
-        return event
-    try:
-        return event._replace(id=str(uuid.UUID(event.id)))
-    except ValueError:
-        return Malformed(f"the event's id {event.id[:80]!r} is not a UUID, which the inbox needs")
+        return {}
+    # By the second the inbox knows an event of another program.
+    other = {} if event.inbox_id == event.id else {"inbox_id": event.inbox_id}
+    return {"event_id": event.id, "topic": event.topic, **other}
 
 
 def _failure(code: str, reason: str, error: BaseException | None = None) -> Failure:

@@ -73,6 +73,18 @@ class NotNow:
     """With which it was given up, where that is so."""
 
 
+_FUNCTIONS: Final = (
+    "bridge.inbox_claim(text, uuid[], bigint, bigint[], double precision[], boolean)",
+    "bridge.inbox_finish(text, uuid, bigint, int, jsonb)",
+    "bridge.inbox_finish_all(text, uuid[], bigint[], int[], jsonb[])",
+    "bridge.inbox_release(text, uuid, bigint, int, int, double precision)",
+    "bridge.inbox_fail(text, uuid, bigint, int, jsonb)",
+    "bridge.inbox_forget(text, uuid)",
+    "bridge.inbox_effect_begin(text, uuid, bigint, int, text)",
+    "bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb)",
+    "bridge.inbox_prune(text, timestamptz, int)",
+)
+"""All that is called."""
 _SERIALIZATION_ATTEMPTS: Final = 5
 """Tries of a transaction that conflicts with another one."""
 _TOGETHER: Final = 100
@@ -130,7 +142,7 @@ class Inbox:
         """
         await self._session.renew(instead_of=self._session.token)
         await self._pool.open()
-        await self._value("select bridge.inbox_prune(%s, '-infinity')", self.worker)
+        await self._check_privileges()
         if self._reply_name is not None:
             await self._check_reply(self._reply_name)
 
@@ -323,6 +335,20 @@ class Inbox:
             limit = f"workers.{self.worker}.reply_timeout, {self._reply_timeout:g} s"
             return ReplyError(f"{where} ran longer than {limit}, or was cancelled: {_said(error)}")
         return ReplyError(f"{where} refuses the result: {_said(error)}")
+
+    async def _check_privileges(self) -> None:
+        """All at the start, since most of these functions are first called when something goes wrong."""
+        missing = [
+            function
+            for (function,) in await self._rows(
+                "select f from unnest(%s::text[]) as f where not has_function_privilege(f, 'execute')", list(_FUNCTIONS)
+            )
+        ]
+        if missing:
+            [(user,)] = await self._rows("select current_user")
+            raise PrivilegeError(
+                f"{self._key}: the role {user!r} may not call {', '.join(missing)}. Run: grant bridge_worker to {user}"
+            )
 
     async def _check_reply(self, reply: str) -> None:
         schema, name = reply.split(".", 1)

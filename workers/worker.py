@@ -266,7 +266,12 @@ class Worker:
 
 
 def subscription(name: str, settings: WorkerSettings, topics: Sequence[str]) -> Subscription:
-    """What a worker with these settings wants of its broker; `topics` are those of its handler."""
+    """What a worker with these settings wants of its broker; `topics` are those of its handler.
+
+    Raises SettingsError where neither names a topic.
+    """
+    if not (settings.subscribe or topics):
+        raise SettingsError(f"workers.{name}.subscribe: the handler names no topics, so the settings must")
     prefetch = settings.prefetch or 2 * settings.concurrency
     return Subscription(
         worker=name,
@@ -289,6 +294,19 @@ def subscriptions(settings: Settings) -> Mapping[str, tuple[str, Subscription]]:
     }
 
 
+def make_inbox(name: str, settings: Settings) -> Inbox:
+    """The inbox of the worker `name`, not yet open."""
+    own = settings.workers[name]
+    return Inbox(
+        name,
+        settings.workers_postgres,
+        concurrency=own.concurrency,
+        reply=own.reply,
+        reply_timeout=own.reply_timeout,
+        backoff=retry_delays(own),
+    )
+
+
 def build(name: str, settings: Settings) -> Worker:
     """The worker `name`, ready to run. Raises UsageError for an unknown name, SettingsError for wrong settings."""
     if name not in settings.workers:
@@ -298,8 +316,6 @@ def build(name: str, settings: Settings) -> Worker:
     handler = load_handler(own.handler, name)
     sink = settings.sinks[settings.sink_of(name)]
     run = handler.configured(own.options, name)
-    if not (own.subscribe or handler.topics):
-        raise SettingsError(f"workers.{name}.subscribe: the handler names no topics, so the settings must")
     broker = broker_of(sink)
     wanted = subscription(name, own, handler.topics)
     kept = timedelta(seconds=2 * settings.outbox.retention) if settings.outbox else _REMEMBERED
@@ -308,13 +324,6 @@ def build(name: str, settings: Settings) -> Worker:
         own,
         run,
         partial(broker.queue, sink, wanted),
-        Inbox(
-            name,
-            settings.postgres,
-            concurrency=own.concurrency,
-            reply=own.reply,
-            reply_timeout=own.reply_timeout,
-            backoff=retry_delays(own),
-        ),
+        make_inbox(name, settings),
         keep_finished=max(kept, _REMEMBERED),
     )

@@ -5,6 +5,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final
 
@@ -43,7 +44,8 @@ class Finding:
     """One thing that was checked."""
 
     subject: str
-    """``postgres``, ``listen``, ``schema``, ``privileges``, ``positions``, ``sink <name>``, ``topology``."""
+    """``postgres``, ``listen``, ``schema``, ``privileges``, ``positions``, ``sink <name>``, ``topology``,
+    ``worker <name>``."""
     ok: bool
     text: str
     """What was found; when it is wrong, with what to do about it."""
@@ -57,9 +59,11 @@ async def findings(settings: Settings) -> AsyncIterator[Finding]:
     yield connected
     if connected.ok:
         yield await _finding("listen", partial(_listen, settings))
+    database_ok = connected.ok
     if connected.ok and settings.reads_outbox:
         schema = await _finding("schema", partial(_schema, settings))
         yield schema
+        database_ok = schema.ok
         if schema.ok:
             privileges = await _finding("privileges", partial(_privileges, settings))
             yield privileges
@@ -67,7 +71,13 @@ async def findings(settings: Settings) -> AsyncIterator[Finding]:
                 yield await _finding("positions", partial(_positions, settings))
     for name, sink in settings.sinks.items():
         yield await _finding(f"sink {name}", partial(_sink, sink))
-    yield await _finding("topology", partial(_topology, settings))
+    topology = await _finding("topology", partial(_topology, settings))
+    yield topology
+    if topology.ok and (database_ok or settings.workers_login is not None):
+        # The bridge never imports the workers, so what is to be looked at comes through an entry point.
+        for point in entry_points(group="pgbridge.checks"):
+            for subject, look in point.load()(settings).items():
+                yield await _finding(subject, look)
 
 
 async def _finding(subject: str, look: Callable[[], Awaitable[str]]) -> Finding:
@@ -166,7 +176,7 @@ async def _topology(settings: Settings) -> str:
 @json_option
 @exit_codes
 def check(config: Path | None, as_json: bool) -> None:
-    """Checks settings, database, privileges, brokers and topology.
+    """Checks settings, database, privileges, brokers, topology and workers.
 
     Prints one line for each, with what to do about what is wrong, and ends with the code of the first that is wrong.
     """

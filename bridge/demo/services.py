@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -26,16 +26,14 @@ _LOG_TAIL_LINES: Final = 10
 class Service:
     """One `python -m ...` with its log in a file."""
 
-    def __init__(
-        self, name: str, words: Sequence[str], *, ready: str, folder: Path, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, name: str, words: Sequence[str], *, ready: str, folder: Path) -> None:
         """`ready` is the action that the log shows once the process serves."""
         self.name = name
         self.log = folder / f"{name}.log"
         self.starts = 0
         self._words = words
         self._ready = ready
-        self._environment = {**inherited_environment(), **(environment or {})}
+        self._environment = inherited_environment()
         self._process: Process | None = None
 
     @property

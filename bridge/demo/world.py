@@ -28,7 +28,7 @@ LOGINS: Final[Mapping[str, str]] = {
 """Login roles, each in the one group that has exactly the rights it needs. The checkout's is in bridge_emitter."""
 
 _SETTINGS: Final = """\
-# What `pgbridge demo` runs on. The worker's login comes from its environment: PGBRIDGE_POSTGRES__DSN.
+# What `pgbridge demo` runs on.
 name = "shop"
 
 [postgres]
@@ -44,6 +44,9 @@ buffer = "outbox"
 topic = "#"
 sink = "events"
 
+[workers]
+dsn = {worker_dsn}
+
 [workers.invoices]
 handler = "workers.invoices:render"
 reply = "shop.invoice_rendered"
@@ -52,7 +55,7 @@ timeout = "5s"
 retry_initial = "200ms"
 
 [workers.invoices.options]
-directory = {invoices}
+path = {invoices}
 
 [observe]
 log_format = "json"
@@ -79,7 +82,6 @@ class World:
             ["workers.cli", "run", "invoices", *config],
             ready='"action": "worker.started"',
             folder=folder,
-            environment={"PGBRIDGE_POSTGRES__DSN": self.dsn("shop_worker")},
         )
         self._stack = ExitStack()
 
@@ -124,6 +126,7 @@ class World:
         self.config.write_text(
             _SETTINGS.format(
                 dsn=json.dumps(self.dsn("shop_bridge")),
+                worker_dsn=json.dumps(self.dsn("shop_worker")),
                 sink=self.broker.sink,
                 invoices=json.dumps(str(self.invoices), ensure_ascii=False),
             ),

@@ -36,6 +36,14 @@ Unknown keys are errors. `pgbridge check` and every start validate all of it. Du
 This page is generated from the models in `bridge/settings/`: `make docs`.
 """
 
+_WORKERS: Final = """\
+## `[workers]`
+
+| key | type | default | meaning |
+|---|---|---|---|
+| `dsn` | secret | none | Where the workers find the database, with a login of their own. Left out: `postgres.dsn` |
+"""
+
 
 def sink_models() -> dict[str, type[SinkSettings]]:
     """The settings' model of every sink that is installed, by type."""
@@ -52,6 +60,8 @@ def settings_page() -> str:
                 parts.append(_section(f'`[sinks.<name>]` with `type = "{kind}"`', "", sink))
         elif model is not None:
             table = f"[[{name}]]" if "list" in str(field.annotation) else f"[{name}]"
+            if name == "workers":
+                parts.append(_WORKERS)
             table = "[workers.<name>]" if name == "workers" else table
             parts.append(_section(f"`{table}`", field.description or "", model))
     return "\n".join(parts)
@@ -72,6 +82,11 @@ def json_schema() -> str:
         kinds.append({"$ref": f"#/$defs/Sink_{kind}"})
     schema["properties"]["sinks"]["additionalProperties"] = {"oneOf": kinds}
     _add_secret_files(definitions["PostgresSettings"], Settings.model_fields["postgres"].annotation)
+    del schema["properties"]["workers_login"]
+    schema["properties"]["workers"]["properties"] = {
+        "dsn": {"type": "string", "description": "The workers' own login at the database."},
+        "dsn_file": {"type": "string", "description": "A file that holds `dsn`."},
+    }
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -91,6 +106,8 @@ def _section(title: str, meaning: str, model: type[BaseModel]) -> str:
 
 def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
+        if name == "workers_login":  # written as workers.dsn
+            continue
         nested = _model_in(field.annotation)
         if nested is not None and (model is Settings or "dict" in str(field.annotation)):
             continue

@@ -3,7 +3,7 @@
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -26,6 +26,10 @@ _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|MB|GB|KiB|MiB|GiB)")
 
 
+_LONGEST_DURATION: Final = 20_000 * 86400.0
+"""Seconds. Beyond 2**31 libpq takes no time-out, and beyond some 2900 centuries PostgreSQL has no time."""
+
+
 def parse_duration(value: object) -> float:
     """Seconds of ``"500ms"``, ``"30s"``, ``"5m"``, ``"2h"``, ``"7d"`` or a number. Raises ValueError."""
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -38,6 +42,8 @@ def parse_duration(value: object) -> float:
         raise ValueError('is not a duration; write a number and a unit, as in "500ms", "30s", "5m", "2h", "7d"')
     if seconds < 0:
         raise ValueError("is negative; a duration is zero or more")
+    if seconds > _LONGEST_DURATION:
+        raise ValueError(f"is longer than {_LONGEST_DURATION / 86400:g}d, which is the longest duration")
     return seconds
 
 
@@ -70,6 +76,18 @@ def _more_than_zero(value: float) -> float:
 
 SomeDuration = Annotated[Duration, AfterValidator(_more_than_zero)]
 """Of what never happens, or never stops happening, without any time."""
+
+_LONGEST_DELAY: Final = 49 * 86400.0
+"""Seconds; RabbitMQ counts a message's time to live in milliseconds, in 32 bits."""
+
+
+def _that_a_broker_can_wait(delay: float) -> float:
+    if delay > _LONGEST_DELAY:
+        raise ValueError(f"is longer than {_LONGEST_DELAY / 86400:g}d, the longest that a broker keeps a retry waiting")
+    return delay
+
+
+RetryDelay = Annotated[SomeDuration, AfterValidator(_that_a_broker_can_wait)]
 SomeSize = Annotated[Size, AfterValidator(_more_than_zero)]
 Secret = Annotated[SecretStr, PlainSerializer(lambda _: "**********", return_type=str)]
 """Shown as stars wherever it is printed; `get_secret_value()` gives it."""
@@ -88,18 +106,24 @@ class Model(BaseModel):
             return data
         data = dict(data)
         for name, field in cls.model_fields.items():
-            if field.annotation is not SecretStr or f"{name}_file" not in data:
-                continue
-            if name in data:
-                raise ValueError(f"{name}_file: is given beside {name}; keep one of the two")
-            path = data.pop(f"{name}_file")
-            try:
-                data[name] = Path(path).read_text(encoding="utf-8").rstrip("\n")
-            except (OSError, TypeError, UnicodeDecodeError) as error:
-                reasons = {TypeError: "it is not a path", UnicodeDecodeError: "it is not UTF-8"}
-                reason = error.strerror if isinstance(error, OSError) else reasons[type(error)]
-                raise ValueError(f"{name}_file: the secret file {path!r} cannot be read: {reason}") from None
+            if field.annotation is SecretStr:
+                _read_secret_file(data, name)
         return data
+
+
+def _read_secret_file(table: dict[str, Any], name: str) -> None:
+    """Puts what `<name>_file` holds in the place of it, if it is there. Raises ValueError."""
+    if f"{name}_file" not in table:
+        return
+    if name in table:
+        raise ValueError(f"{name}_file: is given beside {name}; keep one of the two")
+    path = table.pop(f"{name}_file")
+    try:
+        table[name] = Path(path).read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, TypeError, UnicodeDecodeError) as error:
+        reasons = {TypeError: "it is not a path", UnicodeDecodeError: "it is not UTF-8"}
+        reason = error.strerror if isinstance(error, OSError) else reasons[type(error)]
+        raise ValueError(f"{name}_file: the secret file {path!r} cannot be read: {reason}") from None
 
 
 class TlsSettings(Model):
@@ -123,6 +147,9 @@ class SinkSettings(Model):
     pipelined: bool = True
     """Whether a key's events go together. `false`: one by one, so that even a first refusal lets none overtake."""
 
+    most_prefetch: ClassVar[int] = 65_535
+    """Most deliveries that this kind of broker lets one worker have in hand."""
+
     _name: str = PrivateAttr("")
 
     def model_post_init(self, context: Any) -> None:
@@ -141,7 +168,26 @@ class SinkSettings(Model):
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
-TopicPattern = Annotated[str, Field(min_length=1, max_length=255)]
+
+_LONGEST_TOPIC: Final = 255
+"""Bytes of an event's topic; RabbitMQ binds no longer pattern either."""
+
+
+def _pattern_that_topics_match(pattern: str) -> str:
+    size = len(pattern.encode())
+    if size > _LONGEST_TOPIC:
+        raise ValueError(f"has {size} bytes; topics and patterns have up to {_LONGEST_TOPIC}")
+    for word in pattern.split("."):
+        if word == ">":
+            raise ValueError("> is no wildcard; write # for any number of words")
+        if len(word) > 1 and ("*" in word or "#" in word):
+            raise ValueError(f"{word!r}: * and # stand for whole words between dots, and not for a part of one")
+    return pattern
+
+
+TopicPattern = Annotated[
+    str, Field(min_length=1, max_length=_LONGEST_TOPIC), AfterValidator(_pattern_that_topics_match)
+]
 
 
 def _port_that_exists(listen: str) -> str:
@@ -181,9 +227,17 @@ class PostgresSettings(Model):
     connect_timeout: SomeDuration = 10.0
     """How long one attempt to connect may take."""
 
+    _dsn_key: str = PrivateAttr("postgres.dsn")
+
     def key(self, field: str) -> str:
         """The dotted key of one of its fields, for errors: ``postgres.dsn``."""
-        return f"postgres.{field}"
+        return self._dsn_key if field == "dsn" else f"postgres.{field}"
+
+    def for_login(self, dsn: SecretStr, key: str) -> "PostgresSettings":
+        """The same with another DSN, which the settings give under `key`."""
+        other = self.model_copy(update={"dsn": dsn})
+        other._dsn_key = key
+        return other
 
 
 class OutboxSettings(Model):
@@ -254,14 +308,14 @@ class WorkerSettings(Model):
     concurrency: int = Field(4, ge=1, le=1000)
     """Handlers that run at once."""
     prefetch: int | None = Field(None, ge=1, le=65535)
-    """Deliveries in hand at once; default: twice the concurrency."""
+    """Deliveries in hand at once; default: twice the concurrency. At most 10000 on NATS, 1000 on Pub/Sub."""
     timeout: SomeDuration = 60.0
     """How long one run of the handler may take."""
     max_attempts: int = Field(8, ge=1, le=100)
     """Attempts before the event is dead-lettered."""
-    retry_initial: SomeDuration = 1.0
+    retry_initial: RetryDelay = 1.0
     """Delay before the second attempt; doubles with each further one."""
-    retry_max: SomeDuration = 600.0
+    retry_max: RetryDelay = 600.0
     """Longest delay between two attempts."""
     reply: str | None = Field(None, pattern=r"^[^.]+\.[^.]+$")
     """SQL function `schema.name(event_id uuid, result jsonb)` that takes the handler's result."""
@@ -320,9 +374,39 @@ class Settings(Model):
     unrouted: Literal["dead_letter", "drop"] = "dead_letter"
     """What becomes of an event that no route takes."""
     workers: dict[Name, WorkerSettings] = Field(default_factory=dict)
-    """Worker processes, by name."""
+    """Worker processes, by name. `workers.dsn` is where they find the database, with a login of their own; left out:
+    `postgres.dsn`."""
+    workers_login: SecretStr | None = None
     observe: ObserveSettings = ObserveSettings()
     """Logs, metrics and health."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_workers_login(cls, data: Any) -> Any:
+        """``[workers] dsn`` stands among the workers, and is none."""
+        if not isinstance(data, dict):
+            return data
+        if "workers_login" in data:
+            raise ValueError("workers_login: unknown key; write dsn in the table [workers]")
+        workers = data.get("workers")
+        if not isinstance(workers, dict):
+            return data
+        workers = dict(workers)
+        try:
+            _read_secret_file(workers, "dsn")
+        except ValueError as error:
+            raise ValueError(f"workers.{error}") from None
+        dsn = workers.pop("dsn", None)
+        if not isinstance(dsn, str | None):
+            raise ValueError("workers.dsn: is a libpq connection string; a worker cannot have this name")  # noqa: TRY004
+        return {**data, "workers": workers, "workers_login": dsn}
+
+    @property
+    def workers_postgres(self) -> PostgresSettings:
+        """The database, as the workers reach it."""
+        if self.workers_login is None:
+            return self.postgres
+        return self.postgres.for_login(self.workers_login, "workers.dsn")
 
     @property
     def reads_outbox(self) -> bool:
@@ -343,6 +427,19 @@ class Settings(Model):
         for name, worker in self.workers.items():
             if worker.sink is not None and worker.sink not in self.sinks:
                 raise ValueError(f"workers.{name}.sink: there is no sink named {worker.sink!r}; known: {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _prefetch_that_brokers_give(self) -> Self:
+        for name, worker in self.workers.items():
+            if worker.prefetch is None or (worker.sink is None and len(self.sinks) != 1):
+                continue
+            sink = self.sinks[self.sink_of(name)]
+            if worker.prefetch > sink.most_prefetch:
+                raise ValueError(
+                    f"workers.{name}.prefetch: {worker.prefetch} is above {sink.most_prefetch}, the most that a sink "
+                    f"of type {sink.type} gives one worker at once"
+                )
         return self
 
     def sink_of(self, worker: str) -> str:

@@ -136,7 +136,7 @@ begin
 end
 $$;
 
--- Way 1: bridge.emit() in a function. The payload is what a worker documents as its input (here workers/invoices.py);
+-- Way 1: bridge.emit() in a function. The payload is what a worker documents as its input (here workers/invoices/);
 -- put everything into it that the worker needs, since it shall not have to read our tables. emit() returns the event's
 -- id, which comes back with the reply.
 create function shop.request_invoice(of_order bigint) returns void

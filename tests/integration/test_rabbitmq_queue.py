@@ -2,25 +2,27 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Any
 
 import aio_pika
 import pytest
 from aio_pika.abc import AbstractChannel
 from pydantic import SecretStr
 
-from bridge.brokers.contract import Subscription
+from bridge.brokers.contract import Failure, Subscription
 from bridge.brokers.rabbitmq.queue import RabbitMQQueue
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
-from bridge.brokers.rabbitmq.topology import DELIVERY_LIMIT, duration
-from bridge.errors import BrokerUnavailableError, TopologyError
-from bridge.event import Malformed
+from bridge.brokers.rabbitmq.topology import duration
+from bridge.errors import BrokerUnavailableError
+from bridge.event import Event, Malformed
 from tests.support.servers import RabbitMQServer
 from tests.support.until import LIMIT
 
 
-def queue_of(server: RabbitMQServer, name: str) -> RabbitMQQueue:
+def queue_of(server: RabbitMQServer, name: str, topic: str = "#") -> RabbitMQQueue:
     settings = RabbitMQSettings(type="rabbitmq", url=SecretStr(server.url), exchange=name)
-    return RabbitMQQueue(settings, Subscription(name, ["#"], 10, [0.5, 60.0], max_attempts=3, ack_wait=30.0))
+    return RabbitMQQueue(settings, Subscription(name, [topic], 10, [0.5, 60.0], max_attempts=3, ack_wait=30.0))
 
 
 @pytest.fixture
@@ -45,44 +47,163 @@ async def test_a_queue_with_other_arguments_differs_and_the_rest_is_still_told(
     assert {each.state for name, each in declarations.items() if name != differing.name} == {"declared"}
 
 
-async def test_a_message_that_is_never_acknowledged_ends_as_a_dead_letter(
+async def test_no_number_of_deliveries_makes_rabbitmq_give_up_a_message(
     rabbitmq: RabbitMQServer, channel: AbstractChannel, unique: str
 ) -> None:
     queue = queue_of(rabbitmq, unique)
     await queue.topology(apply=True)
-    await publish(channel, unique, b"poison")
+    await publish(channel, unique, b"patient")
     await queue.open()
     deliveries = aiter(queue.deliveries())
-    for attempt in range(1, DELIVERY_LIMIT + 2):
+    # RabbitMQ 4 gives up after 20 by itself, and so did we.
+    for attempt in range(1, 31):
         delivery = await asyncio.wait_for(anext(deliveries), LIMIT)
         assert delivery.attempt == attempt
         await delivery.give_back()
-    dead = await channel.get_queue(f"{unique}.dead", ensure=False)
-    async with asyncio.timeout(LIMIT), dead.iterator(no_ack=True) as letters:
-        letter = await anext(letters)
-    assert letter.body == b"poison"
-    assert "x-death" in letter.headers
     await queue.close()
 
 
-async def test_a_retry_queue_that_is_gone_is_told_and_the_message_stays(
+async def test_what_a_policy_gives_up_is_a_dead_letter(
     rabbitmq: RabbitMQServer, channel: AbstractChannel, unique: str
 ) -> None:
     queue = queue_of(rabbitmq, unique)
     await queue.topology(apply=True)
-    await publish(channel, unique, b"")
+    await asyncio.to_thread(rabbitmq.ctl, "set_policy", unique, f"^{unique}$", '{"delivery-limit":1}')
+    try:
+        await publish(channel, unique, b"policy")
+        await queue.open()
+        deliveries = aiter(queue.deliveries())
+        for _ in range(2):
+            await (await asyncio.wait_for(anext(deliveries), LIMIT)).give_back()
+        dead = await channel.get_queue(f"{unique}.dead", ensure=False)
+        async with asyncio.timeout(LIMIT), dead.iterator(no_ack=True) as letters:
+            letter = await anext(letters)
+        assert letter.body == b"policy"
+        assert "x-death" in letter.headers
+        await queue.close()
+    finally:
+        await asyncio.to_thread(rabbitmq.ctl, "clear_policy", unique)
+
+
+async def test_a_queue_with_the_delivery_limit_of_earlier_versions_differs(
+    rabbitmq: RabbitMQServer, channel: AbstractChannel, unique: str
+) -> None:
+    arguments: dict[str, Any] = {
+        "x-queue-type": "quorum",
+        "x-delivery-limit": 20,
+        "x-dead-letter-exchange": "",
+        "x-dead-letter-routing-key": f"{unique}.dead",
+        "x-dead-letter-strategy": "at-least-once",
+        "x-overflow": "reject-publish",
+    }
+    await channel.declare_queue(unique, durable=True, arguments=arguments)
+    declarations = {each.name: each for each in await queue_of(rabbitmq, unique).topology(apply=True)}
+    assert declarations[unique].state == "differs"
+    assert "x-delivery-limit" in declarations[unique].detail
+    assert "run empty" in declarations[unique].detail
+    # A worker goes on with it all the same.
+    queue = queue_of(rabbitmq, unique)
     await queue.open()
-    deliveries = aiter(queue.deliveries())
-    delivery = await asyncio.wait_for(anext(deliveries), LIMIT)
-    assert isinstance(delivery.event, Malformed)
-    await channel.queue_delete(f"{unique}.retry.500ms")
-    with pytest.raises(TopologyError, match=r"retry\.500ms"):
-        await delivery.retry(0.1)
-    await delivery.give_back()
-    again = await asyncio.wait_for(anext(deliveries), LIMIT)
-    assert again.attempt == 2
-    await again.ack()
     await queue.close()
+
+
+def event_message(topic: str) -> aio_pika.Message:
+    headers: dict[str, Any] = {
+        "cloudEvents_id": topic,
+        "cloudEvents_source": "shop",
+        "cloudEvents_type": topic,
+        "cloudEvents_time": "2026-02-03T04:05:06Z",
+    }
+    return aio_pika.Message(b"{}", content_type="application/json", headers=headers, message_id=topic)
+
+
+async def test_a_narrowed_subscription_gets_nothing_of_its_earlier_patterns(
+    rabbitmq: RabbitMQServer, channel: AbstractChannel, unique: str
+) -> None:
+    wide, narrow = queue_of(rabbitmq, unique), queue_of(rabbitmq, unique, "shop.order.*")
+    await wide.topology(apply=True)
+    exchange = await channel.get_exchange(unique, ensure=False)
+    await wide.open()
+    deliveries = aiter(wide.deliveries())
+    for topic in ("shop.order.placed", "shop.stock.low"):
+        await exchange.publish(event_message(topic), topic)
+        await (await asyncio.wait_for(anext(deliveries), LIMIT)).retry(0.1)
+    await wide.close()
+    await narrow.topology(apply=True)
+    await narrow.open()
+    deliveries = aiter(narrow.deliveries())
+    for _ in range(12):
+        await exchange.publish(event_message("shop.stock.low"), "shop.stock.low")
+    # An event of another publisher, whose type is not its routing key; and one that was put into the queue itself.
+    await exchange.publish(event_message("com.example.placed"), "shop.order.foreign")
+    await channel.default_exchange.publish(event_message("shop.stock.by-hand"), unique)
+    came = set()
+    for _ in range(4):
+        delivery = await asyncio.wait_for(anext(deliveries), LIMIT)
+        assert isinstance(delivery.event, Event)
+        came.add((delivery.event.topic, delivery.attempt))
+        again = delivery.event.topic == "com.example.placed" and delivery.attempt == 1
+        await (delivery.retry(0.1) if again else delivery.ack())
+    assert came == {
+        ("shop.order.placed", 2),
+        ("com.example.placed", 1),
+        ("com.example.placed", 2),
+        ("shop.stock.by-hand", 1),
+    }
+    await narrow.close()
+    left = await channel.declare_queue(unique, passive=True)
+    assert left.declaration_result.message_count == 0
+
+
+async def test_a_message_that_is_no_event_is_handed_out_though_no_pattern_takes_it(
+    rabbitmq: RabbitMQServer, channel: AbstractChannel, unique: str
+) -> None:
+    await queue_of(rabbitmq, unique).topology(apply=True)
+    await publish(channel, unique, b"strange")
+    queue = queue_of(rabbitmq, unique, "shop.#")
+    await queue.open()
+    delivery = await asyncio.wait_for(anext(aiter(queue.deliveries())), LIMIT)
+    assert isinstance(delivery.event, Malformed)
+    await delivery.ack()
+    await queue.close()
+
+
+async def test_a_copy_has_every_byte_and_property_of_the_message(
+    rabbitmq: RabbitMQServer, channel: AbstractChannel, unique: str
+) -> None:
+    queue = queue_of(rabbitmq, unique)
+    await queue.topology(apply=True)
+    body = bytes(range(256)) * 1000
+    properties: dict[str, Any] = {
+        "content_type": "text/x",
+        "content_encoding": "y",
+        "priority": 3,
+        "correlation_id": "c",
+        "reply_to": "r",
+        "message_id": "m",
+        "timestamp": datetime(2026, 2, 3, 4, 5, 6, tzinfo=UTC),
+        "type": "t",
+        "app_id": "a",
+    }
+    headers: dict[str, Any] = {"number": 2**40, "list": [1, "a"], "table": {"b": True}, "text": "\u2713"}
+    exchange = await channel.get_exchange(unique, ensure=False)
+    other = await channel.declare_queue(f"{unique}.other", durable=True)
+    # RabbitMQ routes by CC too; the copy must not go there again.
+    message = aio_pika.Message(body, headers=headers | {"CC": [f"{unique}.other"]}, user_id="guest", **properties)
+    await exchange.publish(message, "a.b")
+    await queue.open()
+    delivery = await asyncio.wait_for(anext(aiter(queue.deliveries())), LIMIT)
+    await delivery.dead_letter(Failure("error", "a lone surrogate: \ud800", "trace"))
+    await queue.close()
+    dead = await channel.get_queue(f"{unique}.dead", ensure=False)
+    letter = await dead.get(no_ack=True, timeout=LIMIT)
+    assert letter is not None
+    assert letter.body == body
+    assert {name: getattr(letter, name) for name in properties} == properties
+    assert {name: letter.headers.get(name) for name in headers} == headers
+    assert letter.headers["x-pgbridge-reason"] == "a lone surrogate: \\ud800"
+    assert letter.delivery_mode == aio_pika.DeliveryMode.PERSISTENT
+    assert (await channel.declare_queue(other.name, passive=True)).declaration_result.message_count == 0
 
 
 async def test_a_deleted_queue_ends_the_deliveries(

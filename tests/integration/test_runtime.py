@@ -27,6 +27,7 @@ from tests.support.until import until
 from workers.effects import effect
 from workers.handler import Reject, Result, Retry, Run, handler
 from workers.inbox import Claim, ClaimLostError, Inbox, NotNow
+from workers.metrics import OUTCOMES, REGISTRY
 from workers.worker import Worker
 
 
@@ -108,14 +109,29 @@ async def test_an_event_that_another_process_has_comes_back_soon_without_an_atte
 async def test_what_is_not_an_event_is_dead_lettered_as_malformed(shop: PostgresSettings) -> None:
     async with working(echo, shop) as queue:
         queue.add(Malformed("the message has no attribute ce-id"))
-        queue.add(make_event(payload=1, id="order-17"))
-        outcomes = await queue.outcomes(2)
-    assert [verb for verb, _ in outcomes] == ["dead_letter"] * 2
-    first, second = (failure for _, failure in outcomes if isinstance(failure, Failure))
-    assert {first.code, second.code} == {"malformed"}
-    assert {"no attribute ce-id" in f.reason or "'order-17' is not a UUID" in f.reason for f in (first, second)} == {
-        True
-    }
+        outcomes = await queue.outcomes(1)
+    assert outcomes == [("dead_letter", Failure("malformed", "the message has no attribute ce-id"))]
+
+
+async def test_an_id_that_is_no_uuid_is_one_event_per_source_and_the_reply_gets_its_inbox_id(
+    shop: PostgresSettings, bridge_database: str
+) -> None:
+    ours, theirs = (make_event(payload=1, id="order-17", source=source) for source in ("/ours", "/theirs"))
+
+    async def charge(event: Event) -> Result:
+        async with effect("charge") as begun:
+            return {"id": event.id, "source": event.source, "key": begun.idempotency_key}
+
+    async with working(charge, shop, concurrency=1) as queue:
+        for event in (ours, theirs, ours):
+            queue.add(event)
+        assert await queue.outcomes(3) == [("ack", None)] * 3
+    assert replies(bridge_database) == [
+        {"id": "order-17", "source": event.source, "key": f"invoices:{event.inbox_id}:charge"} for event in (ours, theirs)
+    ]
+    with psycopg.connect(bridge_database) as connection:
+        known_as = connection.execute("SELECT event_id::text FROM shop.invoice").fetchall()
+    assert known_as == [(ours.inbox_id,), (theirs.inbox_id,)]
 
 
 async def test_a_rejected_event_is_dead_lettered_at_its_first_attempt(
@@ -935,3 +951,50 @@ async def test_a_process_that_stands_still_frees_its_events(
     assert isinstance(await frozen.claim(make_event(payload=2).id), Claim)
     await frozen.close()
     await other.close()
+
+
+def figure(name: str, worker: str, **labels: str) -> float | None:
+    return REGISTRY.get_sample_value(f"pgbridge_worker_{name}", {"worker": worker, **labels})
+
+
+async def test_metrics_tell_what_a_worker_has_in_hand_and_what_became_of_it(
+    shop: PostgresSettings, unique: str
+) -> None:
+    gate = asyncio.Event()
+
+    async def slow(event: Event) -> Result:
+        await gate.wait()
+        if event.json() == 2:
+            raise Reject("no")
+        return {}
+
+    queue = ScriptedQueue()
+    worker = Worker(unique, settings_of(), slow, lambda: queue, Inbox(unique, shop, concurrency=4))
+    # Before anything happened: what appears with its first event has no rise that an alert could see.
+    assert figure("events_total", unique, outcome="dead_lettered") == 0
+    stop = asyncio.Event()
+    task = asyncio.create_task(worker.run(stop))
+    await until(lambda: figure("broker_up", unique) == 1)
+    assert figure("database_up", unique) == 1
+    event = make_event(payload=1)
+    for each in (event, event, make_event(payload=2)):
+        queue.add(each)
+    await queue.outcomes(1)
+    await until(lambda: figure("in_hand", unique) == 2)
+    gate.set()
+    await queue.outcomes(3)
+    await until(lambda: figure("in_hand", unique) == 0)
+    counted = {outcome: figure("events_total", unique, outcome=outcome) for outcome in OUTCOMES}
+    assert {outcome: count for outcome, count in counted.items() if count} == {
+        "handled": 1,
+        "busy": 1,
+        "dead_lettered": 1,
+    }
+    assert figure("attempt_seconds_count", unique) == 2
+    queue.lose(refusals=3)
+    await until(lambda: figure("broker_up", unique) == 0)
+    await until(lambda: figure("broker_up", unique) == 1)
+    stop.set()
+    await task
+    names = {metric.name for metric in REGISTRY.collect()}
+    assert not [name for name in names if not name.startswith(("pgbridge_worker_", "process_"))]

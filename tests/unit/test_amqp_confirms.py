@@ -29,11 +29,11 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def write(
-    unconfirmed: UnconfirmedBatches,
+    unconfirmed: UnconfirmedBatches[Event],
     loop: asyncio.AbstractEventLoop,
     events: list[Event],
     refused: set[int] | None = None,
-) -> Batch:
+) -> Batch[Event]:
     """A batch that is written in chunks of three; `refused` are indexes that are not sent."""
     batch = Batch(events, loop.create_future())
     for start in range(0, len(events), 3):
@@ -54,8 +54,8 @@ batches = st.lists(
 def test_each_event_gets_the_answer_of_its_own_tag(
     loop: asyncio.AbstractEventLoop, shapes: list[tuple[int, set[int]]], data: st.DataObject
 ) -> None:
-    unconfirmed = UnconfirmedBatches()
-    written: list[Batch] = []
+    unconfirmed = UnconfirmedBatches[Event]()
+    written: list[Batch[Event]] = []
     expected: list[list[Any]] = []
     place_of_tag: list[tuple[int, int]] = []
     for size, refused in shapes:
@@ -82,7 +82,7 @@ def test_each_event_gets_the_answer_of_its_own_tag(
 
 
 def test_confirms_for_what_is_no_longer_known_are_ignored(loop: asyncio.AbstractEventLoop) -> None:
-    unconfirmed = UnconfirmedBatches()
+    unconfirmed = UnconfirmedBatches[Event]()
     unconfirmed.settled(7, False, False)
     batch = write(unconfirmed, loop, [make_event(), make_event()])
     for tag in (1, 1, 99):
@@ -93,7 +93,7 @@ def test_confirms_for_what_is_no_longer_known_are_ignored(loop: asyncio.Abstract
 
 
 def test_a_return_for_one_of_two_copies_makes_both_unknown(loop: asyncio.AbstractEventLoop) -> None:
-    unconfirmed = UnconfirmedBatches()
+    unconfirmed = UnconfirmedBatches[Event]()
     event = make_event()
     first, second = write(unconfirmed, loop, [event]), write(unconfirmed, loop, [make_event(), event])
     unconfirmed.returned(event.id, event.topic, RETURNED)
@@ -104,7 +104,7 @@ def test_a_return_for_one_of_two_copies_makes_both_unknown(loop: asyncio.Abstrac
 
 
 def test_as_many_returns_as_copies_are_certain_whatever_comes_between(loop: asyncio.AbstractEventLoop) -> None:
-    unconfirmed = UnconfirmedBatches()
+    unconfirmed = UnconfirmedBatches[Event]()
     event = make_event()
     batch = write(unconfirmed, loop, [event, event])
     unconfirmed.returned(event.id, event.topic, RETURNED)
@@ -117,7 +117,7 @@ def test_as_many_returns_as_copies_are_certain_whatever_comes_between(loop: asyn
 def test_a_copy_that_was_confirmed_before_the_return_is_not_the_one_that_came_back(
     loop: asyncio.AbstractEventLoop,
 ) -> None:
-    unconfirmed = UnconfirmedBatches()
+    unconfirmed = UnconfirmedBatches[Event]()
     event = make_event()
     batch = write(unconfirmed, loop, [event, event])
     unconfirmed.settled(1, False, False)
@@ -127,7 +127,7 @@ def test_a_copy_that_was_confirmed_before_the_return_is_not_the_one_that_came_ba
 
 
 def test_a_batch_whose_call_was_cancelled_counts_until_its_confirms_come(loop: asyncio.AbstractEventLoop) -> None:
-    unconfirmed = UnconfirmedBatches()
+    unconfirmed = UnconfirmedBatches[Event]()
     batch = write(unconfirmed, loop, [make_event() for _ in range(4)])
     unconfirmed.settled(2, False, False)
     batch.give_up(LOST, UNSENT)
@@ -141,7 +141,7 @@ def test_a_batch_whose_call_was_cancelled_counts_until_its_confirms_come(loop: a
 def test_a_batch_that_is_cancelled_half_written_is_gone_with_the_last_confirm_of_what_was_written(
     loop: asyncio.AbstractEventLoop,
 ) -> None:
-    unconfirmed = UnconfirmedBatches()
+    unconfirmed = UnconfirmedBatches[Event]()
     batch = Batch([make_event() for _ in range(4)], loop.create_future())
     unconfirmed.wrote(batch, range(2), {})
     unconfirmed.settled(1, False, False)

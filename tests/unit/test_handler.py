@@ -190,7 +190,7 @@ def test_delays_double_up_to_the_longest_and_are_one_fewer_than_the_attempts() -
     assert retry_delays(_settings(max_attempts=1)) == []
 
 
-@given(st.integers(2, 100), st.floats(0.001, 100), st.floats(1, 100_000), st.data())
+@given(st.integers(2, 100), st.floats(0.001, 100), st.floats(1, 10_000), st.data())
 def test_a_backoff_rounds_up_to_the_rung_of_its_attempt(
     attempts: int, initial: float, growth: float, data: st.DataObject
 ) -> None:

@@ -8,8 +8,11 @@ import pytest
 from aio_pika.exceptions import ChannelInvalidStateError
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
-from bridge.brokers.rabbitmq.queue import Acks
+from bridge.brokers.rabbitmq.acks import Acks
+from bridge.brokers.rabbitmq.settings import RabbitMQSettings
+from bridge.errors import BrokerUnavailableError
 
 
 class Channel:
@@ -19,11 +22,14 @@ class Channel:
         self.open = set(range(1, deliveries + 1))
         self.acked: set[int] = set()
         self.frames = 0
-        self.gone = False
+        self.raises: BaseException | None = None
+        self.room = asyncio.Event()
+        self.room.set()
 
     async def basic_ack(self, tag: int, *, multiple: bool, wait: bool) -> None:
-        if self.gone:
-            raise ChannelInvalidStateError("closed")
+        if self.raises is not None:
+            raise self.raises
+        await self.room.wait()
         assert tag in self.open, "RabbitMQ closes the channel for a tag that it does not know"
         settled = {each for each in self.open if each <= tag} if multiple else {tag}
         self.open -= settled
@@ -32,9 +38,15 @@ class Channel:
         await asyncio.sleep(0)
 
     async def basic_nack(self, tag: int, *, requeue: bool) -> None:
+        await self.room.wait()
         assert requeue
         self.open.remove(tag)
         await asyncio.sleep(0)
+
+
+def acks_of(channel: Any) -> Acks:
+    url = SecretStr("amqp://guest:guest@127.0.0.1/")
+    return Acks(channel, RabbitMQSettings(type="rabbitmq", url=url, publish_timeout=0.1))
 
 
 def message(tag: int) -> Any:
@@ -47,7 +59,7 @@ def test_exactly_what_was_acknowledged_is_settled(
 ) -> None:
     async def run() -> Channel:
         channel = Channel(12)
-        acks = Acks(channel)  # type: ignore[arg-type]
+        acks = acks_of(channel)
         tasks = []
         for tag in order:
             if tag in kept:
@@ -66,16 +78,30 @@ def test_exactly_what_was_acknowledged_is_settled(
 
 async def test_those_that_end_together_share_a_frame() -> None:
     channel = Channel(100)
-    acks = Acks(channel)  # type: ignore[arg-type]
+    acks = acks_of(channel)
     await asyncio.gather(*(acks.ack(message(tag)) for tag in range(100, 0, -1)))
     assert (channel.frames, channel.open) == (1, set())
 
 
-async def test_a_channel_that_is_gone_is_told_to_each_who_asked() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [ChannelInvalidStateError("closed"), asyncio.CancelledError()],
+    ids=["closed", "left by aiormq, which hands on the cancellation of its own reader"],
+)
+async def test_a_channel_that_is_gone_is_told_to_each_who_asked(error: BaseException) -> None:
     channel = Channel(3)
-    channel.gone = True
-    acks = Acks(channel)  # type: ignore[arg-type]
+    channel.raises = error
+    acks = acks_of(channel)
     told = await asyncio.gather(*(acks.ack(message(tag)) for tag in (1, 2, 3)), return_exceptions=True)
-    assert [type(each) for each in told] == [ChannelInvalidStateError] * 3
-    with pytest.raises(ChannelInvalidStateError):
+    assert [type(each) for each in told] == [BrokerUnavailableError] * 3
+    with pytest.raises(BrokerUnavailableError):
         await acks.ack(message(3))
+
+
+async def test_an_acknowledgement_that_finds_no_room_on_the_connection_ends_after_the_time_out() -> None:
+    channel = Channel(2)
+    channel.room.clear()
+    acks = acks_of(channel)
+    async with asyncio.timeout(10):
+        told = await asyncio.gather(acks.ack(message(1)), acks.give_back(message(2)), return_exceptions=True)
+    assert [type(each) for each in told] == [BrokerUnavailableError] * 2

@@ -155,13 +155,29 @@ SINKS = {
         ("workers.w.timeout", "0s", "must be more than zero"),
         ("workers.w.retry_initial", "0s", "must be more than zero"),
         ("workers.w.retry_max", "500ms", "0.5 s is below retry_initial (1 s)"),
+        ("workers.w.retry_max", "50d", "is longer than 49d, the longest that a broker keeps a retry waiting"),
+        ("workers.w.retry_initial", "50d", "is longer than 49d"),
+        ("workers.w.timeout", "20001d", "is longer than 20000d, which is the longest duration"),
+        ("postgres.connect_timeout", "99999d", "is longer than 20000d"),
+        ("outbox.retention", "999999999999d", "is longer than 20000d"),
         ("workers.w.prefetch", "3", "3 is below concurrency (4), which would never be reached"),
+        ("workers.w.prefetch", "65536", "less than or equal to 65535"),
+        ("workers.on_nats.prefetch", "10001", "10001 is above 10000, the most that a sink of type nats gives"),
+        ("workers.on_pubsub.prefetch", "1001", "1001 is above 1000, the most that a sink of type pubsub gives"),
+        ("workers.w.subscribe", '[""]', "workers.w.subscribe.0: String should have at least 1 character"),
+        ("workers.w.subscribe", '["shop.order*"]', "'order*': * and # stand for whole words between dots"),
+        ("workers.w.subscribe", '["shop.**"]', "'**': * and # stand for whole words"),
+        ("workers.w.subscribe", '["a", "shop.>"]', "workers.w.subscribe.1: > is no wildcard; write # for any number"),
+        ("workers.w.subscribe", f'["{"é" * 128}"]', "has 256 bytes; topics and patterns have up to 255"),
     ],
 )
 def test_what_can_never_work_is_refused_with_its_key(tmp_path: Path, key: str, value: str, expected: str) -> None:
     path = tmp_path / "bridge.toml"
     tables = [f"[sinks.{name}]\n" + "".join(f"{k} = '{v}'\n" for k, v in sink.items()) for name, sink in SINKS.items()]
-    handler = "[workers.w]\nhandler = 'a:b'\nsink = 'memory'\n"
+    handler = "".join(
+        f"[workers.{name}]\nhandler = 'a:b'\nsink = '{sink}'\n"
+        for name, sink in (("w", "memory"), ("on_nats", "nats"), ("on_pubsub", "pubsub"))
+    )
     path.write_text('name = "shop"\n[channels]\nlisten = ["a"]\n' + "".join(tables) + handler)
     load(path, {})
     with pytest.raises(SettingsError) as refused:
@@ -171,10 +187,25 @@ def test_what_can_never_work_is_refused_with_its_key(tmp_path: Path, key: str, v
     assert expected in line
 
 
-@pytest.mark.parametrize("key", ["outbox.retention", "relay.shutdown_limit", "sinks.pubsub.batch_delay"])
+def test_most_that_a_broker_gives_is_allowed(file: Path) -> None:
+    worker = {"PGBRIDGE_WORKERS__W__HANDLER": "a:b", "PGBRIDGE_WORKERS__W__PREFETCH": "10000"}
+    nats = {"PGBRIDGE_SINKS__EVENTS__TYPE": "nats", "PGBRIDGE_SINKS__EVENTS__URL": "nats://h"}
+    assert load(file, worker | nats).workers["w"].prefetch == 10_000
+
+
+@pytest.mark.parametrize("pattern", ["#", "*", "shop.*.#", "Stock Level", "a>b.x", "é" * 127])
+def test_a_pattern_that_topics_match_is_allowed(file: Path, pattern: str) -> None:
+    worker = {"PGBRIDGE_WORKERS__W__HANDLER": "a:b", "PGBRIDGE_WORKERS__W__SUBSCRIBE": f'["{pattern}"]'}
+    assert load(file, worker).workers["w"].subscribe == [pattern]
+
+
+@pytest.mark.parametrize(
+    "key", ["outbox.retention", "relay.shutdown_limit", "sinks.pubsub.batch_delay", "workers.w.shutdown_limit"]
+)
 def test_zero_is_refused_only_where_it_cannot_work(file: Path, key: str) -> None:
     pubsub = {"PGBRIDGE_SINKS__PUBSUB__TYPE": "pubsub", "PGBRIDGE_SINKS__PUBSUB__PROJECT": "shop-1"}
-    load(file, pubsub | {f"PGBRIDGE_{key.upper().replace('.', '__')}": "0s"})
+    worker = {"PGBRIDGE_WORKERS__W__HANDLER": "a:b"}
+    load(file, pubsub | worker | {f"PGBRIDGE_{key.upper().replace('.', '__')}": "0s"})
 
 
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])

@@ -7,99 +7,61 @@ The payload, where ``?`` marks what may be left out or null, and money is a JSON
       "seller"?: {"name": "...", "address"?: ["...", ...], "email"?: "...", "tax_id"?: "..."},
       "customer": {as the seller},
       "lines": [{"description": "...", "quantity": "2", "unit_price": "9.90", "tax_rate"?: "19"}, ...],
-      "notes"?: "...",                 "total"?: "23.56"
+      "notes"?: "...",                 "total"?: "23.56",             "correction"?: 1
     }
 
 A line comes to quantity times unit price, rounded half up to the currency's minor unit. Tax (`tax_rate`, in percent)
 is added once per rate, on the sum of that rate's lines, rounded likewise. `total` is the sum that the shop expects,
 tax included: an invoice that comes to another is rejected. So is a payload with an unknown or illegal field.
 
-The reply gets ``{"number", "path", "bytes", "sha256", "total"}``. One event gives the same bytes every time, as long
-as template and fonts are the same; an invoice that is rendered again replaces its file.
+A number is one event's: another event with it is rejected, and the first one's file stays as it is. To correct an
+invoice under its number, an event says which `correction` of it this is, 1 or 2 or ..., and gets a file of its own,
+since what was sent to a customer must remain readable, and since events may come in any order.
+
+The reply gets ``{"number", "correction", "path", "bytes", "sha256", "total"}``. One event gives the same file every
+time, even when the template was changed meanwhile.
 """
 
-import asyncio
 import hashlib
-import json
-from datetime import date, datetime
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-import typst
-from pydantic import BaseModel, ConfigDict, DirectoryPath, Field, FilePath, ValidationError, field_validator
+from pydantic import ConfigDict, DirectoryPath, Field, FilePath, PlainValidator
 
 from bridge.event import Event
-from workers.handler import Options, Reject, Result, explain, handler
-from workers.invoices.files import file_name, write_whole
-from workers.invoices.money import CURRENCIES, Totals, rounded, totals
+from bridge.settings.models import Size, SomeDuration
+from workers.handler import Options, Reject, Result, handler
+from workers.invoices.money import Totals, rounded, totals
+from workers.invoices.payload import Invoice, parse
+from workers.invoices.rendering import MissingGlyphsError, TemplateError, Typesetters
+from workers.invoices.stamp import event_of, stamped
+from workers.invoices.store import Store, file_name, open_store
+
+__all__ = ["TEMPLATE", "InvoiceOptions", "TemplateError", "render"]
 
 TEMPLATE: Final = Path(__file__).parent / "invoice.typ"
 """The template that is shipped."""
-
-Text = Annotated[str, Field(min_length=1, max_length=2000)]
-Amount = Annotated[Decimal, Field(max_digits=28, decimal_places=9)]
-Rate = Annotated[Decimal, Field(ge=0, le=1000, decimal_places=4)]
 
 
 class InvoiceOptions(Options):
     """``[workers.invoices.options]``."""
 
-    directory: DirectoryPath
-    """The folder that gets the PDFs; it must exist."""
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    path: Annotated[Store, PlainValidator(open_store)]
+    """A directory that exists, or the URL of an object store: ``s3://bucket/prefix``, ``gs://``, ``az://``."""
     template: FilePath = TEMPLATE
     """A Typst template in place of the shipped one; it may read files of its own folder."""
     font_paths: tuple[DirectoryPath, ...] = ()
     """Folders with more fonts, for scripts that Typst's own (Latin, Greek, Cyrillic) and the system's lack."""
     system_fonts: bool = True
     """Whether the system's fonts are used, too. Without them, all machines give the same bytes."""
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Party(_Part):
-    """Who sells or buys."""
-
-    name: Text
-    address: list[Text] = Field([], max_length=10)
-    email: Text | None = None
-    tax_id: Text | None = None
-
-
-class Line(_Part):
-    """What is sold."""
-
-    description: Text
-    quantity: Amount
-    unit_price: Amount
-    tax_rate: Rate | None = None
-
-
-class Invoice(_Part):
-    """The payload."""
-
-    number: Annotated[str, Field(min_length=1, max_length=200)]
-    issued_on: date
-    currency: str
-    customer: Party
-    seller: Party | None = None
-    lines: list[Line] = Field(min_length=1, max_length=10_000)
-    notes: Text | None = None
-    total: Amount | None = None
-
-    @field_validator("currency")
-    @classmethod
-    def _iso_4217(cls, value: str) -> str:
-        if value not in CURRENCIES:
-            raise ValueError('is not a currency code of ISO 4217, such as "EUR"')
-        return value
-
-
-class TemplateError(Exception):
-    """The template does not compile. The text is Typst's diagnostic, with file, line and column."""
+    time_limit: SomeDuration = 20.0
+    """Seconds that Typst may take for one invoice."""
+    memory_limit: Annotated[Size, Field(ge=64 << 20)] = 512 << 20
+    """Bytes that a process of Typst may take. There are at most as many processes as cores."""
 
 
 @handler("shop.invoice.requested", options=InvoiceOptions)
@@ -111,31 +73,44 @@ async def render(event: Event, options: InvoiceOptions) -> Result:
         raise Reject(
             f"total: the event says {invoice.total:f} {invoice.currency}, but its lines come to {sums.gross:f}"
         )
-    path = options.directory.resolve() / file_name(invoice.number, ".pdf")
-
-    def typeset_and_write() -> bytes:
-        content = typeset(template_data(invoice, sums), event.time, options)
-        write_whole(path, content)
-        return content
-
-    pdf = await asyncio.to_thread(typeset_and_write)
+    name = file_name(invoice.number, ".pdf" if invoice.correction is None else f"+{invoice.correction}.pdf")
+    place = options.path.place(name)
+    pdf = await options.path.get(name)
+    if pdf is None:
+        made = stamped(await _typeset(template_data(invoice, sums), event, options), event.id)
+        pdf = made if await options.path.create(name, made) else await options.path.get(name)
+    if pdf is None:
+        raise FileNotFoundError(f"{place} was removed by somebody at this moment")
+    if event_of(pdf) != event.id:
+        raise Reject(_taken(invoice, place, event_of(pdf)))
     return {
         "number": invoice.number,
-        "path": str(path),
+        "correction": invoice.correction,
+        "path": place,
         "bytes": len(pdf),
         "sha256": hashlib.sha256(pdf).hexdigest(),
         "total": f"{sums.gross:f}",
     }
 
 
-def parse(payload: bytes) -> Invoice:
-    """The invoice in a payload; numbers are read as exact decimals. Raises Reject, naming the wrong fields."""
+async def _typeset(data: dict[str, Any], event: Event, options: InvoiceOptions) -> bytes:
+    typesetters = _typesetters(
+        options.template, options.font_paths, options.system_fonts, options.time_limit, options.memory_limit
+    )
     try:
-        return Invoice.model_validate(json.loads(payload, parse_float=Decimal))
-    except ValidationError as error:
-        raise Reject(explain(error, Invoice).replace("\n", "; ")) from None
-    except (ValueError, RecursionError) as error:
-        raise Reject(f"the payload is not JSON: {error}") from None
+        return await typesetters.typeset(data, event.time)
+    except MissingGlyphsError as error:
+        raise Reject(f"{error}; name a folder with such a font in font_paths, then replay the event") from None
+
+
+def _taken(invoice: Invoice, place: str, holder: str | None) -> str:
+    what = (
+        f"number {invoice.number}"
+        if invoice.correction is None
+        else f"{invoice.number}, correction {invoice.correction}"
+    )
+    by = "a file that no event made" if holder is None else f"event {holder}"
+    return f"{what}: is taken by {by} ({place}); a corrected invoice has a number of its own, or the next `correction`"
 
 
 def template_data(invoice: Invoice, sums: Totals) -> dict[str, Any]:
@@ -158,24 +133,13 @@ def template_data(invoice: Invoice, sums: Totals) -> dict[str, Any]:
     }
 
 
-def typeset(data: dict[str, Any], time: datetime, options: InvoiceOptions) -> bytes:
-    """The PDF; `time` is its creation date. Takes some milliseconds of CPU. Raises TemplateError."""
-    try:
-        return typst.compile(
-            options.template.resolve(),
-            font_paths=_fonts(options.font_paths, options.system_fonts),
-            sys_inputs={"data": json.dumps(data, ensure_ascii=False)},
-            # Typst refuses fractions of a second.
-            timestamp=time.replace(microsecond=0),
-        )
-    except typst.TypstError as error:
-        raise TemplateError(error.diagnostic.strip() or error.message) from error
-
-
 @cache
-def _fonts(paths: tuple[Path, ...], system_fonts: bool) -> typst.Fonts:
-    # Searching the system's folders takes longer than typesetting, so it is done once.
-    return typst.Fonts(include_system_fonts=system_fonts, font_paths=list(paths))
+def _typesetters(
+    template: Path, font_paths: tuple[Path, ...], system_fonts: bool, time_limit: float, memory_limit: int
+) -> Typesetters:
+    return Typesetters(
+        template, font_paths, system_fonts=system_fonts, time_limit=time_limit, memory_limit=memory_limit
+    )
 
 
 def _price(price: Decimal, currency: str) -> str:

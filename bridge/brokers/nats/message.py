@@ -9,7 +9,9 @@ subjects. What a subject cannot hold is percent-encoded, byte by byte in UTF-8: 
 refers to: all but printable ASCII, and space, ``"`` and ``%``. Headers of the author's travel in the same way, so that
 line breaks and letters of all languages survive. Characters that a header's name cannot hold are percent-encoded too,
 and so is the first letter of a name that NATS, its clients or the bridge would take for their own: ``Nats-...``,
-``Status``, ``Description``, ``content-type``. An empty name becomes a lone ``%``.
+``Status``, ``Description``, ``content-type``, ``CE-...``. An empty name becomes a lone ``%``.
+
+Other programs may write the names of attributes in any case, and their values in double quotes.
 """
 
 import re
@@ -21,7 +23,7 @@ from urllib.parse import quote, unquote
 from nats.aio.msg import Msg
 
 from bridge.brokers.letters import PREFIX
-from bridge.event import Event, Malformed, attributes, from_attributes
+from bridge.event import ATTRIBUTE_PREFIX, Event, Malformed, attributes, from_attributes
 
 ID_HEADER: Final = "Nats-Msg-Id"
 """JetStream stores one message with this id within the stream's duplicate window."""
@@ -36,8 +38,9 @@ _NAME: Final = re.compile(r"[!#$&'*+\-.^_`|~0-9A-Za-z]+")
 _VALUE: Final = re.compile(r"[!#$&-~]*")
 _OURS: Final = re.compile(r"nats-|content-type\Z", re.IGNORECASE)
 """Headers that are not the author's."""
-_ACTING: Final = re.compile(r"nats-|(content-type|status|description)\Z", re.IGNORECASE)
-"""What clients and servers act upon, so that an author's header of this name must not be read as it stands."""
+_ACTING: Final = re.compile(r"nats-|(content-type|status|description)\Z|(?-i:(?!ce-))ce-", re.IGNORECASE)
+"""What clients, servers or readers act upon, so that an author's header of this name must not be read as it stands."""
+_ESCAPED: Final = re.compile(r"\\(.)", re.DOTALL)
 
 
 @lru_cache(4096)
@@ -72,10 +75,18 @@ def quote_headers(flat: Mapping[str, str]) -> dict[str, str]:
     return dict(zip(map(_quote_name, flat), values, strict=True))
 
 
+@lru_cache(4096)
+def _plain_name(name: str) -> str | None:
+    """What `_quote_name` was given; None for what is not the author's."""
+    return None if _OURS.match(name) else "" if name == "%" else unquote(name)
+
+
 def unquote_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """What `quote_headers` was given; headers of NATS's own are left out."""
     return {
-        "" if name == "%" else unquote(name): unquote(value) for name, value in headers.items() if not _OURS.match(name)
+        plain: unquote(value) if "%" in value else value
+        for name, value in headers.items()
+        if (plain := _plain_name(name)) is not None
     }
 
 
@@ -102,16 +113,45 @@ _HEADERS_LIMIT: Final = 60_000
 """Bytes; JetStream stores no more than 65535 of headers."""
 
 _TRACE: Final = f"{PREFIX}trace"
+_VERSION: Final = f"{ATTRIBUTE_PREFIX}specversion"
 
 
 def event_of(message: Msg) -> Event | Malformed:
     """The event, or why the message does not carry one."""
     headers = message.headers or {}
-    flat = {name: value for name, value in unquote_headers(headers).items() if not name.startswith(PREFIX)}
     try:
-        return from_attributes(flat, message.data, headers.get(CONTENT_TYPE))
+        # One look at all of them, since most are written by the bridge and hold neither.
+        written = "".join(headers.values())
+        if '"' in written or "%" in written or _VERSION not in headers or CONTENT_TYPE not in headers:
+            headers = _as_the_bridge_writes(headers)
+        flat = {name: value for name, value in unquote_headers(headers).items() if not name.startswith(PREFIX)}
+        return from_attributes(flat, message.data, headers.get(CONTENT_TYPE), sent=lambda: message.metadata.timestamp)
     except Malformed as error:
         return error
+
+
+def _as_the_bridge_writes(headers: Mapping[str, str]) -> dict[str, str]:
+    """Any program's headers, with names and quotes of attributes as `headers_of` gives them.
+
+    Raises Malformed for an attribute that is not UTF-8.
+    """
+    written: dict[str, str] = {}
+    for name, value in headers.items():
+        lower = name.lower()
+        if lower != CONTENT_TYPE and not lower.startswith(ATTRIBUTE_PREFIX):
+            written[name] = value
+        elif name == lower or lower not in headers:
+            written[lower] = _unquoted(lower, value)
+    return written
+
+
+def _unquoted(name: str, value: str) -> str:
+    try:
+        unquote(value, errors="strict")
+    except UnicodeDecodeError as error:
+        raise Malformed(f"the header {name[:80]!r} is not UTF-8: {error}") from error
+    quoted = len(value) > 1 and value[0] == value[-1] == '"'
+    return _ESCAPED.sub(r"\1", value[1:-1]) if quoted else value
 
 
 def dead_headers(message: Msg, letter: dict[str, str], max_payload: int) -> dict[str, str]:

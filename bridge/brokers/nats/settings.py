@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final
+from typing import ClassVar, Final
 from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, SecretStr, field_validator
@@ -40,6 +40,9 @@ class NatsSettings(SinkSettings):
     """Largest message that the server takes (`max_payload`)."""
     tls: TlsSettings = TlsSettings()
     """Certificates for tls://."""
+
+    most_prefetch: ClassVar[int] = 10_000
+    """What JetStream gives all processes of a worker together before they settle some of it."""
 
     @field_validator("url")
     @classmethod

@@ -116,7 +116,7 @@ def require(found: Sequence[Declaration], settings: NatsSettings) -> None:
         )
 
 
-MAX_UNSETTLED: Final = 10_000
+MAX_UNSETTLED: Final = NatsSettings.most_prefetch
 """Messages that all processes of a worker have in hand, or that wait for another attempt; beyond, no more are given."""
 
 Words = tuple[str, ...]

@@ -7,6 +7,7 @@ google/pubsub/v1/pubsub.proto, their form that of https://protobuf.dev/programmi
 https://cloud.google.com/pubsub/quotas.
 """
 
+from datetime import UTC
 from functools import lru_cache
 from typing import Any, Final
 
@@ -33,7 +34,9 @@ def from_message(message: Any) -> Event | Malformed:
     flat = {name: value for name, value in message.attributes.items() if not name.startswith(NOT_THE_EVENTS)}
     content_type = flat.pop(CONTENT_TYPE, None)
     try:
-        return from_attributes(flat, bytes(message.data), content_type)
+        return from_attributes(
+            flat, bytes(message.data), content_type, sent=lambda: message.publish_time.ToDatetime(tzinfo=UTC)
+        )
     except Malformed as malformed:
         return malformed
 

@@ -1,7 +1,7 @@
 """What can be set of Google Cloud Pub/Sub."""
 
 import os
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
@@ -36,6 +36,9 @@ class PubSubSettings(SinkSettings):
     """Most publish requests that wait for their confirm."""
     retention: Duration = 7 * 86400.0
     """How long the topic keeps messages for subscriptions yet to come; 0 keeps none, else 10 minutes to 31 days."""
+
+    most_prefetch: ClassVar[int] = 1000
+    """What one pull gives."""
 
     @property
     def address(self) -> str:

@@ -3,7 +3,8 @@
 Publishing is what this project is for, so the sink speaks AMQP itself: `frames` encodes publishes by hand, `confirms`
 counts their confirms as ranges, `reader` takes the received bytes apart, `connection` shakes hands and keeps the
 socket, and `publisher` puts them together on one confirm channel. `topology` asks and declares over the same
-connection. `queue` and `dead` use aio-pika, which `client` opens; `message` is what they read and copy.
+connection. `queue` and `dead` consume with aio-pika, which `client` opens: `message` is what they read, `acks` answers
+for it, and `copies` publishes it again, for a retry, a dead letter or a replay, with the sink's publisher.
 
 `settings` takes the URL apart, and `closure` says which error a refusal of the broker is, for all of them.
 """

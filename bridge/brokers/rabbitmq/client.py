@@ -3,13 +3,14 @@
 Beside `connection`, so that the bridge, which consumes nothing, does not load the library.
 """
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Final
 
 import aio_pika
-from aio_pika.abc import AbstractConnection, AbstractExchange
-from aio_pika.exceptions import AMQPError, DeliveryError, PublishError
+from aio_pika.abc import AbstractConnection
+from aio_pika.exceptions import AMQPError
 from aiormq.exceptions import (
     ChannelAccessRefused,
     ChannelClosed,
@@ -19,16 +20,12 @@ from aiormq.exceptions import (
     ConnectionClosed,
     ConnectionNotAllowed,
 )
-from pamqp import commands
 
-from bridge.brokers.rabbitmq.closure import APPLY, Closure, During, Reply, error_of, rabbitmq_at
+from bridge.brokers.rabbitmq.closure import Closure, During, Reply, error_of, rabbitmq_at
 from bridge.brokers.rabbitmq.connection import CONNECT_LIMIT, connect
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.tls import tls_context
-from bridge.errors import BrokerUnavailableError, TopologyError
-
-CONFIRM_LIMIT: Final = 30.0
-"""Seconds for the confirm of a message that is copied to another queue."""
+from bridge.errors import BrokerUnavailableError
 
 LOST: Final = (AMQPError, RuntimeError, OSError)
 """What aio-pika raises when the broker refuses, or when connection or channel are gone (ChannelInvalidStateError is a
@@ -75,6 +72,10 @@ def closure_of(error: BaseException | None, during: During = "use") -> Closure:
             return Closure(_reason(error), code, said=said, during=during)
         case ChannelClosed() | ConnectionClosed() if (reply := _REPLIES.get(type(error))) is not None:
             return Closure(_reason(error), reply, said=str(error), during=during)
+        case asyncio.CancelledError():
+            return Closure("it was silent for too long", during=during)
+        case TimeoutError():
+            return Closure("it took nothing for too long", during=during)
     return Closure("closed" if error is None else _text(error), during=during)
 
 
@@ -93,7 +94,9 @@ def refusals(
     """Turns what aio-pika raises into our errors. `lost` gives what ended the connection, where that is known."""
     try:
         yield
-    except LOST as error:
+    except (*LOST, asyncio.CancelledError) as error:
+        if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+            raise
         closure = closure_of(error, during)
         if not closure.code and (known := lost()) is not None:
             # The error says only that the channel is gone. Whatever closed it, for this call the connection is lost.
@@ -101,19 +104,8 @@ def refusals(
         raise error_of(settings, closure) from error
 
 
-async def copy_to(
-    settings: RabbitMQSettings, exchange: AbstractExchange, message: aio_pika.Message, queue: str
-) -> None:
-    """Publishes a message to one queue through the default exchange; returns once confirmed.
-
-    Raises TopologyError when the queue is gone, BrokerUnavailableError when the broker does not take it, and whatever
-    aio-pika raises (see LOST).
-    """
-    try:
-        result = await exchange.publish(message, queue, mandatory=True, timeout=CONFIRM_LIMIT)
-    except PublishError as error:
-        raise TopologyError(f"{rabbitmq_at(settings)} lacks queue {queue}; {APPLY}") from error
-    except DeliveryError as error:
-        raise BrokerUnavailableError(f"{rabbitmq_at(settings)} refused a message for queue {queue}: {error}") from error
-    if not isinstance(result, commands.Basic.Ack):
-        raise BrokerUnavailableError(f"{rabbitmq_at(settings)} did not confirm a message for queue {queue}: {result}")
+def _is_cancelled() -> bool:
+    """Whether somebody cancels this task. If not, the cancellation is that of aiormq's own reader, handed on to whoever
+    waits when it leaves a silent connection."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -8,17 +8,33 @@ from asyncio import Future
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Final
+from typing import Final, Generic, Protocol, TypeVar
 
 from bridge.brokers.contract import CONFIRMED, Never, NotSent, Outcome, Refused, Unknown
-from bridge.event import Event
 
 NACKED: Final = Refused("RabbitMQ refused the message (basic.nack): a queue is full or could not store it")
 
 _first = attrgetter("first")
 
 
-class Batch:
+class Publishable(Protocol):
+    """What a publisher knows of a message: an event has it, and so has a copy of one."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def topic(self) -> str:
+        """The routing key."""
+
+    @property
+    def payload(self) -> bytes: ...
+
+
+M = TypeVar("M", bound=Publishable)
+
+
+class Batch(Generic[M]):
     """The events of one `publish`, and how far they have come.
 
     A *place* counts the events that were written: place p has the delivery tag `first` + p.
@@ -38,7 +54,7 @@ class Batch:
         "written",
     )
 
-    def __init__(self, events: Sequence[Event], done: "Future[None]") -> None:
+    def __init__(self, events: Sequence[M], done: "Future[None]") -> None:
         self.events = events
         self.done = done
         """Done once every outcome is known."""
@@ -121,7 +137,7 @@ class Batch:
             outcomes[index] = outcome
         return outcomes
 
-    def refuse_open(self, judge: Callable[[Event], Never | None]) -> int:
+    def refuse_open(self, judge: Callable[[M], Never | None]) -> int:
         """Answers for what awaits its confirm, where `judge` has a failure for it. How many it had."""
         refused = 0
         for place in self.open_places():
@@ -146,7 +162,7 @@ class Batch:
             self.done.set_result(None)
 
 
-class UnconfirmedBatches:
+class UnconfirmedBatches(Generic[M]):
     """The batches of one channel whose confirms are awaited, in the order of their tags.
 
     A batch whose call was cancelled stays until its confirms come, so that a return of one of its messages is not taken
@@ -154,11 +170,11 @@ class UnconfirmedBatches:
     """
 
     def __init__(self) -> None:
-        self.batches: list[Batch] = []
+        self.batches: list[Batch[M]] = []
         self._next_tag = 1
-        self._contested: dict[tuple[str, str], _Contest] = {}
+        self._contested: dict[tuple[str, str], _Contest[M]] = {}
 
-    def wrote(self, batch: Batch, indexes: range, refused: Mapping[int, Never]) -> None:
+    def wrote(self, batch: Batch[M], indexes: range, refused: Mapping[int, Never]) -> None:
         """The writer has handled these events of a batch. A batch is written whole before the next one begins."""
         before = batch.written
         batch.wrote(indexes, refused)
@@ -167,7 +183,7 @@ class UnconfirmedBatches:
             self.batches.append(batch)
         self._next_tag += batch.written - before
 
-    def seal(self, batch: Batch) -> None:
+    def seal(self, batch: Batch[M]) -> None:
         """Nothing more of this batch will be written."""
         batch.sealed = True
         if batch.complete:
@@ -205,7 +221,7 @@ class UnconfirmedBatches:
             if batch.complete:
                 self._close(batch)
 
-    def _close(self, batch: Batch) -> None:
+    def _close(self, batch: Batch[M]) -> None:
         if batch in self.batches:
             self.batches.remove(batch)
         if self._contested:
@@ -240,11 +256,11 @@ class UnconfirmedBatches:
             batch.give_up(written, unwritten)
 
 
-class _Contest:
+class _Contest(Generic[M]):
     """Copies of one event that were on the way when returns came."""
 
     def __init__(self) -> None:
-        self.copies: set[tuple[Batch, int]] = set()
+        self.copies: set[tuple[Batch[M], int]] = set()
         self.returns = 0
 
     @property

@@ -60,6 +60,8 @@ class Connection(asyncio.Protocol):
         self.lost: Closure | None = None
         self.blocked: str | None = None
         """Why the broker takes no publishes now: its `connection.blocked`."""
+        self.blocking = asyncio.Event()
+        """Set while `blocked`."""
         self.frame_max = FRAME_MAX
         self._loop = loop
         self._transport: asyncio.Transport
@@ -221,8 +223,10 @@ class Connection(asyncio.Protocol):
                 self.lose(Closure("this side closed the connection"))
             case commands.Connection.Blocked():
                 self.blocked = method.reason or "no reason given"
+                self.blocking.set()
             case commands.Connection.Unblocked():
                 self.blocked = None
+                self.blocking.clear()
                 if self.has_room:
                     self._on_room()
             case commands.Channel.Close():

@@ -6,12 +6,14 @@ connection closes. Meanwhile others do not see it.
 
 import contextlib
 
-from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
+from aio_pika.abc import AbstractIncomingMessage
 
 from bridge.brokers.contract import Decide, Letter
 from bridge.brokers.letters import PREFIX, letter_of
-from bridge.brokers.rabbitmq.client import LOST, copy_to, open_client, refusals
-from bridge.brokers.rabbitmq.message import copy_of, count_of, event_of
+from bridge.brokers.rabbitmq.client import LOST, open_client, refusals
+from bridge.brokers.rabbitmq.connection import answers
+from bridge.brokers.rabbitmq.copies import Copies, copy_of
+from bridge.brokers.rabbitmq.message import count_of, event_of
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.topology import dead_queue
 
@@ -30,9 +32,10 @@ class RabbitMQDeadLetters:
         for the virtual host, PrivilegeError, TopologyError.
         """
         connection = await open_client(self._settings)
+        copies: Copies | None = None
         try:
             with refusals(self._settings, during="declaring"):
-                channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
+                channel = await connection.channel(publisher_confirms=False)
                 queue = await channel.declare_queue(dead_queue(self._worker), passive=True)
             for _ in range(queue.declaration_result.message_count or 0):
                 with refusals(self._settings):
@@ -41,17 +44,24 @@ class RabbitMQDeadLetters:
                     return
                 verdict = await decide(self._letter(message))
                 if verdict == "replay":
-                    await self._replay(channel, message)
+                    if copies is None:
+                        copies = Copies(self._settings)
+                        await copies.open()
+                    # A person waits, so not for as long as an alarm lasts.
+                    async with answers(self._settings, self._settings.publish_timeout):
+                        await copies.publish(copy_of(message, self._worker, {"replayed": "true"}))
                 if verdict != "keep":
                     with refusals(self._settings):
                         await message.ack()
         finally:
+            if copies is not None:
+                await copies.close()
             with contextlib.suppress(*LOST):
                 await connection.close()
 
     def _letter(self, message: AbstractIncomingMessage) -> Letter:
         marks = {name: str(value) for name, value in message.headers.items() if name.startswith(PREFIX)}
-        if not marks:
+        if f"{PREFIX}code" not in marks:
             marks = {
                 f"{PREFIX}code": "delivery_limit",
                 f"{PREFIX}reason": "RabbitMQ moved it here: it was delivered too often, and no worker settled it",
@@ -61,9 +71,3 @@ class RabbitMQDeadLetters:
         return letter_of(
             self._worker, self._settings.name, event_of(message), known_as, marks, message.body, message.content_type
         )
-
-    async def _replay(self, channel: AbstractChannel, message: AbstractIncomingMessage) -> None:
-        copy = copy_of(message, {"replayed": "true"})
-        copy.headers = {name: value for name, value in copy.headers.items() if not name.startswith(PREFIX)}
-        with refusals(self._settings):
-            await copy_to(self._settings, channel.default_exchange, copy, self._worker)

@@ -60,8 +60,23 @@ def too_large(size: int, limit: int) -> Never:
     )
 
 
-def _malformed(reason: str) -> RefusedEvent:
+def malformed(reason: str) -> RefusedEvent:
+    """For what has no form in AMQP."""
     return RefusedEvent(Never("malformed", reason))
+
+
+def payload_limit(frame_max: int) -> int:
+    """Most bytes in one frame, where `frame_max` is the negotiated limit of a whole one, 0 for none."""
+    return frame_max - _FRAME_OVERHEAD if frame_max else 0xFFFFFFFF
+
+
+def body_frames(payload: bytes, payload_max: int) -> bytes:
+    """A body in pieces of a frame each; a message without content has no body frame."""
+    pieces: list[bytes] = []
+    for start in range(0, len(payload), payload_max):
+        piece = payload[start : start + payload_max]
+        pieces += (_FRAME.pack(_BODY, CHANNEL, len(piece)), piece, _FRAME_END)
+    return b"".join(pieces)
 
 
 class _Template(NamedTuple):
@@ -90,7 +105,7 @@ class _Template(NamedTuple):
 def _short(text: str, what: str) -> bytes:
     data = text.encode()
     if len(data) > SHORT_STRING:
-        raise _malformed(f"{what} has {len(data)} bytes; AMQP takes at most {SHORT_STRING}")
+        raise malformed(f"{what} has {len(data)} bytes; AMQP takes at most {SHORT_STRING}")
     return _BYTE[len(data)] + data
 
 
@@ -104,9 +119,9 @@ def _field_name(name: str) -> bytes:
     """A header's name and the mark of a long string."""
     data = name.encode()
     if len(data) > HEADER_NAME:
-        raise _malformed(f"the header {name!r} has a name of {len(data)} bytes; AMQP takes {HEADER_NAME}")
+        raise malformed(f"the header {name!r} has a name of {len(data)} bytes; AMQP takes {HEADER_NAME}")
     if name in ROUTING_HEADERS:
-        raise _malformed(f"the header {name!r}: RabbitMQ takes it for a list of routing keys; use another name")
+        raise malformed(f"the header {name!r}: RabbitMQ takes it for a list of routing keys; use another name")
     return _BYTE[len(data)] + data + b"S"
 
 
@@ -125,7 +140,7 @@ def _own_headers(headers: Mapping[str, str]) -> tuple[bytes, bytes]:
     behind: list[bytes] = []
     for name in sorted(headers):
         if name.startswith(AMQP_PREFIX):
-            raise _malformed(f"the header {name!r}: {AMQP_PREFIX} is reserved for the event's own attributes")
+            raise malformed(f"the header {name!r}: {AMQP_PREFIX} is reserved for the event's own attributes")
         (before if name < AMQP_PREFIX else behind).append(_field(name, headers[name]))
     return b"".join(before), b"".join(behind)
 
@@ -137,7 +152,7 @@ class Encoder:
         """`frame_max` is the negotiated limit of a whole frame in bytes, 0 for none."""
         self.max_message_bytes = max_message_bytes
         self._exchange = _short(exchange, "the exchange's name")
-        self._payload_max = frame_max - _FRAME_OVERHEAD if frame_max else 0xFFFFFFFF
+        self._payload_max = payload_limit(frame_max)
         self._template = lru_cache(maxsize=_CACHED_TOPICS)(self._make_template)
         self._times = TimeWriter()
 
@@ -172,7 +187,7 @@ class Encoder:
             message_id = event_id.encode()
             id_size = len(message_id)
             if id_size > SHORT_STRING:
-                raise _malformed(f"the event's id has {id_size} bytes; AMQP takes at most {SHORT_STRING}")
+                raise malformed(f"the event's id has {id_size} bytes; AMQP takes at most {SHORT_STRING}")
             subject = b"" if key is None else _SUBJECT + _long(key.encode())
             before, behind = _own_headers(headers) if headers else (b"", b"")
             iso_time = self._times.iso(time)
@@ -185,7 +200,7 @@ class Encoder:
             tail = template.tail.pack(self._times.timestamp, template.app_id, _BODY, CHANNEL, body_size)
             end = _FRAME_END
             if not 0 < body_size <= self._payload_max:
-                tail, payload, end = tail[: -_FRAME.size] + self._body_frames(payload), b"", b""
+                tail, payload, end = tail[: -_FRAME.size] + body_frames(payload, self._payload_max), b"", b""
             return b"".join(
                 (
                     template.method,
@@ -211,21 +226,13 @@ class Encoder:
             )
         except (ValueError, TypeError, AttributeError, OverflowError, struct.error) as error:
             # A lone surrogate, a time before 1970, a header that is not a string: it must not stop the other events.
-            raise _malformed(f"the event has no AMQP form: {error}") from error
+            raise malformed(f"the event has no AMQP form: {error}") from error
 
     def _check_size(self, header_size: int, body_size: int) -> None:
         if body_size > self.max_message_bytes:
             raise RefusedEvent(too_large(body_size, self.max_message_bytes))
         if header_size > self._payload_max:
-            raise _malformed(
+            raise malformed(
                 f"headers and properties take {header_size} bytes and must fit into one frame of {self._payload_max}: "
                 "use fewer or shorter headers, or a shorter key",
             )
-
-    def _body_frames(self, payload: bytes) -> bytes:
-        """A body in pieces of a frame each; a message without content has no body frame."""
-        pieces: list[bytes] = []
-        for start in range(0, len(payload), self._payload_max):
-            piece = payload[start : start + self._payload_max]
-            pieces += (_FRAME.pack(_BODY, CHANNEL, len(piece)), piece, _FRAME_END)
-        return b"".join(pieces)

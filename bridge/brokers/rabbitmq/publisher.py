@@ -9,16 +9,15 @@ import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, Generic
 
 from pamqp import commands
 
 from bridge.brokers.contract import Never, NotSent, Outcome, Unknown
 from bridge.brokers.rabbitmq.closure import Closure, Reply
-from bridge.brokers.rabbitmq.confirms import Batch, UnconfirmedBatches
+from bridge.brokers.rabbitmq.confirms import Batch, M, UnconfirmedBatches
 from bridge.brokers.rabbitmq.connection import Connection
-from bridge.brokers.rabbitmq.frames import CHANNEL, Encoder, RefusedEvent, too_large
-from bridge.event import Event
+from bridge.brokers.rabbitmq.frames import CHANNEL, RefusedEvent, too_large
 
 _LOOKS: Final = 10
 """Looks without a sign of life that make up the time-out; the connection ends at the one after them.
@@ -36,17 +35,27 @@ _CHUNK_BYTES: Final = 262_144
 _TOO_LARGE: Final = re.compile(r"message size \d+ (?:is )?larger than (?:configured )?max size (\d+)")
 
 
-class Publisher:
+class Publisher(Generic[M]):
     """Owns the channel. Everything happens in callbacks of the event loop: no task, and one future a batch."""
 
-    def __init__(self, connection: Connection, encoder: Encoder, timeout: float) -> None:
-        """`timeout`: seconds without any confirm or return of what is on the way after which the connection ends."""
+    def __init__(
+        self,
+        connection: Connection,
+        encode: Callable[[M], bytes],
+        timeout: float,
+        on_lost: Callable[[Closure], None] = lambda closure: None,
+    ) -> None:
+        """`encode` gives the frames that publish a message, or raises RefusedEvent; `timeout`: seconds without any
+        confirm or return of what is on the way after which the connection ends; `on_lost` hears of that end."""
         self._loop = asyncio.get_running_loop()
         self._connection = connection
-        self._encoder = encoder
+        self._encode = encode
         self._timeout = timeout
-        self._unconfirmed = UnconfirmedBatches()
-        self._waiting: deque[Batch] = deque()
+        self._on_lost = on_lost
+        self.learned_limit: int | None = None
+        """The broker's size limit in bytes, when it closed the channel for a larger message."""
+        self._unconfirmed: UnconfirmedBatches[M] = UnconfirmedBatches()
+        self._waiting: deque[Batch[M]] = deque()
         self._alive_at = 0.0
         """When the channel last gave a sign of life, or began to have something on the way."""
         self._silent_looks = 0
@@ -56,12 +65,6 @@ class Publisher:
     def lost(self) -> Closure | None:
         """What ended the connection; None while it works."""
         return self._connection.lost
-
-    @property
-    def learned_limit(self) -> int | None:
-        """The broker's size limit in bytes, when it closed the channel for a larger message."""
-        lost = self.lost
-        return self._encoder.max_message_bytes if lost is not None and lost.code == Reply.PRECONDITION_FAILED else None
 
     @property
     def stalled(self) -> str | None:
@@ -94,7 +97,7 @@ class Publisher:
         await self._connection.call(CHANNEL, commands.Channel.Open())
         await self._connection.call(CHANNEL, commands.Confirm.Select())
 
-    async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
+    async def publish(self, events: Sequence[M]) -> Sequence[Outcome]:
         """See `contract.Sink.publish`."""
         if self._connection.lost is not None:
             return [_disconnected(self._connection.lost)] * len(events)
@@ -125,8 +128,8 @@ class Publisher:
                 self._waiting.popleft()
                 self._unconfirmed.seal(batch)
 
-    def _write_chunk(self, batch: Batch) -> None:
-        encode, events, start = self._encoder.encode, batch.events, batch.next
+    def _write_chunk(self, batch: Batch[M]) -> None:
+        encode, events, start = self._encode, batch.events, batch.next
         chunk: list[bytes] = []
         refused: dict[int, Never] = {}
         size = 0
@@ -145,7 +148,7 @@ class Publisher:
         if chunk:
             self._connection.write(b"".join(chunk))
 
-    def _abandon(self, batch: Batch) -> None:
+    def _abandon(self, batch: Batch[M]) -> None:
         """The call was cancelled. What it has written stays on the way, and is counted until its confirms come."""
         with suppress(ValueError):
             self._waiting.remove(batch)
@@ -200,12 +203,13 @@ class Publisher:
         self._unconfirmed.give_up(written, unwritten)
         for batch in waiting:
             batch.give_up(written, unwritten)
+        self._on_lost(closure)
 
     def _judge(self, closure: Closure) -> bool:
         """Answers for the events for which the broker closed the channel, where its words tell which those are: sent
         again, they would close it again. Whether it found any."""
         if closure.code == Reply.PRECONDITION_FAILED and (match := _TOO_LARGE.search(closure.said)):
-            limit = self._encoder.max_message_bytes = int(match[1])
+            limit = self.learned_limit = int(match[1])
             return self._refuse_open(
                 lambda event: too_large(len(event.payload), limit) if len(event.payload) > limit else None
             )
@@ -214,7 +218,7 @@ class Publisher:
             return self._refuse_open(lambda event: refused if f"topic '{event.topic}' in" in closure.said else None)
         return False
 
-    def _refuse_open(self, judge: Callable[[Event], Never | None]) -> bool:
+    def _refuse_open(self, judge: Callable[[M], Never | None]) -> bool:
         return sum(batch.refuse_open(judge) for batch in self._unconfirmed.batches) > 0
 
 

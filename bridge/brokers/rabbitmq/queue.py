@@ -5,128 +5,187 @@
                             expires only at its head
 ``<worker>.dead``           dead letters, with ``x-pgbridge-...`` headers that say why
 
-A retry or a dead letter is published, persistent and mandatory, and the original is acknowledged only once the broker
-has confirmed the copy: a crash in between repeats a message, and none is lost.
+A retry or a dead letter is published, persistent and mandatory, over a connection of its own, and the original is
+acknowledged only once the broker has confirmed the copy: a crash in between repeats a message, and none is lost.
 
 `attempt` is 1, plus the retries that the message's own header counts, plus the ``x-delivery-count`` of the quorum queue
 since it was last published. RabbitMQ counts there whatever was delivered and not acknowledged, so a delivery that was
-given back counts too (the inbox, which decides when attempts are exhausted, does not count it).
-Beyond DELIVERY_LIMIT of those RabbitMQ itself moves the message to ``<worker>.dead``, with ``x-death`` in place of our
-headers.
+given back counts too (the inbox, which decides when attempts are exhausted, does not count it). Nothing is given up for
+its number of deliveries.
+
+A binding outlives its pattern in the settings, since AMQP lists no bindings: events that only such a one still brings
+are acknowledged, and not handed out.
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
-from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange, AbstractIncomingMessage
-from aiormq.abc import AbstractChannel as UnderlayChannel
+from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
+from aiormq.abc import AbstractChannel
 
 from bridge.brokers.contract import Declaration, Failure, Subscription
-from bridge.brokers.letters import ATTEMPTS, letter_headers
-from bridge.brokers.rabbitmq.client import LOST, closure_of, copy_to, open_client, refusals
+from bridge.brokers.letters import ATTEMPTS, PREFIX, letter_headers
+from bridge.brokers.rabbitmq.acks import Acks
+from bridge.brokers.rabbitmq.client import LOST, closure_of, open_client, refusals
 from bridge.brokers.rabbitmq.closure import Closure, rabbitmq_at
 from bridge.brokers.rabbitmq.connection import connected
-from bridge.brokers.rabbitmq.message import copy_of, count_of, event_of
+from bridge.brokers.rabbitmq.copies import Copies, copy_of
+from bridge.brokers.rabbitmq.message import count_of, event_of
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
-from bridge.brokers.rabbitmq.topology import LOOK_LIMIT, WorkerTopology, declarations, require
-from bridge.errors import BrokerUnavailableError
-from bridge.process.batching import Batcher
-
-_TOGETHER: Final = 1000
-"""Most acknowledgements that are sent at once."""
+from bridge.brokers.rabbitmq.topology import LOOK_LIMIT, WorkerTopology, declarations
+from bridge.errors import BrokerUnavailableError, PgbridgeError
+from bridge.event import Malformed, matches
 
 _CLOSE_LIMIT: Final = 10.0
 """Seconds that the broker may take to answer a goodbye."""
 
-
-class Tags:
-    """Which tags are settled: all up to one, and some above it."""
-
-    def __init__(self) -> None:
-        self._below = 0
-        self._above: set[int] = set()
-
-    def settle(self, tags: Iterable[int]) -> int:
-        """Notes that these are settled. Gives the highest tag up to which all are; 0 for none."""
-        self._above.update(tags)
-        while self._below + 1 in self._above:
-            self._below += 1
-            self._above.discard(self._below)
-        return self._below
-
-
-class Acks:
-    """The acknowledgements of one channel. Both methods raise what aio-pika raises when the channel is gone."""
-
-    def __init__(self, channel: UnderlayChannel) -> None:
-        self._channel = channel
-        self._tags = Tags()
-        self._batcher = Batcher(self._ack_together, _TOGETHER)
-
-    async def ack(self, message: AbstractIncomingMessage) -> None:
-        """Settles a message, which never comes again; returns when that is on its way."""
-        await self._batcher.ask(_tag(message))
-
-    async def give_back(self, message: AbstractIncomingMessage) -> None:
-        """Lets a message come again at once."""
-        tag = _tag(message)
-        await self._channel.basic_nack(tag, requeue=True)
-        self._tags.settle([tag])
-
-    async def _ack_together(self, tags: Sequence[int]) -> Sequence[None]:
-        below = self._tags.settle(tags)
-        frames = [(tag, False) for tag in tags if tag > below]
-        # RabbitMQ closes the channel for a tag that it has settled before, so the frame names one of these.
-        if together := [tag for tag in tags if tag <= below]:
-            frames.append((max(together), True))
-        for number, (tag, multiple) in enumerate(frames, 1):
-            await self._channel.basic_ack(tag, multiple=multiple, wait=number == len(frames))
-        return [None] * len(tags)
-
-
-def _tag(message: AbstractIncomingMessage) -> int:
-    if message.delivery_tag is None:
-        raise RuntimeError("a message that was not delivered cannot be settled")
-    return message.delivery_tag
+ROUTED: Final = f"{PREFIX}routed"
+"""The routing key with which a message first came: when it comes from a queue of retries, it has another one."""
 
 
 class RabbitMQDelivery:
     """See `bridge.brokers.contract.Delivery`."""
 
-    def __init__(self, queue: "RabbitMQQueue", acks: Acks, message: AbstractIncomingMessage) -> None:
-        self._queue = queue
+    def __init__(self, session: "Session", acks: Acks, message: AbstractIncomingMessage) -> None:
+        self._session = session
         self._acks = acks
         self._message = message
-        self._retries = count_of(message, ATTEMPTS)
         self.event = event_of(message)
         """See `contract.Delivery.event`."""
-        self.attempt = 1 + self._retries + count_of(message, "x-delivery-count")
+        self.attempt = 1 + count_of(message, ATTEMPTS) + count_of(message, "x-delivery-count")
         """See `contract.Delivery.attempt`, and above for what was given back."""
 
     async def ack(self) -> None:
-        """See `contract.Delivery.ack`."""
-        with self._queue.refusals():
-            await self._acks.ack(self._message)
+        """See `contract.Delivery.ack`; AMQP has no answer to it, see `acks`."""
+        await self._acks.ack(self._message)
 
     async def retry(self, delay: float) -> None:
-        """See `contract.Delivery.retry`."""
-        queue = self._queue.worker_topology.retry_queue(delay)
-        await self._queue.publish(queue, self._message, {ATTEMPTS: str(self.attempt)})
+        """See `contract.Delivery.retry`. Raises TopologyError where the queue of this delay is gone."""
+        queue = self._session.topology.retry_queue(delay)
+        topic = _routing_key(self._message)
+        headers = {ATTEMPTS: str(self.attempt)} | ({} if topic is None else {ROUTED: topic})
+        await self._session.copy(self._message, queue, headers)
         await self.ack()
 
     async def dead_letter(self, failure: Failure) -> None:
         """See `contract.Delivery.dead_letter`."""
-        ours = self._queue.worker_topology
-        await self._queue.publish(ours.dead, self._message, letter_headers(ours.worker, failure, self.attempt))
+        ours = self._session.topology
+        await self._session.copy(self._message, ours.dead, letter_headers(ours.worker, failure, self.attempt))
         await self.ack()
 
     async def give_back(self) -> None:
-        """See `contract.Delivery.give_back`; but RabbitMQ counts it."""
-        with self._queue.refusals():
-            await self._acks.give_back(self._message)
+        """See `contract.Delivery.give_back`; RabbitMQ counts it, and has no answer to it either."""
+        await self._acks.give_back(self._message)
+
+
+class Session:
+    """What one `open` has made: a connection that consumes and one that publishes copies. The end of either is the end
+    of both, but what is finished can be acknowledged for as long as the one that consumes lives."""
+
+    def __init__(self, settings: RabbitMQSettings, subscription: Subscription, topology: WorkerTopology) -> None:
+        self.topology = topology
+        self.lost: Closure | None = None
+        self.stopped = False
+        self.arrived: asyncio.Queue[RabbitMQDelivery | None] = asyncio.Queue()
+        """Bounded by the prefetch; None wakes `deliveries` to look at what follows."""
+        self._settings = settings
+        self._subscription = subscription
+        self._copies = Copies(settings, self._lose)
+        self._connection: AbstractConnection | None = None
+        self._channel: AbstractChannel
+        self._acks: Acks
+        self._consumer = ""
+
+    async def open(self) -> None:
+        """See `contract.Queue.open`."""
+        await self._copies.open(self.topology.needed())
+        await self._copies.probe()
+        self._connection = await open_client(self._settings)
+        with self._refusals():
+            self._connection.close_callbacks.add(self._closed)
+            channel = await self._connection.channel(publisher_confirms=False)
+            channel.close_callbacks.add(self._closed)
+            self._channel = await channel.get_underlay_channel()
+            self._channel.on_consumer_cancel_callbacks.add(self._cancelled)
+            self._acks = Acks(self._channel, self._settings, lambda: self.lost)
+            await channel.set_qos(prefetch_count=self._subscription.prefetch)
+            queue = await channel.get_queue(self.topology.worker, ensure=False)
+            self._consumer = await queue.consume(self._arrive)
+
+    async def _arrive(self, message: AbstractIncomingMessage) -> None:
+        delivery = RabbitMQDelivery(self, self._acks, message)
+        if isinstance(delivery.event, Malformed) or self._subscribed(message):
+            self.arrived.put_nowait(delivery)
+        else:
+            with contextlib.suppress(PgbridgeError):  # It comes again.
+                await self._acks.ack(message)
+
+    def _subscribed(self, message: AbstractIncomingMessage) -> bool:
+        """False for what only the binding of an earlier pattern still brings. What somebody puts into the queue itself,
+        past the exchange, is meant for it."""
+        topic = _routing_key(message)
+        return topic is None or any(matches(pattern, topic) for pattern in self._subscription.topics)
+
+    def _closed(self, _: object, error: BaseException | None) -> None:
+        self._lose(closure_of(error))
+
+    def _cancelled(self, *_: object) -> None:
+        self._lose(Closure(f"it cancelled the consumer: queue {self.topology.worker} was deleted, or its leader moved"))
+
+    def _lose(self, closure: Closure) -> None:
+        if self.lost is None:
+            self.lost = closure
+            self.arrived.put_nowait(None)
+            self._copies.leave(closure)
+
+    async def copy(self, message: AbstractIncomingMessage, queue: str, headers: dict[str, str]) -> None:
+        """Copies a message to another queue, byte for byte, with headers beside its own; returns once confirmed.
+
+        Raises what `Copies.publish` raises.
+        """
+        if self.lost is not None:
+            raise self.gone(self.lost)
+        await self._copies.publish(copy_of(message, queue, headers))
+
+    async def stop(self) -> None:
+        """See `contract.Queue.stop`."""
+        with self._refusals():
+            await self._channel.basic_cancel(self._consumer)
+        self.stopped = True
+        while not self.arrived.empty():
+            delivery = self.arrived.get_nowait()
+            if delivery is not None:
+                await delivery.give_back()
+        self.arrived.put_nowait(None)
+
+    def _refusals(self) -> contextlib.AbstractContextManager[None]:
+        """Turns what aio-pika raises into our errors."""
+        return refusals(self._settings, lambda: self.lost)
+
+    def gone(self, closure: Closure) -> BrokerUnavailableError:
+        """Always the error that is waited out, whatever the broker said: if it will refuse, the next `open` says so."""
+        return BrokerUnavailableError(f"{rabbitmq_at(self._settings)} ended the connection: {closure}")
+
+    async def close(self) -> None:
+        """Ends both connections; the broker then has back whatever is in hand."""
+        self._lose(Closure("closed by this worker"))
+        try:
+            if self._connection is not None:
+                with contextlib.suppress(*LOST):
+                    async with asyncio.timeout(_CLOSE_LIMIT):
+                        await self._connection.close()
+        finally:
+            await self._copies.close()
+
+
+def _routing_key(message: AbstractIncomingMessage) -> str | None:
+    """By which it came through an exchange; None for what was put into the queue itself."""
+    if message.exchange:
+        return message.routing_key
+    routed = message.headers.get(ROUTED)
+    return routed if isinstance(routed, str) else None
 
 
 class RabbitMQQueue:
@@ -135,18 +194,10 @@ class RabbitMQQueue:
     def __init__(self, settings: RabbitMQSettings, subscription: Subscription) -> None:
         # A worker with one attempt has no ladder, and still asks again while another worker has its event.
         delays = subscription.retry_delays or [1.0]
-        self.worker_topology = WorkerTopology(settings.exchange, subscription.worker, subscription.topics, delays)
+        self._topology = WorkerTopology(settings.exchange, subscription.worker, subscription.topics, delays)
         self._settings = settings
-        self._prefetch = subscription.prefetch
-        self._connection: AbstractConnection | None = None
-        self._channel: AbstractChannel | None = None
-        self._default: AbstractExchange | None = None
-        self._consumer = ""
-        self._arrived: asyncio.Queue[RabbitMQDelivery | None] = asyncio.Queue()
-        """Bounded by the prefetch; None wakes `deliveries` to look at what follows."""
-        self._stopped = False
-        self._lost: Closure | None = None
-        self._publishing = asyncio.Lock()
+        self._subscription = subscription
+        self._session: Session | None = None
 
     async def open(self) -> None:
         """See `contract.Queue.open`.
@@ -155,92 +206,40 @@ class RabbitMQQueue:
         for the virtual host, PrivilegeError, TopologyError.
         """
         await self.close()
-        self._stopped, self._lost, self._arrived = False, None, asyncio.Queue()
-        async with connected(self._settings, LOOK_LIMIT) as connection:
-            await require(self._settings, connection, self.worker_topology.needed())
-        self._connection = await open_client(self._settings)
-        with self.refusals():
-            self._connection.close_callbacks.add(self._closed)
-            self._channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
-            self._channel.close_callbacks.add(self._closed)
-            underlay = await self._channel.get_underlay_channel()
-            underlay.on_consumer_cancel_callbacks.add(self._cancelled)
-            acks = Acks(underlay)
-            self._default = self._channel.default_exchange
-            await self._channel.set_qos(prefetch_count=self._prefetch)
-            queue = await self._channel.get_queue(self.worker_topology.worker, ensure=False)
-            self._consumer = await queue.consume(partial(self._arrive, acks))
-
-    async def _arrive(self, acks: Acks, message: AbstractIncomingMessage) -> None:
-        self._arrived.put_nowait(RabbitMQDelivery(self, acks, message))
-
-    def _closed(self, _: object, error: BaseException | None) -> None:
-        self._lose(closure_of(error))
-
-    def _cancelled(self, *_: object) -> None:
-        name = self.worker_topology.worker
-        self._lose(Closure(f"it cancelled the consumer: queue {name} was deleted, or its leader moved"))
-
-    def _lose(self, closure: Closure) -> None:
-        self._lost = self._lost or closure
-        self._arrived.put_nowait(None)
+        session = Session(self._settings, self._subscription, self._topology)
+        try:
+            await session.open()
+        except BaseException:
+            await session.close()
+            raise
+        self._session = session
 
     async def deliveries(self) -> AsyncIterator[RabbitMQDelivery]:
         """See `contract.Queue.deliveries`."""
+        session = self._session
+        if session is None:
+            raise BrokerUnavailableError(f"{rabbitmq_at(self._settings)} is not connected: the queue is not open")
         while True:
-            delivery = await self._arrived.get()
-            if self._lost:
-                raise self._gone(self._lost)
-            if self._stopped:
+            delivery = await session.arrived.get()
+            if session.lost is not None:
+                raise session.gone(session.lost)
+            if session.stopped:
                 return
             if delivery is not None:
                 yield delivery
 
     async def stop(self) -> None:
         """See `contract.Queue.stop`. What has arrived and was not delivered goes back at once."""
-        if self._stopped or self._channel is None:
-            return
-        with self.refusals():
-            underlay = await self._channel.get_underlay_channel()
-            await underlay.basic_cancel(self._consumer)
-            self._stopped = True
-            while not self._arrived.empty():
-                delivery = self._arrived.get_nowait()
-                if delivery is not None:
-                    await delivery.give_back()
-        self._arrived.put_nowait(None)
-
-    async def publish(self, queue: str, message: AbstractIncomingMessage, headers: dict[str, str]) -> None:
-        """Copies a message to another queue, byte for byte, with headers beside its own; returns once confirmed.
-
-        Raises BrokerUnavailableError, PrivilegeError, or TopologyError when the queue is gone.
-        """
-        copy = copy_of(message, headers)
-        # One at a time: aiormq tells returned messages apart by their message id, which two deliveries may share.
-        async with self._publishing:
-            if self._default is None:
-                raise self._gone(self._lost or Closure("the queue is not open"))
-            with self.refusals():
-                await copy_to(self._settings, self._default, copy, queue)
-
-    def refusals(self) -> contextlib.AbstractContextManager[None]:
-        """Turns what aio-pika raises into our errors."""
-        return refusals(self._settings, lambda: self._lost)
-
-    def _gone(self, closure: Closure) -> BrokerUnavailableError:
-        """Always the error that is waited out, whatever the broker said: if it will refuse, the next `open` says so."""
-        return BrokerUnavailableError(f"{rabbitmq_at(self._settings)} ended the connection: {closure}")
+        if self._session is not None and not self._session.stopped:
+            await self._session.stop()
 
     async def topology(self, *, apply: bool) -> Sequence[Declaration]:
         """The exchange, the queues and their bindings. Raises what `open` raises, but for what is missing."""
         async with connected(self._settings, LOOK_LIMIT) as connection:
-            return await declarations(connection, self.worker_topology, apply=apply)
+            return await declarations(connection, self._topology, apply=apply)
 
     async def close(self) -> None:
         """See `contract.Queue.close`."""
-        connection, self._connection, self._channel, self._default = self._connection, None, None, None
-        if connection is not None:
-            self._lose(Closure("closed by this worker"))
-            with contextlib.suppress(*LOST):
-                async with asyncio.timeout(_CLOSE_LIMIT):
-                    await connection.close()
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()

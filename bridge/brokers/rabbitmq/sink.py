@@ -31,7 +31,7 @@ class RabbitMQSink:
         self._exchange = Exchange(settings.exchange)
         self._opening = asyncio.Lock()
         self._connection: Connection | None = None
-        self._publisher: Publisher | None = None
+        self._publisher: Publisher[Event] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -67,11 +67,11 @@ class RabbitMQSink:
                 connection.leave(Closure("opening failed"))
                 raise
 
-    async def _start(self, connection: Connection) -> Publisher:
+    async def _start(self, connection: Connection) -> Publisher[Event]:
         learned = self._publisher.learned_limit if self._publisher is not None else None
         limit = min(self._settings.max_message_bytes, learned or self._settings.max_message_bytes)
         encoder = Encoder(self._settings.exchange, connection.frame_max, limit)
-        publisher = Publisher(connection, encoder, self._settings.publish_timeout)
+        publisher = Publisher(connection, encoder.encode, self._settings.publish_timeout)
         await publisher.start()
         return publisher
 

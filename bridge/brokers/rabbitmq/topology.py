@@ -16,11 +16,9 @@ from bridge.errors import TopologyError
 LOOK_LIMIT: Final = 30.0
 """Seconds that asking for or declaring everything that one sink or worker needs may take."""
 
-DELIVERY_LIMIT: Final = 20
-"""Deliveries without an acknowledgement (a crash, one given back) beyond which RabbitMQ dead-letters a message."""
-
 _NO_LIMIT: Final = 1_000_000_000
-"""On the queue of dead letters: RabbitMQ 4 would drop one that was looked at 20 times. 3.x takes no -1 here."""
+"""Deliveries without an acknowledgement (a crash, one given back, a look at a dead letter) beyond which RabbitMQ gives
+a message up: the inbox alone counts attempts. RabbitMQ 4 would set 20; 3.x takes no -1."""
 
 _UNITS: Final = (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1))
 
@@ -51,7 +49,10 @@ class QuorumQueue:
     name: str
     arguments: Arguments = field(default_factory=dict)
     kind: Literal["queue"] = "queue"
-    remedy: str = "let it run empty, delete it, and run `pgbridge topology --apply`"
+    remedy: str = (
+        "stop the bridge, let it run empty, stop its workers, delete it (`rabbitmqctl delete_queue`), and run "
+        "`pgbridge topology --apply`"
+    )
 
     @property
     def detail(self) -> str:
@@ -102,7 +103,8 @@ class WorkerTopology:
                 self.worker,
                 {
                     "x-queue-type": "quorum",
-                    "x-delivery-limit": DELIVERY_LIMIT,
+                    "x-delivery-limit": _NO_LIMIT,
+                    # For what a policy ends: a lower limit of its own, or a time to live.
                     "x-dead-letter-exchange": "",
                     "x-dead-letter-routing-key": self.dead,
                     **strategy,
