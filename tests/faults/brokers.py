@@ -111,14 +111,19 @@ class RabbitMQ(Broker):
 
     @contextlib.asynccontextmanager
     async def letters_refused(self) -> AsyncIterator[None]:
-        policy = json.dumps({"max-length": 1, "overflow": "reject-publish"})
-        names = "|".join(map(dead_queue, WORKERS)).replace(".", r"\.")
-        set_policy = ("set_policy", "--apply-to", "queues", "full", f"^({names})$", policy)
-        await asyncio.to_thread(self._rabbitmq.ctl, *set_policy)
+        await self._limit_letters(1)
         try:
             yield
         finally:
-            await asyncio.to_thread(self._rabbitmq.ctl, "clear_policy", "full")
+            # A policy without a limit, or none, would go on to refuse those who were refused: only where there is a
+            # limit does RabbitMQ look whether there is room again.
+            await self._limit_letters(1_000_000)
+
+    async def _limit_letters(self, most: int) -> None:
+        policy = json.dumps({"max-length": most, "overflow": "reject-publish"})
+        names = "|".join(map(dead_queue, WORKERS)).replace(".", r"\.")
+        set_policy = ("set_policy", "--apply-to", "queues", "full", f"^({names})$", policy)
+        await asyncio.to_thread(self._rabbitmq.ctl, *set_policy)
 
     async def left(self, *, stopped: bool) -> list[str]:
         command = ("list_queues", "--silent", "--formatter", "json", "name", "messages")
