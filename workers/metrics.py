@@ -33,6 +33,12 @@ ATTEMPT_SECONDS = Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
     registry=REGISTRY,
 )
+QUEUE_DEPTH = Gauge(
+    "pgbridge_worker_queue_depth",
+    "Messages that wait for the worker on the broker, also for another attempt",
+    ["worker"],
+    registry=REGISTRY,
+)
 DATABASE_UP = Gauge(
     "pgbridge_worker_database_up", "1 while PostgreSQL answers this worker", ["worker"], registry=REGISTRY
 )

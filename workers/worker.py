@@ -27,10 +27,13 @@ from bridge.settings import Settings, WorkerSettings
 from workers.attempt import BUSY_DELAY, OUTAGE_BACKOFF, Attempts, retry_delays
 from workers.handler import Run, load_handler
 from workers.inbox import Inbox
-from workers.metrics import BROKER_UP, DATABASE_UP, IN_HAND
+from workers.metrics import BROKER_UP, DATABASE_UP, IN_HAND, QUEUE_DEPTH
 from workers.session import HEARTBEAT
 
 log = structlog.get_logger()
+
+SAMPLE_INTERVAL: Final = 15.0
+"""Seconds between two looks at how much waits on the broker."""
 
 PRUNE_INTERVAL: Final = 3600.0
 """Seconds between two prunings of the inbox."""
@@ -111,7 +114,8 @@ class Worker:
     async def _work(self, stop: asyncio.Event) -> None:
         """Consumes until `stop` is set or a task fails, and then drains."""
         consumer = asyncio.create_task(self._consume())
-        others = [asyncio.create_task(job) for job in (stop.wait(), self._beat(), self._prune(), watchdog_for_ever())]
+        jobs = (stop.wait(), self._beat(), self._sample(), self._prune(), watchdog_for_ever())
+        others = [asyncio.create_task(job) for job in jobs]
         try:
             done, _ = await asyncio.wait([consumer, *others], return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -254,6 +258,22 @@ class Worker:
             await asyncio.sleep(HEARTBEAT)
             await self._attempts.database.outlast(self._inbox.beat)
 
+    async def _sample(self) -> None:
+        """Asks the broker, for whoever looks at the metrics, how much there is to do."""
+        while self._settings.listen is not None:
+            queue = self._queue
+            if queue is not None and not self._broker.lasts:
+                try:
+                    async with asyncio.timeout(SAMPLE_INTERVAL):
+                        depth = await queue.depth()
+                except (PgbridgeError, TimeoutError) as error:
+                    log.debug("queue.depth_unknown", worker=self._name, reason=str(error))
+                else:
+                    if depth is not None:
+                        QUEUE_DEPTH.labels(self._name).set(depth)
+            await asyncio.sleep(SAMPLE_INTERVAL)
+        await asyncio.Event().wait()
+
     async def _prune(self) -> None:
         while True:
             try:
@@ -280,6 +300,7 @@ def subscription(name: str, settings: WorkerSettings, topics: Sequence[str]) -> 
         retry_delays=sorted({BUSY_DELAY, *retry_delays(settings), *_COARSE_DELAYS}),
         max_attempts=settings.max_attempts,
         ack_wait=LEASE,
+        start=settings.start,
     )
 
 

@@ -212,6 +212,9 @@ class Subscription:
     max_attempts: int
     ack_wait: float
     """Seconds after which a delivery goes to another worker, unless its queue, alive, extends that: a crash's delay."""
+    start: Literal["now", "beginning"] = "now"
+    """Where a queue that did not exist begins: with what is published after its declaration, or with the oldest event
+    that the broker keeps. Of a queue that exists it is neither compared nor changed."""
 
 
 class Queue(Protocol):
@@ -225,6 +228,13 @@ class Queue(Protocol):
 
     def deliveries(self) -> AsyncIterator[Delivery]:
         """Messages as they come; ends after `stop`. Raises BrokerUnavailableError when the connection is lost."""
+
+    async def depth(self) -> int | None:
+        """How many messages wait for this worker: not delivered yet, or for another attempt. None where the broker does
+        not say.
+
+        Raises BrokerUnavailableError, RefusedError.
+        """
 
     async def stop(self) -> None:
         """No new deliveries; those in hand can still be settled."""

@@ -187,6 +187,10 @@ class MemoryQueue:
             self._in_hand.remove(message)
             self.broker.changed.notify_all()
 
+    async def depth(self) -> int:
+        """As `Queue.depth`."""
+        return len(self.broker.waiting) + len(self.broker.timers)
+
     async def stop(self) -> None:
         """As `Queue.stop`."""
         async with self.broker.changed:

@@ -66,6 +66,11 @@ class InOrder(Generic[D]):
         else:
             del self._of_key[delivery.key]
 
+    def line_of(self, delivery: D) -> list[D]:
+        """One that was handed out, and all that wait behind it, in order."""
+        waiting = self._of_key.get(delivery.key)
+        return [delivery] if waiting is None or waiting[0] is not delivery else list(waiting)
+
     def take_back(self, delivery: D) -> list[D]:
         """Removes one that was handed out, with all that wait behind it, and returns them in order."""
         waiting = self._of_key.get(delivery.key)

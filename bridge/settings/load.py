@@ -12,7 +12,7 @@ from collections.abc import Mapping, MutableMapping
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from pydantic import BaseModel, ValidationError
 
@@ -124,7 +124,7 @@ def _validate(data: dict[str, Any]) -> Settings:
             except _Mistakes as error:
                 mistakes += error.lines
                 # Stands in for the broken one, so that every other mistake is found in the same run.
-                built[name] = SinkSettings(type="broken")
+                built[name] = _Broken(type="broken")
         data = {**data, "sinks": built}
     try:
         settings = Settings.model_validate(data)
@@ -133,6 +133,12 @@ def _validate(data: dict[str, Any]) -> Settings:
     if mistakes:
         raise _Mistakes(mistakes)
     return settings
+
+
+class _Broken(SinkSettings):
+    """Of which nothing else is to be said."""
+
+    keeps_history: ClassVar[bool] = True
 
 
 def _sink(name: str, table: object) -> SinkSettings:

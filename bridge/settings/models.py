@@ -149,6 +149,8 @@ class SinkSettings(Model):
 
     most_prefetch: ClassVar[int] = 65_535
     """Most deliveries that this kind of broker lets one worker have in hand."""
+    keeps_history: ClassVar[bool] = False
+    """Whether the broker keeps what workers have handled, so that a new one can begin with it."""
 
     _name: str = PrivateAttr("")
 
@@ -305,6 +307,10 @@ class WorkerSettings(Model):
     """Patterns of topics; empty: those that the handler was written for."""
     sink: Name | None = None
     """The sink whose broker the worker consumes from; may be left out when there is one."""
+    start: Literal["now", "beginning"] = "now"
+    """Where a new worker begins. `now`: with what is published once `pgbridge topology --apply` has declared its queue.
+    `beginning`: with the oldest event of the stream, which only NATS has; RabbitMQ and Pub/Sub keep nothing for a queue
+    that does not exist yet, so there it is an error. A queue that exists goes on where it is."""
     concurrency: int = Field(4, ge=1, le=1000)
     """Handlers that run at once."""
     prefetch: int | None = Field(None, ge=1, le=65535)
@@ -439,6 +445,19 @@ class Settings(Model):
                 raise ValueError(
                     f"workers.{name}.prefetch: {worker.prefetch} is above {sink.most_prefetch}, the most that a sink "
                     f"of type {sink.type} gives one worker at once"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _beginnings_that_exist(self) -> Self:
+        for name, worker in self.workers.items():
+            sinks = [worker.sink] if worker.sink is not None else list(self.sinks)
+            if worker.start == "beginning" and not any(self.sinks[sink].keeps_history for sink in sinks):
+                kinds = ", ".join(sorted({self.sinks[sink].type for sink in sinks})) or "no sink"
+                raise ValueError(
+                    f'workers.{name}.start: "beginning" needs a broker that keeps what was published before, as NATS '
+                    f"does, and {kinds} does not. Leave it out, and once the worker's queue is declared let "
+                    "`pgbridge replay` publish what the log still holds"
                 )
         return self
 

@@ -13,7 +13,7 @@ from bridge.errors import BrokerUnavailableError, TopologyError
 from bridge.event import Event, Malformed
 from tests.contract.queues import ACK_WAIT, HARNESSES, RETRY_DELAYS, QueueHarness
 from tests.support.events import make_event
-from tests.support.until import LIMIT
+from tests.support.until import LIMIT, until
 
 FAILURE = Failure("error", "ValueError: kein Betrag für »A-1«\r\nzweite Zeile", "Traceback: \n  füür 🎉\n  ValueError")
 
@@ -304,6 +304,24 @@ async def test_a_retry_and_a_dead_letter_on_a_lost_connection_are_told(harness: 
             await asyncio.wait_for(first.retry(0.1), 15.0)
         with pytest.raises(BrokerUnavailableError):
             await asyncio.wait_for(second.dead_letter(FAILURE), 15.0)
+
+
+async def test_the_depth_counts_what_waits_and_what_waits_for_another_attempt(harness: QueueHarness) -> None:
+    queue = harness.queue(prefetch=1)
+    await queue.open()
+    if await queue.depth() is None:
+        await queue.close()
+        pytest.skip("this broker does not say")
+    await harness.publish(*[make_event(number) for number in range(3)])
+    deliveries = aiter(queue.deliveries())
+    await (await take(deliveries)).retry(RETRY_DELAYS[-1])
+    await take(deliveries)
+
+    async def all_count() -> bool:
+        return await queue.depth() == 2
+
+    await until(all_count, "what waits is counted")
+    await queue.close()
 
 
 async def test_open_without_its_queue_points_to_the_command_that_declares_it(harness: QueueHarness) -> None:

@@ -3,16 +3,14 @@
 A scripted server refuses as the service would; a small HTTP server plays the one that gives tokens for credentials.
 """
 
-import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from google.pubsub_v1 import types
 
-from bridge.brokers.contract import Failure, Subscription
+from bridge.brokers.contract import Subscription
 from bridge.brokers.pubsub.connection import Connection, connect
 from bridge.brokers.pubsub.queue import PubSubQueue
 from bridge.brokers.pubsub.settings import PubSubSettings
@@ -31,7 +29,6 @@ from tests.support.refusals import SINK, all_are_refused, everything_that_connec
 from tests.support.scripted_pubsub import ScriptedPubSub
 from tests.support.servers import free_port
 from tests.support.tokens import REFUSED, TOKEN, service_account, token_server
-from tests.support.until import LIMIT
 
 READING = ("GetTopic", "GetSubscription", "TestIamPermissions", "Pull")
 """One of these is the first that a user of Pub/Sub calls."""
@@ -124,36 +121,6 @@ async def test_a_missing_project_has_words_of_its_own(scripted: ScriptedPubSub) 
     for broken in (PubSubSink(settings_of(scripted.address)), queue_of(settings_of(scripted.address))):
         with pytest.raises(TopologyError, match=r"sinks.mine.project: Pub/Sub at .* has no project 'shop'"):
             await broken.topology(apply=True)
-
-
-async def test_a_settlement_that_is_refused_ends_the_deliveries(scripted: ScriptedPubSub) -> None:
-    scripted.to_pull = [types.PubsubMessage.pb()(data=b"1", message_id="1")]
-    queue = queue_of(settings_of(scripted.address))
-    await queue.open()
-    deliveries = aiter(queue.deliveries())
-    delivery = await asyncio.wait_for(anext(deliveries), LIMIT)
-    scripted.refusals = {"Acknowledge": grpc.StatusCode.PERMISSION_DENIED}
-    with pytest.raises(PrivilegeError):
-        await delivery.ack()
-    with pytest.raises(PrivilegeError):
-        await asyncio.wait_for(anext(deliveries), LIMIT)
-    await queue.close()
-
-
-async def test_a_letter_that_is_refused_comes_again_and_stops_nothing(scripted: ScriptedPubSub) -> None:
-    async def refuse(messages: Any) -> grpc.StatusCode:
-        return grpc.StatusCode.INVALID_ARGUMENT
-
-    scripted.to_pull = [types.PubsubMessage.pb()(data=b"1", message_id="1")]
-    scripted.answer = refuse
-    queue = queue_of(settings_of(scripted.address))
-    await queue.open()
-    delivery = await asyncio.wait_for(anext(aiter(queue.deliveries())), LIMIT)
-    with pytest.raises(RefusedError, match="INVALID_ARGUMENT"):
-        await delivery.dead_letter(Failure("error", "it broke"))
-    assert "ModifyAckDeadline" in scripted.calls
-    assert not queue.lost
-    await queue.close()
 
 
 async def test_credentials_that_google_refuses_are_a_refused_login(tmp_path: Path) -> None:

@@ -127,7 +127,8 @@ async def test_an_id_that_is_no_uuid_is_one_event_per_source_and_the_reply_gets_
             queue.add(event)
         assert await queue.outcomes(3) == [("ack", None)] * 3
     assert replies(bridge_database) == [
-        {"id": "order-17", "source": event.source, "key": f"invoices:{event.inbox_id}:charge"} for event in (ours, theirs)
+        {"id": "order-17", "source": event.source, "key": f"invoices:{event.inbox_id}:charge"}
+        for event in (ours, theirs)
     ]
     with psycopg.connect(bridge_database) as connection:
         known_as = connection.execute("SELECT event_id::text FROM shop.invoice").fetchall()

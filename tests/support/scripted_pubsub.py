@@ -1,5 +1,6 @@
 """A Pub/Sub server that answers as a test says: for refusals and limits that the emulator does not know."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +33,8 @@ class ScriptedPubSub:
         self.answer = answer
         self.refusals: dict[str, grpc.StatusCode] = {}
         """By the name of a method, as ``GetTopic``: the code with which it is refused."""
+        self.gates: dict[str, asyncio.Event] = {}
+        """By the name of a method: it answers once this is set."""
         self.granted = True
         """Whether all permissions that are asked for are granted, or none."""
         self.calls: list[str] = []
@@ -43,6 +46,12 @@ class ScriptedPubSub:
         self.confirmed: list[Any] = []
         self.to_pull: list[Any] = []
         """Messages that the next pulls give."""
+        self.pulled: dict[str, Any] = {}
+        """By ack id: the messages that pulls gave."""
+        self.acknowledged: list[str] = []
+        """Ack ids, as they were acknowledged."""
+        self.leases: list[tuple[str, int]] = []
+        """Ack ids and the seconds that their leases were given, as that was done."""
         self.most_at_once: dict[str, int] = {}
         """By ordering key: most requests that were in flight together."""
         self._at_once: dict[str, int] = {}
@@ -62,9 +71,9 @@ class ScriptedPubSub:
                 ),
                 "CreateSubscription": self._handler("CreateSubscription", subscription, subscription, _itself),
                 "Pull": self._handler("Pull", types.PullRequest.pb(), types.PullResponse.pb(), self._pull),
-                "Acknowledge": self._handler("Acknowledge", types.AcknowledgeRequest.pb(), empty, _nothing),
+                "Acknowledge": self._handler("Acknowledge", types.AcknowledgeRequest.pb(), empty, self._acknowledge),
                 "ModifyAckDeadline": self._handler(
-                    "ModifyAckDeadline", types.ModifyAckDeadlineRequest.pb(), empty, _nothing
+                    "ModifyAckDeadline", types.ModifyAckDeadlineRequest.pb(), empty, self._modify
                 ),
             },
             "google.iam.v1.IAMPolicy": {
@@ -93,6 +102,8 @@ class ScriptedPubSub:
     def _handler(self, name: str, request: Any, response: Any, answer: Callable[[Any], Any]) -> Any:
         async def method(asked: Any, context: Any) -> Any:
             self.calls.append(name)
+            if (gate := self.gates.get(name)) is not None:
+                await gate.wait()
             if (code := self.refusals.get(name)) is not None:
                 await context.abort(code, "as the test says")
             return answer(asked)
@@ -104,10 +115,18 @@ class ScriptedPubSub:
 
     def _pull(self, request: Any) -> Any:
         messages, self.to_pull = self.to_pull[: request.max_messages], self.to_pull[request.max_messages :]
-        received = [
-            types.ReceivedMessage.pb()(ack_id=str(number), message=message) for number, message in enumerate(messages)
-        ]
+        given = {str(number): message for number, message in enumerate(messages, start=len(self.pulled))}
+        self.pulled |= given
+        received = [types.ReceivedMessage.pb()(ack_id=ack_id, message=message) for ack_id, message in given.items()]
         return types.PullResponse.pb()(received_messages=received)
+
+    def _acknowledge(self, request: Any) -> Any:
+        self.acknowledged += request.ack_ids
+        return empty_pb2.Empty()
+
+    def _modify(self, request: Any) -> Any:
+        self.leases += [(ack_id, request.ack_deadline_seconds) for ack_id in request.ack_ids]
+        return empty_pb2.Empty()
 
     async def _publish(self, request: Any, context: Any) -> Any:
         messages = list(request.messages)
@@ -151,7 +170,3 @@ def _subscription(request: Any) -> Any:
 
 def _itself(request: Any) -> Any:
     return request
-
-
-def _nothing(request: Any) -> Any:
-    return empty_pb2.Empty()

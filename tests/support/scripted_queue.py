@@ -86,6 +86,9 @@ class ScriptedQueue:
             self._in_hand.append(item)
             yield item
 
+    async def depth(self) -> int:
+        return self._waiting.qsize()
+
     async def stop(self) -> None:
         self._waiting.put_nowait("stop")
 

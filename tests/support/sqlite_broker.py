@@ -191,6 +191,11 @@ class SqliteQueue:
             if not rows:
                 await asyncio.sleep(LOOK_INTERVAL)
 
+    async def depth(self) -> int:
+        ready = "select count(*) from message where worker = ? and state = 'ready'"
+        [(count,)] = self.change(ready, self._subscription.worker)
+        return int(count)
+
     async def stop(self) -> None:
         self._stopped = True
 

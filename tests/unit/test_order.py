@@ -43,7 +43,9 @@ def test_of_a_key_the_next_is_ready_once_the_one_before_is_settled() -> None:
 def test_what_is_taken_back_takes_along_what_waits_behind_it() -> None:
     hand, (first, second, other, third) = filled("a", "a", "b", "a")
     hand.hand_out()
+    assert hand.line_of(first) == [first, second, third]
     assert hand.take_back(first) == [first, second, third]
+    assert hand.line_of(first) == [first]
     assert hand.hand_out() == other
     again = Delivery("a", 9)
     hand.add(again)

@@ -169,6 +169,8 @@ SINKS = {
         ("workers.w.subscribe", '["shop.**"]', "'**': * and # stand for whole words"),
         ("workers.w.subscribe", '["a", "shop.>"]', "workers.w.subscribe.1: > is no wildcard; write # for any number"),
         ("workers.w.subscribe", f'["{"é" * 128}"]', "has 256 bytes; topics and patterns have up to 255"),
+        ("workers.w.start", "beginning", "and memory does not. Leave it out"),
+        ("workers.w.start", "yesterday", "'now' or 'beginning'"),
     ],
 )
 def test_what_can_never_work_is_refused_with_its_key(tmp_path: Path, key: str, value: str, expected: str) -> None:
@@ -197,6 +199,25 @@ def test_most_that_a_broker_gives_is_allowed(file: Path) -> None:
 def test_a_pattern_that_topics_match_is_allowed(file: Path, pattern: str) -> None:
     worker = {"PGBRIDGE_WORKERS__W__HANDLER": "a:b", "PGBRIDGE_WORKERS__W__SUBSCRIBE": f'["{pattern}"]'}
     assert load(file, worker).workers["w"].subscribe == [pattern]
+
+
+@pytest.mark.parametrize(
+    ("sink", "mistakes"), [("nats", 0), ("rabbitmq", 1), ("pubsub", 1), ("memory", 1), ("unknown", 1)]
+)
+def test_a_worker_begins_with_the_history_only_where_the_broker_keeps_one(
+    tmp_path: Path, sink: str, mistakes: int
+) -> None:
+    path = tmp_path / "bridge.toml"
+    table = "".join(f"{k} = '{v}'\n" for k, v in SINKS.get(sink, {"type": "smtp"}).items())
+    handler = "[workers.w]\nhandler = 'a:b'\nstart = 'beginning'\n"
+    path.write_text(f'name = "shop"\n[sinks.events]\n{table}{handler}')
+    if not mistakes:
+        assert load(path, {}).workers["w"].start == "beginning"
+        return
+    with pytest.raises(SettingsError) as refused:
+        load(path, {})
+    (line,) = str(refused.value).splitlines()[1:]
+    assert line.startswith("  sinks.events.type" if sink == "unknown" else "  workers.w.start")
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ _TIDY_LIMIT: Final = 0.1
 _WATCH_INTERVAL: Final = 0.1
 """Seconds between two looks at whether the connection is lost."""
 
-_NOT_FOR_ACCOUNT, _OFF = 10039, 10076
+_NOT_FOR_ACCOUNT, _OFF, _NOT_STORED = 10039, 10076, 10077
 """Codes of JetStream's answers, from errors.json of nats-server."""
 
 # The protocol has no codes for -ERR lines: their words, in any case, are what it defines.
@@ -88,8 +88,8 @@ _OUR_CERTIFICATE: Final = ("CERTIFICATE_REQUIRED", "BAD_CERTIFICATE", "UNKNOWN_C
 
 
 class Client(nats.aio.client.Client):
-    """nats-py's client, which otherwise encrypts only when the server asks for it, whatever the URL says, and leaves
-    its tasks behind when it cannot write to a connection that has ended."""
+    """nats-py's client, which otherwise encrypts only when the server asks for it, whatever the URL says, leaves its
+    tasks behind when it cannot write to a connection that has ended, and reads no more after what it cannot take."""
 
     def __init__(self, *, encrypted: bool) -> None:
         super().__init__()
@@ -101,6 +101,16 @@ class Client(nats.aio.client.Client):
         if self.left or self.last_error is not None:
             self._pending, self._pending_data_size = [], 0
         await super()._close(status, do_cbs)
+
+    async def _process_pong(self) -> None:
+        # The answer to a ping that was given up, as when a server comes to itself, would end the reader.
+        with contextlib.suppress(asyncio.InvalidStateError):
+            await super()._process_pong()
+        self._pings_outstanding = 0
+
+    def _build_message(self, sid: int, subject: bytes, *rest: Any) -> Any:
+        # Servers take any bytes in a subject; those that are not UTF-8 would end the reader.
+        return super()._build_message(sid, subject.decode(errors="replace").encode(), *rest)
 
     def _connect_command(self) -> bytes:
         # The last moment before user and password are sent, and behind the TLS handshake, if there is one.
@@ -348,6 +358,8 @@ def explained(error: Exception, settings: NatsSettings) -> PgbridgeError:
             return RefusedError(
                 f"{url}: {there} runs without JetStream: add `jetstream {{}}` to the server's configuration"
             )
+        case ServiceUnavailableError() if error.err_code == _NOT_STORED:  # as by a stream that is full
+            return RefusedError(f"{url}: JetStream of {there} does not store the message: {_described(error)}")
         case ServiceUnavailableError():
             return BrokerUnavailableError(f"{url}: JetStream of {there} is not ready: {_described(error)}")
         case APIError():

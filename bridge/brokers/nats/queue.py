@@ -4,16 +4,17 @@
 ``<worker>_dead``  stream of dead letters; the subject is ``<worker>_dead.<topic>``, ``x-pgbridge-...`` headers say why
 
 Messages that wait for another attempt stay with JetStream, so a retry takes any delay; they count as unsettled, hence
-MAX_UNSETTLED. What is in hand is reported as in progress, so `ack_wait` passes only for a process that died.
+MAX_UNSETTLED. What is in hand is reported as in progress until the queue is closed, so `ack_wait` passes only for a
+process that died, and for what could not be given back because the server did not answer.
 
 `attempt` is how often JetStream has delivered the message, so a delivery that was given back counts too (the inbox,
 which decides when attempts are exhausted, does not count it). Nothing is dropped for its number of deliveries.
 """
 
 import asyncio
-import contextlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Final
 
 import nats.aio.subscription
@@ -25,14 +26,7 @@ from bridge.brokers.nats.connection import REQUEST_TIMEOUT, Connection, connect
 from bridge.brokers.nats.message import dead_headers, event_of, topic_of
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.topology import dead_stream, declarations, require
-from bridge.errors import (
-    BrokerUnavailableError,
-    PgbridgeError,
-    PrivilegeError,
-    RefusedError,
-    TopologyError,
-    UnavailableError,
-)
+from bridge.errors import BrokerUnavailableError, PgbridgeError, PrivilegeError
 from bridge.event import matches
 
 _NANOSECONDS: Final = 1_000_000_000
@@ -48,7 +42,7 @@ _SILENCE: Final = 3 * HEARTBEAT
 """Seconds without a sign of the server, after which a request for messages counts as lost."""
 
 _CLOSE_LIMIT: Final = 3.0
-"""Seconds that a close waits until what is in hand has gone back."""
+"""Seconds that a close waits for the sign of life without which nothing is given back."""
 
 
 class NatsDelivery:
@@ -89,8 +83,10 @@ class NatsQueue:
         self._dead_stream = dead_stream(subscription.worker)
         self._connection: Connection | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._arrived: asyncio.Queue[Msg | None] = asyncio.Queue()
-        """What was not handed out yet: at most the prefetch. None wakes `deliveries` to look at what follows."""
+        self._arrived: deque[Msg] = deque()
+        """What was not handed out yet: at most the prefetch."""
+        self._changed = asyncio.Event()
+        """Wakes `deliveries` to look at what follows."""
         self._stopped = False
         self._lost: PgbridgeError | None = None
         self._inbox: nats.aio.subscription.Subscription | None = None
@@ -99,12 +95,14 @@ class NatsQueue:
         self._requested = 0
         """Messages that the server may still send for the open request; there is one at a time."""
         self._heard = 0.0
-        """When the server last gave a sign, by the loop's clock."""
+        """When the request for messages last had a sign of the server, by the loop's clock."""
+        self._extended = 0.0
+        """Since when, by the loop's clock, the server leaves us what is in hand for `ack_wait`."""
 
     async def open(self) -> None:
         """See `contract.Queue.open`."""
         await self.close()
-        self._stopped, self._lost, self._arrived = False, None, asyncio.Queue()
+        self._stopped, self._lost, self._arrived = False, None, deque()
         self._in_hand, self._requested = set(), 0
         connection = await connect(self._settings, denied=self._denied)
         try:
@@ -113,16 +111,21 @@ class NatsQueue:
                     connection.jetstream(), self._settings.stream, self._subscription, apply=False
                 )
                 require(found, self._settings)
-                self._inbox = await connection.client.subscribe(connection.client.new_inbox(), cb=self._take)
+                # The prefetch is the limit; one of nats-py's would drop messages.
+                self._inbox = await connection.client.subscribe(
+                    connection.client.new_inbox(), cb=self._take, pending_msgs_limit=0, pending_bytes_limit=0
+                )
         except BaseException:
             await connection.close()
             raise
         self._connection = connection
+        self._extended = asyncio.get_running_loop().time()
         self._watcher = asyncio.create_task(self._watch(connection))
         await self._request()
 
     async def _request(self) -> None:
-        """Asks for as many messages as fit into the prefetch, unless a request is open."""
+        """Asks for as many messages as fit into the prefetch, unless a request is open. Raises nothing: a failure ends
+        `deliveries`."""
         room = self._subscription.prefetch - len(self._in_hand)
         if self._stopped or self._lost or self._requested or room <= 0:
             return
@@ -136,28 +139,26 @@ class NatsQueue:
             "expires": int(_REQUEST_OPEN * _NANOSECONDS),
             "idle_heartbeat": int(HEARTBEAT * _NANOSECONDS),
         }
-        async with self._connection.asking():
-            await self._connection.client.publish(subject, json.dumps(request).encode(), reply=self._inbox.subject)
+        try:
+            async with self._connection.asking():
+                await self._connection.client.publish(subject, json.dumps(request).encode(), reply=self._inbox.subject)
+        except PgbridgeError as error:
+            self._lose(error)
 
     async def _take(self, message: Msg) -> None:
-        """What arrives for the request: a message, or a status."""
+        """What arrives for the request: a message, or a status. nats-py would swallow what this raises."""
         self._heard = asyncio.get_running_loop().time()
         # What JetStream delivers has a reply subject, for its acknowledgement; an author's header may be a Status too.
-        status = (message.headers or {}).get("Status") if not message.reply else None
-        if status is None:
+        if message.reply:
             self._requested -= 1
-            if self._stopped:
-                await self._answer(message, b"-NAK")
-            elif not self._subscribed(message):
-                await self._answer(message, b"+ACK")
+            self._in_hand.add(message.reply)
+            if self._subscribed(message):
+                self._arrived.append(message)
+                self._changed.set()
             else:
-                self._in_hand.add(message.reply)
-                self._arrived.put_nowait(message)
-        elif status in ("404", "408"):
-            self._requested = 0
-        elif status != "100":
-            said = (message.headers or {}).get("Description", status)
-            self._lose(self._unavailable(f"ended the request for messages: {said}"))
+                await self._pass_over(message)
+        else:
+            self._end_request(message.headers or {})
         await self._request()
 
     def _subscribed(self, message: Msg) -> bool:
@@ -165,10 +166,28 @@ class NatsQueue:
         topic = topic_of(message.subject)
         return any(matches(pattern, topic) for pattern in self._subscription.topics)
 
+    async def _pass_over(self, message: Msg) -> None:
+        """Acknowledges what no pattern takes, without waiting for the answer: where the acknowledgement is lost, the
+        message comes again and is passed over again. The next request follows on the same connection, so no more of
+        them are on their way than the prefetch."""
+        try:
+            await self._send([message.reply], b"+ACK")
+        except PgbridgeError as error:
+            self._lose(error)
+        else:
+            self._in_hand.discard(message.reply)
+
+    def _end_request(self, status: Mapping[str, str]) -> None:
+        code = status.get("Status")
+        if code in ("404", "408"):
+            self._requested = 0
+        elif code != "100":
+            self._lose(self._unavailable(f"ended the request for messages: {status.get('Description', code)}"))
+
     async def _watch(self, connection: Connection) -> None:
         lost = asyncio.create_task(connection.until_lost())
         try:
-            while not lost.done():
+            while self._connection is connection and not lost.done():
                 await asyncio.wait([lost], timeout=min(HEARTBEAT, self._subscription.ack_wait / 3))
                 await self._extend(connection)
                 if self._requested and asyncio.get_running_loop().time() - self._heard > _SILENCE:
@@ -180,17 +199,26 @@ class NatsQueue:
 
     async def _extend(self, connection: Connection) -> None:
         """Says that what is in hand is worked on, so that the server waits for another `ack_wait`."""
-        with contextlib.suppress(PgbridgeError):  # A lost connection shows itself to the watcher.
-            async with connection.asking():
-                for reply in tuple(self._in_hand):
+        now = asyncio.get_running_loop().time()
+        replies = tuple(self._in_hand)
+        try:
+            async with connection.asking(), asyncio.timeout(REQUEST_TIMEOUT) as limit:
+                for reply in replies[:-1]:
                     await connection.client.publish(reply, b"+WPI")
+                    if limit.expired():
+                        return  # where nothing can be written, nats-py swallows the cancellation
+                for reply in replies[-1:]:
+                    await connection.client.request(reply, b"+WPI", timeout=REQUEST_TIMEOUT)
+        except PgbridgeError:
+            return  # a lost or silent connection shows itself to the watcher
+        self._extended = now
 
     def _denied(self, refusal: PrivilegeError, subject: str) -> None:
         self._lose(refusal)
 
     def _lose(self, error: PgbridgeError) -> None:
         self._lost = self._lost or error
-        self._arrived.put_nowait(None)
+        self._changed.set()
 
     def _unavailable(self, reason: str) -> BrokerUnavailableError:
         return BrokerUnavailableError(f"{self._settings.key('url')}: NATS at {self._address} {reason}")
@@ -198,32 +226,33 @@ class NatsQueue:
     async def deliveries(self) -> AsyncIterator[NatsDelivery]:
         """See `contract.Queue.deliveries`. Raises PrivilegeError when the server does not permit what it needs."""
         while True:
-            message = await self._arrived.get()
             if self._lost is not None:
                 raise self._lost
             if self._stopped:
                 return
-            if message is not None:
-                yield NatsDelivery(self, message)
+            if self._arrived:
+                yield NatsDelivery(self, self._arrived.popleft())
+            else:
+                self._changed.clear()
+                await self._changed.wait()
 
     async def settle(self, message: Msg, verb: bytes) -> None:
         """Answers for a message; returns once the server has taken it, and makes room for the next.
 
-        A connection that was opened since will do. An answer that the server does not take ends `deliveries`, so that
-        what is in hand comes again. Raises BrokerUnavailableError or RefusedError.
+        A connection that was opened since will do. Raises BrokerUnavailableError or RefusedError.
         """
-        await self._answer(message, verb)
+        connection = self._connected()
+        async with connection.asking(), asyncio.timeout(REQUEST_TIMEOUT):
+            await connection.client.request(message.reply, verb, timeout=REQUEST_TIMEOUT)
         self._in_hand.discard(message.reply)
         await self._request()
 
-    async def _answer(self, message: Msg, verb: bytes) -> None:
+    async def _send(self, replies: Iterable[str], verb: bytes) -> None:
+        """Answers for messages, without waiting until the server has taken it."""
         connection = self._connected()
-        try:
-            async with connection.asking():
-                await connection.client.request(message.reply, verb, timeout=REQUEST_TIMEOUT)
-        except PgbridgeError as error:
-            self._lose(error)
-            raise
+        async with connection.asking():
+            for reply in replies:
+                await connection.client.publish(reply, verb)
 
     def _connected(self) -> Connection:
         if self._connection is None or not self._connection.is_open:
@@ -233,38 +262,45 @@ class NatsQueue:
     async def publish_dead(self, message: Msg, failure: Failure, attempts: int) -> None:
         """Copies a message to the stream of dead letters, byte for byte; returns once that is confirmed.
 
-        A letter that JetStream refuses, as one that is too large for the stream, comes again after `ack_wait`; any
-        other failure ends `deliveries`. Raises BrokerUnavailableError or RefusedError.
+        Raises BrokerUnavailableError, or RefusedError where JetStream does not take the letter, as one that is too
+        large for the stream.
         """
         connection = self._connected()
         letter = letter_headers(self._subscription.worker, failure, attempts)
         headers = dead_headers(message, letter, connection.client.max_payload)
         subject = f"{self._dead_stream}.{message.subject.partition('.')[2]}"
-        try:
-            async with connection.asking():
-                await connection.jetstream().publish(subject, message.data, stream=self._dead_stream, headers=headers)
-        except (UnavailableError, PrivilegeError, TopologyError) as error:
-            self._lose(error)
-            raise
-        except RefusedError:
-            self._in_hand.discard(message.reply)
-            raise
+        async with connection.asking(), asyncio.timeout(REQUEST_TIMEOUT):
+            await connection.jetstream().publish(subject, message.data, stream=self._dead_stream, headers=headers)
+
+    async def depth(self) -> int:
+        """See `contract.Queue.depth`; with what other processes of the worker have in hand."""
+        connection = self._connected()
+        async with connection.asking():
+            info = await connection.jetstream().consumer_info(self._settings.stream, self._subscription.worker)
+        return max(0, (info.num_pending or 0) + (info.num_ack_pending or 0) - len(self._in_hand))
 
     async def stop(self) -> None:
-        """See `contract.Queue.stop`. What has arrived and was not delivered goes back at once."""
-        connection = self._connection
-        if self._stopped or connection is None or self._inbox is None:
+        """See `contract.Queue.stop`. What has arrived and was not delivered goes back at once; where the server does
+        not answer, only after `close`."""
+        if self._stopped or self._connection is None:
             return
         self._stopped = True
-        async with connection.asking():
-            # Draining handles what is on its way; a plain unsubscribe would leave it unsettled until ack_wait.
-            await self._inbox.drain()  # type: ignore[no-untyped-call]
-        while not self._arrived.empty():
-            message = self._arrived.get_nowait()
-            if message is not None:
-                await self._answer(message, b"-NAK")
-                self._in_hand.discard(message.reply)
-        self._arrived.put_nowait(None)
+        self._changed.set()
+        async with self._connection.asking(), asyncio.timeout(REQUEST_TIMEOUT):
+            await self._end_subscription(self._connection)
+        waiting = [message.reply for message in self._arrived]
+        self._arrived.clear()
+        await self._send(waiting, b"-NAK")
+        self._in_hand.difference_update(waiting)
+
+    async def _end_subscription(self, connection: Connection) -> None:
+        """Returns once the server has answered that nothing more comes, and what was on its way has been taken."""
+        inbox, self._inbox = self._inbox, None
+        if inbox is None:
+            await connection.client.flush(int(REQUEST_TIMEOUT))
+        else:
+            # A plain unsubscribe would leave what is on its way unsettled until ack_wait.
+            await inbox.drain()  # type: ignore[no-untyped-call]
 
     async def topology(self, *, apply: bool) -> Sequence[Declaration]:
         """See `contract.Queue.topology`; a consumer that differs is changed too, since that loses nothing."""
@@ -278,21 +314,30 @@ class NatsQueue:
             await connection.close()
 
     async def close(self) -> None:
-        """See `contract.Queue.close`. What is in hand goes back at once; after a lost connection, after `ack_wait`."""
+        """See `contract.Queue.close`. What is in hand goes back at once; from a server that does not answer, after
+        `ack_wait`."""
         if self._watcher is not None:
             self._watcher.cancel()
             self._watcher = None
         connection = self._connection
-        if connection is not None and connection.is_open:
-            # First no more may come: what goes back would come to the open request.
-            with contextlib.suppress(PgbridgeError, TimeoutError):
-                async with asyncio.timeout(_CLOSE_LIMIT):
-                    await self.stop()
-                    async with connection.asking():
-                        for reply in self._in_hand:
-                            await connection.client.publish(reply, b"-NAK")
-        self._connection = None
         if connection is None:
             return
+        if connection.is_open:
+            try:
+                async with asyncio.timeout(_CLOSE_LIMIT):
+                    await self._give_back(connection)
+            except (PgbridgeError, TimeoutError):
+                # What would still be sent might come when the server has given it to somebody else.
+                connection.leave()
+        self._connection, self._inbox = None, None
+        self._in_hand.clear()
         self._lose(self._unavailable("is left: the queue was closed"))
         await connection.close()
+
+    async def _give_back(self, connection: Connection) -> None:
+        self._stopped = True
+        # First no more may come: what goes back would come to the open request.
+        async with connection.asking():
+            await self._end_subscription(connection)
+        if asyncio.get_running_loop().time() - self._extended < self._subscription.ack_wait:
+            await self._send(tuple(self._in_hand), b"-NAK")

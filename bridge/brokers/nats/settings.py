@@ -32,6 +32,7 @@ class Servers:
 
 
 class NatsSettings(SinkSettings):
+    keeps_history: ClassVar[bool] = True
     url: Secret
     """nats:// or tls:// URL, or several with commas."""
     stream: str = Field("events", pattern=r"^[A-Za-z0-9_-]{1,255}$")

@@ -171,10 +171,11 @@ async def consumer_declaration(
     jetstream: JetStreamContext, stream: str, subscription: Subscription, *, apply: bool
 ) -> Declaration:
     """The state of the worker's consumer; with `apply`, it is declared, or brought to these settings."""
+    begins = DeliverPolicy.NEW if subscription.start == "now" else DeliverPolicy.ALL
     wanted = ConsumerConfig(
         durable_name=subscription.worker,
         description="pgbridge",
-        deliver_policy=DeliverPolicy.ALL,
+        deliver_policy=begins,
         ack_policy=AckPolicy.EXPLICIT,
         ack_wait=subscription.ack_wait,
         # The worker decides when a message has had enough deliveries, and dead-letters it.
@@ -188,9 +189,16 @@ async def consumer_declaration(
         found = (await jetstream.consumer_info(stream, subscription.worker)).config
     except NotFoundError:
         problem = None
+        detail += f"; begins {'now' if subscription.start == 'now' else 'with the oldest message'}"
         if not apply:
             return Declaration("consumer", name, "missing", detail)
     else:
+        # Where it began is its own matter; NATS refuses to change it.
+        wanted = wanted.evolve(
+            deliver_policy=found.deliver_policy,
+            opt_start_seq=found.opt_start_seq,
+            opt_start_time=found.opt_start_time,
+        )
         problem = _consumer_problem(found, wanted)
         if problem is None:
             return Declaration("consumer", name, "present", detail)

@@ -120,16 +120,24 @@ class Connection:
             response_deserializer=response.FromString,
         )
 
-    async def call(self, method: Any, request: Any, *, limit: float = CALL_LIMIT) -> Any:
-        """One call within `limit` seconds. Raises what `explained` makes of an error."""
+    async def call(self, method: Any, request: Any, *, limit: float = CALL_LIMIT, reconnect: bool = False) -> Any:
+        """One call within `limit` seconds. Raises what `explained` makes of an error.
+
+        With `reconnect`, one whose connection was lost is made anew within this time, instead of failing at once.
+        """
         try:
-            return await method(request, timeout=limit)
+            return await method(request, timeout=limit, wait_for_ready=reconnect)
         except grpc.aio.AioRpcError as error:
             raise await self.explained(error) from error
         except asyncio.CancelledError:
             if is_cancelled():
                 raise
-            raise BrokerUnavailableError(f"{self.at()} was left: this process closed the connection") from None
+            raise self._left() from None
+        except grpc.aio.UsageError:
+            raise self._left() from None
+
+    def _left(self) -> BrokerUnavailableError:
+        return BrokerUnavailableError(f"{self.at()} was left: this process closed the connection")
 
     async def allowed(self, resource: str, permissions: list[str]) -> set[str]:
         """Which of these permissions these credentials have on a topic or subscription; on the emulator all."""

@@ -16,6 +16,9 @@ log = structlog.get_logger()
 IDS_IN_REQUEST: Final = 1000
 """Most ack ids in one request; the service takes half a megabyte, and an id has some two hundred bytes."""
 
+SETTLE_LIMIT: Final = 10.0
+"""Seconds within which the service must answer a request that settles messages."""
+
 CLOSE_LIMIT: Final = 2.0
 """Seconds that giving back at a close may take."""
 
@@ -26,7 +29,8 @@ _Modify: Final = types.ModifyAckDeadlineRequest.pb()
 class Leases:
     """The messages of one subscription that this process has in hand.
 
-    `lost` is called when a lease cannot be extended.
+    A message stays in hand until the service has taken that it is settled: what failed to be is extended as before, and
+    is given back at the close. `lost` is called when leases cannot be extended.
     """
 
     def __init__(
@@ -38,8 +42,12 @@ class Leases:
         self._deadline = deadline
         self._lost = lost
         self._held: dict[str, None] = {}
+        self._releasing: set[str] = set()
+        """Of those, the ones that are on their way back, which nothing must extend."""
         self._acks = Batcher(self._acknowledge, IDS_IN_REQUEST)
-        self._extending = asyncio.create_task(self._extend())
+        self._not_extending = asyncio.Event()
+        self._not_extending.set()
+        self._extending = asyncio.create_task(self._extend_for_ever())
 
     def hold(self, ack_id: str) -> None:
         """Keeps a message in hand until it is acknowledged or released."""
@@ -47,8 +55,8 @@ class Leases:
 
     async def acknowledge(self, ack_id: str) -> None:
         """Returns once the service has taken it. Raises BrokerUnavailableError or RefusedError."""
-        self._held.pop(ack_id, None)
         await self._acks.ask(ack_id)
+        self._held.pop(ack_id, None)
 
     @property
     def count(self) -> int:
@@ -57,45 +65,56 @@ class Leases:
 
     async def release(self, ack_ids: Sequence[str], seconds: int) -> None:
         """Lets messages come again after this time, in their order. Raises as `acknowledge`."""
+        self._releasing.update(ack_ids)
+        try:
+            await self._not_extending.wait()  # or the extension may arrive last, and count
+            await self._modify(ack_ids, seconds, limit=SETTLE_LIMIT)
+        finally:
+            self._releasing.difference_update(ack_ids)
         for ack_id in ack_ids:
             self._held.pop(ack_id, None)
-        await self._modify(ack_ids, seconds)
 
     async def extend(self, *, limit: float) -> None:
         """Makes every lease as long as the subscription's deadline, within `limit` seconds. Raises as `acknowledge`."""
-        await self._modify(list(self._held), self._deadline, limit=limit)
+        held = [ack_id for ack_id in self._held if ack_id not in self._releasing]
+        self._not_extending.clear()
+        try:
+            await self._modify(held, self._deadline, limit=limit)
+        finally:
+            self._not_extending.set()
 
     async def close(self) -> None:
         """Gives back what is in hand, if the service answers soon."""
         self._extending.cancel()
         await asyncio.wait([self._extending])
+        await self._acks.drain(CLOSE_LIMIT)
         held = list(self._held)
         self._held.clear()
-        await self._acks.drain(CLOSE_LIMIT)
         try:
-            await self._modify(held, 0, limit=CLOSE_LIMIT)
+            await self._modify(held, 0, limit=CLOSE_LIMIT, reconnect=True)
         except PgbridgeError as error:
             log.debug("pubsub.leases_run_out", messages=len(held), seconds=self._deadline, reason=str(error))
 
     async def _acknowledge(self, ack_ids: Sequence[str]) -> Sequence[None]:
         request = _Acknowledge(subscription=self._subscription, ack_ids=ack_ids)
-        await self._connection.call(self._connection.acknowledge, request)
+        await self._connection.call(self._connection.acknowledge, request, limit=SETTLE_LIMIT)
         return [None] * len(ack_ids)
 
-    async def _extend(self) -> None:
-        """Extends every lease three times in its length, so that one lost request does no harm."""
+    async def _extend_for_ever(self) -> None:
+        """Three times in the length of a lease, so that a request that is answered late does no harm."""
         while True:
             await asyncio.sleep(self._deadline / 3)
             try:
-                await self.extend(limit=self._deadline / 3)
+                await self.extend(limit=min(self._deadline / 3, SETTLE_LIMIT))
             except PgbridgeError as error:
                 self._lost(error)
                 return
 
-    async def _modify(self, ack_ids: Sequence[str], seconds: int, *, limit: float = 30.0) -> None:
+    async def _modify(self, ack_ids: Sequence[str], seconds: int, *, limit: float, reconnect: bool = False) -> None:
         for part in _parts(ack_ids):
             request = _Modify(subscription=self._subscription, ack_ids=part, ack_deadline_seconds=seconds)
-            await self._connection.call(self._connection.modify_ack_deadline, request, limit=limit)
+            method = self._connection.modify_ack_deadline
+            await self._connection.call(method, request, limit=limit, reconnect=reconnect)
 
 
 def _parts(ack_ids: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -4,6 +4,8 @@
   few of them would stop a worker.
 - Leases are extended while a message is in hand. A retry lets the lease run for the delay instead of sending a nack,
   which knows no delay of its own. One of an ordered key takes along what is in hand behind it, so order is kept.
+- A message leaves the hand once the service has taken what settles it, so that a verb that raises changes nothing, and
+  what comes behind one on its way back goes with it. A close gives back all that is in hand.
 - `attempt` is what the service counts: a delivery that was given back counts too, and one that waited in hand behind
   another. The inbox, which decides when attempts are exhausted, does not count those.
 - `lease` extends what is in hand, `order` holds back what waits behind one of its key, `topology` names subscription
@@ -13,7 +15,7 @@
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
 import grpc
@@ -26,16 +28,9 @@ from bridge.brokers.pubsub.lease import Leases
 from bridge.brokers.pubsub.message import FOR_WORKER, from_message, marked
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.topology import MAX_LEASE, Names, ack_deadline, declarations
-from bridge.errors import (
-    BrokerUnavailableError,
-    LoginError,
-    PgbridgeError,
-    PrivilegeError,
-    RefusedError,
-    TopologyError,
-    UnavailableError,
-)
+from bridge.errors import BrokerUnavailableError, PgbridgeError
 from bridge.event import Event, Malformed, matches
+from bridge.process.tasks import one_error
 
 
 class PubSubDelivery:
@@ -53,13 +48,14 @@ class PubSubDelivery:
         await self._queue.ack(self)
 
     async def retry(self, delay: float) -> None:
-        await self._queue.postpone(self, min(MAX_LEASE, math.ceil(delay)))
+        """See `contract.Delivery.retry`. Rounded up to whole seconds; after 600 at most, Pub/Sub's longest lease."""
+        await self._queue.release(self, min(MAX_LEASE, math.ceil(delay)))
 
     async def dead_letter(self, failure: Failure) -> None:
         await self._queue.dead_letter(self, failure)
 
     async def give_back(self) -> None:
-        await self._queue.give_back(self)
+        await self._queue.release(self, 0)
 
 
 PULL_LIMIT: Final = 60.0
@@ -69,8 +65,6 @@ EMULATOR_POLL: Final = 0.02
 """Seconds between two looks at the emulator, which goes on giving messages to a waiting pull that was cancelled."""
 MOST_HELD: Final = 10
 """Times the prefetch: most messages in hand with those that wait behind one of their key."""
-REFUSED_DELAY: Final = 60
-"""Seconds until a message comes again that the service refused as a dead letter."""
 PULL_GRACE: Final = 0.25
 """Seconds that a stop gives a pull to return by itself."""
 
@@ -90,6 +84,8 @@ class PubSubQueue:
         self._hand: InOrder[PubSubDelivery] = InOrder()
         self._changed = asyncio.Event()
         self._pulling: asyncio.Task[None] | None = None
+        self._passed_over = 0
+        """How many of those in hand the worker does not want: their acknowledgements are on their way."""
         self._lost: BaseException | None = None
         self._stopping = False
 
@@ -102,14 +98,15 @@ class PubSubQueue:
         except BaseException:
             await connection.close()
             raise
-        self._hand, self._lost, self._stopping, self._pulling = InOrder(), None, False, None
+        self._hand, self._passed_over = InOrder(), 0
+        self._lost, self._stopping, self._pulling = None, False, None
         self._connection = connection
         self._leases = Leases(connection, self._names.subscription, deadline, self._lose)
 
     async def deliveries(self) -> AsyncIterator[PubSubDelivery]:
         """See `contract.Queue.deliveries`. Of one ordering key, the next comes once the one before is settled."""
         if self._pulling is None and not self._stopping:
-            self._pulling = asyncio.create_task(self._pull())
+            self._pulling = asyncio.create_task(self._pull(self._open_connection(), self._open_leases()))
             self._pulling.add_done_callback(self._pull_ended)
         while True:
             while not self._hand and self._lost is None and not self._stopping:
@@ -121,16 +118,23 @@ class PubSubQueue:
                 return
             yield self._hand.hand_out()
 
+    async def depth(self) -> None:
+        """Pub/Sub tells Cloud Monitoring alone, as `num_undelivered_messages`."""
+        return
+
     async def stop(self) -> None:
         """See `contract.Queue.stop`; what was not handed out is given back at once."""
+        self._stopping = True
         await self._end_pulling()
+        await self._give_back_unseen()
+
+    async def _give_back_unseen(self) -> None:
         if unseen := self._hand.take_back_ready():
-            await self._release(unseen, 0)
+            await self._open_leases().release([delivery.ack_id for delivery in unseen], 0)
 
     async def _end_pulling(self) -> None:
-        self._stopping = True
         self._changed.set()
-        if self._pulling is None:
+        if self._pulling is None or self._leases is None:
             return
         # Under load the pull returns soon, and what it brings is given back, too. An idle one is cancelled; what
         # such a pull was given just then comes again when its lease has run out.
@@ -139,7 +143,7 @@ class PubSubQueue:
             await asyncio.wait([self._pulling])
             # After one more answer the service has seen the cancellation, and hands what we give back to others.
             with contextlib.suppress(PgbridgeError):
-                await self._open_leases().extend(limit=PULL_GRACE)
+                await self._leases.extend(limit=PULL_GRACE)
 
     def _pull_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -155,100 +159,100 @@ class PubSubQueue:
 
     async def close(self) -> None:
         """See `contract.Queue.close`. What is in hand comes again at once, without an answer when its lease ends."""
+        self._lose(self._closed("the queue was closed"))
         await self._end_pulling()
         connection, self._connection = self._connection, None
         leases, self._leases = self._leases, None
-        if leases is not None:
-            await leases.close()
-        if connection is not None:
-            await connection.close()
-        self._lose(self._closed("the queue was closed"))
+        try:
+            if leases is not None:
+                await leases.close()
+        finally:
+            if connection is not None:
+                await connection.close()
 
     async def ack(self, delivery: PubSubDelivery) -> None:
         """Settles one delivery: it never comes again."""
-        with self._ending_if_it_fails():
-            await self._open_leases().acknowledge(delivery.ack_id)
+        await self._open_leases().acknowledge(delivery.ack_id)
         self._hand.settled(delivery)
         self._changed.set()
-        if self._stopping and (unseen := self._hand.take_back_ready()):
-            await self._release(unseen, 0)
+        if self._stopping:
+            try:
+                await self._give_back_unseen()
+            except PgbridgeError as error:
+                # This one is settled all the same; the close gives back those behind it.
+                self._lose(error)
 
-    async def postpone(self, delivery: PubSubDelivery, seconds: int) -> None:
+    async def release(self, delivery: PubSubDelivery, seconds: int) -> None:
         """Lets a delivery, and what is in hand behind it, come again after this time."""
-        await self._release(self._hand.take_back(delivery), seconds)
-
-    async def give_back(self, delivery: PubSubDelivery) -> None:
-        """Lets it, and what is in hand behind it, come again at once."""
-        await self._release(self._hand.take_back(delivery), 0)
+        leases = self._open_leases()
+        released = 0
+        # What comes behind it meanwhile must not overtake it, and goes back as well.
+        while line := self._hand.line_of(delivery)[released:]:
+            await leases.release([each.ack_id for each in line], seconds)
+            released += len(line)
+        self._hand.take_back(delivery)
+        self._changed.set()
 
     async def dead_letter(self, delivery: PubSubDelivery, failure: Failure) -> None:
-        """Publishes it to the dead-letter topic, then settles it; what is refused there comes again later."""
+        """Publishes it to the dead-letter topic, then settles it. Raises RefusedError where it is not taken there."""
         connection = self._open_connection()
         message = marked(delivery.message, failure, self._wanted.worker, delivery.attempt)
         request = _Publish(topic=self._names.dead_topic, messages=[message])
-        try:
-            with self._ending_if_it_fails():
-                await connection.call(connection.publish, request, limit=self._settings.publish_timeout)
-        except RefusedError:
-            if self._lost is None:
-                await self.postpone(delivery, REFUSED_DELAY)
-            raise
+        await connection.call(connection.publish, request, limit=self._settings.publish_timeout)
         await self.ack(delivery)
 
-    async def _release(self, deliveries: Sequence[PubSubDelivery], seconds: int) -> None:
-        try:
-            with self._ending_if_it_fails():
-                await self._open_leases().release([delivery.ack_id for delivery in deliveries], seconds)
-        finally:
-            self._changed.set()
+    async def _pull(self, connection: Connection, leases: Leases) -> None:
+        """Keeps up to `prefetch` messages in hand, beside those that wait behind one of their key.
 
-    @contextlib.contextmanager
-    def _ending_if_it_fails(self) -> Iterator[None]:
-        """A settlement that fails ends `deliveries`, after which everything in hand comes again.
-
-        What is refused for this one message, as a letter that is too large, ends nothing.
+        What nobody here wants is acknowledged meanwhile, and takes none of that room.
         """
+        with one_error():
+            async with asyncio.TaskGroup() as passing_over:
+                while self._lost is None and not self._stopping:
+                    in_hand = leases.count - self._hand.behind - self._passed_over
+                    room = min(self._wanted.prefetch - in_hand, MOST_HELD * self._wanted.prefetch - leases.count)
+                    if room <= 0:
+                        self._changed.clear()
+                        await self._changed.wait()
+                        continue
+                    received = await self._received(connection, room)
+                    for ack_id in self._take(received, leases):
+                        passing_over.create_task(self._pass_over(ack_id, leases))
+                    if connection.emulated and not received:
+                        await asyncio.sleep(EMULATOR_POLL)
+
+    async def _received(self, connection: Connection, most: int) -> Sequence[Any]:
+        """What one pull brings."""
+        request = _Pull(
+            subscription=self._names.subscription, max_messages=most, return_immediately=connection.emulated
+        )
         try:
-            yield
-        except (UnavailableError, LoginError, PrivilegeError, TopologyError) as error:
-            self._lose(error)
-            raise
+            response = await connection.pull(request, timeout=PULL_LIMIT)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                self._lose(await connection.explained(error))
+            return []
+        received: Sequence[Any] = response.received_messages
+        return received
 
-    async def _pull(self) -> None:
-        """Keeps up to `prefetch` messages in hand, beside those that wait behind one of their key."""
-        connection = self._open_connection()
-        while self._lost is None and not self._stopping:
-            held, behind = self._open_leases().count, self._hand.behind
-            room = min(self._wanted.prefetch - (held - behind), MOST_HELD * self._wanted.prefetch - held)
-            if room <= 0:
-                self._changed.clear()
-                await self._changed.wait()
-                continue
-            request = _Pull(
-                subscription=self._names.subscription, max_messages=room, return_immediately=connection.emulated
-            )
-            try:
-                response = await connection.pull(request, timeout=PULL_LIMIT)
-            except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
-                    self._lose(await connection.explained(error))
-            else:
-                await self._take(response.received_messages)
-                if connection.emulated and not response.received_messages:
-                    await asyncio.sleep(EMULATOR_POLL)
-
-    async def _take(self, received: Sequence[Any]) -> None:
-        leases = self._open_leases()
+    def _take(self, received: Sequence[Any], leases: Leases) -> list[str]:
+        """Takes all of it in hand. The ack ids of what the worker does not want."""
         unwanted = []
         for each in received:
+            leases.hold(each.ack_id)
             event = from_message(each.message)
             if isinstance(event, Event) and not self._wants(event, each.message):
                 unwanted.append(each.ack_id)
-                continue
-            leases.hold(each.ack_id)
-            self._hand.add(PubSubDelivery(self, each, event))
+            else:
+                self._hand.add(PubSubDelivery(self, each, event))
+        self._passed_over += len(unwanted)
         self._changed.set()
-        await asyncio.gather(*map(leases.acknowledge, unwanted))
+        return unwanted
+
+    async def _pass_over(self, ack_id: str, leases: Leases) -> None:
+        await leases.acknowledge(ack_id)
+        self._passed_over -= 1
+        self._changed.set()
 
     def _wants(self, event: Event, message: Any) -> bool:
         """Whether the worker subscribed to it; a replay that is meant for another worker does not count.

@@ -1,10 +1,14 @@
 """Connections of aio-pika, over which a worker consumes and dead letters are walked, in our settings and errors.
 
 Beside `connection`, so that the bridge, which consumes nothing, does not load the library.
+
+A message whose properties pamqp cannot decode would end the connection in the library, again and again, since it comes
+again: here its properties are left out but for one header, UNREADABLE.
 """
 
 import asyncio
 import contextlib
+import struct
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -20,9 +24,12 @@ from aiormq.exceptions import (
     ConnectionClosed,
     ConnectionNotAllowed,
 )
+from pamqp import commands
+from pamqp.header import ContentHeader
 
 from bridge.brokers.rabbitmq.closure import Closure, During, Reply, error_of, rabbitmq_at
 from bridge.brokers.rabbitmq.connection import CONNECT_LIMIT, connect
+from bridge.brokers.rabbitmq.message import UNREADABLE
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.tls import tls_context
 from bridge.errors import BrokerUnavailableError
@@ -39,6 +46,21 @@ _REPLIES: Final = {
     ConnectionNotAllowed: Reply.NOT_ALLOWED,
 }
 """aio-pika drops the reply code where it has a class for it."""
+
+
+_decode_header: Final = ContentHeader.unmarshal
+
+
+def _decode_header_or_say_why(header: ContentHeader, data: bytes) -> None:
+    try:
+        _decode_header(header, data)
+    except (ValueError, TypeError, LookupError, ArithmeticError, OSError, RecursionError, struct.error) as error:
+        # Class, weight and size of the body stand before the properties.
+        reason = f"{type(error).__name__}: {error}"
+        header.properties = commands.Basic.Properties(headers={UNREADABLE: reason})
+
+
+ContentHeader.unmarshal = _decode_header_or_say_why  # type: ignore[method-assign, assignment]
 
 
 async def open_client(settings: RabbitMQSettings) -> AbstractConnection:

@@ -18,7 +18,7 @@ from bridge.brokers.letters import PREFIX
 from bridge.brokers.rabbitmq.closure import APPLY, Closure, error_of, rabbitmq_at
 from bridge.brokers.rabbitmq.connection import Connection, answers, connect
 from bridge.brokers.rabbitmq.frames import CHANNEL, ROUTING_HEADERS, body_frames, malformed, payload_limit
-from bridge.brokers.rabbitmq.message import BROKERS, sent_at
+from bridge.brokers.rabbitmq.message import BROKERS, UNREADABLE, sent_at
 from bridge.brokers.rabbitmq.publisher import Publisher
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.topology import Needed, require
@@ -48,7 +48,11 @@ def copy_of(message: AbstractIncomingMessage, queue: str, headers: Mapping[str, 
     It has no time to live of its own, or it would expire in a queue that must lose nothing. And no user id: RabbitMQ
     takes only that of whoever publishes.
     """
-    kept = {name: value for name, value in message.headers.items() if not name.startswith((*BROKERS, PREFIX))}
+    kept = {
+        name: value
+        for name, value in message.headers.items()
+        if name == UNREADABLE or not name.startswith((*BROKERS, PREFIX))
+    }
     # RabbitMQ would route the copy by these once more.
     for name in ROUTING_HEADERS:
         kept.pop(name, None)

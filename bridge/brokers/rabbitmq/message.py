@@ -14,9 +14,14 @@ BROKERS: Final = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-coun
 _OTHER_PREFIX: Final = "cloudEvents:"
 """What other programs may write for AMQP_PREFIX (CloudEvents AMQP binding 1.0.2, 3.1.3.1)."""
 
+UNREADABLE: Final = f"{PREFIX}unreadable"
+"""In place of all properties of a message that cannot be decoded: why."""
+
 
 def event_of(message: AbstractIncomingMessage) -> Event | Malformed:
     """The event, or why the message is none."""
+    if UNREADABLE in message.headers:
+        return Malformed(f"its properties cannot be decoded: {_text(message.headers[UNREADABLE])}")
     flat = {name: _text(value) for name, value in message.headers.items() if not name.startswith((*BROKERS, PREFIX))}
     if f"{AMQP_PREFIX}specversion" not in flat:
         flat = {_with_our_prefix(name): value for name, value in flat.items()}

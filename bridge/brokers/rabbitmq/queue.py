@@ -149,6 +149,17 @@ class Session:
             raise self.gone(self.lost)
         await self._copies.publish(copy_of(message, queue, headers))
 
+    async def depth(self) -> int:
+        """See `contract.Queue.depth`. Over the connection that consumes, since an alarm does not block that one."""
+        connection = self._connection
+        if connection is None or self.lost is not None:
+            raise self.gone(self.lost or Closure("it is not open"))
+        with self._refusals():
+            # A channel of its own, since the broker closes it where a queue is gone.
+            async with connection.channel(publisher_confirms=False) as channel:
+                queues = [await channel.declare_queue(name, passive=True) for name in self.topology.waiting]
+        return sum(queue.declaration_result.message_count or 0 for queue in queues)
+
     async def stop(self) -> None:
         """See `contract.Queue.stop`."""
         with self._refusals():
@@ -227,6 +238,12 @@ class RabbitMQQueue:
                 return
             if delivery is not None:
                 yield delivery
+
+    async def depth(self) -> int:
+        """See `contract.Queue.depth`."""
+        if self._session is None:
+            raise BrokerUnavailableError(f"{rabbitmq_at(self._settings)} is not connected: the queue is not open")
+        return await self._session.depth()
 
     async def stop(self) -> None:
         """See `contract.Queue.stop`. What has arrived and was not delivered goes back at once."""

@@ -82,6 +82,11 @@ class WorkerTopology:
         """The queue of dead letters."""
         return dead_queue(self.worker)
 
+    @property
+    def waiting(self) -> list[str]:
+        """The queues in which messages wait for the worker, or for another attempt."""
+        return [self.worker, *{self._retry_name(delay): None for delay in self.retry_delays}]
+
     def retry_queue(self, delay: float) -> str:
         """The queue with the least delay that is no shorter, else with the longest. `delay` in seconds."""
         offered = min(
