@@ -87,7 +87,7 @@ async def play(
         await _play(game, [card for card in cards if not card.is_slowness])
         end_load()
         await _settled(world)
-        not_well = await world.watch.wrong(30.0)
+        not_well = await world.watch.wrong(_RECOVERY_LIMIT + 30.0)
         await world.stop_workers()
         report = await asyncio.to_thread(_count, game)
         report.workers = await asyncio.to_thread(outcomes, world.dsn, world.ledger, await world.letters(), world.notes)
