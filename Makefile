@@ -33,7 +33,7 @@ format: $(STAMP) ## Formats the code.
 bench: $(STAMP) servers ## Measures every row of docs/performance.md beside its peers (QUICK=1: under 2 minutes).
 	$(VENV)/bin/python -m tests.bench $(if $(QUICK),--quick)
 
-faults: $(STAMP) servers ## Breaks everything under load, and counts what was lost (FAULTS=70 for each of 3 seeds, SEED=, ON=rabbitmq|nats).
+faults: $(STAMP) servers ## Breaks everything under load, and counts what was lost (FAULTS=100 for each of 3 seeds, SEED=, ON=rabbitmq|nats|pubsub).
 	$(VENV)/bin/python -m tests.faults $(if $(ON),--broker $(ON)) $(if $(FAULTS),--faults $(FAULTS)) $(if $(SEED),--seed $(SEED))
 
 schema: $(STAMP) ## Writes sql/schema.sql from the migrations.

@@ -103,6 +103,10 @@ def read_headers(texts: str | None) -> Mapping[str, str]:
     return json.loads(texts) if texts else NO_HEADERS
 
 
+NO_TOPIC: Final = "the event has no topic; it is its type as a CloudEvent, which must not be empty"
+"""Why a sink refuses such an event, which only a row can be that was written past `bridge.emit()`."""
+
+
 def attributes(event: Event, prefix: str = ATTRIBUTE_PREFIX) -> dict[str, str]:
     """Every attribute and header of an event but its payload, as flat strings.
 

@@ -7,6 +7,7 @@ inbox's count of attempts decides when to give up, since a broker's counts deliv
 
 import asyncio
 import contextlib
+import math
 import random
 import time
 import traceback
@@ -73,6 +74,7 @@ class Attempts:
         self._inbox = inbox
         self.database = Outage("database", OUTAGE_BACKOFF, worker=worker)
         self._refusal: str | None = None
+        self._refused_at = -math.inf
         self._in_hand: set[str] = set()
         self._handlers = SharedLock()
         self._count = {outcome: DELIVERIES.labels(worker, outcome).inc for outcome in OUTCOMES}
@@ -81,7 +83,9 @@ class Attempts:
     @property
     def problems(self) -> tuple[str, ...]:
         """For `/health`: the outage of the database, and that the broker takes no dead letters."""
-        return tuple(filter(None, (self.database.problem, self._refusal)))
+        # After twice the delay a letter that was refused has been offered again, if not by us by another process.
+        refusal = self._refusal if time.monotonic() < self._refused_at + 2 * REFUSED_DELAY else None
+        return tuple(filter(None, (self.database.problem, refusal)))
 
     async def handle(self, delivery: Delivery) -> None:
         """Handles one delivery to its end, and settles it. Cancelling it gives the delivery back, without counting an
@@ -249,6 +253,7 @@ class Attempts:
         except RefusedError as error:
             self._count["refused"]()
             self._refusal = f"worker {self._worker}: the broker takes no dead letter: {error}"
+            self._refused_at = time.monotonic()
             log.warning("event.letter_refused", worker=self._worker, **_names(delivery.event), reason=str(error))
             await delivery.retry(REFUSED_DELAY)
             return False

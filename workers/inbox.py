@@ -239,10 +239,14 @@ class Inbox:
         await self._value("select bridge.inbox_release(%s, %s, %s, %s, %s, %s)", *claim.fence, counted, delay)
 
     async def fail(self, claim: Claim, failure: Failure) -> None:
-        """Gives the event up: until `forget` it never runs again, and every claim says so. Raises as `release`."""
+        """Gives the event up: until `forget` it never runs again, and every claim says so.
+
+        Raises ClaimLostError, also where an earlier call was committed and its answer lost, and as `release`.
+        """
         told = {"code": failure.code, "reason": failure.reason, "trace": failure.trace}
         text = json.dumps({name: _storable(value) for name, value in told.items()})
-        await self._value("select bridge.inbox_fail(%s, %s, %s, %s, %s::jsonb)", *claim.fence, text)
+        if not await self._value("select bridge.inbox_fail(%s, %s, %s, %s, %s::jsonb)", *claim.fence, text):
+            raise ClaimLostError
 
     async def forget(self, event_id: str) -> None:
         """The dead letter of an event that was given up is with the broker: a replay starts afresh. Raises as

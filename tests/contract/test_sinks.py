@@ -117,6 +117,22 @@ async def test_a_payload_beyond_the_limit_is_never_sent_and_disturbs_no_other(ha
     assert order(harness, await harness.arrived()) == order(harness, events[:2] + events[3:])
 
 
+async def test_an_event_without_a_topic_is_never_sent_and_disturbs_no_other(harness: SinkHarness) -> None:
+    await harness.sink.open()
+    if harness.size_limit is None:
+        pytest.skip("this sink takes anything")
+    events = make_events(3)
+    # No CloudEvent: a worker could only give it up, as malformed.
+    events[1] = make_event(topic="")
+    outcomes = await harness.sink.publish(events)
+    refused = outcomes[1]
+    assert isinstance(refused, Never)
+    assert refused.code == "malformed"
+    assert "has no topic" in refused.reason
+    assert [outcomes[n] for n in (0, 2)] == [CONFIRMED] * 2
+    assert order(harness, await harness.arrived()) == order(harness, [events[0], events[2]])
+
+
 async def test_after_a_loss_nothing_is_published_until_open_is_called(harness: SinkHarness) -> None:
     await harness.sink.open()
     await harness.break_connection()

@@ -9,12 +9,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.faults.brokers import Nats, RabbitMQ
-from tests.faults.kinds import Kind
+from tests.faults.brokers import Nats, PubSub, RabbitMQ
+from tests.faults.kinds import ALL, Kind
 from tests.faults.report import Report
 from tests.faults.run import deck, play
 from tests.faults.world import POSTGRES
-from tests.support.servers import NatsServer, PostgresServer, RabbitMQServer
+from tests.support.servers import NatsServer, PostgresServer, PubSubEmulator, RabbitMQServer
 
 
 async def _run(folder: Path, broker: str, cards: list[Kind], seed: int, seconds: float | None) -> Report:
@@ -22,6 +22,9 @@ async def _run(folder: Path, broker: str, cards: list[Kind], seed: int, seconds:
         if broker == "nats":
             with NatsServer(folder) as nats:
                 return await play(postgres, Nats(nats), folder, cards, seed, seconds, say=True)
+        if broker == "pubsub":
+            with PubSubEmulator(folder) as emulator:
+                return await play(postgres, PubSub(emulator), folder, cards, seed, seconds, say=True)
         with RabbitMQServer(folder) as rabbitmq:
             return await play(postgres, RabbitMQ(rabbitmq), folder, cards, seed, seconds, say=True)
 
@@ -47,8 +50,8 @@ def _one_seed(broker: str, faults: int, seed: int, only: str, seconds: float | N
 def main() -> int:
     """The exit code: 1 when anything was lost, repeated to the database, or out of order."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--broker", choices=("rabbitmq", "nats"), default="rabbitmq", help="default: rabbitmq")
-    parser.add_argument("--faults", type=int, default=70, help="how many for each seed (default: 70)")
+    parser.add_argument("--broker", choices=ALL, default="rabbitmq", help="default: rabbitmq")
+    parser.add_argument("--faults", type=int, default=100, help="how many for each seed (default: 100)")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, one after the other (default: 3)")
     parser.add_argument("--seed", type=int, help="the only seed of the random choices; printed when left out")
     parser.add_argument("--only", default="", help="kinds whose name has this in it")

@@ -3,17 +3,22 @@
 import asyncio
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import aio_pika
+import grpc
 import nats
 import nats.errors
 from aio_pika.exceptions import AMQPError
+from google.protobuf import empty_pb2
+from google.pubsub_v1 import types
 from nats.aio.msg import Msg
 from nats.js.api import ConsumerConfig
 from pamqp.common import FieldTable
 
 from bridge.brokers.nats.message import unquote_headers
+from tests.support.pubsub import PROJECT
 
 
 class Audit:
@@ -44,7 +49,7 @@ class Audit:
         while True:
             try:
                 await self._consume()
-            except (AMQPError, nats.errors.Error, OSError, RuntimeError, TimeoutError):
+            except (AMQPError, grpc.aio.AioRpcError, nats.errors.Error, OSError, RuntimeError, TimeoutError):
                 # The clients raise any of these when the connection goes, by the moment in which it goes.
                 await asyncio.sleep(0.1)
 
@@ -157,3 +162,72 @@ class NatsAudit(Audit):
 
 async def _say_nothing(_: Exception) -> None:
     """In place of nats-py's log line."""
+
+
+class PubSubAudit(Audit):
+    """A subscription of its own, in order. A pull waits as long as the emulator is frozen: what it was given for one
+    that has ended would come again late."""
+
+    _numbers: set[str]
+    """The emulator's own, by which a message that it delivers again is known from one that was published again."""
+
+    async def _consume(self) -> None:
+        async with grpc.aio.insecure_channel(self.url) as channel:
+            subscription = Subscriber(channel, self.queue)
+            if not self.ready.is_set():
+                self._numbers = set()
+                await subscription.create(self.place)
+                self.ready.set()
+            while True:
+                received = await subscription.pull()
+                for each in received:
+                    await self._take(each.message)
+                await subscription.acknowledge(received)
+                if not received:
+                    await asyncio.sleep(0.05)
+
+    async def _take(self, message: Any) -> None:
+        flat = message.attributes
+        again = message.message_id in self._numbers
+        self._numbers.add(message.message_id)
+        await self.note(flat["ce-id"], flat.get("ce-subject", ""), message.data, delivered_again=again)
+
+
+class Subscriber:
+    """A subscription on the emulator, without any time limit."""
+
+    def __init__(self, channel: grpc.aio.Channel, name: str) -> None:
+        self._channel = channel
+        self._name = f"projects/{PROJECT}/subscriptions/{name}"
+
+    async def create(self, topic: str) -> None:
+        """Makes it, of this topic."""
+        wanted = types.Subscription.pb()(
+            name=self._name,
+            topic=f"projects/{PROJECT}/topics/{topic}",
+            ack_deadline_seconds=600,
+            enable_message_ordering=True,
+        )
+        await self._call("CreateSubscription", wanted, types.Subscription.pb())
+
+    async def pull(self) -> Sequence[Any]:
+        """What there is now. Never a pull that waits: the emulator gives messages to one that was cancelled, too."""
+        request = types.PullRequest.pb()(subscription=self._name, max_messages=1000, return_immediately=True)
+        response = await self._call("Pull", request, types.PullResponse.pb())
+        received: Sequence[Any] = response.received_messages
+        return received
+
+    async def acknowledge(self, received: Sequence[Any]) -> None:
+        """Settles what was pulled."""
+        if received:
+            ids = [each.ack_id for each in received]
+            request = types.AcknowledgeRequest.pb()(subscription=self._name, ack_ids=ids)
+            await self._call("Acknowledge", request, empty_pb2.Empty)
+
+    async def _call(self, verb: str, request: Any, response: Any) -> Any:
+        method = self._channel.unary_unary(
+            f"/google.pubsub.v1.Subscriber/{verb}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=response.FromString,
+        )
+        return await method(request)

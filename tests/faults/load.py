@@ -5,7 +5,7 @@ import contextlib
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,17 +13,18 @@ import psycopg
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 
+from tests.faults.fates import HANDLED, Fate, choose
 from tests.faults.poison import POISON, Row
 
 SCHEMA = """
 create schema shop;
 create table shop.counter (name text primary key, n int not null default 0);
-create table shop.reply (event_id uuid not null, result jsonb);
+create table shop.reply (worker text not null, event_id uuid not null);
 create function shop.counted(event_id uuid, result jsonb) returns void language sql
-begin atomic insert into shop.reply values (event_id, result); end;
+begin atomic insert into shop.reply values (result ->> 'by', event_id); end;
 """
-PLACED, MOVED = "shop.order.placed", "shop.order.moved"
-"""What the worker takes. The second goes to the queue that may be full."""
+PLACED, MOVED, PROBED = "shop.order.placed", "shop.order.moved", "shop.order.probed"
+"""What workers take. The second goes to the queue that may be full."""
 BURST = "shop.burst"
 """More at once than the writers make; no worker takes it."""
 POISONED = "shop.poison"
@@ -39,7 +40,9 @@ class Emitted(NamedTuple):
     """Counts the events of a key in the order of their commits."""
     topic: str
     is_poison: bool = False
-    """Whether it may become a dead letter."""
+    """Whether it may become a dead letter of the outbox."""
+    fate: Fate = HANDLED
+    """What it does to the workers that take it."""
 
 
 @dataclass
@@ -144,7 +147,8 @@ class Writer:
             for key in keys:
                 number = await _value(connection, "update shop.counter set n = n + 1 where name = %s returning n", key)
                 topic = MOVED if self._random.random() < _MOVED else PLACED
-                emitted[await _emit(connection, topic, key, int(number))] = Emitted(key, int(number), topic)
+                event = Emitted(key, int(number), topic, fate=choose(self._random))
+                emitted[await _emit(connection, event)] = event
             if chance < _LATE:
                 await asyncio.sleep(self._random.uniform(0.2, 1.5))
             if chance > 1 - _ROLLED_BACK:
@@ -162,9 +166,9 @@ class _RollBackError(Exception):
     """The writer changed its mind."""
 
 
-async def _emit(connection: AsyncConnection[TupleRow], topic: str, key: str, number: int) -> str:
-    statement = "select bridge.emit(%s, jsonb_build_object('n', %s::int), %s)::text"
-    return await _value(connection, statement, topic, number, key)
+async def _emit(connection: AsyncConnection[TupleRow], event: Emitted) -> str:
+    statement = "select bridge.emit(%s, jsonb_build_object('n', %s::int, 'fate', %s::text), %s)::text"
+    return await _value(connection, statement, event.topic, event.number, event.fate.name, event.key)
 
 
 async def _value(connection: AsyncConnection[TupleRow], statement: str, *values: object) -> str:
@@ -178,8 +182,8 @@ async def probe(dsn: str, ledger: Ledger, number: int) -> str:
     """Commits one event as soon as the database takes it, and returns its id."""
 
     async def work(connection: AsyncConnection[TupleRow]) -> dict[str, Emitted]:
-        key = f"probe-{number}"
-        return {await _emit(connection, PLACED, key, 1): Emitted(key, 1, PLACED)}
+        event = Emitted(f"probe-{number}", 1, PROBED)
+        return {await _emit(connection, event): event}
 
     return (await commit_surely(dsn, ledger, work))[0]
 
@@ -194,6 +198,16 @@ async def burst(dsn: str, ledger: Ledger, name: str, events: int, keys: int) -> 
             (BURST, keys, f"{name}-", keys, events),
         )
         return {id_: Emitted(f"{name}-{n % keys}", n // keys + 1, BURST) async for id_, n in cursor}
+
+    await commit_surely(dsn, ledger, work)
+
+
+async def many(dsn: str, ledger: Ledger, name: str, fates: Sequence[Fate]) -> None:
+    """Commits at once an event for every worker of each of these fates, each with a key of its own."""
+
+    async def work(connection: AsyncConnection[TupleRow]) -> dict[str, Emitted]:
+        events = [Emitted(f"{name}-{place}", 1, MOVED, fate=fate) for place, fate in enumerate(fates)]
+        return {await _emit(connection, event): event for event in events}
 
     await commit_surely(dsn, ledger, work)
 

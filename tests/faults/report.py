@@ -9,6 +9,8 @@ from typing import Self
 from rich.console import Console
 from rich.table import Table
 
+from tests.faults.outcomes import Outcomes
+
 MOST_REPEATS = 0.01
 """Repeats of an event that arrives while the broker is only slow."""
 
@@ -47,9 +49,6 @@ class Report:
     wrong_dead_letters: list[str]
     """Events that any broker takes, and that were given up all the same."""
     duplicates: int
-    replies: int
-    replies_wanted: int
-    events_without_one_reply: int
     out_of_order: list[str]
     held_up: list[str]
     """Faults of one sink that stopped the other."""
@@ -62,17 +61,27 @@ class Report:
     repeats_under_slowness: int = 0
     wrong_ends: list[str] = field(default_factory=list)
     """Processes that ended by a traceback, or saying that their settings are wrong."""
+    workers: Outcomes = field(default_factory=Outcomes)
+    """What became of the events at their workers."""
+    health: dict[str, int] = field(default_factory=dict)
+    """Answers of the workers to `/health`: ok, failing, and silent for none."""
+    failing_during: dict[str, int] = field(default_factory=dict)
+    """Of the failing ones, during which kinds of fault they came; "none": while things recovered."""
+    health_must_fail: bool = False
+    """Whether there was a fault that somebody who asks must see."""
 
     @property
     def passed(self) -> bool:
-        """Nothing lost, nothing invented, every reply once, every key in order, and no flood where all is only slow."""
+        """Nothing lost, nothing invented, every key in order, every event handled once or given up as it must be, none
+        in hand at the end, and no flood where all is only slow."""
         return not (
             self.lost
             or self.unknown_to_writers
             or self.wrong_dead_letters
             or self.out_of_order
-            or self.events_without_one_reply
-            or self.replies != self.replies_wanted
+            or self.workers.wrong
+            or self.workers.left
+            or self._health_is_blind
             or self.held_up
             or self.wrong_ends
             or self.repeats_under_slowness > MOST_REPEATS * self.events_under_slowness
@@ -101,7 +110,13 @@ class Report:
     @property
     def wrong(self) -> list[str]:
         """What was found to be wrong, one by one."""
-        return self.lost + self.out_of_order + self.wrong_dead_letters + self.held_up + self.wrong_ends
+        health = ["the health of no worker has shown any fault"] if self._health_is_blind else []
+        bridges = self.lost + self.out_of_order + self.wrong_dead_letters + self.held_up + self.wrong_ends
+        return bridges + self.workers.left + self.workers.wrong + health
+
+    @property
+    def _health_is_blind(self) -> bool:
+        return self.health_must_fail and not self.health.get("failing")
 
     @property
     def line(self) -> str:
@@ -110,7 +125,18 @@ class Report:
             f"{self.committed} events committed, {len(self.lost)} lost, {len(self.out_of_order)} out of order within "
             f"their key, {self.duplicates} repeats at the queues, {self.repeats_under_slowness} of them among the "
             f"{self.events_under_slowness} events under slowness alone, {self.poisoned} poisoned rows, "
-            f"{self.dead_letters} dead letters ({len(self.wrong_dead_letters)} wrong), {self.replies} replies run of "
-            f"{self.replies_wanted}, {len(self.held_up)} held up by another sink, {len(self.wrong_ends)} wrong exits "
+            f"{self.dead_letters} dead letters ({len(self.wrong_dead_letters)} wrong), {self._workers_line}, "
+            f"{len(self.held_up)} held up by another sink, {len(self.wrong_ends)} wrong exits "
             f"({self.broker}, {self.seconds:.0f} s, {self.faults} faults, seed {self.seed})"
+        )
+
+    @property
+    def _workers_line(self) -> str:
+        workers, health = self.workers, self.health
+        return (
+            f"{workers.replies} replies run of {workers.replies_wanted}, {workers.letters} events given up of "
+            f"{workers.letters_wanted} ({workers.repeated_letters} letters repeated, {workers.unnoted_letters} not "
+            f"noted), {workers.shipped} effects ({workers.shipped_again} again, under the same key), "
+            f"{len(workers.wrong)} wrong outcomes, {len(workers.left)} left in hand, health ok "
+            f"{health.get('ok', 0)} times, failing {health.get('failing', 0)}, silent {health.get('silent', 0)}"
         )

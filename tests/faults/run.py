@@ -9,7 +9,7 @@ import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,8 @@ import psycopg
 
 from tests.faults.brokers import Broker
 from tests.faults.kinds import KINDS, Kind
-from tests.faults.load import MOVED, PLACED, probe
+from tests.faults.load import PROBED, probe
+from tests.faults.outcomes import WORKERS, Task, ended, outcomes, tasks
 from tests.faults.report import Report, Row
 from tests.faults.world import World, running
 from tests.support.servers import PostgresServer
@@ -25,6 +26,7 @@ from tests.support.servers import PostgresServer
 _OVERLAP = 0.3
 """How often the next fault does not wait until the last one is recovered from."""
 _RECOVERY_LIMIT = 120.0
+_REDELIVERY_MARGIN = 5.0
 
 
 def deck(faults: int, seed: int, broker: str = "rabbitmq", only: str = "") -> list[Kind]:
@@ -76,7 +78,7 @@ async def play(
         game = _Game(world, began + (seconds or float("inf")), say)
         first = await probe(world.dsn, world.ledger, 0)
         for audit in world.audits:
-            if audit.takes(PLACED):
+            if audit.takes(PROBED):
                 assert not await audit.seen({first}, 60), "no event arrived before the first fault"
         arrived, repeats = _arrivals(world)
         await _play(game, [card for card in cards if card.is_slowness])
@@ -85,10 +87,16 @@ async def play(
         await _play(game, [card for card in cards if not card.is_slowness])
         end_load()
         await _settled(world)
+        not_well = await world.watch.wrong(_RECOVERY_LIMIT + 30.0)
+        await world.stop_workers()
         report = await asyncio.to_thread(_count, game)
+        report.workers = await asyncio.to_thread(outcomes, world.dsn, world.ledger, await world.letters(), world.notes)
+        report.workers.left += not_well + await broker.left(stopped=True)
     report.broker, report.seed, report.seconds = broker.name, seed, round(time.monotonic() - began, 1)
     report.events_under_slowness, report.repeats_under_slowness = slow_arrived - arrived, slow_repeats - repeats
     report.wrong_ends = world.wrong_ends
+    report.health, report.failing_during = dict(world.watch.seen), dict(world.watch.failing_during)
+    report.health_must_fail = any(kind.shows and game.recoveries[kind.name] for kind in cards)
     return report
 
 
@@ -128,11 +136,13 @@ async def _play(game: _Game, cards: Sequence[Kind]) -> None:
 async def _inflict(game: _Game, kind: Kind, number: int, *, alone: bool) -> None:
     world = game.world
     began = time.monotonic()
+    world.watch.faults.add(kind.name)
     probing = asyncio.create_task(_recovered(world, kind, number))
     try:
         await kind.do(world)
     finally:
         world.busy.discard(kind.target)
+        world.watch.faults.discard(kind.name)
     if kind.is_aside and alone and not probing.done():
         game.held_up.append(f"{number} {kind.name}")
     arrived_at = await probing
@@ -148,20 +158,20 @@ async def _recovered(world: World, kind: Kind, number: int) -> float:
     event_id = await probe(world.dsn, world.ledger, number)
     missing = await world.audits[0].seen({event_id}, _RECOVERY_LIMIT)
     assert not missing, f"after {kind.name}, no event arrived within {_RECOVERY_LIMIT:g} s; {world.wrong_ends}"
-    if kind.target == "worker":
-        await _replied(world, {event_id}, _RECOVERY_LIMIT)
+    if kind.target.startswith("worker"):
+        await _ended(world, {(worker, event_id) for worker in WORKERS}, _RECOVERY_LIMIT)
     return time.monotonic()
 
 
-async def _replied(world: World, event_ids: set[str], limit: float) -> None:
-    """Waits for replies; what is missing afterwards is counted, not raised."""
+async def _ended(world: World, wanted: Set[Task], limit: float) -> None:
+    """Waits until the workers are done with these; what is missing afterwards is counted, not raised."""
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         # Another fault may have taken the database away: then ask again.
         with contextlib.suppress(psycopg.OperationalError):
-            if event_ids <= set(await asyncio.to_thread(world.replies)):
+            if wanted <= await asyncio.to_thread(ended, world.dsn):
                 return
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.3)
 
 
 async def _arrived(world: World) -> None:
@@ -174,11 +184,12 @@ async def _arrived(world: World) -> None:
 async def _settled(world: World) -> None:
     await asyncio.sleep(1.6)  # the longest that a writer holds a transaction open
     await _arrived(world)
-    await _replied(world, world.ledger.ids(_is_replied), _RECOVERY_LIMIT)
-
-
-def _is_replied(topic: str) -> bool:
-    return topic in (PLACED, MOVED)
+    await _ended(world, tasks(world.ledger).keys(), _RECOVERY_LIMIT)
+    # What a process had in hand when it was killed, and had ended, comes again to be settled.
+    await asyncio.sleep(world.broker.redelivery + _REDELIVERY_MARGIN)
+    deadline = time.monotonic() + _RECOVERY_LIMIT
+    while await world.broker.left(stopped=False) and time.monotonic() < deadline:
+        await asyncio.sleep(1.0)
 
 
 def _count(game: _Game) -> Report:
@@ -190,8 +201,6 @@ def _count(game: _Game) -> Report:
         time.sleep(0.2)
         letters = world.dead_letters()
     poisoned = ledger.ids(lambda _: True, poison=True) - ledger.ids(lambda _: True)
-    with_reply = ledger.ids(_is_replied)
-    replies = Counter(world.replies())
     return Report(
         faults=sum(len(times) for times in game.recoveries.values()),
         committed=len(ledger.committed),
@@ -203,9 +212,6 @@ def _count(game: _Game) -> Report:
         dead_letters=len(letters),
         wrong_dead_letters=sorted(event_id for event_id, _ in letters if event_id not in poisoned),
         duplicates=sum(audit.repeats.total() for audit in world.audits),
-        replies=replies.total(),
-        replies_wanted=len(with_reply),
-        events_without_one_reply=sum(replies[event] != 1 for event in with_reply),
         out_of_order=[f"{audit.queue}: {words}" for audit in world.audits for words in audit.out_of_order],
         held_up=game.held_up,
         rows=[Row.of(name, times) for name, times in game.recoveries.items() if times],

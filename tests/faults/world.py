@@ -1,22 +1,31 @@
-"""Everything that runs: servers, proxies before them, two bridges of one name, two workers, writers, the audits."""
+"""Everything that runs: servers, proxies before them, two bridges of one name, two processes of each of two workers,
+writers, the audits."""
 
 import asyncio
 import contextlib
+import json
 import random
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psycopg
 
+from bridge.brokers.contract import Letter, Verdict
+from bridge.brokers.registry import broker_of
 from bridge.postgres.schema import migrate
+from bridge.settings.load import load as load_settings
 from tests.faults.audit import Audit
-from tests.faults.brokers import SECOND, SINKS, Broker
+from tests.faults.brokers import SECOND, Broker
+from tests.faults.fates import MAX_ATTEMPTS, TIMEOUT
+from tests.faults.health import Watch
 from tests.faults.load import SCHEMA, Ledger, Writer
+from tests.faults.outcomes import WORKERS
 from tests.support.daemons import Daemon, run_command
 from tests.support.proxy import Proxy
-from tests.support.servers import PostgresServer
+from tests.support.servers import PostgresServer, free_port
 
 KEYS = [f"key-{number}" for number in range(20)]
 WRITERS = 5
@@ -40,15 +49,23 @@ pipelined = false
 topic = "#"
 sink = "events"
 {routes}
-[workers.count]
-handler = "tests.faults.handlers:count"
+"""
+_WORKER = """
+[workers.{worker}]
+handler = "tests.faults.handlers:{worker}"
+subscribe = {topics}
 sink = "events"
 concurrency = 8
 prefetch = 16
-max_attempts = 100
+timeout = {timeout}
+max_attempts = {max_attempts}
 retry_initial = "200ms"
-retry_max = "2s"
+retry_max = "1s"
 reply = "shop.counted"
+listen = "127.0.0.1:{port}"
+[workers.{worker}.options]
+worker = "{worker}"
+notes = "{notes}"
 """
 _ROUTE = """[[routes]]
 topic = "{topic}"
@@ -67,8 +84,13 @@ class World:
     database_wire: Proxy
     broker_wire: Proxy
     second_wire: Proxy
+    worker_wire: Proxy
+    """Between the workers and the broker; the others are the bridges'."""
     bridges: list[Daemon]
     workers: list[Daemon]
+    watch: Watch
+    notes: Path
+    """The folder of the workers' notes, see `handlers.Place`."""
     ledger: Ledger
     audits: Sequence[Audit]
     """The first takes everything."""
@@ -79,7 +101,25 @@ class World:
     """Targets of faults that are going on."""
     wrong_ends: list[str] = field(default_factory=list)
     """Daemons that ended as they never should: by a traceback, or saying that our settings are wrong."""
+    workers_stop: asyncio.Event = field(default_factory=asyncio.Event)
+    keeping_workers: list[asyncio.Task[None]] = field(default_factory=list)
     _names: int = 0
+
+    async def stop_workers(self) -> None:
+        """Returns once they have stopped."""
+        self.workers_stop.set()
+        await asyncio.gather(*self.keeping_workers)
+
+    async def letters(self) -> dict[str, list[Letter]]:
+        """The dead letters of each worker."""
+        sink = load_settings(self.workers[0].config, {}).sinks["events"]
+        found: dict[str, list[Letter]] = {}
+        for worker in WORKERS:
+            found[worker] = []
+            dead = broker_of(sink).dead_letters(sink, worker)
+            assert dead is not None
+            await dead.walk(partial(_keep, found[worker]))
+        return found
 
     def next_name(self, prefix: str) -> str:
         """A name that no other key begins with."""
@@ -98,16 +138,16 @@ class World:
         leading = [bridge for bridge in running if bridge.process and str(bridge.process.pid) == pid]
         return (leading or running or self.bridges)[0]
 
-    def replies(self) -> list[str]:
-        """The events whose reply has run, once for each run."""
-        with psycopg.connect(self.dsn, connect_timeout=5) as connection:
-            return [str(row[0]) for row in connection.execute("select event_id from shop.reply").fetchall()]
-
     def dead_letters(self) -> set[tuple[str, str]]:
         """Event and sink of what a bridge gave up; the sink is empty for what no route took."""
         with psycopg.connect(self.dsn, connect_timeout=5) as connection:
             found = connection.execute("select event_id::text, coalesce(sink, '') from bridge.dead_letter").fetchall()
         return {(str(event_id), str(sink)) for event_id, sink in found}
+
+
+async def _keep(into: list[Letter], letter: Letter) -> Verdict:
+    into.append(letter)
+    return "keep"
 
 
 def send(daemon: Daemon, number: signal.Signals) -> int | None:
@@ -138,7 +178,23 @@ async def _keep_running(world: World, daemon: Daemon, stop: asyncio.Event) -> No
                 await stop.wait()
     if daemon.process is not None:
         send(daemon, signal.SIGCONT)
-        await asyncio.to_thread(daemon.stop, 60.0)
+        if (code := await asyncio.to_thread(daemon.stop, 60.0)) not in _ENDS:
+            world.wrong_ends.append(f"{daemon.folder.name}: {code} at its stop")
+
+
+def _workers(port: int, notes: Path) -> str:
+    """Their part of the settings; of a process that listens at this port."""
+    return "".join(
+        _WORKER.format(
+            worker=worker,
+            topics=json.dumps(topics),
+            timeout=TIMEOUT,
+            max_attempts=MAX_ATTEMPTS,
+            port=port,
+            notes=notes,
+        )
+        for worker, topics in WORKERS.items()
+    )
 
 
 @contextlib.asynccontextmanager
@@ -168,16 +224,26 @@ async def running(
         Proxy(postgres.host, postgres.port) as database_wire,
         Proxy(server.host, server.port) as broker_wire,
         Proxy(server.host, server.port) as second_wire,
+        Proxy(server.host, server.port) as worker_wire,
     ):
-        sinks = zip(SINKS, (broker_wire, second_wire), strict=True)
-        text = _SETTINGS.format(
+        settings = partial(
+            _SETTINGS.format,
             dsn=dsn.replace(str(postgres.port), str(database_wire.port)),
             routes="".join(_ROUTE.format(topic=topic) for topic in SECOND),
-            **{sink: broker.settings(sink, wire.port) for sink, wire in sinks},
+            second=broker.settings("second", second_wire.port),
         )
-        bridges = [Daemon(folder / f"bridge-{number}", text) for number in (1, 2)]
-        workers = [Daemon(folder / f"worker-{number}", text, "run", "count", module="workers.cli") for number in (1, 2)]
-        declared = await asyncio.to_thread(run_command, "topology", "--apply", "--config", str(bridges[0].config))
+        for_bridges = settings(events=broker.settings("events", broker_wire.port))
+        for_workers = settings(events=broker.settings("events", worker_wire.port))
+        bridges = [Daemon(folder / f"bridge-{number}", for_bridges) for number in (1, 2)]
+        ports = {f"{worker}-{number}": free_port() for worker in WORKERS for number in (1, 2)}
+        notes = folder / "notes"
+        (notes / "begun").mkdir(parents=True)
+        (notes / "shipped").touch()
+        workers = [
+            Daemon(folder / name, for_workers + _workers(port, notes), "run", name[:-2], module="workers.cli")
+            for name, port in ports.items()
+        ]
+        declared = await asyncio.to_thread(run_command, "topology", "--apply", "--config", str(workers[0].config))
         assert declared.returncode == 0, declared.stdout + declared.stderr
         ledger = Ledger()
         audits = broker.audits()
@@ -187,8 +253,11 @@ async def running(
             database_wire,
             broker_wire,
             second_wire,
+            worker_wire,
             bridges,
             workers,
+            Watch(ports),
+            notes,
             ledger,
             audits,
             dsn,
@@ -200,13 +269,18 @@ async def running(
             taking = [tasks.create_task(audit.run()) for audit in audits]
             for audit in audits:
                 await audit.ready.wait()
-            keeping = [tasks.create_task(_keep_running(world, daemon, stop)) for daemon in (*bridges, *workers)]
+            watching = tasks.create_task(world.watch.run())
+            keeping = [tasks.create_task(_keep_running(world, daemon, stop)) for daemon in bridges]
+            world.keeping_workers += [
+                tasks.create_task(_keep_running(world, daemon, world.workers_stop)) for daemon in workers
+            ]
             writing = [tasks.create_task(writer.run(load_ended)) for writer in writers]
             try:
                 yield world, load_ended.set
             finally:
                 load_ended.set()
                 stop.set()
-                await asyncio.wait([*keeping, *writing])
-                for task in taking:
+                world.workers_stop.set()
+                await asyncio.wait([*keeping, *world.keeping_workers, *writing])
+                for task in (*taking, watching):
                     task.cancel()

@@ -109,6 +109,7 @@ async def test_a_queue_with_the_delivery_limit_of_earlier_versions_differs(
 
 def event_message(topic: str) -> aio_pika.Message:
     headers: dict[str, Any] = {
+        "cloudEvents_specversion": "1.0",
         "cloudEvents_id": topic,
         "cloudEvents_source": "shop",
         "cloudEvents_type": topic,

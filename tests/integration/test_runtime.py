@@ -522,6 +522,24 @@ async def test_health_tells_what_could_not_be_settled_until_the_broker_is_back(s
     await task
 
 
+async def test_health_forgets_a_refused_dead_letter_that_another_process_brought_to_the_broker(
+    shop: PostgresSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.attempt.REFUSED_DELAY", 0.2)
+    queue = ScriptedQueue(failures={"dead_letter": [RefusedError("queue invoices.dead is full")]})
+    inbox = Inbox("invoices", shop, concurrency=4, reply="shop.rendered")
+    worker = Worker("invoices", settings_of(max_attempts=1), fail, lambda: queue, inbox)
+    stop = asyncio.Event()
+    task = asyncio.create_task(worker.run(stop))
+    await until(lambda: worker.health().role == "working", "the worker works")
+    queue.add(make_event(payload=1))
+    await until(lambda: "invoices.dead is full" in str(worker.health().problems), "health tells it")
+    # It was offered again by another process, so this one hears no more of it.
+    await until(lambda: worker.health().problems == (), "health is well again", limit=5)
+    stop.set()
+    await task
+
+
 async def test_a_broker_that_settles_nothing_is_not_asked_without_a_pause(shop: PostgresSettings) -> None:
     queue = ScriptedQueue(failures={"ack": [BrokerUnavailableError("no") for _ in range(1000)]}, redelivers=True)
     async with working(echo, shop, queue):
@@ -585,6 +603,26 @@ async def test_an_event_whose_claim_was_lost_at_an_effect_runs_again(
         assert await queue.outcomes(1) == [("retry", 1.0)]
         queue.add(event)
         assert await queue.outcomes(2) == [("retry", 1.0), ("ack", None)]
+
+
+async def test_an_event_whose_claim_was_lost_is_not_given_up_by_who_lost_it(
+    shop: PostgresSettings, bridge_database: str
+) -> None:
+    taken_over = Inbox("invoices", shop, concurrency=1)
+    await taken_over.open()
+
+    async def reject_late(event: Event) -> Result:
+        # Our session ends, as that of a process that stood still, and another process has the event.
+        with psycopg.connect(bridge_database, autocommit=True) as admin:
+            admin.execute("update bridge.inbox set claim = null")
+        await taken_over.claim(event.id)
+        raise Reject("no such customer")
+
+    event = make_event(payload=1)
+    async with working(reject_late, shop) as queue:
+        queue.add(event)
+        assert await queue.outcomes(1) == [("retry", 1.0)]
+    await taken_over.close()
 
 
 async def test_an_event_that_is_delivered_twice_to_one_process_runs_once_at_a_time(shop: PostgresSettings) -> None:

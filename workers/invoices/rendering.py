@@ -1,6 +1,7 @@
 """Typesetting in processes of their own: a template that loops or eats memory ends its process, and nothing else."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -26,6 +27,10 @@ class TemplateError(Exception):
 
     The text of the first is Typst's diagnostic, with file, line and column.
     """
+
+
+class _DiedError(TemplateError):
+    """The process that typesets has died."""
 
 
 class MissingGlyphsError(Exception):
@@ -66,17 +71,7 @@ class Typesetters:
         text = json.dumps(data, ensure_ascii=False)
         request = json.dumps({"data": text, "time": time.isoformat()}).encode()
         async with self._slots:
-            typesetter = self._take()
-            try:
-                async with asyncio.timeout(self._time_limit) as deadline:
-                    kind, body = await asyncio.to_thread(typesetter.ask, request)
-            except BaseException as error:
-                # The thread that asks sees the end of the process, and ends as well.
-                typesetter.kill()
-                if isinstance(error, TimeoutError) and deadline.expired():
-                    raise TemplateError(f"the template ran longer than time_limit, {self._time_limit:g} s") from None
-                raise
-            self._idle.append(typesetter)
+            kind, body = await self._ask(request)
         if kind == b"P":
             return body
         diagnostic = body.decode()
@@ -85,18 +80,31 @@ class Typesetters:
             raise MissingGlyphsError(missing)
         raise TemplateError(diagnostic)
 
+    async def _ask(self, request: bytes) -> tuple[bytes, bytes]:
+        """Of a process that is idle, or of a new one. Raises TemplateError."""
+        if self._idle:
+            # It may have died since: then it says nothing about this document.
+            with contextlib.suppress(_DiedError):
+                return await self._ask_one(self._idle.pop(), request)
+        return await self._ask_one(_Typesetter(self._settings, self._memory_limit), request)
+
+    async def _ask_one(self, typesetter: "_Typesetter", request: bytes) -> tuple[bytes, bytes]:
+        try:
+            async with asyncio.timeout(self._time_limit) as deadline:
+                answer = await asyncio.to_thread(typesetter.ask, request)
+        except BaseException as error:
+            # The thread that asks sees the end of the process, and ends as well.
+            typesetter.kill()
+            if isinstance(error, TimeoutError) and deadline.expired():
+                raise TemplateError(f"the template ran longer than time_limit, {self._time_limit:g} s") from None
+            raise
+        self._idle.append(typesetter)
+        return answer
+
     def close(self) -> None:
         """Ends the processes that have nothing in hand."""
         while self._idle:
             self._idle.pop().end()
-
-    def _take(self) -> "_Typesetter":
-        while self._idle:
-            typesetter = self._idle.pop()
-            if typesetter.alive:
-                return typesetter
-            typesetter.end()
-        return _Typesetter(self._settings, self._memory_limit)
 
 
 class _Typesetter:
@@ -114,12 +122,8 @@ class _Typesetter:
             env={**os.environ, "RAYON_NUM_THREADS": "1"},
         )
 
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
     def ask(self, request: bytes) -> tuple[bytes, bytes]:
-        """Sends the request and waits for the answer. Raises TemplateError when the process dies of it."""
+        """Sends the request and waits for the answer. Raises _DiedError."""
         assert self._process.stdin is not None  # noqa: S101 - for the type checker
         assert self._process.stdout is not None  # noqa: S101
         try:
@@ -133,7 +137,7 @@ class _Typesetter:
             body = self._process.stdout.read(size)
             if len(body) == size:
                 return kind, body
-        raise TemplateError(self._cause_of_death())
+        raise _DiedError(self._cause_of_death())
 
     def kill(self) -> None:
         """Ends it at once; whoever waits in `ask` notices."""

@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote
 from nats.aio.msg import Msg
 
 from bridge.brokers.letters import PREFIX
-from bridge.event import ATTRIBUTE_PREFIX, Event, Malformed, attributes, from_attributes
+from bridge.event import ATTRIBUTE_PREFIX, NO_TOPIC, Event, Malformed, attributes, from_attributes
 
 ID_HEADER: Final = "Nats-Msg-Id"
 """JetStream stores one message with this id within the stream's duplicate window."""
@@ -95,6 +95,8 @@ def headers_of(event: Event) -> dict[str, str]:
 
     Raises Malformed for a header that would be read as another's, and UnicodeError as `quote_headers` does.
     """
+    if not event.topic:
+        raise Malformed(NO_TOPIC)
     for name in event.headers:
         if name.startswith(PREFIX):
             raise Malformed(f"the header {name!r}: {PREFIX} is reserved for what queues add to a dead letter")

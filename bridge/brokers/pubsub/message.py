@@ -15,7 +15,7 @@ from google.pubsub_v1 import types
 
 from bridge.brokers.contract import Failure, Unsendable
 from bridge.brokers.letters import PREFIX, letter_headers
-from bridge.event import ATTRIBUTE_PREFIX, SPECVERSION, Event, Malformed, TimeWriter, from_attributes
+from bridge.event import ATTRIBUTE_PREFIX, NO_TOPIC, SPECVERSION, Event, Malformed, TimeWriter, from_attributes
 
 MAX_ATTRIBUTES: Final = 100
 VALUE_BYTES: Final = 1024
@@ -175,7 +175,9 @@ def _header(name: str, value: str) -> bytes:
 
 
 def _shared_attributes(topic: str, content_type: str, source: str) -> bytes:
-    """What all events of a topic, content type and source carry."""
+    """What all events of a topic, content type and source carry. Raises Unsendable."""
+    if not topic:
+        raise Unsendable("malformed", NO_TOPIC)
     return b"".join(
         [
             _attribute("ce-specversion", SPECVERSION.encode()),

@@ -12,7 +12,7 @@ from struct import Struct
 from typing import Final, NamedTuple
 
 from bridge.brokers.contract import Never
-from bridge.event import AMQP_PREFIX, SPECVERSION, Event, TimeWriter
+from bridge.event import AMQP_PREFIX, NO_TOPIC, SPECVERSION, Event, TimeWriter
 
 CHANNEL: Final = 1
 """The channel that publishes."""
@@ -157,6 +157,8 @@ class Encoder:
         self._times = TimeWriter()
 
     def _make_template(self, topic: str, content_type: str, source: str) -> _Template:
+        if not topic:
+            raise malformed(NO_TOPIC)
         routing_key = _short(topic, "the topic")
         publish = b"\x00\x3c\x00\x28\x00\x00" + self._exchange + routing_key + _MANDATORY
         kind = _short(content_type, "the content type") if content_type else b""
