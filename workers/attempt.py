@@ -6,10 +6,12 @@ inbox's count of attempts decides when to give up, since a broker's counts deliv
 """
 
 import asyncio
+import contextlib
 import math
 import random
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -150,6 +152,9 @@ class Attempts:
         except asyncio.CancelledError:
             await self._unclaim(event, claim)
             raise
+        except _OutageError:
+            await self.database.outlast(self._inbox.release, claim, counted=claim.attempt - 1)
+            return _Settle("given_back")
         duration = time.perf_counter() - started
         self._seconds.observe(duration)
         if failed is None:
@@ -174,7 +179,8 @@ class Attempts:
         if claim.attempt > self._settings.max_attempts:
             reason = f"{claim.attempt - 1} attempts were begun and none ended: the worker's process died in each"
             return _Failed(Failure("attempts_exhausted", reason))
-        current_effects.set(_Effects(self._inbox, claim, self.database))
+        effects = _Effects(self._inbox, claim, self.database)
+        current_effects.set(effects)
         try:
             result = await self._run_handler(event)
         except ClaimLostError:
@@ -185,6 +191,8 @@ class Attempts:
             reason = str(error) or "the handler asked for another attempt"
             return _Failed(_failure("attempts_exhausted", reason), error.after)
         except _TimedOutError as error:
+            if effects.gave_up_in_outage:
+                raise _OutageError from error
             reason = f"the handler ran longer than workers.{self._worker}.timeout, {self._settings.timeout:g} s"
             return _Failed(_failure("timeout", reason, error.__cause__))
         except Exception as error:  # noqa: BLE001 - whatever an author's code raises is an outcome, with its trace
@@ -259,21 +267,37 @@ class _TimedOutError(Exception):
     """The handler ran for longer than it may. Its cause is what ended it."""
 
 
-@dataclass(frozen=True, slots=True)
+class _OutageError(Exception):
+    """The handler ran for longer than it may since the database was gone, which is no fault of its own."""
+
+
+@dataclass(slots=True)
 class _Effects:
     """The effects of one attempt. An outage of the database is waited out, as long as the handler may run."""
 
     inbox: Inbox
     claim: Claim
     database: Outage
+    gave_up_in_outage: bool = False
+    """Whether the handler's time was up while it waited for the database."""
 
     async def begin_effect(self, operation: str) -> Effect:
         """See `effects.EffectStore`."""
-        return await self.database.outlast(self.inbox.begin_effect, self.claim, operation)
+        with self._waiting():
+            return await self.database.outlast(self.inbox.begin_effect, self.claim, operation)
 
     async def end_effect(self, effect: Effect) -> None:
         """See `effects.EffectStore`."""
-        await self.database.outlast(self.inbox.end_effect, self.claim, effect)
+        with self._waiting():
+            await self.database.outlast(self.inbox.end_effect, self.claim, effect)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.gave_up_in_outage = self.database.lasts
+            raise
 
 
 async def _end(task: asyncio.Future[Result]) -> None:

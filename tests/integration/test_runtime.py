@@ -1017,3 +1017,34 @@ async def test_metrics_tell_what_a_worker_has_in_hand_and_what_became_of_it(
     await task
     names = {metric.name for metric in REGISTRY.collect()}
     assert not [name for name in names if not name.startswith(("pgbridge_worker_", "process_"))]
+
+
+async def test_a_handler_whose_time_is_up_while_it_waits_for_the_database_has_lost_no_attempt(
+    shop: PostgresSettings, postgres: PostgresServer
+) -> None:
+    runs: list[str] = []
+    event = make_event(payload=1)
+    async with Proxy("127.0.0.1", postgres.port) as proxy:
+
+        async def charge(event: Event) -> Result:
+            runs.append(event.id)
+            if len(runs) == 1:
+                proxy.refuse = True
+                proxy.cut()
+            async with effect("charge") as charge:
+                charge.result = {}
+            return {}
+
+        dsn = make_conninfo(shop.dsn.get_secret_value(), port=proxy.port)
+        behind = PostgresSettings(dsn=SecretStr(dsn), connect_timeout=2.0)
+        with capture_logs() as lines:
+            async with working(charge, behind, max_attempts=1, timeout="1s") as queue:
+                queue.add(event)
+                await until(lambda: any(line["event"] == "database.lost" for line in lines))
+                # Until the handler's time is up, which nothing tells.
+                await asyncio.sleep(1.5)
+                proxy.refuse = False
+                assert await queue.outcomes(1) == [("give_back", None)]
+                queue.add(event)
+                assert await queue.outcomes(2) == [("give_back", None), ("ack", None)]
+    assert len(runs) == 2
