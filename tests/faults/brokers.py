@@ -37,6 +37,8 @@ class Broker:
     name: ClassVar[str]
     redelivery: ClassVar[float] = 0.0
     """Seconds until what a process had in hand when it died comes again, where no look at the queue shows that."""
+    filters: ClassVar[bool] = True
+    """Whether a worker is given only messages with a topic that it takes."""
 
     def __init__(self, server: Server, url: str) -> None:
         self.server = server
@@ -197,7 +199,8 @@ class PubSub(Broker):
     """Google's emulator. It forgets everything when it is killed, so nobody does that."""
 
     name = "pubsub"
-    redelivery = LEASE
+    redelivery = LEASE + 5.0
+    filters = False
 
     def __init__(self, server: PubSubEmulator) -> None:
         super().__init__(server, server.address)

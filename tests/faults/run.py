@@ -26,7 +26,6 @@ from tests.support.servers import PostgresServer
 _OVERLAP = 0.3
 """How often the next fault does not wait until the last one is recovered from."""
 _RECOVERY_LIMIT = 120.0
-_REDELIVERY_MARGIN = 5.0
 
 
 def deck(faults: int, seed: int, broker: str = "rabbitmq", only: str = "") -> list[Kind]:
@@ -186,7 +185,7 @@ async def _settled(world: World) -> None:
     await _arrived(world)
     await _ended(world, tasks(world.ledger).keys(), _RECOVERY_LIMIT)
     # What a process had in hand when it was killed, and had ended, comes again to be settled.
-    await asyncio.sleep(world.broker.redelivery + _REDELIVERY_MARGIN)
+    await asyncio.sleep(world.broker.redelivery)
     deadline = time.monotonic() + _RECOVERY_LIMIT
     while await world.broker.left(stopped=False) and time.monotonic() < deadline:
         await asyncio.sleep(1.0)
