@@ -37,8 +37,6 @@ class Broker:
     name: ClassVar[str]
     redelivery: ClassVar[float] = 0.0
     """Seconds until what a process had in hand when it died comes again, where no look at the queue shows that."""
-    filters: ClassVar[bool] = True
-    """Whether a worker is given only messages with a topic that it takes."""
 
     def __init__(self, server: Server, url: str) -> None:
         self.server = server
@@ -200,7 +198,6 @@ class PubSub(Broker):
 
     name = "pubsub"
     redelivery = LEASE + 5.0
-    filters = False
 
     def __init__(self, server: PubSubEmulator) -> None:
         super().__init__(server, server.address)
