@@ -177,10 +177,14 @@ async def test_failures_climb_the_ladder_and_end_in_a_dead_letter_with_the_trace
 
 async def test_a_dead_letter_that_is_replayed_has_all_its_attempts_again(shop: PostgresSettings) -> None:
     event = make_event(payload=1)
-    async with working(fail, shop, max_attempts=2, retry_initial="10ms") as queue:
-        for count in range(4):
-            queue.add(event)
-            await queue.outcomes(count + 1)
+    told = ("event.retried", "event.dead_lettered")
+    with capture_logs() as lines:
+        async with working(fail, shop, max_attempts=2, retry_initial="10ms") as queue:
+            for count in range(4):
+                queue.add(event)
+                await queue.outcomes(count + 1)
+                # Only then may a replay follow: before, the inbox does not know that the letter was taken.
+                await until(lambda most=count: sum(line["event"] in told for line in lines) > most)  # type: ignore[misc]
     assert [verb for _, verb, _ in queue.settled] == ["retry", "dead_letter", "retry", "dead_letter"]
 
 
