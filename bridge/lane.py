@@ -31,6 +31,7 @@ from bridge.errors import BrokerUnavailableError, PgbridgeError, RefusedError
 from bridge.event import Event
 from bridge.process.metrics import EVENTS_CONFIRMED, EVENTS_RETRIED
 from bridge.process.outage import Outage
+from bridge.process.tasks import raise_if_cancelled
 
 _LOOK: Final = 1.0
 """Seconds between two looks whether a connection went, or stalls, while nothing was published."""
@@ -423,6 +424,7 @@ class Lane:
                     await asyncio.wait(self._publishing)
                 if not self._sink.is_open:
                     await self._sink.open()
+                    raise_if_cancelled()
                 due = self._due(burst)
                 if not due:
                     break

@@ -1,6 +1,7 @@
 """The relay against a broker that fails in every way: nothing lost, per-key order kept, memory bounded."""
 
 import asyncio
+import contextlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
@@ -418,6 +419,38 @@ async def test_a_source_that_is_lost_ends_the_relay_with_its_error() -> None:
             raise DatabaseUnavailableError("session ended")
 
     relay = Relay(Lost([event(1)]), "s", Broker(), limits=LIMITS)
+
+    async def run() -> None:
+        with one_error():
+            await relay.run(asyncio.Event())
+
+    with pytest.raises(DatabaseUnavailableError, match="session ended"):
+        await asyncio.wait_for(run(), 5)
+
+
+async def test_a_source_that_is_lost_while_a_sink_comes_back_ends_the_relay_with_its_error() -> None:
+    opening = asyncio.Event()
+
+    class ForgetsCancellation(Broker):
+        async def open(self) -> None:
+            opening.set()
+            # As asyncio.wait_for does before Python 3.12 when the result comes with the request to end.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            self.open_now = True
+
+    class LostMeanwhile(Log):
+        async def read(self, most: int) -> Page:
+            if self.read_to:
+                await opening.wait()
+                raise DatabaseUnavailableError("session ended")
+            return await super().read(most)
+
+    broker = ForgetsCancellation()
+    broker.open_now = False
+    # One of the key at a time, so that some are left when the sink has shown that it works.
+    broker.pipelined = False
+    relay = Relay(LostMeanwhile([event(n, "key") for n in range(10)]), "s", broker, limits=LIMITS)
 
     async def run() -> None:
         with one_error():
