@@ -185,6 +185,8 @@ class Worker:
         finally:
             taking.cancel()
             await asyncio.wait([taking])
+            if not taking.cancelled():
+                taking.exception()  # else asyncio would complain where both ended in the same moment
             unsettled.cancel()
 
     async def _take(self, deliveries: AsyncIterator[Delivery], unsettled: asyncio.Future[None]) -> None:

@@ -8,9 +8,6 @@ from bridge.brokers.contract import Declaration, Failure
 from bridge.errors import BrokerUnavailableError, PgbridgeError
 from bridge.event import Event, Malformed
 
-_OPEN = asyncio.Event()
-_OPEN.set()
-
 
 @dataclass(eq=False)
 class ScriptedDelivery:
@@ -32,7 +29,6 @@ class ScriptedDelivery:
         await self._settle("give_back", None)
 
     async def _settle(self, verb: str, detail: object) -> None:
-        await self.queue.gates.get(verb, _OPEN).wait()
         if self.queue.failures.get(verb):
             raise self.queue.failures[verb].pop(0)
         if not self.connected:
@@ -46,7 +42,7 @@ class ScriptedDelivery:
 class ScriptedQueue:
     """Give it `add(event)`; `lose()` ends the connection, and the next `refusals` calls of `open` raise `refusal`.
 
-    What is in `failures` is raised, one after the other, by the verb of that name; a gate of `gates` makes it wait.
+    What is in `failures` is raised, one after the other, by the verb of that name.
     With `redelivers`, what was in hand at a `close` comes again.
     """
 
@@ -57,7 +53,6 @@ class ScriptedQueue:
     refusal: PgbridgeError = field(default_factory=lambda: BrokerUnavailableError("nobody listens on the port"))
     opened: int = 0
     failures: dict[str, list[Exception]] = field(default_factory=dict)
-    gates: dict[str, asyncio.Event] = field(default_factory=dict)
     _waiting: asyncio.Queue[ScriptedDelivery | str] = field(default_factory=asyncio.Queue)
     _in_hand: list[ScriptedDelivery] = field(default_factory=list)
 
