@@ -26,7 +26,8 @@ ATTRIBUTE_PREFIX: Final = "ce-"
 """Prefix of CloudEvents attributes in Pub/Sub attributes and NATS headers."""
 
 REPLAYED: Final = "replayed"
-"""The header that tells consumers of a replay. The event's id stays what it was, so an inbox recognises it."""
+"""The header that tells consumers of a replay; its value is that replay's own, see `replay_mark`. The event's id stays
+what it was, so an inbox recognises it."""
 
 NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 """What an event without headers of its own carries; one object, shared."""
@@ -36,6 +37,12 @@ INBOX_NAMESPACE: Final = uuid.UUID("6873494e-5b5e-421c-a6b9-7fee1425ef24")
 """The namespace of `Event.inbox_id`. It never changes: handled events would be handled again."""
 
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
+
+def replay_mark() -> dict[str, str]:
+    """The header that marks what one replay publishes. Every call is another replay; what it publishes more than once,
+    since a confirm was lost, has one mark, and is told from a second replay by it."""
+    return {REPLAYED: str(uuid.uuid4())}
 
 
 class Malformed(ValueError):  # noqa: N818 - named for what the message is
@@ -76,6 +83,11 @@ class Event(NamedTuple):
         if _UUID.fullmatch(self.id):
             return self.id.lower()
         return str(uuid.uuid5(INBOX_NAMESPACE, f"{len(self.source.encode())}:{self.source}{self.id}"))
+
+    @property
+    def replay(self) -> str | None:
+        """Which replay brought it; None for no replay."""
+        return self.headers.get(REPLAYED)
 
     @property
     def weight(self) -> int:

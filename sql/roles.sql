@@ -76,12 +76,12 @@ to bridge_relay;
 -- A reply function is its author's to grant: `grant execute on function shop.invoice_rendered to bridge_worker`.
 
 grant execute on function
-  bridge.inbox_claim(text, uuid[], bigint, bigint[], double precision[], boolean),
+  bridge.inbox_claim(text, uuid[], text[], bigint, bigint[], double precision[], boolean),
   bridge.inbox_finish(text, uuid, bigint, int, jsonb),
   bridge.inbox_finish_all(text, uuid[], bigint[], int[], jsonb[]),
   bridge.inbox_release(text, uuid, bigint, int, int, double precision),
   bridge.inbox_fail(text, uuid, bigint, int, jsonb),
-  bridge.inbox_forget(text, uuid),
+  bridge.inbox_forget(text, uuid, text),
   bridge.inbox_effect_begin(text, uuid, bigint, int, text),
   bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb),
   bridge.inbox_prune(text, timestamptz, int)

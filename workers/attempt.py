@@ -126,13 +126,13 @@ class Attempts:
 
     async def _run_once(self, event: Event) -> _Settle:
         async with self._handlers.shared():
-            claim = await self.database.outlast(self._inbox.claim, event.inbox_id)
+            claim = await self.database.outlast(self._inbox.claim, event.inbox_id, event.replay)
             if isinstance(claim, Claim):
                 return await self._claimed(event, claim)
         if claim.state == "alone":
             # Its last attempt died with its process. If it kills this one too, nothing else shall die with it.
             async with self._handlers.exclusive():
-                claim = await self.database.outlast(self._inbox.claim_alone, event.inbox_id)
+                claim = await self.database.outlast(self._inbox.claim_alone, event.inbox_id, event.replay)
                 if isinstance(claim, Claim):
                     return await self._claimed(event, claim)
         match claim:
@@ -258,8 +258,9 @@ class Attempts:
             await delivery.retry(REFUSED_DELAY)
             return False
         self._refusal = None
-        if isinstance(delivery.event, Event):
-            await self.database.outlast(self._inbox.forget, delivery.event.inbox_id)
+        event = delivery.event
+        if isinstance(event, Event):
+            await self.database.outlast(self._inbox.forget, event.inbox_id, event.replay)
         return True
 
 

@@ -74,12 +74,12 @@ class NotNow:
 
 
 _FUNCTIONS: Final = (
-    "bridge.inbox_claim(text, uuid[], bigint, bigint[], double precision[], boolean)",
+    "bridge.inbox_claim(text, uuid[], text[], bigint, bigint[], double precision[], boolean)",
     "bridge.inbox_finish(text, uuid, bigint, int, jsonb)",
     "bridge.inbox_finish_all(text, uuid[], bigint[], int[], jsonb[])",
     "bridge.inbox_release(text, uuid, bigint, int, int, double precision)",
     "bridge.inbox_fail(text, uuid, bigint, int, jsonb)",
-    "bridge.inbox_forget(text, uuid)",
+    "bridge.inbox_forget(text, uuid, text)",
     "bridge.inbox_effect_begin(text, uuid, bigint, int, text)",
     "bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb)",
     "bridge.inbox_prune(text, timestamptz, int)",
@@ -89,6 +89,8 @@ _SERIALIZATION_ATTEMPTS: Final = 5
 """Tries of a transaction that conflicts with another one."""
 _TOGETHER: Final = 100
 """Most events in one query."""
+_LONGEST_MARK: Final = 100
+"""Characters of a replay's mark that tell it from others; ours have 36."""
 _CLAIMING: Final = 2
 """Connections beside those on which replies run, so that slow ones keep no claim from being made."""
 _ANSWER_GRACE: Final = 10.0
@@ -163,27 +165,31 @@ class Inbox:
         except DatabaseUnavailableError:
             await self._session.renew(instead_of=token)
 
-    async def claim(self, event_id: str) -> Claim | NotNow:
-        """Claims an event, which this process must not have in hand.
+    async def claim(self, event_id: str, replay: str | None = None) -> Claim | NotNow:
+        """Claims an event, which this process must not have in hand. `replay` is the mark of the one that brought it.
 
         Raises DatabaseUnavailableError, or another PgbridgeError when PostgreSQL refuses.
         """
-        return await self._claims.ask(event_id)
+        return await self._claims.ask((event_id, _mark(replay)))
 
-    async def claim_alone(self, event_id: str) -> Claim | NotNow:
+    async def claim_alone(self, event_id: str, replay: str | None = None) -> Claim | NotNow:
         """The same for an event that `claim` said is to run alone, once nothing else runs."""
-        [claim] = await self._claim_together([event_id], alone=True)
+        [claim] = await self._claim_together([(event_id, _mark(replay))], alone=True)
         return claim
 
-    async def _claim_together(self, events: Sequence[str], *, alone: bool = False) -> Sequence[Claim | NotNow]:
+    async def _claim_together(
+        self, events: Sequence[tuple[str, str | None]], *, alone: bool = False
+    ) -> Sequence[Claim | NotNow]:
+        # In one order in every process, so that no two wait for each other.
+        in_order = sorted(events, key=lambda event: event[0])
         while True:
             token = self._session.token
             rows = await self._rows(
                 "select event::text, state, attempt, seconds, failure"
-                " from bridge.inbox_claim(%s, %s::uuid[], %s, %s::bigint[], %s::double precision[], %s)",
+                " from bridge.inbox_claim(%s, %s::uuid[], %s::text[], %s, %s::bigint[], %s::double precision[], %s)",
                 self.worker,
-                # In one order in every process, so that no two wait for each other.
-                sorted(events),
+                [event_id for event_id, _ in in_order],
+                [replay for _, replay in in_order],
                 token,
                 list(self._session.former),
                 self._backoff,
@@ -194,7 +200,7 @@ class Inbox:
             # Our session ended unnoticed, and its claims with it.
             await self._session.renew(instead_of=token)
         claims = {event_id: self._standing(event_id, token, *how) for event_id, *how in rows}
-        return [claims[event_id] for event_id in events]
+        return [claims[event_id] for event_id, _ in events]
 
     def _standing(
         self, event_id: str, token: int, state: Any, attempt: int, seconds: float | None, failure: dict[str, str] | None
@@ -248,10 +254,10 @@ class Inbox:
         if not await self._value("select bridge.inbox_fail(%s, %s, %s, %s, %s::jsonb)", *claim.fence, text):
             raise ClaimLostError
 
-    async def forget(self, event_id: str) -> None:
-        """The dead letter of an event that was given up is with the broker: a replay starts afresh. Raises as
-        `release`."""
-        await self._value("select bridge.inbox_forget(%s, %s)", self.worker, event_id)
+    async def forget(self, event_id: str, replay: str | None = None) -> None:
+        """The dead letter of an event that was given up is with the broker: from now on only a new replay starts it
+        afresh. `replay` as for the `claim` that led to it. Raises as `release`."""
+        await self._value("select bridge.inbox_forget(%s, %s, %s)", self.worker, event_id, _mark(replay))
 
     async def begin_effect(self, claim: Claim, operation: str) -> Effect:
         """See `effects.EffectStore`. Raises ClaimLostError, and as `release`."""
@@ -393,8 +399,13 @@ def _plain(value: object) -> dict[Any, Any]:
     raise TypeError(f"a {type(value).__name__} has no form in JSON")
 
 
+def _mark(replay: str | None) -> str | None:
+    """As a column of text can hold it; anyone may have written it."""
+    return None if replay is None else _storable(replay[:_LONGEST_MARK])
+
+
 def _storable(text: str) -> str:
-    """As jsonb can hold it, which has neither NUL nor half a surrogate pair."""
+    """As text and jsonb can hold it, which have neither NUL nor half a surrogate pair."""
     return text.encode(errors="replace").decode().replace("\0", "\ufffd")
 
 

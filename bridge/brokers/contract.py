@@ -289,5 +289,6 @@ class DeadLetters(Protocol):
         """Shows `decide` every letter that is there now, once; does what it says, and leaves the others.
 
         A replayed letter is first confirmed in the worker's queue, and then removed: after a crash in between it may
-        be in both. Raises BrokerUnavailableError, TopologyError, RefusedError.
+        be in both. It carries a new `bridge.event.replay_mark()` each time: without one a worker takes the event for a
+        repeat of what it gave up, and acknowledges it. Raises BrokerUnavailableError, TopologyError, RefusedError.
         """

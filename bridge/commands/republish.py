@@ -15,7 +15,7 @@ from typing import Final
 
 from bridge.brokers.contract import Sink
 from bridge.brokers.registry import broker_of
-from bridge.event import REPLAYED, Event
+from bridge.event import Event, replay_mark
 from bridge.process.tasks import one_error, unless_stopped
 from bridge.relay import Limits, Relay
 from bridge.routes import Routes
@@ -23,8 +23,6 @@ from bridge.settings import Settings
 from bridge.sources import DeadLetter, Page
 from bridge.unrouted import no_route
 
-_REPLAYED: Final[Mapping[str, str]] = {REPLAYED: "true"}
-"""What a replay adds to an event's headers."""
 _LARGEST_CHUNK: Final = 500
 """Events."""
 _CHUNKS_IN_FLIGHT: Final = 16
@@ -118,6 +116,7 @@ class _Republishing:
         self._chunks: deque[_Chunk] = deque()
         self._turn = asyncio.Lock()
         self._room = asyncio.Event()
+        self._mark = replay_mark()
 
     async def publish(self, pages: AsyncIterator[Sequence[Event]], pace: Pace) -> None:
         """Hands out every page, and waits until all is settled."""
@@ -127,7 +126,7 @@ class _Republishing:
             while len(self._chunks) >= _CHUNKS_IN_FLIGHT:
                 await self._wait_for_room()
             await pace.wait(len(events))
-            self._hand_out([event._replace(headers={**event.headers, **_REPLAYED}) for event in events])
+            self._hand_out([event._replace(headers={**event.headers, **self._mark}) for event in events])
             await self.settle()
         while self._chunks:
             await self._wait_for_room()

@@ -10,17 +10,20 @@ import nats
 from google.pubsub_v1 import types
 from pydantic import SecretStr
 
-from bridge.brokers.contract import CONFIRMED, Queue, Sink, Subscription
+from bridge.brokers.contract import CONFIRMED, DeadLetters, Queue, Sink, Subscription
 from bridge.brokers.letters import PREFIX, letter_headers
 from bridge.brokers.memory import MemoryBroker, MemoryQueue, MemorySettings, Message
+from bridge.brokers.nats.dead import NatsDeadLetters
 from bridge.brokers.nats.message import unquote_headers
 from bridge.brokers.nats.queue import NatsQueue
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.sink import NatsSink
 from bridge.brokers.pubsub.connection import connect
+from bridge.brokers.pubsub.dead import PubSubDeadLetters
 from bridge.brokers.pubsub.queue import PubSubQueue
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.sink import PubSubSink
+from bridge.brokers.rabbitmq.dead import RabbitMQDeadLetters
 from bridge.brokers.rabbitmq.queue import RabbitMQQueue
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
@@ -74,6 +77,9 @@ class QueueHarness(Protocol):
     async def dead_letters(self, count: int) -> Sequence[Letter]:
         """Waits for this many dead letters, and takes them."""
 
+    def desk(self) -> DeadLetters | None:
+        """Where an operator looks at the dead letters; None where a queue has no such place."""
+
     async def break_connections(self) -> None:
         """Resets the connections of every queue."""
 
@@ -114,6 +120,9 @@ class MemoryHarness:
             )
             for letter in self._broker.dead
         ]
+
+    def desk(self) -> None:
+        return None
 
     async def break_connections(self) -> None:
         raise NotImplementedError
@@ -161,6 +170,9 @@ class RabbitMQHarness:
             Letter(message.body, _ours({name: str(value) for name, value in message.headers.items()}))
             for message in messages
         ]
+
+    def desk(self) -> RabbitMQDeadLetters:
+        return RabbitMQDeadLetters(self.settings(), self._name)
 
     async def break_connections(self) -> None:
         self._proxy.cut()
@@ -211,6 +223,9 @@ class NatsHarness:
             reader = await jetstream.subscribe(f"{stream}.>", ordered_consumer=True)
             messages = [await reader.next_msg(LIMIT) for _ in range(count)]
         return [Letter(message.data, _ours(unquote_headers(message.headers or {}))) for message in messages]
+
+    def desk(self) -> NatsDeadLetters:
+        return NatsDeadLetters(self.settings(), self._name)
 
     async def break_connections(self) -> None:
         self._proxy.cut()
@@ -263,6 +278,9 @@ class PubSubHarness:
         messages = await self._dead.messages()
         assert len(messages) == count
         return [Letter(message.data, _ours(message.attributes)) for message in messages]
+
+    def desk(self) -> PubSubDeadLetters:
+        return PubSubDeadLetters(self.settings(), self._name)
 
     async def break_connections(self) -> None:
         # Refused for a while, since gRPC makes an idle connection anew, and leases outlive connections.

@@ -8,7 +8,7 @@ from datetime import datetime
 
 import pytest
 
-from bridge.brokers.contract import Delivery, Failure, Queue
+from bridge.brokers.contract import Delivery, Failure, Letter, Queue, Verdict
 from bridge.errors import BrokerUnavailableError, TopologyError
 from bridge.event import Event, Malformed
 from tests.contract.queues import ACK_WAIT, HARNESSES, RETRY_DELAYS, QueueHarness
@@ -185,6 +185,36 @@ async def test_a_dead_letter_keeps_its_bytes_and_tells_why(harness: QueueHarness
         "attempts": "2",
         "worker": unique,
     }
+
+
+async def test_each_replay_of_a_dead_letter_has_a_mark_of_its_own(harness: QueueHarness) -> None:
+    desk = harness.desk()
+    if desk is None:
+        pytest.skip("nobody can look at its dead letters")
+    event = make_event(headers={"tenant": "a"})
+    await harness.publish(event)
+    marks = set()
+    async with consuming(harness) as (_, deliveries):
+        for _ in range(3):
+            await (await take(deliveries)).dead_letter(FAILURE)
+            verdicts: list[Verdict] = []
+
+            async def decide(letter: Letter, verdicts: list[Verdict] = verdicts) -> Verdict:
+                assert letter.event_id == event.id
+                verdicts.append("replay")
+                return "replay"
+
+            async with asyncio.timeout(LIMIT):
+                while not verdicts:  # a letter on its way from a stopped push is not there at once
+                    await desk.walk(decide)
+            again = await take(deliveries)
+            replayed = event_in(again)
+            marks.add(replayed.replay)
+            assert replayed._replace(headers={"tenant": "a"}) == event
+            await again.give_back()
+        await (await take(deliveries)).ack()
+    assert None not in marks
+    assert len(marks) == 3
 
 
 async def test_a_long_trace_is_cut_at_its_begin(harness: QueueHarness) -> None:

@@ -66,9 +66,8 @@ async def test_a_letter_is_published_again_to_the_sink_that_refused_it_and_audit
     assert "250 replayed." in said
     taken = await messages.take(250)
     assert [(message.message_id,) for message in taken] == wanted
-    assert {(m.headers["replayed"], m.headers["tenant"], m.headers["cloudEvents_subject"]) for m in taken} == {
-        ("true", "a", "k")
-    }
+    assert {(m.headers["tenant"], m.headers["cloudEvents_subject"]) for m in taken} == {("a", "k")}
+    assert len({m.headers["replayed"] for m in taken}) == 1, "one replay has one mark"
     assert await execute(bridge_database, "select count(*) from bridge.dead_letter") == [(0,)]
     assert await execute(bridge_database, "select count(*) from bridge.outbox") == [(0,)]
     audits = await execute(
@@ -196,7 +195,7 @@ async def test_letters_of_a_worker_are_shown_replayed_and_discarded(
     left = await json_of("dead", "list", "--worker", name, *config)
     assert sorted(letter["topic"] for letter in left) == ["refuse.2", "refuse.3"]
     again = next(letter for letter in left if letter["topic"] == "refuse.2")
-    assert (again["id"], again["headers"]) == (by_topic["refuse.2"]["id"], {"replayed": "true"})
+    assert (again["id"], again["headers"].keys()) == (by_topic["refuse.2"]["id"], {"replayed"})
     audits = await execute(bridge_database, "select letter, action, why from bridge.dead_letter_audit order by id")
     assert audits == [
         (by_topic["refuse.1"]["id"], "discarded", "nonsense"),

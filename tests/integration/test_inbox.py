@@ -12,6 +12,7 @@ import pytest
 from psycopg.rows import dict_row
 from pydantic import SecretStr
 
+from bridge.brokers.contract import Failure
 from bridge.errors import DatabaseUnavailableError, PgbridgeError, PrivilegeError, RefusedError, SchemaError
 from bridge.settings import PostgresSettings
 from tests.support.until import until
@@ -298,6 +299,32 @@ async def test_pruning_takes_old_finished_events_in_chunks_and_leaves_the_rest(
         assert await inbox.prune(timedelta(days=1), chunk=7) == 20
         assert await inbox.prune(timedelta(days=1), chunk=7) == 0
     assert rows(bridge_database, "SELECT count(*) AS n FROM bridge.inbox") == [{"n": 6}]
+
+
+async def test_a_replay_starts_afresh_although_nobody_heard_that_the_dead_letter_was_taken(
+    shop: PostgresSettings, bridge_database: str
+) -> None:
+    """A process that is killed once the broker has the letter leaves it owed; a replay shows that it was taken."""
+    event_id = str(uuid.uuid4())
+    async with opened(shop, None) as inbox:
+        await inbox.fail(await claimed(inbox, event_id), Failure("rejected", "no"))
+        assert isinstance(owed := await inbox.claim(event_id), NotNow)
+        assert owed.state == "failed"
+        claim = await inbox.claim(event_id, "first replay")
+        assert isinstance(claim, Claim)
+        assert claim.attempt == 1
+        await inbox.fail(claim, Failure("rejected", "no again"))
+        # As the first process would have said it, had the database kept it waiting until now.
+        await inbox.forget(event_id)
+        assert isinstance(owed := await inbox.claim(event_id, "first replay"), NotNow)
+        assert owed == NotNow("failed", failure=Failure("rejected", "no again", attempts=1))
+        await inbox.forget(event_id, "first replay")
+        for repeated in (None, "first replay"):
+            assert await inbox.claim(event_id, repeated) == NotNow("finished")
+        with psycopg.connect(bridge_database, autocommit=True) as admin:
+            admin.execute("UPDATE bridge.inbox SET started_at = started_at - interval '2 days'")
+            admin.execute("UPDATE bridge.inbox SET ended_at = ended_at - interval '2 days'")
+        assert await inbox.prune(timedelta(days=1)) == 1
 
 
 async def test_a_missing_reply_function_fails_the_start(shop: PostgresSettings) -> None:

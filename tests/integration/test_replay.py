@@ -38,7 +38,8 @@ async def test_a_part_is_published_again_in_order_with_the_same_ids_and_marked(
         again = await messages.take(1500)
         assert [int(message.body) for message in again] == list(range(2, 3001, 2))
         assert [m.message_id for m in again] == [m.message_id for m in first if m.routing_key == "shop.even"][:1500]
-        assert {(m.headers["replayed"], m.headers["tenant"]) for m in again} == {("true", "a")}
+        assert {m.headers["tenant"] for m in again} == {"a"}
+        assert len({m.headers["replayed"] for m in again}) == 1, "one replay has one mark"
         assert all("replayed" not in message.headers for message in first)
         await execute(bridge_database, "select bridge.emit('after', 'x')")
         (last,) = await messages.take(1)

@@ -26,7 +26,7 @@ from bridge.brokers.contract import (
     Subscription,
 )
 from bridge.errors import BrokerUnavailableError, TopologyError
-from bridge.event import Event, Malformed, attributes, from_attributes, matches
+from bridge.event import Event, Malformed, attributes, from_attributes, matches, replay_mark
 from bridge.settings import SinkSettings
 
 LOOK_INTERVAL: Final = 0.02
@@ -230,7 +230,10 @@ class SqliteDeadLetters:
         for row, written, payload, failure in rows:
             match await decide(self._letter(event_of(written, payload), row, payload, json.loads(failure))):
                 case "replay":
-                    connection.execute("update message set state = 'ready', failure = null where id = ?", (row,))
+                    marked = json.dumps({**json.loads(written), **replay_mark()})
+                    connection.execute(
+                        "update message set state = 'ready', failure = null, attributes = ? where id = ?", (marked, row)
+                    )
                 case "discard":
                     connection.execute("delete from message where id = ?", (row,))
                 case "keep":

@@ -16,7 +16,7 @@ from bridge.brokers.nats.message import ID_HEADER, event_of, quote_headers, unqu
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.topology import dead_stream
 from bridge.errors import BrokerUnavailableError, TopologyError
-from bridge.event import REPLAYED
+from bridge.event import replay_mark
 
 _BATCH: Final = 100
 """Letters read at once."""
@@ -105,7 +105,7 @@ class NatsDeadLetters:
             for name, value in (message.headers or {}).items()
             if not unquote(name).startswith(PREFIX) and not name.lower().startswith("nats-")
         }
-        kept |= quote_headers({REPLAYED: "true"})
+        kept |= quote_headers(replay_mark())
         # Under the event's id the stream would drop it, had the event come within the duplicate window.
         kept[ID_HEADER] = f"{self._stream}:{_sequence(message)}"
         subject = f"{self._settings.stream}.{message.subject.partition('.')[2]}"

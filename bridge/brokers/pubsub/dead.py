@@ -13,7 +13,7 @@ from bridge.brokers.pubsub.connection import Connection, TimedOutError, connect
 from bridge.brokers.pubsub.message import CONTENT_TYPE, FOR_WORKER, NOT_THE_EVENTS, from_message
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.topology import MAX_LEASE, Names
-from bridge.event import REPLAYED
+from bridge.event import replay_mark
 
 FORWARDED_COUNT: Final = "CloudPubSubDeadLetterSourceDeliveryCount"
 """Marks a message that the service itself forwarded, after so many deliveries."""
@@ -95,7 +95,7 @@ class PubSubDeadLetters:
     async def _publish_again(self, connection: Connection, message: Any) -> None:
         flat = {name: value for name, value in message.attributes.items() if not name.startswith(NOT_THE_EVENTS)}
         key = flat.get("ce-subject", "") if self._settings.ordering else ""
-        flat |= {FOR_WORKER: self._worker, REPLAYED: "true"}
+        flat |= {FOR_WORKER: self._worker, **replay_mark()}
         again = _Message(data=message.data, attributes=flat, ordering_key=key)
         request = types.PublishRequest.pb()(topic=self._names.topic, messages=[again])
         await connection.call(connection.publish, request, limit=self._settings.publish_timeout)

@@ -16,6 +16,7 @@ from bridge.brokers.rabbitmq.copies import Copies, copy_of
 from bridge.brokers.rabbitmq.message import count_of, event_of
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.topology import dead_queue
+from bridge.event import replay_mark
 
 
 class RabbitMQDeadLetters:
@@ -49,7 +50,7 @@ class RabbitMQDeadLetters:
                         await copies.open()
                     # A person waits, so not for as long as an alarm lasts.
                     async with answers(self._settings, self._settings.publish_timeout):
-                        await copies.publish(copy_of(message, self._worker, {"replayed": "true"}))
+                        await copies.publish(copy_of(message, self._worker, replay_mark()))
                 if verdict != "keep":
                     with refusals(self._settings):
                         await message.ack()
