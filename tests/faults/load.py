@@ -30,6 +30,8 @@ BURST = "shop.burst"
 POISONED = "shop.poison"
 """What a row that `emit()` refuses is, and what follows it in its key."""
 _ROLLED_BACK, _LATE, _MOVED = 0.1, 0.05, 0.2
+_PATIENCE = 120.0
+"""Seconds for which the database may be gone: longer than any fault takes it away."""
 
 
 class Emitted(NamedTuple):
@@ -82,9 +84,11 @@ async def commit(connection: AsyncConnection[TupleRow], dsn: str, ledger: Ledger
 async def _committed_after_all(dsn: str, pid: int, event_ids: list[str]) -> bool:
     """What became of a commit whose answer was lost: looked up once its session has ended.
 
-    By the rows, not by the transaction's id: a crash may forget an id, and give it to another transaction.
+    By the rows, not by the transaction's id: a crash may forget an id, and give it to another transaction. Raises
+    TimeoutError when the database does not come back: then the run has nothing left to say.
     """
-    while True:
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
         with contextlib.suppress(psycopg.OperationalError):
             async with await AsyncConnection.connect(dsn, autocommit=True, connect_timeout=5) as connection:
                 alive = "select count(*) from pg_stat_activity where pid = %s and pid <> pg_backend_pid()"
@@ -92,11 +96,12 @@ async def _committed_after_all(dsn: str, pid: int, event_ids: list[str]) -> bool
                     found = "select count(*) from bridge.outbox where event_id = any(%s::uuid[])"
                     return await _value(connection, found, event_ids) == str(len(event_ids))
         await asyncio.sleep(0.05)
+    raise TimeoutError(f"what became of a commit could not be looked up within {_PATIENCE:g} s")
 
 
 async def commit_surely(dsn: str, ledger: Ledger, work: Work) -> list[str]:
-    """The same on a connection of its own, and as often as it takes. Raises TimeoutError after two minutes."""
-    deadline = time.monotonic() + 120
+    """The same on a connection of its own, and as often as it takes. Raises TimeoutError after `_PATIENCE`."""
+    deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         emitted: dict[str, Emitted] = {}
 
@@ -113,7 +118,7 @@ async def commit_surely(dsn: str, ledger: Ledger, work: Work) -> list[str]:
             if emitted and emitted.keys() <= ledger.committed.keys():
                 return list(emitted)
             await asyncio.sleep(0.05)
-    raise TimeoutError("the database took no event for two minutes")
+    raise TimeoutError(f"the database took no event for {_PATIENCE:g} s")
 
 
 class Writer:

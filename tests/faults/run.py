@@ -139,6 +139,9 @@ async def _inflict(game: _Game, kind: Kind, number: int, *, alone: bool) -> None
     probing = asyncio.create_task(_recovered(world, kind, number))
     try:
         await kind.do(world)
+    except BaseException:
+        probing.cancel()
+        raise
     finally:
         world.busy.discard(kind.target)
         world.watch.faults.discard(kind.name)

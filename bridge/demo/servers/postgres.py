@@ -14,7 +14,7 @@ from urllib.parse import quote
 import psycopg
 from psycopg import sql
 
-from bridge.demo.servers.process import MissingProgramError, Process, Server
+from bridge.demo.servers.process import MissingProgramError, Process, Server, as_user
 from bridge.errors import UnavailableError
 
 UNPRIVILEGED_USER: Final = "nobody"
@@ -117,16 +117,13 @@ class PostgresServer(Server):
 
     def _run_as_user(self, command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(word) for word in command],
+            as_user(command, self._user),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
             cwd="/",
-            user=self._user[0] if self._user else None,
-            group=self._user[1] if self._user else None,
-            extra_groups=[] if self._user else None,
         )
 
     def _answers(self) -> str | None:

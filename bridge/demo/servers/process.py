@@ -66,6 +66,19 @@ def _reserve(port: int) -> socket.socket | None:
     return holder
 
 
+def as_user(command: Sequence[str | Path], user: tuple[int, int] | None) -> list[str]:
+    """The command as this (uid, gid), for root only; None: as we are.
+
+    By setpriv(1), since Python forks for another user, and starts a program without fork(2) otherwise: after a fork of
+    a process in which gRPC runs, its handlers crashed the child now and then.
+    """
+    words = [str(word) for word in command]
+    if user is None:
+        return words
+    uid, gid = user
+    return ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--", *words]
+
+
 class Process:
     """One program in a process group of its own, whose whole tree ends when this process ends, however it ends."""
 
@@ -80,16 +93,13 @@ class Process:
         """Starts the program; its output is appended to `log`. `user` is a (uid, gid) to run as, for root only."""
         with log.open("ab") as output:
             self._popen = subprocess.Popen(
-                [str(word) for word in command],
+                as_user(command, user),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 cwd=log.parent,
                 env=environment,
                 process_group=0,
-                user=user[0] if user else None,
-                group=user[1] if user else None,
-                extra_groups=[] if user else None,
             )
         self._started_at = guard.start_time(self._popen.pid)
         self._guard = subprocess.Popen(
