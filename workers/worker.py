@@ -32,6 +32,9 @@ from workers.session import HEARTBEAT
 
 log = structlog.get_logger()
 
+LOOK_INTERVAL: Final = 10.0
+"""Seconds between two looks for deliveries that nobody works on."""
+
 SAMPLE_INTERVAL: Final = 15.0
 """Seconds between two looks at how much waits on the broker."""
 
@@ -77,6 +80,9 @@ class Worker:
         self._running: set[asyncio.Task[None]] = set()
         self._queue: Queue | None = None
         self._started = False
+        self._waiting: object | None = None
+        """What is new each time that it waits for a delivery; None while it does not."""
+        self._stranded: str | None = None
         self._deadline = math.inf
         """When the process should be gone, by the loop's clock; never before a stop."""
         self._fruitless = 0
@@ -87,7 +93,8 @@ class Worker:
 
     def health(self) -> Health:
         """What `/health` says. Other threads may ask."""
-        problems = (self._broker.problem, *self._attempts.problems, None if self._started else "the start is not done")
+        unready = None if self._started else "the start is not done"
+        problems = (self._broker.problem, self._stranded, *self._attempts.problems, unready)
         role = "stopping" if self._stopping.is_set() else "working" if self._started else "starting"
         return Health(self._name, role, tuple(filter(None, problems)))
 
@@ -179,14 +186,17 @@ class Worker:
         first delivery that could not be settled."""
         unsettled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         taking = asyncio.ensure_future(self._take(queue.deliveries(), unsettled))
+        looking = asyncio.ensure_future(self._look(queue))
         try:
-            await asyncio.wait([taking, unsettled], return_when=asyncio.FIRST_COMPLETED)
-            await (unsettled if unsettled.done() else taking)
+            await asyncio.wait([taking, unsettled, looking], return_when=asyncio.FIRST_COMPLETED)
+            await next(ended for ended in (unsettled, looking, taking) if ended.done())
         finally:
-            taking.cancel()
-            await asyncio.wait([taking])
-            if not taking.cancelled():
-                taking.exception()  # else asyncio would complain where both ended in the same moment
+            for task in (taking, looking):
+                task.cancel()
+            await asyncio.wait([taking, looking])
+            for task in (taking, looking):
+                if not task.cancelled():
+                    task.exception()  # else asyncio would complain where two ended in the same moment
             unsettled.cancel()
 
     async def _take(self, deliveries: AsyncIterator[Delivery], unsettled: asyncio.Future[None]) -> None:
@@ -194,6 +204,7 @@ class Worker:
         while True:
             await self._slots.acquire()
             try:
+                self._waiting = object()
                 delivery = await anext(deliveries)
             except StopAsyncIteration:
                 self._slots.release()
@@ -201,9 +212,30 @@ class Worker:
             except BaseException:
                 self._slots.release()
                 raise
+            finally:
+                self._waiting = None
             task = asyncio.create_task(self._handle(delivery))
             self._running.add(task)
             task.add_done_callback(partial(self._ended, unsettled))
+
+    async def _look(self, queue: Queue) -> None:
+        """Raises BrokerUnavailableError when the queue has more in hand than runs, although it is asked for the next:
+        by a mistake of ours nobody works on that, and closing the queue brings it again.
+
+        What has just arrived is handed out in the next moment, so it takes two looks within one wait.
+        """
+        before: object | None = None
+        while True:
+            await asyncio.sleep(LOOK_INTERVAL)
+            left = queue.in_hand - len(self._running)
+            if left <= 0 or self._waiting is None or self._stopping.is_set():
+                before = self._stranded = None
+            elif self._waiting is not before:
+                before, self._stranded = self._waiting, None
+            else:
+                self._stranded = f"worker {self._name}: nothing works on {left} deliveries in hand; they are given back"
+                log.error("worker.stranded", worker=self._name, deliveries=left)
+                raise BrokerUnavailableError(self._stranded)
 
     async def _handle(self, delivery: Delivery) -> None:
         if self._stopping.is_set():

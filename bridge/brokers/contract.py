@@ -229,6 +229,11 @@ class Queue(Protocol):
     def deliveries(self) -> AsyncIterator[Delivery]:
         """Messages as they come; ends after `stop`. Raises BrokerUnavailableError when the connection is lost."""
 
+    @property
+    def in_hand(self) -> int:
+        """How many messages this consumer has of the broker and has not settled: what runs, and what the next
+        steps of `deliveries` give. Not what is passed over, nor what waits here behind another one of its key."""
+
     async def depth(self) -> int | None:
         """How many messages wait for this worker: not delivered yet, or for another attempt. None where the broker does
         not say.

@@ -187,6 +187,11 @@ class MemoryQueue:
             self._in_hand.remove(message)
             self.broker.changed.notify_all()
 
+    @property
+    def in_hand(self) -> int:
+        """As `Queue.in_hand`."""
+        return len(self._in_hand)
+
     async def depth(self) -> int:
         """As `Queue.depth`."""
         return len(self.broker.waiting) + len(self.broker.timers)

@@ -354,6 +354,22 @@ async def test_the_depth_counts_what_waits_and_what_waits_for_another_attempt(ha
     await queue.close()
 
 
+async def test_it_knows_what_it_has_in_hand(harness: QueueHarness) -> None:
+    async with consuming(harness) as (queue, deliveries):
+        assert queue.in_hand == 0
+        await harness.publish(*[make_event(number) for number in range(4)])
+        taken = [await take(deliveries) for _ in range(4)]
+        assert queue.in_hand == 4
+        left = []
+        for settle in (taken[0].ack(), taken[1].retry(60), taken[2].dead_letter(FAILURE)):
+            await settle
+            left.append(queue.in_hand)
+        assert left == [3, 2, 1]
+        await taken[3].give_back()
+        await (await take(deliveries)).ack()
+        assert queue.in_hand == 0
+
+
 async def test_open_without_its_queue_points_to_the_command_that_declares_it(harness: QueueHarness) -> None:
     if harness.lacking is None:
         pytest.skip("this queue needs nothing on its broker")

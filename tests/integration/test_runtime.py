@@ -569,6 +569,47 @@ async def test_health_forgets_a_refused_dead_letter_that_another_process_brought
     await task
 
 
+async def test_what_is_in_hand_and_in_no_task_fails_the_health_and_comes_again(
+    shop: PostgresSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No way into it is known; were there one, the worker would go deaf while everything looks well."""
+    monkeypatch.setattr("workers.worker.LOOK_INTERVAL", 0.05)
+    queue = ScriptedQueue(stranded=2)
+    inbox = Inbox("invoices", shop, concurrency=4, reply="shop.rendered")
+    worker = Worker("invoices", settings_of(), echo, lambda: queue, inbox)
+    stop = asyncio.Event()
+    with capture_logs() as lines:
+        task = asyncio.create_task(worker.run(stop))
+        await until(lambda: "nothing works on 2 deliveries" in str(worker.health().problems), "health tells it")
+        await until(lambda: queue.opened == 2 and worker.health().problems == (), "they were given back")
+        stop.set()
+        await task
+    assert [line["deliveries"] for line in lines if line["event"] == "worker.stranded"] == [2]
+
+
+async def test_what_runs_for_long_or_waits_for_a_slot_is_not_taken_for_stranded(
+    shop: PostgresSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.worker.LOOK_INTERVAL", 0.01)
+    gate, first = asyncio.Event(), make_event(payload=1)
+
+    async def hold(event: Event) -> Result:
+        if event.id == first.id:
+            await gate.wait()
+        return {"of": event.json()}
+
+    async with working(hold, shop) as queue:
+        queue.add(first)
+        # Thirty waits of a few looks each, with one in hand.
+        for count in range(30):
+            queue.add(make_event(payload=2))
+            await queue.outcomes(count + 1)
+            await asyncio.sleep(0.03)
+        gate.set()
+        await queue.outcomes(31)
+        assert queue.opened == 1
+
+
 async def test_a_broker_that_settles_nothing_is_not_asked_without_a_pause(shop: PostgresSettings) -> None:
     queue = ScriptedQueue(failures={"ack": [BrokerUnavailableError("no") for _ in range(1000)]}, redelivers=True)
     async with working(echo, shop, queue):

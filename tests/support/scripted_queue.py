@@ -49,6 +49,8 @@ class ScriptedQueue:
     settled: list[tuple[ScriptedDelivery, str, object]] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     redelivers: bool = False
+    stranded: int = 0
+    """What it has in hand and, by a mistake of its own, never delivers; a `close` gives it back."""
     refusals: int = 0
     refusal: PgbridgeError = field(default_factory=lambda: BrokerUnavailableError("nobody listens on the port"))
     opened: int = 0
@@ -81,6 +83,11 @@ class ScriptedQueue:
             self._in_hand.append(item)
             yield item
 
+    @property
+    def in_hand(self) -> int:
+        settled = [delivery for delivery, _, _ in self.settled]
+        return self.stranded + sum(delivery not in settled for delivery in self._in_hand)
+
     async def depth(self) -> int:
         return self._waiting.qsize()
 
@@ -98,6 +105,7 @@ class ScriptedQueue:
             if delivery not in settled and self.redelivers:
                 self.add(delivery.event, delivery.attempt + 1)
         self._in_hand.clear()
+        self.stranded = 0
 
     async def outcomes(self, count: int) -> list[tuple[str, object]]:
         """The first `count` settlements, once they are there."""

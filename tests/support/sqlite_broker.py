@@ -191,6 +191,12 @@ class SqliteQueue:
             if not rows:
                 await asyncio.sleep(LOOK_INTERVAL)
 
+    @property
+    def in_hand(self) -> int:
+        taken = "select count(*) from message where worker = ? and state = 'taken'"
+        [(count,)] = self.change(taken, self._subscription.worker)
+        return int(count)
+
     async def depth(self) -> int:
         ready = "select count(*) from message where worker = ? and state = 'ready'"
         [(count,)] = self.change(ready, self._subscription.worker)

@@ -92,6 +92,8 @@ class NatsQueue:
         self._inbox: nats.aio.subscription.Subscription | None = None
         self._in_hand: set[str] = set()
         """Reply subjects of what arrived and is not settled."""
+        self._passing_over = 0
+        """Of these, what no pattern takes."""
         self._requested = 0
         """Messages that the server may still send for the open request; there is one at a time."""
         self._heard = 0.0
@@ -103,7 +105,7 @@ class NatsQueue:
         """See `contract.Queue.open`."""
         await self.close()
         self._stopped, self._lost, self._arrived = False, None, deque()
-        self._in_hand, self._requested = set(), 0
+        self._in_hand, self._passing_over, self._requested = set(), 0, 0
         connection = await connect(self._settings, denied=self._denied)
         try:
             async with connection.asking():
@@ -170,12 +172,14 @@ class NatsQueue:
         """Acknowledges what no pattern takes, without waiting for the answer: where the acknowledgement is lost, the
         message comes again and is passed over again. The next request follows on the same connection, so no more of
         them are on their way than the prefetch."""
+        self._passing_over += 1
         try:
             await self._send([message.reply], b"+ACK")
         except PgbridgeError as error:
             self._lose(error)
         else:
             self._in_hand.discard(message.reply)
+            self._passing_over -= 1
 
     def _end_request(self, status: Mapping[str, str]) -> None:
         code = status.get("Status")
@@ -271,6 +275,11 @@ class NatsQueue:
         subject = f"{self._dead_stream}.{message.subject.partition('.')[2]}"
         async with connection.asking(), asyncio.timeout(REQUEST_TIMEOUT):
             await connection.jetstream().publish(subject, message.data, stream=self._dead_stream, headers=headers)
+
+    @property
+    def in_hand(self) -> int:
+        """See `contract.Queue.in_hand`."""
+        return len(self._in_hand) - self._passing_over
 
     async def depth(self) -> int:
         """See `contract.Queue.depth`; with what other processes of the worker have in hand."""

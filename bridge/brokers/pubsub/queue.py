@@ -118,6 +118,14 @@ class PubSubQueue:
                 return
             yield self._hand.hand_out()
 
+    @property
+    def in_hand(self) -> int:
+        """See `contract.Queue.in_hand`."""
+        return 0 if self._leases is None else self._held(self._leases)
+
+    def _held(self, leases: Leases) -> int:
+        return leases.count - self._hand.behind - self._passed_over
+
     async def depth(self) -> None:
         """Pub/Sub tells Cloud Monitoring alone, as `num_undelivered_messages`."""
         return
@@ -209,8 +217,8 @@ class PubSubQueue:
         with one_error():
             async with asyncio.TaskGroup() as passing_over:
                 while self._lost is None and not self._stopping:
-                    in_hand = leases.count - self._hand.behind - self._passed_over
-                    room = min(self._wanted.prefetch - in_hand, MOST_HELD * self._wanted.prefetch - leases.count)
+                    most = MOST_HELD * self._wanted.prefetch - leases.count
+                    room = min(self._wanted.prefetch - self._held(leases), most)
                     if room <= 0:
                         self._changed.clear()
                         await self._changed.wait()

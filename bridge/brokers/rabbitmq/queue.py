@@ -60,6 +60,7 @@ class RabbitMQDelivery:
     async def ack(self) -> None:
         """See `contract.Delivery.ack`; AMQP has no answer to it, see `acks`."""
         await self._acks.ack(self._message)
+        self._session.in_hand -= 1
 
     async def retry(self, delay: float) -> None:
         """See `contract.Delivery.retry`. Raises TopologyError where the queue of this delay is gone."""
@@ -78,6 +79,7 @@ class RabbitMQDelivery:
     async def give_back(self) -> None:
         """See `contract.Delivery.give_back`; RabbitMQ counts it, and has no answer to it either."""
         await self._acks.give_back(self._message)
+        self._session.in_hand -= 1
 
 
 class Session:
@@ -90,6 +92,8 @@ class Session:
         self.stopped = False
         self.arrived: asyncio.Queue[RabbitMQDelivery | None] = asyncio.Queue()
         """Bounded by the prefetch; None wakes `deliveries` to look at what follows."""
+        self.in_hand = 0
+        """See `contract.Queue.in_hand`."""
         self._settings = settings
         self._subscription = subscription
         self._copies = Copies(settings, self._lose)
@@ -117,10 +121,14 @@ class Session:
     async def _arrive(self, message: AbstractIncomingMessage) -> None:
         delivery = RabbitMQDelivery(self, self._acks, message)
         if isinstance(delivery.event, Malformed) or self._subscribed(message):
+            self.in_hand += 1
             self.arrived.put_nowait(delivery)
-        else:
-            with contextlib.suppress(PgbridgeError):  # It comes again.
-                await self._acks.ack(message)
+            return
+        try:
+            await self._acks.ack(message)
+        except PgbridgeError as error:
+            # It comes again; kept, it would take a place of the prefetch for good.
+            self._lose(Closure(f"a message that no pattern takes could not be acknowledged: {error}"))
 
     def _subscribed(self, message: AbstractIncomingMessage) -> bool:
         """False for what only the binding of an earlier pattern still brings. What somebody puts into the queue itself,
@@ -238,6 +246,11 @@ class RabbitMQQueue:
                 return
             if delivery is not None:
                 yield delivery
+
+    @property
+    def in_hand(self) -> int:
+        """See `contract.Queue.in_hand`."""
+        return 0 if self._session is None else self._session.in_hand
 
     async def depth(self) -> int:
         """See `contract.Queue.depth`."""
