@@ -154,7 +154,7 @@ def show_letter(id_: str, config: Path | None, as_json: bool) -> None:
 @exit_codes
 @_choosing
 def replay_letters(choice: Choice, everything: bool, rate: float | None, dry_run: bool, config: Path | None) -> None:
-    """Publishes dead letters again under the same event ids, with the header `replayed: true`.
+    """Publishes dead letters again under the same event ids, with the header `replayed`.
 
     Letters of the outbox go to the sink that refused them, letters of a worker back to its queue.
     """

@@ -196,7 +196,7 @@ def replay(
 ) -> None:  # fmt: skip
     """Publishes part of the log again, in order.
 
-    The events keep their ids and get the header `replayed: true`. Ends with 1 when a sink refused some of them.
+    The events keep their ids and get the header `replayed`. Ends with 1 when a sink refused some of them.
     """
     settings = load(config)
     configure(settings.observe)
