@@ -1,12 +1,14 @@
 """Invoices in an object store: an S3 server, and one that says no in the ways that servers do."""
 
 import asyncio
+import base64
 import json
 import re
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -181,6 +183,67 @@ async def test_a_plain_endpoint_is_refused_unless_it_is_allowed(credentials: pyt
     credentials.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(StoreError, match="a plain http:// endpoint needs AWS_ALLOW_HTTP=true"):
         await open_store("s3://shop").get("1.pdf")
+
+
+class Creating(BaseHTTPRequestHandler):
+    """Stores what is sent with the words of Google's and Azure's protocols for "only if there is none"; without them it
+    would replace. Neither's servers can run here: Google's emulators know no conditions, Azure's needs Node."""
+
+    objects: dict[str, bytes]
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        wanted = (self.headers.get("x-goog-if-generation-match"), self.headers.get("If-None-Match"))
+        if wanted in {("0", None), (None, "*")} and self.path in self.objects:
+            self._answer(409 if wanted[1] else 412)
+        else:
+            self.objects[self.path] = content
+            self._answer(201)
+
+    def do_GET(self) -> None:
+        if self.path in self.objects:
+            self._answer(200, self.objects[self.path])
+        else:
+            self._answer(404)
+
+    def _answer(self, status: int, content: bytes = b"") -> None:
+        self.send_response(status)
+        self.send_header("ETag", '"1"')
+        self.send_header("Last-Modified", "Sat, 21 Nov 2026 00:00:00 GMT")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def clouds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    Creating.objects = {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Creating)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    account = {"gcs_base_url": url, "disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
+    (tmp_path / "account.json").write_text(json.dumps(account))
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
+    monkeypatch.setenv("GOOGLE_ALLOW_HTTP", "true")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "shop")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", base64.b64encode(SECRET.encode()).decode())
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", url)
+    monkeypatch.setenv("AZURE_ALLOW_HTTP", "true")
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("scheme", ["gs", "az"])
+async def test_google_and_azure_are_asked_to_create_and_never_to_replace(scheme: str, clouds: None) -> None:
+    store = open_store(f"{scheme}://shop/invoices")
+    assert await store.get("1.pdf") is None
+    assert await store.create("1.pdf", b"the first")
+    assert not await store.create("1.pdf", b"the second")
+    assert await store.get("1.pdf") == b"the first"
 
 
 async def test_of_events_with_one_number_at_the_same_moment_one_wins(s3: Any) -> None:
