@@ -166,13 +166,18 @@ async def _recovered(world: World, kind: Kind, number: int) -> float:
 
 
 async def _ended(world: World, wanted: Set[Task], limit: float) -> None:
-    """Waits until the workers are done with these; what is missing afterwards is counted, not raised."""
+    """Waits until the workers are done with these, or with none of them for `limit` seconds: on Pub/Sub an event that
+    fails holds up those of its key for seconds. What is missing afterwards is counted, not raised."""
+    left = len(wanted) + 1
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         # Another fault may have taken the database away: then ask again.
         with contextlib.suppress(psycopg.OperationalError):
-            if wanted <= await asyncio.to_thread(ended, world.dsn):
+            before, left = left, len(wanted - await asyncio.to_thread(ended, world.dsn))
+            if not left:
                 return
+            if left < before:
+                deadline = time.monotonic() + limit
         await asyncio.sleep(0.3)
 
 
