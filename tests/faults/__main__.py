@@ -5,6 +5,7 @@ import asyncio
 import logging
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +19,10 @@ from tests.support.servers import NatsServer, PostgresServer, PubSubEmulator, Ra
 
 
 async def _run(folder: Path, broker: str, cards: list[Kind], seed: int, seconds: float | None) -> Report:
+    playing = asyncio.current_task()
+    assert playing is not None
+    # As Ctrl-C does: else bridges and workers would live on.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, playing.cancel)
     with PostgresServer(folder, settings=POSTGRES) as postgres:
         if broker == "nats":
             with NatsServer(folder) as nats:
