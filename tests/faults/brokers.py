@@ -9,15 +9,17 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import ClassVar
 
 import grpc
 import nats
+import nats.errors
 from nats.js import JetStreamContext
 
 from bridge.brokers.nats.topology import dead_stream
 from bridge.brokers.rabbitmq.topology import dead_queue
+from bridge.errors import UnavailableError
 from tests.faults.audit import Audit, NatsAudit, PubSubAudit, RabbitMQAudit, Subscriber
 from tests.faults.load import BURST, MOVED, PLACED, PROBED
 from tests.faults.outcomes import WORKERS
@@ -29,6 +31,21 @@ SECOND = (PLACED, MOVED, PROBED, BURST)
 """The topics of the second sink."""
 _QUIET = 5.0
 """Seconds in which nothing comes from a subscription that holds nothing."""
+_START_LIMIT = 60.0
+"""Seconds within which a broker that a fault has killed or frozen is there again."""
+
+
+async def _surely(work: Callable[[], Awaitable[object]]) -> None:
+    """As often as it takes, since another fault may have killed or frozen the broker. Raises the last error."""
+    deadline = time.monotonic() + _START_LIMIT
+    while True:
+        try:
+            await work()
+            return
+        except (UnavailableError, nats.errors.Error, OSError):
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.5)
 
 
 class Broker:
@@ -123,7 +140,7 @@ class RabbitMQ(Broker):
         policy = json.dumps({"max-length": most, "overflow": "reject-publish"})
         names = "|".join(map(dead_queue, WORKERS)).replace(".", r"\.")
         set_policy = ("set_policy", "--apply-to", "queues", "full", f"^({names})$", policy)
-        await asyncio.to_thread(self._rabbitmq.ctl, *set_policy)
+        await _surely(lambda: asyncio.to_thread(self._rabbitmq.ctl, *set_policy))
 
     async def left(self, *, stopped: bool) -> list[str]:
         command = ("list_queues", "--silent", "--formatter", "json", "name", "messages")
@@ -179,10 +196,13 @@ class Nats(Broker):
         ]
 
     async def _limit(self, stream: str, *, full: bool, room: int = 5) -> None:
-        async with self._jetstream() as jetstream:
-            found = await jetstream.stream_info(stream)
-            found.config.max_msgs = found.state.messages + room if full else -1
-            await jetstream.update_stream(found.config)
+        async def limit() -> None:
+            async with self._jetstream() as jetstream:
+                found = await jetstream.stream_info(stream)
+                found.config.max_msgs = found.state.messages + room if full else -1
+                await jetstream.update_stream(found.config)
+
+        await _surely(limit)
 
     @contextlib.asynccontextmanager
     async def _jetstream(self) -> AsyncIterator[JetStreamContext]:

@@ -71,8 +71,8 @@ _ROUTE = """[[routes]]
 topic = "{topic}"
 sink = "second"
 """
-_ENDS = (0, 69, -signal.SIGKILL, -signal.SIGTERM)
-"""Exit codes of a bridge or worker that was stopped, killed, or could not reach a server at its start."""
+_ENDS = (0, 69, 128 + signal.SIGTERM, -signal.SIGKILL, -signal.SIGTERM)
+"""Exit codes of a bridge or worker that was stopped (once or twice), killed, or could not reach a server at its start."""
 
 
 @dataclass
