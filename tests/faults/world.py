@@ -72,7 +72,7 @@ topic = "{topic}"
 sink = "second"
 """
 _ENDS = (0, 69, 128 + signal.SIGTERM, -signal.SIGKILL, -signal.SIGTERM)
-"""Exit codes of a bridge or worker that was stopped (once or twice), killed, or could not reach a server at its start."""
+"""Exit codes of a daemon that was stopped (once or twice), killed, or could not reach a server at its start."""
 
 
 @dataclass
