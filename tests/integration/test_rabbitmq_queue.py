@@ -7,15 +7,14 @@ from typing import Any
 
 import aio_pika
 import pytest
-from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
+from aio_pika.abc import AbstractChannel
 from pydantic import SecretStr
 
 from bridge.brokers.contract import Failure, Subscription
-from bridge.brokers.rabbitmq.acks import Acks
 from bridge.brokers.rabbitmq.queue import RabbitMQQueue
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.topology import duration
-from bridge.errors import BrokerUnavailableError, PgbridgeError, RefusedError
+from bridge.errors import BrokerUnavailableError
 from bridge.event import Event, Malformed
 from tests.support.servers import RabbitMQServer
 from tests.support.until import LIMIT
@@ -152,34 +151,6 @@ async def test_a_narrowed_subscription_gets_nothing_of_its_earlier_patterns(
         ("com.example.placed", 2),
         ("shop.stock.by-hand", 1),
     }
-    await narrow.close()
-    left = await channel.declare_queue(unique, passive=True)
-    assert left.declaration_result.message_count == 0
-
-
-async def test_what_cannot_be_passed_over_ends_the_connection_and_comes_again(
-    rabbitmq: RabbitMQServer, channel: AbstractChannel, unique: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Kept in hand, a prefetch of them would leave the worker deaf."""
-    wide, narrow = queue_of(rabbitmq, unique), queue_of(rabbitmq, unique, "shop.order.*")
-    await wide.topology(apply=True)
-    exchange = await channel.get_exchange(unique, ensure=False)
-    refusals: list[PgbridgeError] = [RefusedError("the channel takes no acknowledgement")]
-    ack = Acks.ack
-
-    async def refusing(acks: Acks, message: AbstractIncomingMessage) -> None:
-        if refusals:
-            raise refusals.pop()
-        await ack(acks, message)
-
-    monkeypatch.setattr(Acks, "ack", refusing)
-    await narrow.open()
-    await exchange.publish(event_message("shop.stock.low"), "shop.stock.low")
-    with pytest.raises(BrokerUnavailableError, match="no pattern takes could not be acknowledged"):
-        await asyncio.wait_for(anext(aiter(narrow.deliveries())), LIMIT)
-    await narrow.open()
-    await exchange.publish(event_message("shop.order.placed"), "shop.order.placed")
-    await (await asyncio.wait_for(anext(aiter(narrow.deliveries())), LIMIT)).ack()
     await narrow.close()
     left = await channel.declare_queue(unique, passive=True)
     assert left.declaration_result.message_count == 0

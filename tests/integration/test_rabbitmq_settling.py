@@ -283,7 +283,7 @@ async def test_the_end_of_either_connection_ends_the_queue(scene: Scene, opened:
     (pid,) = [
         line.split("\t")[0]
         for line in listed.splitlines()
-        if f"\t{scene.name}\t" in line and ('"pgbridge"' in line) == publishes
+        if f"\t{scene.name}\t" in line and (f"pgbridge worker {scene.name} on" not in line) == publishes
     ]
     await scene.ctl("close_connection", pid, "by hand")
     with pytest.raises(BrokerUnavailableError, match="by hand"):

@@ -6,17 +6,15 @@ from decimal import Decimal
 from typing import Any
 from unittest.mock import Mock
 
-from aio_pika.message import IncomingMessage
-from aiormq.abc import DeliveredMessage
 from google.pubsub_v1 import types
 from hypothesis import given
 from hypothesis import strategies as st
 from nats.aio.msg import Msg
 from pamqp import commands
-from pamqp.header import ContentHeader
 
 from bridge.brokers.nats.message import event_of as from_nats
 from bridge.brokers.pubsub.message import from_message as from_pubsub
+from bridge.brokers.rabbitmq.message import Message
 from bridge.brokers.rabbitmq.message import event_of as from_rabbitmq
 from bridge.event import Event, Malformed
 
@@ -90,10 +88,4 @@ def test_any_message_of_rabbitmq_is_an_event_or_malformed(
     headers: dict[str, str], typed: dict[str, Any], body: bytes, content_type: str | None
 ) -> None:
     properties = commands.Basic.Properties(content_type=content_type, headers={**headers, **typed})
-    delivered = DeliveredMessage(
-        delivery=commands.Basic.Deliver("c", 1, False, "x", "shop.x"),
-        header=ContentHeader(properties=properties),
-        body=body,
-        channel=Mock(),
-    )
-    assert is_whole(from_rabbitmq(IncomingMessage(delivered, no_ack=True)))
+    assert is_whole(from_rabbitmq(Message(1, "x", "shop.x", properties, body)))

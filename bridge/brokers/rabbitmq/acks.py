@@ -1,23 +1,22 @@
-"""Acknowledgements of what one channel delivered: those that end together share a frame.
+"""Acknowledgements of what one channel delivered: those of one turn of the event loop share a frame.
 
-AMQP answers none of them. Each returns once it is written to the connection: one that does not arrive means a
-redelivery, which a worker's inbox recognises, and never a loss.
+AMQP answers none of them. One that does not arrive means a redelivery, which a worker's inbox recognises, and never a
+loss.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
+from struct import Struct
 from typing import Final
 
-from aio_pika.abc import AbstractIncomingMessage
-from aiormq.abc import AbstractChannel
+from bridge.brokers.rabbitmq.closure import ClosedError, Closure
+from bridge.brokers.rabbitmq.connection import Connection
+from bridge.brokers.rabbitmq.frames import CHANNEL
 
-from bridge.brokers.rabbitmq.client import refusals
-from bridge.brokers.rabbitmq.closure import Closure
-from bridge.brokers.rabbitmq.settings import RabbitMQSettings
-from bridge.process.batching import Batcher
-
-_TOGETHER: Final = 1000
-"""Most acknowledgements that are sent at once."""
+_SETTLE: Final = Struct(">BHIHHQBB")
+"""A frame of basic.ack or basic.nack: type, channel, size, class, method, delivery tag, flags, end."""
+_BASIC, _ACK, _NACK = 60, 80, 120
+_MULTIPLE, _REQUEUE = 1, 2
 
 
 class Tags:
@@ -39,45 +38,62 @@ class Tags:
 class Acks:
     """The acknowledgements of one channel.
 
-    Both methods raise BrokerUnavailableError when the channel is gone, or has not taken them for `publish_timeout`.
+    `ack` and `give_back` raise ClosedError when the connection is lost, or has taken nothing for `timeout` seconds.
     """
 
-    def __init__(
-        self, channel: AbstractChannel, settings: RabbitMQSettings, lost: Callable[[], Closure | None] = lambda: None
-    ) -> None:
-        """`lost` gives what ended the channel, where that is known."""
-        self._channel = channel
-        self._settings = settings
-        self._lost = lost
+    def __init__(self, connection: Connection, timeout: float) -> None:
+        self._connection = connection
+        self._timeout = timeout
         self._tags = Tags()
-        self._batcher = Batcher(self._ack_together, _TOGETHER)
+        self._due: list[int] = []
+        self._room = asyncio.Event()
 
-    async def ack(self, message: AbstractIncomingMessage) -> None:
+    async def ack(self, tag: int) -> None:
         """Settles a message, which never comes again."""
-        await self._batcher.ask(_tag(message))
+        if not self._connection.has_room:
+            await self._until_room()
+        self.ack_soon(tag)
 
-    async def give_back(self, message: AbstractIncomingMessage) -> None:
+    def ack_soon(self, tag: int) -> None:
+        """The same for what nobody works on: it waits for no room, and raises nothing."""
+        if not self._due:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._due.append(tag)
+
+    async def give_back(self, tag: int) -> None:
         """Lets a message come again at once."""
-        tag = _tag(message)
-        with refusals(self._settings, self._lost):
-            async with asyncio.timeout(self._settings.publish_timeout):
-                await self._channel.basic_nack(tag, requeue=True)
+        if not self._connection.has_room:
+            await self._until_room()
         self._tags.settle([tag])
+        self._connection.write(_frame(_NACK, tag, _REQUEUE))
 
-    async def _ack_together(self, tags: Sequence[int]) -> Sequence[None]:
-        below = self._tags.settle(tags)
-        frames = [(tag, False) for tag in tags if tag > below]
+    def has_room(self) -> None:
+        """The connection takes more again."""
+        self._room.set()
+
+    async def _until_room(self) -> None:
+        try:
+            async with asyncio.timeout(self._timeout):
+                while not self._connection.has_room:
+                    if self._connection.lost is not None:
+                        raise ClosedError(self._connection.lost)
+                    self._room.clear()
+                    await self._room.wait()
+        except TimeoutError:
+            raise ClosedError(Closure(f"it took no acknowledgement for {self._timeout:g} s")) from None
+
+    def flush(self) -> None:
+        """Writes what is due."""
+        due, self._due = self._due, []
+        if not due or self._connection.lost is not None:
+            return
+        below = self._tags.settle(due)
+        frames = [_frame(_ACK, tag, 0) for tag in due if tag > below]
         # RabbitMQ closes the channel for a tag that it has settled before, so the frame names one of these.
-        if together := [tag for tag in tags if tag <= below]:
-            frames.append((max(together), True))
-        with refusals(self._settings, self._lost):
-            async with asyncio.timeout(self._settings.publish_timeout):
-                for number, (tag, multiple) in enumerate(frames, 1):
-                    await self._channel.basic_ack(tag, multiple=multiple, wait=number == len(frames))
-        return [None] * len(tags)
+        if together := [tag for tag in due if tag <= below]:
+            frames.append(_frame(_ACK, max(together), _MULTIPLE))
+        self._connection.write(b"".join(frames))
 
 
-def _tag(message: AbstractIncomingMessage) -> int:
-    if message.delivery_tag is None:
-        raise RuntimeError("a message that was not delivered cannot be settled")
-    return message.delivery_tag
+def _frame(method: int, tag: int, flags: int) -> bytes:
+    return _SETTLE.pack(1, CHANNEL, 13, _BASIC, method, tag, flags, 0xCE)

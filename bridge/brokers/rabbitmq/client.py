@@ -8,7 +8,6 @@ again: here its properties are left out but for one header, UNREADABLE.
 
 import asyncio
 import contextlib
-import struct
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -24,12 +23,11 @@ from aiormq.exceptions import (
     ConnectionClosed,
     ConnectionNotAllowed,
 )
-from pamqp import commands
 from pamqp.header import ContentHeader
 
 from bridge.brokers.rabbitmq.closure import Closure, During, Reply, error_of, rabbitmq_at
 from bridge.brokers.rabbitmq.connection import CONNECT_LIMIT, connect
-from bridge.brokers.rabbitmq.message import UNREADABLE
+from bridge.brokers.rabbitmq.message import UNDECODABLE, unreadable
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.tls import tls_context
 from bridge.errors import BrokerUnavailableError
@@ -54,10 +52,9 @@ _decode_header: Final = ContentHeader.unmarshal
 def _decode_header_or_say_why(header: ContentHeader, data: bytes) -> None:
     try:
         _decode_header(header, data)
-    except (ValueError, TypeError, LookupError, ArithmeticError, OSError, RecursionError, struct.error) as error:
+    except UNDECODABLE as error:
         # Class, weight and size of the body stand before the properties.
-        reason = f"{type(error).__name__}: {error}"
-        header.properties = commands.Basic.Properties(headers={UNREADABLE: reason})
+        header.properties = unreadable(error)
 
 
 ContentHeader.unmarshal = _decode_header_or_say_why  # type: ignore[method-assign, assignment]

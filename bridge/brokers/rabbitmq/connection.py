@@ -15,7 +15,7 @@ from pamqp.heartbeat import Heartbeat
 import bridge
 from bridge.brokers.rabbitmq.closure import ClosedError, Closure, During, connecting_failed, error_of, rabbitmq_at
 from bridge.brokers.rabbitmq.frames import CHANNEL
-from bridge.brokers.rabbitmq.reader import FRAME_MAX, BrokenStreamError, FrameReader
+from bridge.brokers.rabbitmq.reader import FRAME_MAX, BrokenStreamError, Delivered, FrameReader
 from bridge.brokers.rabbitmq.settings import Address, RabbitMQSettings
 from bridge.brokers.tls import tls_context
 from bridge.errors import BrokerUnavailableError
@@ -46,6 +46,7 @@ _PROPERTIES: FieldTable = {
     "capabilities": {
         "publisher_confirms": True,
         "basic.nack": True,
+        "consumer_cancel_notify": True,
         "connection.blocked": True,
         # A wrong password is answered with connection.close, instead of a socket that closes without a word.
         "authentication_failure_close": True,
@@ -77,6 +78,7 @@ class Connection(asyncio.Protocol):
         self._on_room: Callable[[], None] = lambda: None
         self._on_lost: Callable[[Closure], None] = lambda closure: None
         self._on_return: Callable[[commands.Basic.Return, str], None] = lambda method, message_id: None
+        self._on_cancel: Callable[[], None] = lambda: None
         self._reader = FrameReader(
             on_confirm=lambda tag, multiple, nacked: None,
             on_method=self._method_received,
@@ -107,6 +109,19 @@ class Connection(asyncio.Protocol):
         self._reader.on_confirm = confirmed
         self._on_return, self._on_progress, self._on_room, self._on_lost = returned, progress, room, lost
 
+    def consume(
+        self,
+        *,
+        delivered: Callable[[Delivered], None],
+        cancelled: Callable[[], None],
+        room: Callable[[], None],
+        lost: Callable[[Closure], None],
+    ) -> None:
+        """Who hears of each message, of the broker's end of a consumer, that `has_room` became true, and of the end.
+        For a connection that does not publish."""
+        self._reader.on_delivery = delivered
+        self._on_cancel, self._on_room, self._on_lost = cancelled, room, lost
+
     @property
     def has_room(self) -> bool:
         """Whether more may be written now."""
@@ -130,8 +145,11 @@ class Connection(asyncio.Protocol):
         finally:
             self._answers.pop(channel, None)
 
-    async def handshake(self, address: Address, heartbeat: float) -> None:
-        """From the broker's greeting to connection.open-ok. Raises ClosedError."""
+    async def handshake(self, address: Address, heartbeat: float, name: str) -> None:
+        """From the broker's greeting to connection.open-ok. The broker lists the connection under `name`.
+
+        Raises ClosedError.
+        """
         start = cast(commands.Connection.Start, await self._answers[0])
         if "PLAIN" not in start.mechanisms.split():
             raise ClosedError(Closure(f"to log in it offers {start.mechanisms}, and PLAIN is needed", during="login"))
@@ -141,7 +159,7 @@ class Connection(asyncio.Protocol):
             await self.call(
                 0,
                 commands.Connection.StartOk(
-                    client_properties={**_PROPERTIES, "connection_name": f"pgbridge on {socket.gethostname()}"},
+                    client_properties={**_PROPERTIES, "connection_name": f"{name} on {socket.gethostname()}"},
                     mechanism="PLAIN",
                     response=f"\0{address.user}\0{address.password}",
                     locale="en_US",
@@ -229,6 +247,8 @@ class Connection(asyncio.Protocol):
                 self.blocking.clear()
                 if self.has_room:
                     self._on_room()
+            case commands.Basic.Cancel():
+                self._on_cancel()
             case commands.Channel.Close():
                 self._channel_closed(channel, method)
             case _:
@@ -284,8 +304,8 @@ class Connection(asyncio.Protocol):
             self._on_room()
 
 
-async def connect(settings: RabbitMQSettings) -> Connection:
-    """A connection after its handshake, within CONNECT_LIMIT.
+async def connect(settings: RabbitMQSettings, name: str = "pgbridge") -> Connection:
+    """A connection after its handshake, within CONNECT_LIMIT; the broker lists it as ``<name> on <host>``.
 
     Raises SettingsError for certificates that cannot be used, BrokerUnavailableError, LoginError, RefusedError.
     """
@@ -296,7 +316,7 @@ async def connect(settings: RabbitMQSettings) -> Connection:
     try:
         async with asyncio.timeout(CONNECT_LIMIT):
             _, connection = await loop.create_connection(lambda: Connection(loop), address.host, address.port, ssl=tls)
-            await connection.handshake(address, settings.heartbeat)
+            await connection.handshake(address, settings.heartbeat, name)
     except BaseException as error:
         if connection is not None:
             connection.abort(Closure("the handshake failed"))

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 from uuid import uuid4
 
-from aio_pika.abc import AbstractIncomingMessage
 from pamqp import commands, frame
 from pamqp.header import ContentHeader
 
@@ -18,7 +17,7 @@ from bridge.brokers.letters import PREFIX
 from bridge.brokers.rabbitmq.closure import APPLY, Closure, error_of, rabbitmq_at
 from bridge.brokers.rabbitmq.connection import Connection, answers, connect
 from bridge.brokers.rabbitmq.frames import CHANNEL, ROUTING_HEADERS, body_frames, malformed, payload_limit
-from bridge.brokers.rabbitmq.message import BROKERS, UNREADABLE, sent_at
+from bridge.brokers.rabbitmq.message import BROKERS, UNREADABLE, Message, sent_at
 from bridge.brokers.rabbitmq.publisher import Publisher
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.topology import Needed, require
@@ -42,12 +41,13 @@ class Copy(NamedTuple):
     properties: commands.Basic.Properties
 
 
-def copy_of(message: AbstractIncomingMessage, queue: str, headers: Mapping[str, str]) -> Copy:
+def copy_of(message: Message, queue: str, headers: Mapping[str, str]) -> Copy:
     """The same message, persistent, with our headers beside its own, in place of those that it had of us.
 
     It has no time to live of its own, or it would expire in a queue that must lose nothing. And no user id: RabbitMQ
     takes only that of whoever publishes.
     """
+    properties = message.properties
     kept = {
         name: value
         for name, value in message.headers.items()
@@ -59,22 +59,22 @@ def copy_of(message: AbstractIncomingMessage, queue: str, headers: Mapping[str, 
     # A lone surrogate in an exception's text has no UTF-8.
     kept.update((name, value.encode(errors="backslashreplace").decode()) for name, value in headers.items())
     return Copy(
-        message.message_id or "",
+        properties.message_id or "",
         queue,
         message.body,
         commands.Basic.Properties(
-            content_type=message.content_type,
-            content_encoding=message.content_encoding,
+            content_type=properties.content_type,
+            content_encoding=properties.content_encoding,
             headers=kept,
             delivery_mode=_PERSISTENT,
-            priority=message.priority,
-            correlation_id=message.correlation_id,
-            reply_to=message.reply_to,
-            message_id=message.message_id,
+            priority=properties.priority,
+            correlation_id=properties.correlation_id,
+            reply_to=properties.reply_to,
+            message_id=properties.message_id,
             # One without a time has that at which it came here, also when it comes again.
             timestamp=sent_at(message),
-            message_type=message.type,
-            app_id=message.app_id,
+            message_type=properties.message_type,
+            app_id=properties.app_id,
         ),
     )
 

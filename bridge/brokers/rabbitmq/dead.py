@@ -6,14 +6,12 @@ connection closes. Meanwhile others do not see it.
 
 import contextlib
 
-from aio_pika.abc import AbstractIncomingMessage
-
 from bridge.brokers.contract import Decide, Letter
 from bridge.brokers.letters import PREFIX, letter_of
 from bridge.brokers.rabbitmq.client import LOST, open_client, refusals
 from bridge.brokers.rabbitmq.connection import answers
 from bridge.brokers.rabbitmq.copies import Copies, copy_of
-from bridge.brokers.rabbitmq.message import count_of, event_of
+from bridge.brokers.rabbitmq.message import Message, count_of, event_of
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.topology import dead_queue
 from bridge.event import replay_mark
@@ -43,14 +41,21 @@ class RabbitMQDeadLetters:
                     message = await queue.get(fail=False)
                 if message is None:
                     return
-                verdict = await decide(self._letter(message))
+                taken = Message(
+                    message.delivery_tag or 0,
+                    message.exchange or "",
+                    message.routing_key or "",
+                    message.properties,
+                    message.body,
+                )
+                verdict = await decide(self._letter(taken))
                 if verdict == "replay":
                     if copies is None:
                         copies = Copies(self._settings)
                         await copies.open()
                     # A person waits, so not for as long as an alarm lasts.
                     async with answers(self._settings, self._settings.publish_timeout):
-                        await copies.publish(copy_of(message, self._worker, replay_mark()))
+                        await copies.publish(copy_of(taken, self._worker, replay_mark()))
                 if verdict != "keep":
                     with refusals(self._settings):
                         await message.ack()
@@ -60,7 +65,7 @@ class RabbitMQDeadLetters:
             with contextlib.suppress(*LOST):
                 await connection.close()
 
-    def _letter(self, message: AbstractIncomingMessage) -> Letter:
+    def _letter(self, message: Message) -> Letter:
         marks = {name: str(value) for name, value in message.headers.items() if name.startswith(PREFIX)}
         if f"{PREFIX}code" not in marks:
             marks = {
@@ -68,7 +73,7 @@ class RabbitMQDeadLetters:
                 f"{PREFIX}reason": "RabbitMQ moved it here: it was delivered too often, and no worker settled it",
                 f"{PREFIX}attempts": str(count_of(message, "x-delivery-count")),
             }
-        known_as = message.message_id or str(message.delivery_tag)
+        known_as = message.properties.message_id or str(message.tag)
         return letter_of(
             self._worker, self._settings.name, event_of(message), known_as, marks, message.body, message.content_type
         )

@@ -18,28 +18,27 @@ are acknowledged, and not handed out.
 """
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Sequence
-from typing import Final
+from typing import Final, cast
 
-from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
-from aiormq.abc import AbstractChannel
+from pamqp import commands
 
 from bridge.brokers.contract import Declaration, Failure, Subscription
 from bridge.brokers.letters import ATTEMPTS, PREFIX, letter_headers
 from bridge.brokers.rabbitmq.acks import Acks
-from bridge.brokers.rabbitmq.client import LOST, closure_of, open_client, refusals
-from bridge.brokers.rabbitmq.closure import Closure, rabbitmq_at
-from bridge.brokers.rabbitmq.connection import connected
+from bridge.brokers.rabbitmq.closure import ClosedError, Closure, rabbitmq_at
+from bridge.brokers.rabbitmq.connection import Connection, answers, connect, connected
 from bridge.brokers.rabbitmq.copies import Copies, copy_of
-from bridge.brokers.rabbitmq.message import count_of, event_of
+from bridge.brokers.rabbitmq.frames import CHANNEL
+from bridge.brokers.rabbitmq.message import Message, count_of, event_of
+from bridge.brokers.rabbitmq.reader import Delivered
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
-from bridge.brokers.rabbitmq.topology import LOOK_LIMIT, WorkerTopology, declarations
-from bridge.errors import BrokerUnavailableError, PgbridgeError
+from bridge.brokers.rabbitmq.topology import LOOK_LIMIT, WorkerTopology, declarations, message_count
+from bridge.errors import BrokerUnavailableError
 from bridge.event import Malformed, matches
 
-_CLOSE_LIMIT: Final = 10.0
-"""Seconds that the broker may take to answer a goodbye."""
+_ANSWER_LIMIT: Final = 10.0
+"""Seconds within which the broker must begin or end to deliver, or tell the length of its queues."""
 
 ROUTED: Final = f"{PREFIX}routed"
 """The routing key with which a message first came: when it comes from a queue of retries, it has another one."""
@@ -48,9 +47,10 @@ ROUTED: Final = f"{PREFIX}routed"
 class RabbitMQDelivery:
     """See `bridge.brokers.contract.Delivery`."""
 
-    def __init__(self, session: "Session", acks: Acks, message: AbstractIncomingMessage) -> None:
+    __slots__ = ("_message", "_session", "attempt", "event")
+
+    def __init__(self, session: "Session", message: Message) -> None:
         self._session = session
-        self._acks = acks
         self._message = message
         self.event = event_of(message)
         """See `contract.Delivery.event`."""
@@ -59,8 +59,7 @@ class RabbitMQDelivery:
 
     async def ack(self) -> None:
         """See `contract.Delivery.ack`; AMQP has no answer to it, see `acks`."""
-        await self._acks.ack(self._message)
-        self._session.in_hand -= 1
+        await self._session.ack(self._message)
 
     async def retry(self, delay: float) -> None:
         """See `contract.Delivery.retry`. Raises TopologyError where the queue of this delay is gone."""
@@ -78,8 +77,7 @@ class RabbitMQDelivery:
 
     async def give_back(self) -> None:
         """See `contract.Delivery.give_back`; RabbitMQ counts it, and has no answer to it either."""
-        await self._acks.give_back(self._message)
-        self._session.in_hand -= 1
+        await self._session.give_back(self._message)
 
 
 class Session:
@@ -97,8 +95,7 @@ class Session:
         self._settings = settings
         self._subscription = subscription
         self._copies = Copies(settings, self._lose)
-        self._connection: AbstractConnection | None = None
-        self._channel: AbstractChannel
+        self._connection: Connection | None = None
         self._acks: Acks
         self._consumer = ""
 
@@ -106,40 +103,31 @@ class Session:
         """See `contract.Queue.open`."""
         await self._copies.open(self.topology.needed())
         await self._copies.probe()
-        self._connection = await open_client(self._settings)
-        with self._refusals():
-            self._connection.close_callbacks.add(self._closed)
-            channel = await self._connection.channel(publisher_confirms=False)
-            channel.close_callbacks.add(self._closed)
-            self._channel = await channel.get_underlay_channel()
-            self._channel.on_consumer_cancel_callbacks.add(self._cancelled)
-            self._acks = Acks(self._channel, self._settings, lambda: self.lost)
-            await channel.set_qos(prefetch_count=self._subscription.prefetch)
-            queue = await channel.get_queue(self.topology.worker, ensure=False)
-            self._consumer = await queue.consume(self._arrive)
+        self._connection = connection = await connect(self._settings, f"pgbridge worker {self.topology.worker}")
+        self._acks = Acks(connection, self._settings.publish_timeout)
+        connection.consume(delivered=self._arrive, cancelled=self._cancelled, room=self._acks.has_room, lost=self._lose)
+        async with answers(self._settings, _ANSWER_LIMIT):
+            await connection.call(CHANNEL, commands.Channel.Open())
+            await connection.call(CHANNEL, commands.Basic.Qos(prefetch_count=self._subscription.prefetch))
+            begun = await connection.call(CHANNEL, commands.Basic.Consume(queue=self.topology.worker))
+        self._consumer = cast(commands.Basic.ConsumeOk, begun).consumer_tag or ""
 
-    async def _arrive(self, message: AbstractIncomingMessage) -> None:
-        delivery = RabbitMQDelivery(self, self._acks, message)
+    def _arrive(self, delivered: Delivered) -> None:
+        message = Message(*delivered)
+        delivery = RabbitMQDelivery(self, message)
         if isinstance(delivery.event, Malformed) or self._subscribed(message):
             self.in_hand += 1
             self.arrived.put_nowait(delivery)
-            return
-        try:
-            await self._acks.ack(message)
-        except PgbridgeError as error:
-            # It comes again; kept, it would take a place of the prefetch for good.
-            self._lose(Closure(f"a message that no pattern takes could not be acknowledged: {error}"))
+        else:
+            self._acks.ack_soon(message.tag)
 
-    def _subscribed(self, message: AbstractIncomingMessage) -> bool:
+    def _subscribed(self, message: Message) -> bool:
         """False for what only the binding of an earlier pattern still brings. What somebody puts into the queue itself,
         past the exchange, is meant for it."""
         topic = _routing_key(message)
         return topic is None or any(matches(pattern, topic) for pattern in self._subscription.topics)
 
-    def _closed(self, _: object, error: BaseException | None) -> None:
-        self._lose(closure_of(error))
-
-    def _cancelled(self, *_: object) -> None:
+    def _cancelled(self) -> None:
         self._lose(Closure(f"it cancelled the consumer: queue {self.topology.worker} was deleted, or its leader moved"))
 
     def _lose(self, closure: Closure) -> None:
@@ -147,8 +135,26 @@ class Session:
             self.lost = closure
             self.arrived.put_nowait(None)
             self._copies.leave(closure)
+        if self._connection is not None:
+            self._acks.has_room()  # or whoever waits for room would wait for the time-out
 
-    async def copy(self, message: AbstractIncomingMessage, queue: str, headers: dict[str, str]) -> None:
+    async def ack(self, message: Message) -> None:
+        """Settles a message. Raises BrokerUnavailableError."""
+        try:
+            await self._acks.ack(message.tag)
+        except ClosedError as error:
+            raise self.gone(error.closure) from error
+        self.in_hand -= 1
+
+    async def give_back(self, message: Message) -> None:
+        """Lets a message come again. Raises BrokerUnavailableError."""
+        try:
+            await self._acks.give_back(message.tag)
+        except ClosedError as error:
+            raise self.gone(error.closure) from error
+        self.in_hand -= 1
+
+    async def copy(self, message: Message, queue: str, headers: dict[str, str]) -> None:
         """Copies a message to another queue, byte for byte, with headers beside its own; returns once confirmed.
 
         Raises what `Copies.publish` raises.
@@ -159,29 +165,23 @@ class Session:
 
     async def depth(self) -> int:
         """See `contract.Queue.depth`. Over the connection that consumes, since an alarm does not block that one."""
-        connection = self._connection
-        if connection is None or self.lost is not None:
+        if self._connection is None or self.lost is not None:
             raise self.gone(self.lost or Closure("it is not open"))
-        with self._refusals():
-            # A channel of its own, since the broker closes it where a queue is gone.
-            async with connection.channel(publisher_confirms=False) as channel:
-                queues = [await channel.declare_queue(name, passive=True) for name in self.topology.waiting]
-        return sum(queue.declaration_result.message_count or 0 for queue in queues)
+        async with answers(self._settings, _ANSWER_LIMIT):
+            return sum([await message_count(self._connection, name) for name in self.topology.waiting])
 
     async def stop(self) -> None:
         """See `contract.Queue.stop`."""
-        with self._refusals():
-            await self._channel.basic_cancel(self._consumer)
+        if self._connection is None or self.lost is not None:
+            raise self.gone(self.lost or Closure("it is not open"))
+        async with answers(self._settings, _ANSWER_LIMIT):
+            await self._connection.call(CHANNEL, commands.Basic.Cancel(self._consumer))
         self.stopped = True
         while not self.arrived.empty():
             delivery = self.arrived.get_nowait()
             if delivery is not None:
                 await delivery.give_back()
         self.arrived.put_nowait(None)
-
-    def _refusals(self) -> contextlib.AbstractContextManager[None]:
-        """Turns what aio-pika raises into our errors."""
-        return refusals(self._settings, lambda: self.lost)
 
     def gone(self, closure: Closure) -> BrokerUnavailableError:
         """Always the error that is waited out, whatever the broker said: if it will refuse, the next `open` says so."""
@@ -192,14 +192,13 @@ class Session:
         self._lose(Closure("closed by this worker"))
         try:
             if self._connection is not None:
-                with contextlib.suppress(*LOST):
-                    async with asyncio.timeout(_CLOSE_LIMIT):
-                        await self._connection.close()
+                self._acks.flush()
+                await self._connection.close()
         finally:
             await self._copies.close()
 
 
-def _routing_key(message: AbstractIncomingMessage) -> str | None:
+def _routing_key(message: Message) -> str | None:
     """By which it came through an exchange; None for what was put into the queue itself."""
     if message.exchange:
         return message.routing_key

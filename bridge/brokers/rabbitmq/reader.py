@@ -1,8 +1,8 @@
-"""Takes received bytes apart. Confirms, which come for every message or two, are read by hand; the rest by pamqp."""
+"""Takes received bytes apart. Confirms and deliveries, which come all the time, are read by hand; the rest by pamqp."""
 
 import struct
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from pamqp import commands, exceptions, frame
 from pamqp.base import Frame
@@ -12,7 +12,7 @@ from bridge.brokers.rabbitmq.frames import CHANNEL
 
 _OVERHEAD: Final = 8
 _FRAME_END: Final = 0xCE
-_METHOD, _BODY = 1, 3
+_METHOD, _HEADER, _BODY = 1, 2, 3
 _FRAME_TYPES: Final = (1, 2, 3, 8)
 FRAME_MAX: Final = 131_072
 """What we ask for, and RabbitMQ's own default."""
@@ -22,6 +22,23 @@ _CONFIRM_SIZE: Final = 21
 _ACK: Final = struct.pack(">BHIHH", _METHOD, CHANNEL, 13, 60, 80)
 _NACK: Final = struct.pack(">BHIHH", _METHOD, CHANNEL, 13, 60, 120)
 _TAG_AND_FLAGS: Final = struct.Struct(">QB")
+_DELIVER: Final = struct.pack(">HH", 60, 60)
+"""Class and method of basic.deliver."""
+_CONSUMER_TAG: Final = 11
+"""Where in the frame of a basic.deliver its consumer's tag begins, with its length."""
+_BODY_SIZE: Final = slice(11, 19)
+"""Where in the frame of a content header the size of the body stands."""
+
+
+class Delivered(NamedTuple):
+    """A message as the broker delivered it."""
+
+    tag: int
+    exchange: str
+    routing_key: str
+    header: bytes
+    """The content header: class, weight, size of the body, and the properties, encoded."""
+    body: bytes
 
 
 class BrokenStreamError(Exception):
@@ -36,16 +53,25 @@ class FrameReader:
         on_confirm: Callable[[int, bool, bool], None],
         on_method: Callable[[int, Frame], None],
         on_return: Callable[[commands.Basic.Return, str], None],
+        on_delivery: Callable[[Delivered], None] = lambda message: None,
     ) -> None:
         """`on_confirm` takes the delivery tag, whether it stands for all tags below too, and whether it is a nack;
-        `on_method` the channel and the method; `on_return` the method and the message id of what came back."""
+        `on_method` the channel and the method; `on_return` the method and the message id of what came back;
+        `on_delivery` what was delivered, once it is here whole."""
         self.frame_max = FRAME_MAX
         """Largest whole frame, in bytes, that the peer may send; 0: no limit."""
         self.on_confirm = on_confirm
         self._on_method = on_method
         self._on_return = on_return
+        self.on_delivery = on_delivery
         self._rest = b""
         self._returned: commands.Basic.Return | None = None
+        self._delivered: tuple[int, str, str] | None = None
+        """Tag, exchange and routing key of the message whose content comes next."""
+        self._header = b""
+        self._missing = 0
+        """Bytes of its body that are still to come."""
+        self._pieces: list[bytes] = []
 
     @property
     def unread(self) -> bytes:
@@ -96,7 +122,14 @@ class FrameReader:
     def _read(self, data: bytes) -> None:
         if data[-1] != _FRAME_END:
             raise BrokenStreamError(f"a frame does not end as one: {data[:16]!r}")
-        if data[0] == _BODY:
+        kind = data[0]
+        if kind == _METHOD and data.startswith(_DELIVER, 7):
+            self._read_deliver(data)
+            return
+        if self._delivered is not None and kind in (_HEADER, _BODY):
+            self._read_content(kind, data)
+            return
+        if kind == _BODY:
             return  # of a message that came back; its id stood in the content header
         try:
             _, channel, content = frame.unmarshal(data)
@@ -110,3 +143,34 @@ class FrameReader:
             self._returned = content
         elif isinstance(content, Frame):
             self._on_method(channel, content)
+
+    def _read_deliver(self, data: bytes) -> None:
+        """The method's fields: consumer's tag, delivery tag, whether it comes again, exchange, routing key."""
+        try:
+            at = _CONSUMER_TAG + 1 + data[_CONSUMER_TAG]
+            tag = int.from_bytes(data[at : at + 8])
+            exchange_at = at + 10
+            key_at = exchange_at + data[exchange_at - 1]
+            exchange, key = data[exchange_at:key_at].decode(), data[key_at + 1 : -1].decode()
+            is_whole = len(data) == key_at + 2 + data[key_at]
+        except (IndexError, ValueError) as error:
+            raise BrokenStreamError(f"a delivery cannot be decoded: {error}") from error
+        if not is_whole:
+            raise BrokenStreamError(f"the fields of a delivery do not fill it: {data[:80]!r}")
+        self._delivered = (tag, exchange, key)
+
+    def _read_content(self, kind: int, data: bytes) -> None:
+        if kind == _HEADER:
+            self._header = data[7:-1]
+            self._missing = int.from_bytes(data[_BODY_SIZE])
+        else:
+            piece = data[7:-1]
+            self._missing -= len(piece)
+            self._pieces.append(piece)
+        if self._missing > 0:
+            return
+        delivered, self._delivered = self._delivered, None
+        pieces, self._pieces = self._pieces, []
+        if delivered is None or self._missing:
+            raise BrokenStreamError(f"a body is {-self._missing} bytes longer than its content header says")
+        self.on_delivery(Delivered(*delivered, self._header, pieces[0] if len(pieces) == 1 else b"".join(pieces)))

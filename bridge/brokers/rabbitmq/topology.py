@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 from pamqp import commands
 from pamqp.base import Frame
@@ -199,6 +199,12 @@ async def _binding(
     return Declaration("binding", name, "declared", "again, if it was there")
 
 
+async def message_count(connection: Connection, queue: str) -> int:
+    """How many messages are ready in a queue. Raises ClosedError."""
+    found = await _ask(connection, QuorumQueue(queue).declare(passive=True))
+    return cast(commands.Queue.DeclareOk, found).message_count or 0
+
+
 async def _exists(connection: Connection, needed: Needed) -> bool:
     try:
         await _ask(connection, needed.declare(passive=True))
@@ -209,8 +215,12 @@ async def _exists(connection: Connection, needed: Needed) -> bool:
     return True
 
 
-async def _ask(connection: Connection, method: Frame) -> None:
-    """One method on a channel of its own, since the broker closes the channel when it refuses. Raises ClosedError."""
+async def _ask(connection: Connection, method: Frame) -> Frame:
+    """The answer to one method on a channel of its own, since the broker closes the channel when it refuses.
+
+    Raises ClosedError.
+    """
     await connection.call(_CHANNEL, commands.Channel.Open())
-    await connection.call(_CHANNEL, method)
+    answer = await connection.call(_CHANNEL, method)
     await connection.call(_CHANNEL, commands.Channel.Close(200, "", 0, 0))
+    return answer
