@@ -78,9 +78,9 @@ to bridge_relay;
 grant execute on function
   bridge.inbox_claim(text, uuid[], text[], bigint, bigint[], double precision[], boolean),
   bridge.inbox_finish(text, uuid, bigint, int, jsonb),
-  bridge.inbox_finish_all(text, uuid[], bigint[], int[], jsonb[]),
-  bridge.inbox_release(text, uuid, bigint, int, int, double precision),
-  bridge.inbox_fail(text, uuid, bigint, int, jsonb),
+  bridge.inbox_finish_unclaimed(text, uuid, jsonb),
+  bridge.inbox_end(text, uuid[], bigint[], int[], jsonb[], text, text),
+  bridge.inbox_give_up(text, uuid[], bigint[], int[], int[], double precision[], jsonb[]),
   bridge.inbox_forget(text, uuid, text),
   bridge.inbox_effect_begin(text, uuid, bigint, int, text),
   bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb),

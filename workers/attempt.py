@@ -23,9 +23,11 @@ from bridge.errors import PgbridgeError, PrivilegeError, RefusedError, TopologyE
 from bridge.event import Event, Malformed
 from bridge.process.outage import Outage
 from bridge.settings import WorkerSettings
+from workers.claim import Claim, ClaimLostError, NotNow
 from workers.effects import Effect, current_effects
+from workers.ends import ReplyError
 from workers.handler import Reject, Result, Retry, Run
-from workers.inbox import Claim, ClaimLostError, Inbox, NotNow, ReplyError
+from workers.inbox import Inbox
 from workers.metrics import ATTEMPT_SECONDS, DELIVERIES, OUTCOMES
 from workers.shared_lock import SharedLock
 
@@ -115,7 +117,7 @@ class Attempts:
             return _Settle("busy", BUSY_DELAY)
         self._in_hand.add(event.inbox_id)
         try:
-            return await self._run_once(event)
+            return await self._run_once(event, is_new=delivery.attempt == 1 and event.replay is None)
         except ClaimLostError:
             log.warning("event.claim_lost", worker=self._worker, **_names(event))
             return _Settle("busy", BUSY_DELAY)
@@ -124,8 +126,12 @@ class Attempts:
         finally:
             self._in_hand.discard(event.inbox_id)
 
-    async def _run_once(self, event: Event) -> _Settle:
+    async def _run_once(self, event: Event, *, is_new: bool) -> _Settle:
+        """`is_new`: the broker has never delivered it before. Then work without an outside effect needs no claim; what
+        was begun before may have killed its process, which only claims tell."""
         async with self._handlers.shared():
+            if is_new and not self._settings.effects:
+                return await self._claimed(event, Claim(self._worker, event.inbox_id, None, 1))
             claim = await self.database.outlast(self._inbox.claim, event.inbox_id, event.replay)
             if isinstance(claim, Claim):
                 return await self._claimed(event, claim)
@@ -135,20 +141,13 @@ class Attempts:
                 claim = await self.database.outlast(self._inbox.claim_alone, event.inbox_id, event.replay)
                 if isinstance(claim, Claim):
                     return await self._claimed(event, claim)
-        match claim:
-            case NotNow("finished"):
-                return _Settle("repeated")
-            case NotNow("failed", failure=failure):
-                return _Settle("dead_lettered", failure=failure)
-            case NotNow("early", seconds):
-                return _Settle("early", seconds)
-        return _Settle("busy", BUSY_DELAY)
+        return _not_ours(claim)
 
     async def _claimed(self, event: Event, claim: Claim) -> _Settle:
         """Runs an event that is ours, and records what became of it."""
         started = time.perf_counter()
         try:
-            failed = await self._attempt(event, claim)
+            ended = await self._attempt(event, claim)
         except asyncio.CancelledError:
             await self._unclaim(event, claim)
             raise
@@ -157,29 +156,39 @@ class Attempts:
             return _Settle("given_back")
         duration = time.perf_counter() - started
         self._seconds.observe(duration)
-        if failed is None:
+        if ended == "repeated":
+            return _Settle("repeated")
+        if ended == "finished":
             return _Settle("handled", duration=duration, attempt=claim.attempt)
-        failure = replace(failed.failure, attempts=min(claim.attempt, self._settings.max_attempts))
+        if claim.token is None:
+            # A failure counts, and only a claim counts.
+            found = await self.database.outlast(self._inbox.claim, event.inbox_id, event.replay)
+            if not isinstance(found, Claim):
+                return _not_ours(found)
+            claim = found
+        failure = replace(ended.failure, attempts=min(claim.attempt, self._settings.max_attempts))
         if failure.code == "rejected" or claim.attempt >= self._settings.max_attempts:
             await self.database.outlast(self._inbox.fail, claim, failure)
             return _Settle("dead_lettered", failure=failure, duration=duration, attempt=claim.attempt)
-        delay = failed.after if failed.after is not None else backoff(self._settings, claim.attempt)
+        delay = ended.after if ended.after is not None else backoff(self._settings, claim.attempt)
         await self.database.outlast(self._inbox.release, claim, counted=claim.attempt, delay=delay)
         return _Settle("retried", delay, failure, duration, claim.attempt)
 
     async def _unclaim(self, event: Event, claim: Claim) -> None:
+        if claim.token is None:
+            return
         # One try only: the end of our session, which is near, frees the claim as well.
         try:
             await self._inbox.release(claim, counted=claim.attempt - 1)
         except PgbridgeError as error:
             log.warning("event.unreleased", worker=self._worker, **_names(event), reason=str(error))
 
-    async def _attempt(self, event: Event, claim: Claim) -> _Failed | None:
-        """Runs the handler and its reply. None when the event is finished."""
+    async def _attempt(self, event: Event, claim: Claim) -> _Failed | Literal["finished", "repeated"]:
+        """Runs the handler and its reply."""
         if claim.attempt > self._settings.max_attempts:
             reason = f"{claim.attempt - 1} attempts were begun and none ended: the worker's process died in each"
             return _Failed(Failure("attempts_exhausted", reason))
-        effects = _Effects(self._inbox, claim, self.database)
+        effects = _Effects(self._inbox, claim, self.database, declared=self._settings.effects)
         current_effects.set(effects)
         try:
             result = await self._run_handler(event)
@@ -198,10 +207,9 @@ class Attempts:
         except Exception as error:  # noqa: BLE001 - whatever an author's code raises is an outcome, with its trace
             return _Failed(_failure("error", f"{type(error).__name__}: {error}", error))
         try:
-            await self.database.outlast(self._inbox.finish, claim, result)
+            return await self.database.outlast(self._inbox.finish, claim, result)
         except ReplyError as error:
             return _Failed(_failure("error", str(error), error))
-        return None
 
     async def _run_handler(self, event: Event) -> Result:
         """Returns or raises what the handler does; _TimedOutError, whatever it does after its time.
@@ -279,11 +287,18 @@ class _Effects:
     inbox: Inbox
     claim: Claim
     database: Outage
+    declared: bool
+    """Whether the worker's settings say that it has effects."""
     gave_up_in_outage: bool = False
     """Whether the handler's time was up while it waited for the database."""
 
     async def begin_effect(self, operation: str) -> Effect:
-        """See `effects.EffectStore`."""
+        """See `effects.EffectStore`. Raises RuntimeError where the settings say that there is none."""
+        if not self.declared:
+            raise RuntimeError(
+                f"effect({operation!r}): workers.{self.claim.worker}.effects is false, so the event may run twice at "
+                "once; remove that setting"
+            )
         with self._waiting():
             return await self.database.outlast(self.inbox.begin_effect, self.claim, operation)
 
@@ -314,6 +329,18 @@ async def _end(task: asyncio.Future[Result]) -> None:
         task.exception()  # else asyncio would complain that nobody has looked at it
     if cancelled:
         raise asyncio.CancelledError
+
+
+def _not_ours(claim: NotNow) -> _Settle:
+    """What becomes of a delivery whose event is not ours to run."""
+    match claim:
+        case NotNow("finished"):
+            return _Settle("repeated")
+        case NotNow("failed", failure=failure):
+            return _Settle("dead_lettered", failure=failure)
+        case NotNow("early", seconds):
+            return _Settle("early", seconds)
+    return _Settle("busy", BUSY_DELAY)
 
 
 def retry_delays(settings: WorkerSettings) -> list[float]:

@@ -327,6 +327,10 @@ class WorkerSettings(Model):
     """SQL function `schema.name(event_id uuid, result jsonb)` that takes the handler's result."""
     reply_timeout: SomeDuration = 30.0
     """How long one call of `reply` may take; a longer one is cancelled, and the attempt has failed."""
+    effects: bool = True
+    """Whether the handler has effects outside the database, as a payment or a mail. `false` lets the inbox do with one
+    write an event, with the reply: now and then a handler runs twice for one event, also at the same time, and of one
+    run the result is thrown away. `effect()` raises then."""
     shutdown_limit: Duration = 20.0
     """How long a stop may take, the process is gone by then: three quarters of it for running handlers to finish, the
     rest for giving back those that have not."""

@@ -16,7 +16,9 @@ from bridge.brokers.contract import Failure
 from bridge.errors import DatabaseUnavailableError, PgbridgeError, PrivilegeError, RefusedError, SchemaError
 from bridge.settings import PostgresSettings
 from tests.support.until import until
-from workers.inbox import Claim, ClaimLostError, Inbox, NotNow, ReplyError
+from workers.claim import Claim, ClaimLostError, NotNow
+from workers.ends import ReplyError
+from workers.inbox import Inbox
 from workers.session import ClaimSession
 
 
@@ -379,7 +381,9 @@ async def test_of_ends_that_share_a_query_only_the_refused_one_fails(
             *(inbox.finish(claim, result) for claim, result in zip(claims, results, strict=True)),
             return_exceptions=True,
         )
-        assert [type(end) for end in ends] == [ReplyError if n == 5 else type(None) for n in range(8)]
+        assert [end if isinstance(end, str) else type(end) for end in ends] == [
+            ReplyError if n == 5 else "finished" for n in range(8)
+        ]
         await inbox.release(claims[5], counted=1)
         assert (await claimed(inbox, events[5])).attempt == 2
         assert [await inbox.claim(event) for event in events[:5]] == [NotNow("finished")] * 5

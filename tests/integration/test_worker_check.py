@@ -82,14 +82,14 @@ async def test_what_the_workers_role_may_not_do_is_named_with_the_grant(
     config: Path, shop: PostgresSettings, bridge_database: str, unique: str
 ) -> None:
     with psycopg.connect(bridge_database, autocommit=True) as admin:
-        admin.execute("revoke execute on function bridge.inbox_fail from bridge_worker")
+        admin.execute("revoke execute on function bridge.inbox_give_up from bridge_worker")
     try:
         ok, said = (await check(config))["worker echo"]
     finally:
         with psycopg.connect(bridge_database, autocommit=True) as admin:
-            admin.execute("grant execute on function bridge.inbox_fail to bridge_worker")
+            admin.execute("grant execute on function bridge.inbox_give_up to bridge_worker")
     assert not ok
-    assert f"workers.dsn: the role '{unique}' may not call bridge.inbox_fail(" in said
+    assert f"workers.dsn: the role '{unique}' may not call bridge.inbox_give_up(" in said
     assert f"grant bridge_worker to {unique}" in said
 
 

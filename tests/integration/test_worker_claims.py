@@ -12,9 +12,10 @@ from bridge.settings import PostgresSettings
 from tests.support.events import make_event
 from tests.support.until import until
 from tests.support.working import echo, replies, working
+from workers.claim import Claim, ClaimLostError, NotNow
 from workers.effects import effect
 from workers.handler import Reject, Result
-from workers.inbox import Claim, ClaimLostError, Inbox, NotNow
+from workers.inbox import Inbox
 
 
 def add_slow_reply(dsn: str, seconds: float) -> None:

@@ -9,9 +9,10 @@ from bridge.settings import PostgresSettings
 from tests.support.events import make_event
 from tests.support.until import until
 from tests.support.working import replies, working
+from workers.claim import NotNow
 from workers.effects import effect
 from workers.handler import Result, handler
-from workers.inbox import Inbox, NotNow
+from workers.inbox import Inbox
 
 
 async def test_an_attempt_is_not_over_while_its_thread_runs(shop: PostgresSettings) -> None:
