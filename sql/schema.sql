@@ -2561,8 +2561,9 @@ begin
             latest := coming;
             coming := coming + step;
         else
-            -- When the next one can be reserved; or later, when several can, which keeps the horizon half full.
-            seconds := greatest(seconds - horizon, horizon / 2);
+            -- At the moment when the next one can be reserved, so that those who wait get it, and not whoever comes by
+            -- first in a process that is quicker; at high rates when several can, so that few queries bring many.
+            seconds := greatest(seconds - horizon, 0.02);
         end if;
         return next;
     end loop;

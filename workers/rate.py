@@ -14,12 +14,12 @@ from psycopg.rows import TupleRow
 from bridge.process.batching import Batcher
 from bridge.process.outage import Outage
 
-HORIZON: Final = 1.0
-"""Seconds ahead that starts are reserved: long enough for a slow query, and all that a process which dies can take."""
+HORIZON: Final = 0.5
+"""Seconds ahead that starts are reserved: enough for a slow query, and all that a process which dies takes with it."""
 
 LATE: Final = 0.1
-"""Seconds after its time until which a start may be used; at less than one a second, of the time between two. Beyond that
-the process stood still, and what has piled up meanwhile would begin at once."""
+"""Seconds after its time until which a start may be used; at less than one a second: part of the time between two. Beyond
+that the process stood still, and what has piled up meanwhile would begin at once."""
 
 _TOGETHER: Final = 1000
 """Most starts in one query."""
@@ -43,7 +43,7 @@ class Rate:
     """One process's side of a worker's rate; shared by its concurrent tasks."""
 
     def __init__(self, worker: str, per_second: float, query: Query, database: Outage) -> None:
-        """`per_second`: starts a second over all processes; another number holds from the first query that brings it."""
+        """`per_second`: starts a second over all processes. Another one holds from the first query that brings it."""
         self._worker = worker
         self._per_second = per_second
         self._late = LATE / min(per_second, 1.0)
@@ -54,7 +54,7 @@ class Rate:
     async def wait(self) -> None:
         """Returns when the caller may begin, which it should do at once. Waits for the database where it is gone.
 
-        Whoever is cancelled leaves at most one start unused, and none that begins later than `HORIZON` seconds from now.
+        Whoever is cancelled leaves at most one start unused, which lies within `HORIZON` seconds.
         """
         # Not for ever: a process that is always late would never begin.
         may_be_late = False
