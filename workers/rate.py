@@ -18,8 +18,8 @@ HORIZON: Final = 0.5
 """Seconds ahead that starts are reserved: enough for a slow query, and all that a process which dies takes with it."""
 
 LATE: Final = 0.1
-"""Seconds after its time until which a start may be used; at less than one a second: part of the time between two. Beyond
-that the process stood still, and what has piled up meanwhile would begin at once."""
+"""Seconds after its time until which a start may be used; at less than one a second: part of the time between two.
+Beyond that the process stood still, and what has piled up meanwhile would begin at once."""
 
 _TOGETHER: Final = 1000
 """Most starts in one query."""

@@ -16,17 +16,20 @@ from bridge.errors import DatabaseUnavailableError
 from bridge.postgres.connection import connect
 from bridge.process.outage import Outage
 from bridge.settings import PostgresSettings
-from tests.support.until import until
+from tests.support.until import rows_become, until
 from workers.rate import HORIZON, LATE, Rate
 
 WORKER = "mail"
+WAITING = """
+select count(*) from pg_stat_activity where datname = current_database() and cardinality(pg_blocking_pids(pid)) > 0
+"""
 
 
 class Process:
     """A worker process' connection. `given` are the answers that it got, as seconds and whether reserved."""
 
     def __init__(self, connection: psycopg.AsyncConnection[TupleRow]) -> None:
-        self._connection = connection
+        self.connection = connection
         self.given: list[tuple[float, bool]] = []
         self.asked = 0
         self.answers = asyncio.Event()
@@ -35,7 +38,7 @@ class Process:
     async def query(self, query: LiteralString, *parameters: object) -> Sequence[TupleRow]:
         self.asked += 1
         await self.answers.wait()
-        rows = await (await self._connection.execute(query, parameters)).fetchall()
+        rows = await (await self.connection.execute(query, parameters)).fetchall()
         self.given += [(seconds, reserved) for seconds, reserved in rows]
         return rows
 
@@ -109,6 +112,22 @@ async def test_starts_are_evenly_spaced_whoever_asks(shop: PostgresSettings) -> 
     assert third[0] <= 0.3
     for call in (second, third):
         assert [later - earlier for earlier, later in pairwise(call)] == pytest.approx([0.05, 0.05])
+
+
+@pytest.mark.parametrize("begun_before", [False, True])
+async def test_of_two_that_ask_at_the_same_moment_one_begins(
+    shop: PostgresSettings, bridge_database: str, begun_before: bool
+) -> None:
+    async with process(shop) as one, process(shop) as other:
+        if begun_before:
+            await one.take(1, 1 / 3600)
+            forward(bridge_database, -3600)
+        async with one.connection.transaction():
+            assert await one.take(1, 1 / 3600) == [(0, True)]
+            asks = asyncio.create_task(other.take(1, 1 / 3600))
+            await rows_become(bridge_database, WAITING, [(1,)])
+        [(_, reserved)] = await asks
+        assert not reserved
 
 
 async def test_three_thirds_of_a_second_do_not_fit_into_one(one: Process) -> None:
