@@ -84,7 +84,8 @@ grant execute on function
   bridge.inbox_forget(text, uuid, text),
   bridge.inbox_effect_begin(text, uuid, bigint, int, text),
   bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb),
-  bridge.inbox_prune(text, timestamptz, int)
+  bridge.inbox_prune(text, timestamptz, int),
+  bridge.rate_take(text, int, double precision, double precision)
 to bridge_worker;
 
 -- bridge_operator: people. ---------------------------------------------------------------------------------

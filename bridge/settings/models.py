@@ -23,6 +23,7 @@ from bridge.errors import SettingsError
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES: Final = {"B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
+_RATE: Final = re.compile(r"(\d+)\s*/\s*(s|m|h)")
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|MB|GB|KiB|MiB|GiB)")
 
 
@@ -56,6 +57,22 @@ def parse_size(value: object) -> int:
     raise ValueError('is not a size; write a number and a unit, as in "10MB" or "64MiB"')
 
 
+_HIGHEST_RATE: Final = 1_000_000
+"""A second. PostgreSQL's times have microseconds."""
+
+
+def parse_rate(value: object) -> float:
+    """Times a second of ``"25/s"``, ``"100/m"`` or ``"2000/h"``. Raises ValueError."""
+    if not isinstance(value, str) or (match := _RATE.fullmatch(value.strip())) is None:
+        raise ValueError('is not a rate; write a whole number and a unit of time, as in "25/s", "100/m", "2000/h"')
+    rate = int(match[1]) / _SECONDS[match[2]]
+    if not rate:
+        raise ValueError("is zero, at which nothing ever begins; leave it out for no limit")
+    if rate > _HIGHEST_RATE:
+        raise ValueError(f"is more than {_HIGHEST_RATE}/s, the highest rate; leave it out for no limit")
+    return rate
+
+
 Duration = Annotated[
     float,
     BeforeValidator(parse_duration),
@@ -66,6 +83,12 @@ Size = Annotated[
     BeforeValidator(parse_size),
     WithJsonSchema({"type": ["string", "integer"], "examples": ["10MB", "64MiB"]}),
 ]
+Rate = Annotated[
+    float,
+    BeforeValidator(parse_rate),
+    WithJsonSchema({"type": "string", "examples": ["25/s", "100/m", "2000/h"]}),
+]
+"""Times a second."""
 
 
 def _more_than_zero(value: float) -> float:
@@ -315,6 +338,9 @@ class WorkerSettings(Model):
     """Handlers that run at once."""
     prefetch: int | None = Field(None, ge=1, le=65535)
     """Deliveries in hand at once; default: twice the concurrency. At most 10000 on NATS, 1000 on Pub/Sub."""
+    rate: Rate | None = None
+    """Most handlers that begin in a second, a minute or an hour, over all processes of the worker: `"25/s"`, `"100/m"`,
+    `"2000/h"`; left out: no limit."""
     timeout: SomeDuration = 60.0
     """How long one run of the handler may take."""
     max_attempts: int = Field(8, ge=1, le=100)

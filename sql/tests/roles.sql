@@ -1,5 +1,5 @@
 -- Who may do what: each role what its process needs, everybody else nothing.
-select plan(47);
+select plan(50);
 create role pgbridge_test_nobody;
 create function pg_temp.attempt(who name, statement text) returns text language plpgsql as $$
 begin
@@ -67,6 +67,9 @@ select pg_temp.may_not('bridge_relay', 'select bridge.end_dead_letters(''{1}'', 
 select pg_temp.may_not('bridge_worker', 'select from bridge.outbox');
 select pg_temp.may_not('bridge_worker', 'select bridge.emit(''t'', ''x'')');
 select pg_temp.may_not('bridge_worker', 'update bridge.cursor set mark = 0');
+select pg_temp.may('bridge_worker', 'select from bridge.rate_take(''w'', 1, 1, 1)');
+select pg_temp.may_not('bridge_worker', 'delete from bridge.rates');
+select pg_temp.may_not('bridge_relay', 'select from bridge.rate_take(''w'', 1, 1, 1)');
 
 select pg_temp.may('bridge_operator', 'select from bridge.outbox, bridge.cursor, bridge.bell, bridge.dead_letter, bridge.migration, bridge.inbox');
 select pg_temp.may('bridge_operator', 'select bridge.end_dead_letters(''{1}'', ''discarded'', ''me'', ''why'')');

@@ -107,7 +107,7 @@ def _watch(
             assert isinstance(mark, int)
             assert isinstance(stored, float)
             if mark and (not samples or mark > samples[-1].mark):
-                samples.append(Sample(mark, stored, _cpu(process.process.pid)))
+                samples.append(Sample(mark, stored, processor_time(process.process.pid)))
             if mark >= last:
                 assert isinstance(began, float)
                 return samples, began
@@ -119,8 +119,11 @@ def _watch(
         time.sleep(0.02)
 
 
-def _cpu(pid: int) -> float:
-    """Of all threads; from schedstat, whose first field is in nanoseconds, since a tick of stat is 10 ms."""
+def processor_time(pid: int) -> float:
+    """Seconds of processor time, user and system, that a process has used.
+
+    Of all threads; from schedstat, whose first field is in nanoseconds, since a tick of stat is 10 ms.
+    """
     threads = Path("/proc", str(pid), "task").iterdir()
     return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 

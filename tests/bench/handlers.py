@@ -1,4 +1,4 @@
-"""The handler of the latency rows: notes when an event reached it."""
+"""The handlers of the latency rows, which notes when an event reached it, and of the workers rows, which do nothing."""
 
 import os
 import struct
@@ -22,3 +22,14 @@ async def note(event: Event) -> None:
         raise RuntimeError(f"set {FILE}")
     body = event.json()
     _file.write(RECORD.pack(body["t"], now, body["client"], body["n"]))
+
+
+@handler("bench.#")
+async def nothing(event: Event) -> None:
+    """For what a worker costs by itself."""
+
+
+@handler("bench.#")
+async def ok(event: Event) -> dict[str, bool]:
+    """The same, with a result for the reply."""
+    return {"ok": True}

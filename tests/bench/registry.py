@@ -18,6 +18,7 @@ ORDER = (
     "pubsub",
     "emit",
     "watch",
+    "workers",
     "latency",
     "doorbell",
     "backlog",

@@ -37,6 +37,11 @@ def faster() -> Target:
     return Target("ratio", ">", 1.0)
 
 
+def within(ratio: float) -> Target:
+    """Our value is at most this many times the peer's, where less is better."""
+    return Target("ratio", "<=", ratio)
+
+
 def at_most(value: float) -> Target:
     """Our value, in the row's unit, is at most this."""
     return Target("ours", "<=", value)

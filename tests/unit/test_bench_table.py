@@ -9,9 +9,10 @@ from tests.bench.bridge import Drained, Sample
 from tests.bench.latency import percentile
 from tests.bench.peers.frames import Confirms
 from tests.bench.registry import selected
-from tests.bench.results import Row, as_json, at_least, at_most, faster, number, table, write_json
+from tests.bench.results import Interleaved, Row, as_json, at_least, at_most, faster, number, table, within, write_json
 from tests.bench.rounds import interleave
 from tests.bench.scale import between
+from tests.bench.workers import AIO_PIKA, FASTSTREAM, VARIANTS, Look, beside, microseconds, rows
 from tests.bench.world import payloads
 
 
@@ -45,6 +46,12 @@ def test_a_target_of_the_ratio_is_met_by_the_median(target: object, ratio: float
 def test_a_target_of_our_own_value_needs_no_peer() -> None:
     assert Row("r", "ms", [2.0, 9.0, 2.5], target=at_most(3)).met is True
     assert Row("r", "ms", [3.1, 3.2, 1.0], target=at_most(3)).met is False
+
+
+def test_a_target_may_be_at_most_so_many_times_the_peer() -> None:
+    assert row([8.0, 2.0, 2.0], [1.0, 1.0, 1.0], target=within(2)).met is True
+    assert row([2.1, 2.1, 2.0], [1.0, 1.0, 1.0], target=within(2)).met is False
+    assert str(within(2)) == "ratio <= 2"
 
 
 def test_a_row_with_an_error_or_without_a_value_never_meets_its_target() -> None:
@@ -124,6 +131,27 @@ def test_a_backlogs_rate_counts_from_the_lead_and_its_tenths_from_samples() -> N
     assert cpu == pytest.approx(0.001)
     with pytest.raises(ValueError, match="only 1 samples"):
         between(samples, 1000, 1005)
+
+
+def test_a_workers_processor_time_counts_from_the_first_look_that_saw_it_at_work() -> None:
+    assert microseconds(Look(500, 2.0), Look(2500, 2.5)) == pytest.approx(250.0)
+    with pytest.raises(ValueError, match="no event was finished"):
+        microseconds(Look(2000, 2.0), Look(2000, 2.1))
+
+
+def test_a_worker_is_compared_only_with_peers_that_have_a_reply_where_it_has_one() -> None:
+    plain, replying = VARIANTS[0], VARIANTS[1]
+    assert (plain.reply, replying.reply) == (False, True)
+    values = {name: [4.0] for name in (plain.name, replying.name)}
+    values |= {beside(peer, plain): [1.0] for peer in (FASTSTREAM, AIO_PIKA)}
+    values |= {beside(peer, replying): [2.0] for peer in (FASTSTREAM, AIO_PIKA)}
+    errors = {beside(AIO_PIKA, replying): "RuntimeError: it ended"}
+    times = Interleaved({name: [plain.processor_time] for name in values}, errors)
+    made = [one for variant in (plain, replying) for one in rows(variant, Interleaved(values, errors), times)]
+    assert [one.row for one in made if not one.row.startswith("workers: ")] == []
+    assert [list(one.ratios) for one in made] == [[4.0], [4.0], [1.0], [2.0], [2.0], [1.0]]
+    assert [one.met for one in made] == [True, True, True, False, False, False]
+    assert [bool(one.error) for one in made] == [False, False, False, False, True, True]
 
 
 def test_confirms_are_counted_in_any_order_split_and_multiple() -> None:

@@ -9,7 +9,7 @@ import pytest
 from bridge.errors import SettingsError
 from bridge.settings import Settings, load
 from bridge.settings.document import json_schema, settings_page
-from bridge.settings.models import parse_duration, parse_size
+from bridge.settings.models import parse_duration, parse_rate, parse_size
 
 FILE = """
 name = "shop"
@@ -95,6 +95,19 @@ def test_sizes(text: object, size: int) -> None:
     assert parse_size(text) == size
 
 
+@pytest.mark.parametrize(
+    ("text", "times"), [("25/s", 25), ("120/m", 2), ("1/h", 1 / 3600), (" 5 / s ", 5), ("1000000/s", 1_000_000)]
+)
+def test_rates_are_times_a_second(text: str, times: float) -> None:
+    assert parse_rate(text) == times
+
+
+@pytest.mark.parametrize("text", ["", "25", 25, "25 a second", "1.5/s", "-1/s", "5/d", "/s", True, None])
+def test_what_is_not_a_rate_is_refused_with_one_that_is(text: object) -> None:
+    with pytest.raises(ValueError, match=r'is not a rate; write .* as in "25/s"'):
+        parse_rate(text)
+
+
 def test_the_pages_of_the_settings_are_the_ones_generated_from_the_models() -> None:
     docs = Path(__file__).parents[2] / "docs"
     assert (docs / "settings.md").read_text() == settings_page(), "run: make docs"
@@ -153,6 +166,9 @@ SINKS = {
         ("observe.listen", "127.0.0.1:0", "its port is not between 1 and 65535"),
         ("workers.w.listen", "localhost:70000", "its port is not between 1 and 65535"),
         ("workers.w.timeout", "0s", "must be more than zero"),
+        ("workers.w.rate", "0/s", "is zero, at which nothing ever begins; leave it out"),
+        ("workers.w.rate", "1000001/s", "is more than 1000000/s, the highest rate"),
+        ("workers.w.rate", "25", 'is not a rate; write a whole number and a unit of time, as in "25/s"'),
         ("workers.w.retry_initial", "0s", "must be more than zero"),
         ("workers.w.retry_max", "500ms", "0.5 s is below retry_initial (1 s)"),
         ("workers.w.retry_max", "50d", "is longer than 49d, the longest that a broker keeps a retry waiting"),

@@ -15,6 +15,7 @@ PYTHON_PACKAGES = (
     "faststream-outbox[asyncpg]==0.19.0",
     "faststream[rabbit]==0.7.8",
     "psycopg[binary]==3.3.9",
+    "psycopg-pool==3.3.3",
     "aio-pika==10.2.1",
     "uvloop==0.23.0",
 )

@@ -1,10 +1,11 @@
-"""Runs a peer's program and reads its result."""
+"""Runs a peer's program: to its end, for its result; or beside what watches it."""
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.bench.peers import install
@@ -25,6 +26,26 @@ def foreign(script: str, *arguments: str) -> float:
 def node(script: str, *arguments: str) -> float:
     """A peer on Node.js: messages a second."""
     return _rate(["node", str(HERE / script), *arguments], {"NODE_PATH": str(install.node_modules())})
+
+
+@contextmanager
+def running(module: str, *arguments: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A peer in the peers' own venv that works until SIGTERM, and writes what goes wrong to `log`.
+
+    Raises RuntimeError when it does not end well.
+    """
+    command = [str(install.python()), "-m", f"tests.bench.peers.{module}", *arguments]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    try:
+        yield process
+        process.terminate()
+        code = process.wait(30)
+        if code != 0:
+            raise RuntimeError(f"{module} ended with {code}: {log.read_text(errors='replace')[-1500:].strip()}")
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _rate(command: list[str], environment: Mapping[str, str]) -> float:
