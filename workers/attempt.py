@@ -6,12 +6,11 @@ inbox's count of attempts decides when to give up, since a broker's counts deliv
 """
 
 import asyncio
-import contextlib
 import math
 import random
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -23,21 +22,21 @@ from bridge.errors import PgbridgeError, PrivilegeError, RefusedError, TopologyE
 from bridge.event import Event, Malformed
 from bridge.process.outage import Outage
 from bridge.settings import WorkerSettings
-from workers.claim import Claim, ClaimLostError, NotNow
-from workers.effects import Effect, current_effects
+from workers.claim import Claim, ClaimLostError
+from workers.claimed_effects import Effects, OutageError
+from workers.effects import current_effects
 from workers.ends import ReplyError
 from workers.handler import Reject, Result, Retry, Run
 from workers.inbox import Inbox
 from workers.metrics import ATTEMPT_SECONDS, DELIVERIES, OUTCOMES
+from workers.rate import Rate
+from workers.settle import BUSY_DELAY, Settle, names_of, not_ours, tell
 from workers.shared_lock import SharedLock
 
 log = structlog.get_logger()
 
 OUTAGE_BACKOFF: Final = wait_random_exponential(multiplier=0.1, max=10.0)
 """Seconds between two attempts to reach a server that is gone; drawn at random, since all workers lose it together."""
-
-BUSY_DELAY: Final = 1.0
-"""Seconds until an event that another process has in hand is looked at again."""
 
 REFUSED_DELAY: Final = 60.0
 """Seconds until a dead letter that the broker refused is offered to it again."""
@@ -47,23 +46,15 @@ _LONGEST_TRACE: Final = 16_000
 
 
 @dataclass(frozen=True, slots=True)
-class _Settle:
-    """What to tell the broker, and then the log."""
-
-    outcome: Literal["handled", "repeated", "busy", "early", "retried", "dead_lettered", "given_back"]
-    delay: float = 0.0
-    """Seconds, for what comes again."""
-    failure: Failure | None = None
-    duration: float | None = None
-    """Seconds that the attempt took, where there was one."""
-    attempt: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class _Failed:
     failure: Failure
     after: float | None = None
     """Seconds, when the handler asked for a delay."""
+
+
+Pause = Callable[[float], Awaitable[bool]]
+"""Waits for some seconds before another attempt. False where there will be none: the worker stops, or the connection
+that brought the delivery has ended."""
 
 
 class Attempts:
@@ -75,6 +66,9 @@ class Attempts:
         self._run = run
         self._inbox = inbox
         self.database = Outage("database", OUTAGE_BACKOFF, worker=worker)
+        self._rate = None if settings.rate is None else Rate(worker, settings.rate, inbox.rows, self.database)
+        self._waiting: set[asyncio.Task[object] | None] = set()
+        """Tasks that wait for their turn, by the rate."""
         self._refusal: str | None = None
         self._refused_at = -math.inf
         self._in_hand: set[str] = set()
@@ -89,18 +83,23 @@ class Attempts:
         refusal = self._refusal if time.monotonic() < self._refused_at + 2 * REFUSED_DELAY else None
         return tuple(filter(None, (self.database.problem, refusal)))
 
-    async def handle(self, delivery: Delivery) -> None:
+    async def handle(self, delivery: Delivery, pause: Pause) -> None:
         """Handles one delivery to its end, and settles it. Cancelling it gives the delivery back, without counting an
         attempt, once the handler has ended.
+
+        In an ordered worker what is to be tried again stays in hand, and so holds its key: `pause` says when to go on.
 
         Raises what the broker raises that does not take the outcome. The delivery is in hand then until its queue is
         closed; it comes again, and the inbox knows what was done.
         """
         try:
-            await self._settle(delivery, await self._become(delivery))
+            while (delay := await self._settle(delivery, await self._become(delivery))) is not None:
+                if not await pause(delay):
+                    await self._settle(delivery, Settle("given_back"))
+                    return
         except PgbridgeError as error:
             self._count["unsettled"]()
-            log.warning("event.unsettled", worker=self._worker, reason=str(error), **_names(delivery.event))
+            log.warning("event.unsettled", worker=self._worker, reason=str(error), **names_of(delivery.event))
             raise
 
     def crashed(self, error: BaseException) -> None:
@@ -108,27 +107,29 @@ class Attempts:
         self._count["crashed"]()
         log.error("event.crashed", worker=self._worker, exc_info=error)
 
-    async def _become(self, delivery: Delivery) -> _Settle:
+    async def _become(self, delivery: Delivery) -> Settle:
         """What becomes of the delivery."""
         event = delivery.event
         if isinstance(event, Malformed):
-            return _Settle("dead_lettered", failure=Failure("malformed", str(event)))
+            return Settle("dead_lettered", failure=Failure("malformed", str(event)))
         if event.inbox_id in self._in_hand:
-            return _Settle("busy", BUSY_DELAY)
+            return Settle("busy", BUSY_DELAY)
         self._in_hand.add(event.inbox_id)
         try:
             return await self._run_once(event, is_new=delivery.attempt == 1 and event.replay is None)
         except ClaimLostError:
-            log.warning("event.claim_lost", worker=self._worker, **_names(event))
-            return _Settle("busy", BUSY_DELAY)
+            log.warning("event.claim_lost", worker=self._worker, **names_of(event))
+            return Settle("busy", BUSY_DELAY)
         except asyncio.CancelledError:
-            return _Settle("given_back")
+            return Settle("given_back")
         finally:
             self._in_hand.discard(event.inbox_id)
 
-    async def _run_once(self, event: Event, *, is_new: bool) -> _Settle:
+    async def _run_once(self, event: Event, *, is_new: bool) -> Settle:
         """`is_new`: the broker has never delivered it before. Then work without an outside effect needs no claim; what
         was begun before may have killed its process, which only claims tell."""
+        if self._rate is not None:
+            await self._turn(self._rate)
         async with self._handlers.shared():
             if is_new and not self._settings.effects:
                 return await self._claimed(event, Claim(self._worker, event.inbox_id, None, 1))
@@ -141,9 +142,24 @@ class Attempts:
                 claim = await self.database.outlast(self._inbox.claim_alone, event.inbox_id, event.replay)
                 if isinstance(claim, Claim):
                     return await self._claimed(event, claim)
-        return _not_ours(claim)
+        return not_ours(claim)
 
-    async def _claimed(self, event: Event, claim: Claim) -> _Settle:
+    async def _turn(self, rate: Rate) -> None:
+        """Before the claim: a process that dies while it waits has begun no attempt."""
+        task = asyncio.current_task()
+        self._waiting.add(task)
+        try:
+            await rate.wait()
+        finally:
+            self._waiting.discard(task)
+
+    def stop_waiting(self) -> None:
+        """Gives back what has not begun, since the rate did not let it."""
+        for task in self._waiting:
+            if task is not None:
+                task.cancel()
+
+    async def _claimed(self, event: Event, claim: Claim) -> Settle:
         """Runs an event that is ours, and records what became of it."""
         started = time.perf_counter()
         try:
@@ -151,28 +167,29 @@ class Attempts:
         except asyncio.CancelledError:
             await self._unclaim(event, claim)
             raise
-        except _OutageError:
-            await self.database.outlast(self._inbox.release, claim, counted=claim.attempt - 1)
-            return _Settle("given_back")
+        except OutageError:
+            if claim.token is not None:
+                await self.database.outlast(self._inbox.release, claim, counted=claim.attempt - 1)
+            return Settle("given_back", BUSY_DELAY)
         duration = time.perf_counter() - started
         self._seconds.observe(duration)
         if ended == "repeated":
-            return _Settle("repeated")
+            return Settle("repeated")
         if ended == "finished":
-            return _Settle("handled", duration=duration, attempt=claim.attempt)
+            return Settle("handled", duration=duration, attempt=claim.attempt)
         if claim.token is None:
             # A failure counts, and only a claim counts.
             found = await self.database.outlast(self._inbox.claim, event.inbox_id, event.replay)
             if not isinstance(found, Claim):
-                return _not_ours(found)
+                return not_ours(found)
             claim = found
         failure = replace(ended.failure, attempts=min(claim.attempt, self._settings.max_attempts))
         if failure.code == "rejected" or claim.attempt >= self._settings.max_attempts:
             await self.database.outlast(self._inbox.fail, claim, failure)
-            return _Settle("dead_lettered", failure=failure, duration=duration, attempt=claim.attempt)
+            return Settle("dead_lettered", failure=failure, duration=duration, attempt=claim.attempt)
         delay = ended.after if ended.after is not None else backoff(self._settings, claim.attempt)
         await self.database.outlast(self._inbox.release, claim, counted=claim.attempt, delay=delay)
-        return _Settle("retried", delay, failure, duration, claim.attempt)
+        return Settle("retried", delay, failure, duration, claim.attempt)
 
     async def _unclaim(self, event: Event, claim: Claim) -> None:
         if claim.token is None:
@@ -181,14 +198,14 @@ class Attempts:
         try:
             await self._inbox.release(claim, counted=claim.attempt - 1)
         except PgbridgeError as error:
-            log.warning("event.unreleased", worker=self._worker, **_names(event), reason=str(error))
+            log.warning("event.unreleased", worker=self._worker, **names_of(event), reason=str(error))
 
     async def _attempt(self, event: Event, claim: Claim) -> _Failed | Literal["finished", "repeated"]:
         """Runs the handler and its reply."""
         if claim.attempt > self._settings.max_attempts:
             reason = f"{claim.attempt - 1} attempts were begun and none ended: the worker's process died in each"
             return _Failed(Failure("attempts_exhausted", reason))
-        effects = _Effects(self._inbox, claim, self.database, declared=self._settings.effects)
+        effects = Effects(self._inbox, claim, self.database, declared=self._settings.effects)
         current_effects.set(effects)
         try:
             result = await self._run_handler(event)
@@ -201,7 +218,7 @@ class Attempts:
             return _Failed(_failure("attempts_exhausted", reason), error.after)
         except _TimedOutError as error:
             if effects.gave_up_in_outage:
-                raise _OutageError from error
+                raise OutageError from error
             reason = f"the handler ran longer than workers.{self._worker}.timeout, {self._settings.timeout:g} s"
             return _Failed(_failure("timeout", reason, error.__cause__))
         except Exception as error:  # noqa: BLE001 - whatever an author's code raises is an outcome, with its trace
@@ -236,20 +253,30 @@ class Attempts:
             raise _TimedOutError
         return result
 
-    async def _settle(self, delivery: Delivery, settle: _Settle) -> None:
-        """Tells the broker, and says so once it has taken it."""
+    async def _settle(self, delivery: Delivery, settle: Settle) -> float | None:
+        """Tells the broker, and says so once it has taken it. None then; else, in an ordered worker, after how many
+        seconds it is to be tried again: it stays in hand."""
+        delay: float | None = None
         match settle.outcome:
             case "handled" | "repeated":
                 await delivery.ack()
-            case "busy" | "early" | "retried":
-                await delivery.retry(settle.delay)
-            case "given_back":
-                await delivery.give_back()
             case "dead_lettered" if settle.failure is not None:
                 if not await self._dead_letter(delivery, settle.failure):
-                    return
+                    return await self._again(delivery, REFUSED_DELAY)
+            case "given_back" if not (self._settings.ordered and settle.delay):
+                await delivery.give_back()
+            case _:
+                delay = await self._again(delivery, settle.delay)
         self._count[settle.outcome]()
-        _tell(self._worker, delivery.event, settle)
+        tell(self._worker, delivery.event, settle)
+        return delay
+
+    async def _again(self, delivery: Delivery, delay: float) -> float | None:
+        """What is to be tried again holds its key in an ordered worker: its process keeps it. Else the broker does."""
+        if self._settings.ordered:
+            return delay
+        await delivery.retry(delay)
+        return None
 
     async def _dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
         """Offers it to the broker, and says whether it was taken. One that is refused comes again later, and no handler
@@ -262,8 +289,7 @@ class Attempts:
             self._count["refused"]()
             self._refusal = f"worker {self._worker}: the broker takes no dead letter: {error}"
             self._refused_at = time.monotonic()
-            log.warning("event.letter_refused", worker=self._worker, **_names(delivery.event), reason=str(error))
-            await delivery.retry(REFUSED_DELAY)
+            log.warning("event.letter_refused", worker=self._worker, **names_of(delivery.event), reason=str(error))
             return False
         self._refusal = None
         event = delivery.event
@@ -274,46 +300,6 @@ class Attempts:
 
 class _TimedOutError(Exception):
     """The handler ran for longer than it may. Its cause is what ended it."""
-
-
-class _OutageError(Exception):
-    """The handler ran for longer than it may since the database was gone, which is no fault of its own."""
-
-
-@dataclass(slots=True)
-class _Effects:
-    """The effects of one attempt. An outage of the database is waited out, as long as the handler may run."""
-
-    inbox: Inbox
-    claim: Claim
-    database: Outage
-    declared: bool
-    """Whether the worker's settings say that it has effects."""
-    gave_up_in_outage: bool = False
-    """Whether the handler's time was up while it waited for the database."""
-
-    async def begin_effect(self, operation: str) -> Effect:
-        """See `effects.EffectStore`. Raises RuntimeError where the settings say that there is none."""
-        if not self.declared:
-            raise RuntimeError(
-                f"effect({operation!r}): workers.{self.claim.worker}.effects is false, so the event may run twice at "
-                "once; remove that setting"
-            )
-        with self._waiting():
-            return await self.database.outlast(self.inbox.begin_effect, self.claim, operation)
-
-    async def end_effect(self, effect: Effect) -> None:
-        """See `effects.EffectStore`."""
-        with self._waiting():
-            await self.database.outlast(self.inbox.end_effect, self.claim, effect)
-
-    @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
-        try:
-            yield
-        except asyncio.CancelledError:
-            self.gave_up_in_outage = self.database.lasts
-            raise
 
 
 async def _end(task: asyncio.Future[Result]) -> None:
@@ -329,18 +315,6 @@ async def _end(task: asyncio.Future[Result]) -> None:
         task.exception()  # else asyncio would complain that nobody has looked at it
     if cancelled:
         raise asyncio.CancelledError
-
-
-def _not_ours(claim: NotNow) -> _Settle:
-    """What becomes of a delivery whose event is not ours to run."""
-    match claim:
-        case NotNow("finished"):
-            return _Settle("repeated")
-        case NotNow("failed", failure=failure):
-            return _Settle("dead_lettered", failure=failure)
-        case NotNow("early", seconds):
-            return _Settle("early", seconds)
-    return _Settle("busy", BUSY_DELAY)
 
 
 def retry_delays(settings: WorkerSettings) -> list[float]:
@@ -360,40 +334,6 @@ def backoff(settings: WorkerSettings, attempt: int) -> float:
     rung = min(attempt, len(delays)) - 1
     lower = delays[rung - 1] if rung else 0.0
     return random.uniform(max(lower, delays[rung] * 0.75), delays[rung])  # noqa: S311 - spreads load, guards nothing
-
-
-def _tell(worker: str, event: Event | Malformed, settle: _Settle) -> None:
-    fields: dict[str, object] = {"worker": worker, **_names(event)}
-    if settle.attempt is not None:
-        fields["attempt"] = settle.attempt
-    if settle.duration is not None:
-        fields["duration_ms"] = round(settle.duration * 1000, 1)
-    match settle.outcome:
-        case "handled":
-            log.info("event.handled", **fields)
-        case "retried" if settle.failure is not None:
-            code = settle.failure.code
-            log.warning(
-                "event.retried",
-                **fields,
-                seconds=round(settle.delay, 3),
-                code="retry" if code == "attempts_exhausted" else code,
-                reason=settle.failure.reason,
-            )
-        case "dead_lettered" if settle.failure is not None:
-            log.error("event.dead_lettered", **fields, code=settle.failure.code, reason=settle.failure.reason)
-        case "given_back":
-            log.info("event.given_back", **fields)
-        case outcome:
-            log.debug(f"event.{outcome}", **fields)
-
-
-def _names(event: Event | Malformed) -> dict[str, str]:
-    if isinstance(event, Malformed):
-        return {}
-    # By the second the inbox knows an event of another program.
-    other = {} if event.inbox_id == event.id else {"inbox_id": event.inbox_id}
-    return {"event_id": event.id, "topic": event.topic, **other}
 
 
 def _failure(code: str, reason: str, error: BaseException | None = None) -> Failure:

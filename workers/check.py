@@ -5,8 +5,8 @@ from functools import partial
 
 from bridge.brokers.registry import broker_of
 from bridge.settings import Settings
+from workers.build import make_inbox, subscription
 from workers.handler import load_handler
-from workers.worker import make_inbox, subscription
 
 
 def checks(settings: Settings) -> Mapping[str, Callable[[], Awaitable[str]]]:

@@ -10,9 +10,9 @@ from bridge.process.logs import configure
 from bridge.process.tasks import run_daemon, stop_on_signals
 from bridge.process.terminal import config_option, exit_codes, json_option, print_json, table
 from bridge.settings import Settings, load
+from workers.build import build
 from workers.handler import load_handler
 from workers.metrics import REGISTRY
-from workers.worker import build
 
 
 @click.command()

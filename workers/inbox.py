@@ -10,9 +10,10 @@ cost.
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, LiteralString, NamedTuple
 
 import psycopg
+from psycopg.rows import TupleRow
 
 from bridge.brokers.contract import Failure
 from bridge.errors import DatabaseUnavailableError, PrivilegeError, SchemaError
@@ -37,6 +38,7 @@ _FUNCTIONS: Final = (
     "bridge.inbox_effect_begin(text, uuid, bigint, int, text)",
     "bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb)",
     "bridge.inbox_prune(text, timestamptz, int)",
+    "bridge.rate_take(text, int, double precision, double precision)",
 )
 """All that is called."""
 _TOGETHER: Final = 100
@@ -228,6 +230,10 @@ class Inbox:
             raise translated(error, self._key) from error
         if not ours:
             raise ClaimLostError
+
+    async def rows(self, query: LiteralString, *parameters: object) -> list[TupleRow]:
+        """See `Pool.rows`; for what else a worker asks of its database."""
+        return await self._pool.rows(query, *parameters)
 
     async def prune(self, keep: timedelta, chunk: int = 1000) -> int:
         """Deletes what ended longer than `keep` ago, in chunks; returns how many events that were."""

@@ -10,22 +10,21 @@ connection to the broker, which then delivers again whatever was in hand.
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from functools import partial
 from typing import Final
 
 import structlog
 
-from bridge.brokers.contract import Delivery, Queue, Subscription
-from bridge.brokers.registry import broker_of
-from bridge.errors import BrokerUnavailableError, PgbridgeError, SettingsError, UsageError
+from bridge.brokers.contract import Delivery, Queue
+from bridge.errors import BrokerUnavailableError, PgbridgeError
 from bridge.process.health import Health, notify, watchdog_for_ever
 from bridge.process.outage import Outage
 from bridge.process.tasks import in_own_task
-from bridge.settings import Settings, WorkerSettings
-from workers.attempt import BUSY_DELAY, OUTAGE_BACKOFF, Attempts, retry_delays
-from workers.handler import Run, load_handler
+from bridge.settings import WorkerSettings
+from workers.attempt import OUTAGE_BACKOFF, Attempts
+from workers.handler import Run
 from workers.inbox import Inbox
 from workers.metrics import BROKER_UP, DATABASE_UP, IN_HAND, QUEUE_DEPTH
 from workers.session import HEARTBEAT
@@ -41,17 +40,8 @@ SAMPLE_INTERVAL: Final = 15.0
 PRUNE_INTERVAL: Final = 3600.0
 """Seconds between two prunings of the inbox."""
 
-LEASE: Final = 30.0
-"""Seconds after which a crashed worker's deliveries go to another one; a living one's queue extends them."""
-
 _GIVE_BACK_PART: Final = 0.25
 """Of `shutdown_limit`: kept for giving back what still runs, and for goodbyes."""
-
-_COARSE_DELAYS: Final = (60.0, 600.0)
-"""Seconds; rungs of every ladder, beside BUSY_DELAY, so that a long delay takes few rounds."""
-
-_REMEMBERED: Final = timedelta(days=30)
-"""How long finished events are remembered at least."""
 
 
 class Worker:
@@ -78,6 +68,10 @@ class Worker:
         self._stopping = asyncio.Event()
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._running: set[asyncio.Task[None]] = set()
+        self._paused: set[asyncio.Task[object] | None] = set()
+        """Of those, the ones that wait for another attempt, and meanwhile have no slot."""
+        self._leaving = asyncio.Event()
+        """Nothing of the connection to the broker begins any more: it has ended, or the worker stops."""
         self._queue: Queue | None = None
         self._started = False
         self._waiting: object | None = None
@@ -185,12 +179,14 @@ class Worker:
         """Works on what one connection to the broker delivers. Raises what ends it: the loss of the connection, or the
         first delivery that could not be settled."""
         unsettled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._leaving = asyncio.Event()
         taking = asyncio.ensure_future(self._take(queue.deliveries(), unsettled))
         looking = asyncio.ensure_future(self._look(queue))
         try:
             await asyncio.wait([taking, unsettled, looking], return_when=asyncio.FIRST_COMPLETED)
             await next(ended for ended in (unsettled, looking, taking) if ended.done())
         finally:
+            self._leaving.set()
             for task in (taking, looking):
                 task.cancel()
             await asyncio.wait([taking, looking])
@@ -214,7 +210,7 @@ class Worker:
                 raise
             finally:
                 self._waiting = None
-            task = asyncio.create_task(self._handle(delivery))
+            task = asyncio.create_task(self._handle(delivery, self._leaving))
             self._running.add(task)
             task.add_done_callback(partial(self._ended, unsettled))
 
@@ -237,15 +233,35 @@ class Worker:
                 log.error("worker.stranded", worker=self._name, deliveries=left)
                 raise BrokerUnavailableError(self._stranded)
 
-    async def _handle(self, delivery: Delivery) -> None:
+    async def _handle(self, delivery: Delivery, leaving: asyncio.Event) -> None:
         if self._stopping.is_set():
             await delivery.give_back()
         else:
-            await self._attempts.handle(delivery)
+            await self._attempts.handle(delivery, partial(self._pause, leaving))
+
+    async def _pause(self, leaving: asyncio.Event, seconds: float) -> bool:
+        """See `attempt.Pause`. Meanwhile another delivery has the slot."""
+        task = asyncio.current_task()
+        self._paused.add(task)
+        self._slots.release()
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await leaving.wait()
+            if leaving.is_set():
+                return False
+            await self._slots.acquire()
+        except asyncio.CancelledError:
+            return False  # it stops
+        self._paused.discard(task)
+        return not leaving.is_set()
 
     def _ended(self, unsettled: asyncio.Future[None], task: asyncio.Task[None]) -> None:
         self._running.discard(task)
-        self._slots.release()
+        if task in self._paused:
+            self._paused.discard(task)
+        else:
+            self._slots.release()
         if task.cancelled():
             return
         error = task.exception()
@@ -267,6 +283,8 @@ class Worker:
             with contextlib.suppress(PgbridgeError, TimeoutError):  # gone already: nothing comes any more
                 async with asyncio.timeout(limit * _GIVE_BACK_PART):
                     await self._queue.stop()
+        self._leaving.set()
+        self._attempts.stop_waiting()
         if self._running:
             log.info("worker.draining", worker=self._name, running=len(self._running))
             await self._wait_for_running(limit * _GIVE_BACK_PART)
@@ -317,68 +335,3 @@ class Worker:
             else:
                 log.debug("inbox.pruned", worker=self._name, events=count)
             await asyncio.sleep(PRUNE_INTERVAL)
-
-
-def subscription(name: str, settings: WorkerSettings, topics: Sequence[str]) -> Subscription:
-    """What a worker with these settings wants of its broker; `topics` are those of its handler.
-
-    Raises SettingsError where neither names a topic.
-    """
-    if not (settings.subscribe or topics):
-        raise SettingsError(f"workers.{name}.subscribe: the handler names no topics, so the settings must")
-    prefetch = settings.prefetch or 2 * settings.concurrency
-    return Subscription(
-        worker=name,
-        topics=settings.subscribe or list(topics),
-        prefetch=prefetch,
-        retry_delays=sorted({BUSY_DELAY, *retry_delays(settings), *_COARSE_DELAYS}),
-        max_attempts=settings.max_attempts,
-        ack_wait=LEASE,
-        start=settings.start,
-    )
-
-
-def subscriptions(settings: Settings) -> Mapping[str, tuple[str, Subscription]]:
-    """By worker, the name of its sink and what it wants of that sink's broker. Raises SettingsError.
-
-    `pgbridge topology` and `check` get it through the entry points of the group ``pgbridge.subscriptions``.
-    """
-    return {
-        name: (settings.sink_of(name), subscription(name, worker, load_handler(worker.handler, name).topics))
-        for name, worker in settings.workers.items()
-    }
-
-
-def make_inbox(name: str, settings: Settings) -> Inbox:
-    """The inbox of the worker `name`, not yet open."""
-    own = settings.workers[name]
-    return Inbox(
-        name,
-        settings.workers_postgres,
-        concurrency=own.concurrency,
-        reply=own.reply,
-        reply_timeout=own.reply_timeout,
-        backoff=retry_delays(own),
-    )
-
-
-def build(name: str, settings: Settings) -> Worker:
-    """The worker `name`, ready to run. Raises UsageError for an unknown name, SettingsError for wrong settings."""
-    if name not in settings.workers:
-        known = ", ".join(sorted(settings.workers)) or "none"
-        raise UsageError(f"there is no worker {name!r} in the settings; known: {known}")
-    own = settings.workers[name]
-    handler = load_handler(own.handler, name)
-    sink = settings.sinks[settings.sink_of(name)]
-    run = handler.configured(own.options, name)
-    broker = broker_of(sink)
-    wanted = subscription(name, own, handler.topics)
-    kept = timedelta(seconds=2 * settings.outbox.retention) if settings.outbox else _REMEMBERED
-    return Worker(
-        name,
-        own,
-        run,
-        partial(broker.queue, sink, wanted),
-        make_inbox(name, settings),
-        keep_finished=max(kept, _REMEMBERED),
-    )

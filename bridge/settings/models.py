@@ -341,6 +341,12 @@ class WorkerSettings(Model):
     rate: Rate | None = None
     """Most handlers that begin in a second, a minute or an hour, over all processes of the worker: `"25/s"`, `"100/m"`,
     `"2000/h"`; left out: no limit."""
+    ordered: bool = False
+    """Events of one key one after the other, in the order of their commits, through failures and over all processes;
+    keys side by side. An event that fails waits in the process and holds its key, and nothing else."""
+    lanes: int = Field(1, ge=1, le=64)
+    """With `ordered` on RabbitMQ: over how many queues the keys are spread. A queue is with one process at a time, so
+    as many processes can work side by side; more wait to take over. NATS has one process work, Pub/Sub any number."""
     timeout: SomeDuration = 60.0
     """How long one run of the handler may take."""
     max_attempts: int = Field(8, ge=1, le=100)
@@ -368,6 +374,12 @@ class WorkerSettings(Model):
     @model_validator(mode="after")
     def _delays_grow(self) -> Self:
         _require_growing_delays(self.retry_initial, self.retry_max)
+        return self
+
+    @model_validator(mode="after")
+    def _lanes_of_an_ordered_worker(self) -> Self:
+        if self.lanes > 1 and not self.ordered:
+            raise ValueError("lanes: only an ordered worker has any; set ordered = true, or leave it out")
         return self
 
     @model_validator(mode="after")

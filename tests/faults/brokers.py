@@ -25,7 +25,7 @@ from tests.faults.load import BURST, MOVED, PLACED, PROBED
 from tests.faults.outcomes import WORKERS
 from tests.support.pubsub import PROJECT
 from tests.support.servers import NatsServer, PubSubEmulator, RabbitMQServer, Server
-from workers.worker import LEASE
+from workers.build import LEASE
 
 SECOND = (PLACED, MOVED, PROBED, BURST)
 """The topics of the second sink."""

@@ -316,7 +316,7 @@ async def test_a_frozen_broker_ends_every_verb_and_gives_back_what_is_in_hand(sc
     async with asyncio.timeout(LIMIT):
         async for delivery in await opened(scene.queue()):
             # What was acknowledged may come again; what was retried too, once more as its copy.
-            missing.discard(delivery._message.body)
+            missing.discard(delivery.message.body)
             await delivery.ack()
             if not missing:
                 break

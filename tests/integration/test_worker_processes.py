@@ -21,7 +21,7 @@ from bridge.settings import PostgresSettings, Settings, load
 from tests.support.events import make_event
 from tests.support.servers import RabbitMQServer
 from tests.support.until import until
-from workers.worker import subscription
+from workers.build import subscription
 
 
 class Processes:

@@ -5,6 +5,7 @@ import asyncio
 import aio_pika
 import psycopg
 
+from bridge.brokers.rabbitmq.lanes import LANE
 from bridge.event import AMQP_PREFIX, Event, from_attributes
 
 
@@ -55,7 +56,7 @@ async def drain(queue: aio_pika.abc.AbstractQueue) -> list[Event]:
     """Takes all that a queue holds, as the events that a worker would read."""
     events = []
     while (message := await queue.get(no_ack=True, fail=False)) is not None:
-        headers = {name: str(value) for name, value in message.headers.items()}
+        headers = {name: str(value) for name, value in message.headers.items() if name != LANE}
         events.append(from_attributes(headers, message.body, message.content_type, AMQP_PREFIX))
     return events
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pamqp import body, commands, frame, header
 
 from bridge.brokers.rabbitmq.frames import CHANNEL, Encoder, RefusedEvent
+from bridge.brokers.rabbitmq.lanes import LANE, TEXTS, lane_of
 from bridge.event import AMQP_PREFIX, Event, attributes
 from tests.support.events import make_event
 
@@ -21,7 +22,10 @@ EVENT = make_event()
 def by_pamqp(event: Event, exchange: str, frame_max: int) -> bytes:
     properties = commands.Basic.Properties(
         content_type=event.content_type,
-        headers=dict(attributes(event, AMQP_PREFIX)),
+        headers={
+            **attributes(event, AMQP_PREFIX),
+            LANE: TEXTS[lane_of((event.id if event.key is None else event.key).encode())],
+        },
         delivery_mode=2,
         message_id=event.id,
         timestamp=event.time,

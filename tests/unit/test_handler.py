@@ -13,9 +13,9 @@ from bridge.settings import WorkerSettings
 from tests.support.events import make_event
 from workers import Effect, Event, Options, effect, handler
 from workers.attempt import backoff, retry_delays
+from workers.build import subscription
 from workers.effects import current_effects
 from workers.handler import load_handler
-from workers.worker import subscription
 
 EVENT = make_event(topic="shop.order.placed")
 

@@ -39,7 +39,7 @@ class Broker:
 
 
 def acks_of(broker: Broker, timeout: float = 10.0) -> Acks:
-    return Acks(broker, timeout)  # type: ignore[arg-type]
+    return Acks(broker, 1, timeout)  # type: ignore[arg-type]
 
 
 @given(st.permutations(range(1, 13)), st.sets(st.integers(1, 12)), st.sets(st.integers(1, 12)), st.data())

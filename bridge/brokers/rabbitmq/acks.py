@@ -11,7 +11,6 @@ from typing import Final
 
 from bridge.brokers.rabbitmq.closure import ClosedError, Closure
 from bridge.brokers.rabbitmq.connection import Connection
-from bridge.brokers.rabbitmq.frames import CHANNEL
 
 _SETTLE: Final = Struct(">BHIHHQBB")
 """A frame of basic.ack or basic.nack: type, channel, size, class, method, delivery tag, flags, end."""
@@ -41,8 +40,9 @@ class Acks:
     `ack` and `give_back` raise ClosedError when the connection is lost, or has taken nothing for `timeout` seconds.
     """
 
-    def __init__(self, connection: Connection, timeout: float) -> None:
+    def __init__(self, connection: Connection, channel: int, timeout: float) -> None:
         self._connection = connection
+        self._channel = channel
         self._timeout = timeout
         self._tags = Tags()
         self._due: list[int] = []
@@ -65,7 +65,7 @@ class Acks:
         if not self._connection.has_room:
             await self._until_room()
         self._tags.settle([tag])
-        self._connection.write(_frame(_NACK, tag, _REQUEUE))
+        self._connection.write(self._frame(_NACK, tag, _REQUEUE))
 
     def has_room(self) -> None:
         """The connection takes more again."""
@@ -88,12 +88,11 @@ class Acks:
         if not due or self._connection.lost is not None:
             return
         below = self._tags.settle(due)
-        frames = [_frame(_ACK, tag, 0) for tag in due if tag > below]
+        frames = [self._frame(_ACK, tag, 0) for tag in due if tag > below]
         # RabbitMQ closes the channel for a tag that it has settled before, so the frame names one of these.
         if together := [tag for tag in due if tag <= below]:
-            frames.append(_frame(_ACK, max(together), _MULTIPLE))
+            frames.append(self._frame(_ACK, max(together), _MULTIPLE))
         self._connection.write(b"".join(frames))
 
-
-def _frame(method: int, tag: int, flags: int) -> bytes:
-    return _SETTLE.pack(1, CHANNEL, 13, _BASIC, method, tag, flags, 0xCE)
+    def _frame(self, method: int, tag: int, flags: int) -> bytes:
+        return _SETTLE.pack(1, self._channel, 13, _BASIC, method, tag, flags, 0xCE)

@@ -14,7 +14,6 @@ from pamqp.heartbeat import Heartbeat
 
 import bridge
 from bridge.brokers.rabbitmq.closure import ClosedError, Closure, During, connecting_failed, error_of, rabbitmq_at
-from bridge.brokers.rabbitmq.frames import CHANNEL
 from bridge.brokers.rabbitmq.reader import FRAME_MAX, BrokenStreamError, Delivered, FrameReader
 from bridge.brokers.rabbitmq.settings import Address, RabbitMQSettings
 from bridge.brokers.tls import tls_context
@@ -31,7 +30,7 @@ _BUFFER_LOW: Final = 262_144
 """Bytes that are not yet sent, at which `has_room` becomes false, and true again."""
 
 _HEARTBEAT: Final = Heartbeat.marshal()
-_CHANNEL_MAX: Final = 16
+_CHANNEL_MAX: Final = 80
 """Most channels that we open."""
 _EXCHANGE_CLASS, _QUEUE_CLASS = 40, 50
 """AMQP's ids of the classes whose methods ask for, declare and bind."""
@@ -267,7 +266,7 @@ class Connection(asyncio.Protocol):
         answer = self._answers.get(channel)
         if answer is not None and not answer.done():
             answer.set_exception(ClosedError(closure))
-        elif channel == CHANNEL:
+        else:
             self.leave(closure)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

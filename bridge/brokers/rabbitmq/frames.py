@@ -12,6 +12,7 @@ from struct import Struct
 from typing import Final, NamedTuple
 
 from bridge.brokers.contract import Never
+from bridge.brokers.rabbitmq.lanes import LANE, TEXTS, lane_of
 from bridge.event import AMQP_PREFIX, NO_TOPIC, SPECVERSION, Event, TimeWriter
 
 CHANNEL: Final = 1
@@ -132,6 +133,7 @@ def _field(name: str, value: str) -> bytes:
 _ID: Final = _field_name(f"{AMQP_PREFIX}id")
 _SUBJECT: Final = _field_name(f"{AMQP_PREFIX}subject")
 _TIME: Final = _field_name(f"{AMQP_PREFIX}time")
+_LANES: Final = [_field(LANE, lane) for lane in TEXTS]
 
 
 def _own_headers(headers: Mapping[str, str]) -> tuple[bytes, bytes]:
@@ -178,7 +180,7 @@ class Encoder:
             # class and weight, body size, flags and content type, table length, delivery mode, message id's length,
             # timestamp, app id
             size=2 + 2 + 8 + len(shared) + 4 + 1 + 1 + 8 + len(app_id),
-            table_size=len(_ID) + 4 + len(source_fields) + len(_TIME) + 4 + len(topic_field),
+            table_size=len(_ID) + 4 + len(_LANES[0]) + len(source_fields) + len(_TIME) + 4 + len(topic_field),
         )
 
     def encode(self, event: Event) -> bytes:
@@ -190,7 +192,11 @@ class Encoder:
             id_size = len(message_id)
             if id_size > SHORT_STRING:
                 raise malformed(f"the event's id has {id_size} bytes; AMQP takes at most {SHORT_STRING}")
-            subject = b"" if key is None else _SUBJECT + _long(key.encode())
+            if key is None:
+                subject, lane = b"", _LANES[lane_of(message_id)]
+            else:
+                key_bytes = key.encode()
+                subject, lane = _SUBJECT + _long(key_bytes), _LANES[lane_of(key_bytes)]
             before, behind = _own_headers(headers) if headers else (b"", b"")
             iso_time = self._times.iso(time)
             time_size = len(iso_time)
@@ -211,6 +217,7 @@ class Encoder:
                     _ID,
                     _LENGTH[id_size],
                     message_id,
+                    lane,
                     template.source,
                     subject,
                     _TIME,

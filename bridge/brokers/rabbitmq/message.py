@@ -12,6 +12,7 @@ from pamqp import commands
 from pamqp.header import ContentHeader
 
 from bridge.brokers.letters import PREFIX
+from bridge.brokers.rabbitmq.lanes import LANE
 from bridge.event import AMQP_PREFIX, Event, Malformed, from_attributes
 
 BROKERS: Final = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count")
@@ -19,6 +20,8 @@ BROKERS: Final = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-coun
 
 _OTHER_PREFIX: Final = "cloudEvents:"
 """What other programs may write for AMQP_PREFIX (CloudEvents AMQP binding 1.0.2, 3.1.3.1)."""
+
+_NOT_OF_THE_EVENT: Final = (*BROKERS, PREFIX, LANE)
 
 UNREADABLE: Final = f"{PREFIX}unreadable"
 """In place of all properties of a message that cannot be decoded: why."""
@@ -138,7 +141,7 @@ def event_of(message: Message) -> Event | Malformed:
     flat = {
         name: value if type(value) is str else _text(value)
         for name, value in headers.items()
-        if not name.startswith((*BROKERS, PREFIX))
+        if not name.startswith(_NOT_OF_THE_EVENT)
     }
     if f"{AMQP_PREFIX}specversion" not in flat:
         flat = {_with_our_prefix(name): value for name, value in flat.items()}

@@ -19,23 +19,39 @@ are acknowledged, and not handed out.
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from typing import Final, cast
+from typing import Final
 
-from pamqp import commands
+import structlog
 
 from bridge.brokers.contract import Declaration, Failure, Subscription
 from bridge.brokers.letters import ATTEMPTS, PREFIX, letter_headers
-from bridge.brokers.rabbitmq.acks import Acks
+from bridge.brokers.order import MOST_HELD
 from bridge.brokers.rabbitmq.closure import ClosedError, Closure, rabbitmq_at
 from bridge.brokers.rabbitmq.connection import Connection, answers, connect, connected
+from bridge.brokers.rabbitmq.consumer import Consumer
 from bridge.brokers.rabbitmq.copies import Copies, copy_of
 from bridge.brokers.rabbitmq.frames import CHANNEL
 from bridge.brokers.rabbitmq.message import Message, count_of, event_of
 from bridge.brokers.rabbitmq.reader import Delivered
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
-from bridge.brokers.rabbitmq.topology import LOOK_LIMIT, WorkerTopology, declarations, message_count
-from bridge.errors import BrokerUnavailableError
-from bridge.event import Malformed, matches
+from bridge.brokers.rabbitmq.topology import LOOK_LIMIT, WorkerTopology, counts_of, declarations
+from bridge.errors import BrokerUnavailableError, PgbridgeError
+from bridge.event import Event, Malformed, matches
+
+log = structlog.get_logger()
+
+SHARE_INTERVAL: Final = 5.0
+"""Seconds between two looks at how many processes share the lanes."""
+
+_REST_LIMIT: Final = 2.0
+"""Seconds that handlers may take to come to rest before a lane is handed over; what waits for another attempt does not,
+and keeps its lane here."""
+
+_MOST_PREFETCH: Final = 65_535
+"""AMQP counts it in two bytes."""
+
+_FIRST_LANE: Final = 2
+"""Channels of the lanes beside the first queue's lie above it and the one on which questions are asked."""
 
 _ANSWER_LIMIT: Final = 10.0
 """Seconds within which the broker must begin or end to deliver, or tell the length of its queues."""
@@ -47,37 +63,43 @@ ROUTED: Final = f"{PREFIX}routed"
 class RabbitMQDelivery:
     """See `bridge.brokers.contract.Delivery`."""
 
-    __slots__ = ("_message", "_session", "attempt", "event")
+    __slots__ = ("_session", "attempt", "consumer", "event", "key", "message")
 
-    def __init__(self, session: "Session", message: Message) -> None:
+    def __init__(self, session: "Session", consumer: Consumer, message: Message, *, ordered: bool) -> None:
         self._session = session
-        self._message = message
+        self.consumer = consumer
+        self.message = message
         self.event = event_of(message)
         """See `contract.Delivery.event`."""
         self.attempt = 1 + count_of(message, ATTEMPTS) + count_of(message, "x-delivery-count")
         """See `contract.Delivery.attempt`, and above for what was given back."""
+        self.key = ""
+        """In whose line it stands; empty for none."""
+        # A replay comes late, and must not wait behind what it may hold up.
+        if ordered and isinstance(self.event, Event) and self.event.replay is None:
+            self.key = self.event.key or ""
 
     async def ack(self) -> None:
         """See `contract.Delivery.ack`; AMQP has no answer to it, see `acks`."""
-        await self._session.ack(self._message)
+        await self._session.ack(self)
 
     async def retry(self, delay: float) -> None:
         """See `contract.Delivery.retry`. Raises TopologyError where the queue of this delay is gone."""
         queue = self._session.topology.retry_queue(delay)
-        topic = _routing_key(self._message)
+        topic = _routing_key(self.message)
         headers = {ATTEMPTS: str(self.attempt)} | ({} if topic is None else {ROUTED: topic})
-        await self._session.copy(self._message, queue, headers)
+        await self._session.copy(self.message, queue, headers)
         await self.ack()
 
     async def dead_letter(self, failure: Failure) -> None:
         """See `contract.Delivery.dead_letter`."""
         ours = self._session.topology
-        await self._session.copy(self._message, ours.dead, letter_headers(ours.worker, failure, self.attempt))
+        await self._session.copy(self.message, ours.dead, letter_headers(ours.worker, failure, self.attempt))
         await self.ack()
 
     async def give_back(self) -> None:
         """See `contract.Delivery.give_back`; RabbitMQ counts it, and has no answer to it either."""
-        await self._session.give_back(self._message)
+        await self._session.give_back(self)
 
 
 class Session:
@@ -88,38 +110,49 @@ class Session:
         self.topology = topology
         self.lost: Closure | None = None
         self.stopped = False
-        self.arrived: asyncio.Queue[RabbitMQDelivery | None] = asyncio.Queue()
-        """Bounded by the prefetch; None wakes `deliveries` to look at what follows."""
-        self.in_hand = 0
-        """See `contract.Queue.in_hand`."""
         self._settings = settings
         self._subscription = subscription
         self._copies = Copies(settings, self._lose)
         self._connection: Connection | None = None
-        self._acks: Acks
-        self._consumer = ""
+        self._consumers: dict[int, Consumer] = {}
+        """By channel."""
+        self._changed = asyncio.Event()
+        """Wakes `deliveries` to look at what follows."""
+        self._sharing: asyncio.Task[None] | None = None
+        self._asking = asyncio.Lock()
+        """Questions share a channel."""
 
     async def open(self) -> None:
         """See `contract.Queue.open`."""
         await self._copies.open(self.topology.needed())
         await self._copies.probe()
-        self._connection = connection = await connect(self._settings, f"pgbridge worker {self.topology.worker}")
-        self._acks = Acks(connection, self._settings.publish_timeout)
-        connection.consume(delivered=self._arrive, cancelled=self._cancelled, room=self._acks.has_room, lost=self._lose)
+        name = f"pgbridge worker {self.topology.worker}"
+        self._connection = connection = await connect(self._settings, name)
+        connection.consume(delivered=self._arrive, cancelled=self._cancelled, room=self._has_room, lost=self._lose)
+        queues = self.topology.queues
+        # What waits behind another of its key is in hand, too, and must leave room for other keys.
+        most = self._subscription.prefetch * (MOST_HELD if self._subscription.ordered else 1)
+        prefetch = min(-(-most // len(queues)), _MOST_PREFETCH)
         async with answers(self._settings, _ANSWER_LIMIT):
-            await connection.call(CHANNEL, commands.Channel.Open())
-            await connection.call(CHANNEL, commands.Basic.Qos(prefetch_count=self._subscription.prefetch))
-            begun = await connection.call(CHANNEL, commands.Basic.Consume(queue=self.topology.worker))
-        self._consumer = cast(commands.Basic.ConsumeOk, begun).consumer_tag or ""
+            for number, queue in enumerate(queues):
+                channel = CHANNEL if number == 0 else _FIRST_LANE + number
+                consumer = Consumer(connection, channel, queue, prefetch, self._settings.publish_timeout)
+                self._consumers[channel] = consumer
+                await consumer.start()
+        if len(queues) > 1:
+            self._sharing = asyncio.create_task(self._share(connection))
 
     def _arrive(self, delivered: Delivered) -> None:
-        message = Message(*delivered)
-        delivery = RabbitMQDelivery(self, message)
+        channel, tag, exchange, routing_key, header, body = delivered
+        message = Message(tag, exchange, routing_key, header, body)
+        consumer = self._consumers[channel]
+        consumer.is_active = True
+        delivery = RabbitMQDelivery(self, consumer, message, ordered=self._subscription.ordered)
         if isinstance(delivery.event, Malformed) or self._subscribed(message):
-            self.in_hand += 1
-            self.arrived.put_nowait(delivery)
+            consumer.add(delivery)
+            self._changed.set()
         else:
-            self._acks.ack_soon(message.tag)
+            consumer.acks.ack_soon(message.tag)
 
     def _subscribed(self, message: Message) -> bool:
         """False for what only the binding of an earlier pattern still brings. What somebody puts into the queue itself,
@@ -127,32 +160,58 @@ class Session:
         topic = _routing_key(message)
         return topic is None or any(matches(pattern, topic) for pattern in self._subscription.topics)
 
+    async def deliveries(self) -> AsyncIterator[RabbitMQDelivery]:
+        """See `contract.Queue.deliveries`."""
+        while True:
+            for consumer in self._consumers.values():
+                if self.lost is not None:
+                    raise self.gone(self.lost)
+                if self.stopped:
+                    return
+                if consumer.is_ready:
+                    yield consumer.hand_out()
+            if not any(consumer.is_ready for consumer in self._consumers.values()):
+                self._changed.clear()
+                if self.lost is None and not self.stopped:
+                    await self._changed.wait()
+
+    @property
+    def in_hand(self) -> int:
+        """See `contract.Queue.in_hand`."""
+        return sum(consumer.in_hand for consumer in self._consumers.values())
+
     def _cancelled(self) -> None:
         self._lose(Closure(f"it cancelled the consumer: queue {self.topology.worker} was deleted, or its leader moved"))
 
     def _lose(self, closure: Closure) -> None:
         if self.lost is None:
             self.lost = closure
-            self.arrived.put_nowait(None)
+            self._changed.set()
             self._copies.leave(closure)
-        if self._connection is not None:
-            self._acks.has_room()  # or whoever waits for room would wait for the time-out
+        self._has_room()  # or whoever waits for room would wait for the time-out
 
-    async def ack(self, message: Message) -> None:
+    def _has_room(self) -> None:
+        for consumer in self._consumers.values():
+            consumer.acks.has_room()
+
+    async def ack(self, delivery: RabbitMQDelivery) -> None:
         """Settles a message. Raises BrokerUnavailableError."""
         try:
-            await self._acks.ack(message.tag)
+            await delivery.consumer.acks.ack(delivery.message.tag)
         except ClosedError as error:
             raise self.gone(error.closure) from error
-        self.in_hand -= 1
+        delivery.consumer.settled(delivery)
+        self._changed.set()
 
-    async def give_back(self, message: Message) -> None:
+    async def give_back(self, delivery: RabbitMQDelivery) -> None:
         """Lets a message come again. Raises BrokerUnavailableError."""
+        if self._subscription.ordered:
+            return  # the end of the channel gives it back, in its order
         try:
-            await self._acks.give_back(message.tag)
+            await delivery.consumer.acks.give_back(delivery.message.tag)
         except ClosedError as error:
             raise self.gone(error.closure) from error
-        self.in_hand -= 1
+        delivery.consumer.settled(delivery)
 
     async def copy(self, message: Message, queue: str, headers: dict[str, str]) -> None:
         """Copies a message to another queue, byte for byte, with headers beside its own; returns once confirmed.
@@ -163,25 +222,49 @@ class Session:
             raise self.gone(self.lost)
         await self._copies.publish(copy_of(message, queue, headers))
 
+    def _living(self) -> Connection:
+        if self._connection is None or self.lost is not None:
+            raise self.gone(self.lost or Closure("it is not open"))
+        return self._connection
+
     async def depth(self) -> int:
         """See `contract.Queue.depth`. Over the connection that consumes, since an alarm does not block that one."""
-        if self._connection is None or self.lost is not None:
-            raise self.gone(self.lost or Closure("it is not open"))
-        async with answers(self._settings, _ANSWER_LIMIT):
-            return sum([await message_count(self._connection, name) for name in self.topology.waiting])
+        connection = self._living()
+        async with answers(self._settings, _ANSWER_LIMIT), self._asking:
+            return sum([(await counts_of(connection, name))[0] for name in self.topology.waiting])
+
+    async def _share(self, connection: Connection) -> None:
+        """Hands lanes over to other processes of the worker, where this one has more than its share. Each process
+        consumes every lane, and a lane is with the one that has consumed it for longest."""
+        while self.lost is None:
+            await asyncio.sleep(SHARE_INTERVAL)
+            try:
+                async with answers(self._settings, _ANSWER_LIMIT), self._asking:
+                    _, processes = await counts_of(connection, self.topology.queues[-1])
+                active = [consumer for consumer in self._consumers.values() if consumer.is_active]
+                surplus = len(active) - -(-len(self._consumers) // max(1, processes))
+                for consumer in sorted(active, key=lambda each: each.in_hand)[: max(0, surplus)]:
+                    if not self.stopped and await consumer.come_to_rest(_REST_LIMIT):
+                        async with answers(self._settings, _ANSWER_LIMIT):
+                            await consumer.hand_over()
+                        log.info("queue.lane_handed_over", queue=consumer.queue, processes=processes)
+            except PgbridgeError as error:
+                self._lose(Closure(str(error)))
 
     async def stop(self) -> None:
-        """See `contract.Queue.stop`."""
-        if self._connection is None or self.lost is not None:
-            raise self.gone(self.lost or Closure("it is not open"))
-        async with answers(self._settings, _ANSWER_LIMIT):
-            await self._connection.call(CHANNEL, commands.Basic.Cancel(self._consumer))
+        """See `contract.Queue.stop`. An ordered one stops to hand out: ended now, its consumers would let others go on
+        with what comes behind that which is in hand here."""
+        self._living()
+        if not self._subscription.ordered:
+            async with answers(self._settings, _ANSWER_LIMIT):
+                for consumer in self._consumers.values():
+                    await consumer.cancel()
         self.stopped = True
-        while not self.arrived.empty():
-            delivery = self.arrived.get_nowait()
-            if delivery is not None:
-                await delivery.give_back()
-        self.arrived.put_nowait(None)
+        self._changed.set()
+        if not self._subscription.ordered:
+            for consumer in self._consumers.values():
+                for delivery in consumer.take_back():
+                    await consumer.acks.give_back(delivery.message.tag)
 
     def gone(self, closure: Closure) -> BrokerUnavailableError:
         """Always the error that is waited out, whatever the broker said: if it will refuse, the next `open` says so."""
@@ -190,9 +273,13 @@ class Session:
     async def close(self) -> None:
         """Ends both connections; the broker then has back whatever is in hand."""
         self._lose(Closure("closed by this worker"))
+        if self._sharing is not None:
+            self._sharing.cancel()
+            await asyncio.wait([self._sharing])
         try:
             if self._connection is not None:
-                self._acks.flush()
+                for consumer in self._consumers.values():
+                    consumer.acks.flush()
                 await self._connection.close()
         finally:
             await self._copies.close()
@@ -212,7 +299,14 @@ class RabbitMQQueue:
     def __init__(self, settings: RabbitMQSettings, subscription: Subscription) -> None:
         # A worker with one attempt has no ladder, and still asks again while another worker has its event.
         delays = subscription.retry_delays or [1.0]
-        self._topology = WorkerTopology(settings.exchange, subscription.worker, subscription.topics, delays)
+        self._topology = WorkerTopology(
+            settings.exchange,
+            subscription.worker,
+            subscription.topics,
+            delays,
+            subscription.ordered,
+            subscription.lanes,
+        )
         self._settings = settings
         self._subscription = subscription
         self._session: Session | None = None
@@ -232,19 +326,11 @@ class RabbitMQQueue:
             raise
         self._session = session
 
-    async def deliveries(self) -> AsyncIterator[RabbitMQDelivery]:
+    def deliveries(self) -> AsyncIterator[RabbitMQDelivery]:
         """See `contract.Queue.deliveries`."""
-        session = self._session
-        if session is None:
+        if self._session is None:
             raise BrokerUnavailableError(f"{rabbitmq_at(self._settings)} is not connected: the queue is not open")
-        while True:
-            delivery = await session.arrived.get()
-            if session.lost is not None:
-                raise session.gone(session.lost)
-            if session.stopped:
-                return
-            if delivery is not None:
-                yield delivery
+        return self._session.deliveries()
 
     @property
     def in_hand(self) -> int:

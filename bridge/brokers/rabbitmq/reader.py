@@ -33,6 +33,7 @@ _BODY_SIZE: Final = slice(11, 19)
 class Delivered(NamedTuple):
     """A message as the broker delivered it."""
 
+    channel: int
     tag: int
     exchange: str
     routing_key: str
@@ -66,12 +67,8 @@ class FrameReader:
         self.on_delivery = on_delivery
         self._rest = b""
         self._returned: commands.Basic.Return | None = None
-        self._delivered: tuple[int, str, str] | None = None
-        """Tag, exchange and routing key of the message whose content comes next."""
-        self._header = b""
-        self._missing = 0
-        """Bytes of its body that are still to come."""
-        self._pieces: list[bytes] = []
+        self._contents: dict[int, _Content] = {}
+        """By channel, the message whose content comes."""
 
     @property
     def unread(self) -> bytes:
@@ -124,10 +121,13 @@ class FrameReader:
             raise BrokenStreamError(f"a frame does not end as one: {data[:16]!r}")
         kind = data[0]
         if kind == _METHOD and data.startswith(_DELIVER, 7):
-            self._read_deliver(data)
+            begun = _Content(data)
+            self._contents[begun.channel] = begun
             return
-        if self._delivered is not None and kind in (_HEADER, _BODY):
-            self._read_content(kind, data)
+        if kind != _METHOD and (open_one := self._contents.get(data[1] << 8 | data[2])) is not None:
+            if (message := open_one.add(kind, data)) is not None:
+                del self._contents[open_one.channel]
+                self.on_delivery(message)
             return
         if kind == _BODY:
             return  # of a message that came back; its id stood in the content header
@@ -144,33 +144,46 @@ class FrameReader:
         elif isinstance(content, Frame):
             self._on_method(channel, content)
 
-    def _read_deliver(self, data: bytes) -> None:
-        """The method's fields: consumer's tag, delivery tag, whether it comes again, exchange, routing key."""
+
+class _Content:
+    """A message that comes in frames: basic.deliver, content header, bodies."""
+
+    __slots__ = ("_exchange", "_header", "_missing", "_pieces", "_routing_key", "_tag", "channel")
+
+    def __init__(self, data: bytes) -> None:
+        """Of the first frame: consumer's tag, delivery tag, whether it comes again, exchange, routing key.
+
+        Raises BrokenStreamError.
+        """
+        self.channel = data[1] << 8 | data[2]
         try:
             at = _CONSUMER_TAG + 1 + data[_CONSUMER_TAG]
-            tag = int.from_bytes(data[at : at + 8])
             exchange_at = at + 10
             key_at = exchange_at + data[exchange_at - 1]
-            exchange, key = data[exchange_at:key_at].decode(), data[key_at + 1 : -1].decode()
+            self._tag = int.from_bytes(data[at : at + 8])
+            self._exchange, self._routing_key = data[exchange_at:key_at].decode(), data[key_at + 1 : -1].decode()
             is_whole = len(data) == key_at + 2 + data[key_at]
         except (IndexError, ValueError) as error:
             raise BrokenStreamError(f"a delivery cannot be decoded: {error}") from error
         if not is_whole:
             raise BrokenStreamError(f"the fields of a delivery do not fill it: {data[:80]!r}")
-        self._delivered = (tag, exchange, key)
+        self._header = b""
+        self._missing = 0
+        """Bytes of the body that are still to come."""
+        self._pieces: list[bytes] = []
 
-    def _read_content(self, kind: int, data: bytes) -> None:
+    def add(self, kind: int, data: bytes) -> Delivered | None:
+        """Takes the next frame; gives the message once it is whole. Raises BrokenStreamError."""
+        piece = data[7:-1]
         if kind == _HEADER:
-            self._header = data[7:-1]
+            self._header = piece
             self._missing = int.from_bytes(data[_BODY_SIZE])
         else:
-            piece = data[7:-1]
             self._missing -= len(piece)
             self._pieces.append(piece)
-        if self._missing > 0:
-            return
-        delivered, self._delivered = self._delivered, None
-        pieces, self._pieces = self._pieces, []
-        if delivered is None or self._missing:
+        if self._missing < 0:
             raise BrokenStreamError(f"a body is {-self._missing} bytes longer than its content header says")
-        self.on_delivery(Delivered(*delivered, self._header, pieces[0] if len(pieces) == 1 else b"".join(pieces)))
+        if self._missing:
+            return None
+        body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        return Delivered(self.channel, self._tag, self._exchange, self._routing_key, self._header, body)

@@ -10,6 +10,7 @@ from pamqp.base import Frame
 from bridge.brokers.contract import Declaration
 from bridge.brokers.rabbitmq.closure import APPLY, ClosedError, Reply, rabbitmq_at
 from bridge.brokers.rabbitmq.connection import Connection
+from bridge.brokers.rabbitmq.lanes import LANE, LANES, TEXTS
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.errors import TopologyError
 
@@ -25,21 +26,36 @@ _UNITS: Final = (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000)
 _CHANNEL: Final = 2
 """The channel on which questions are asked: beside the one that publishes, since a refusal closes it."""
 
-Arguments = dict[str, int | str]
+Arguments = dict[str, int | str | bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """The topic exchange that a sink publishes to and a worker's queue is bound to."""
+    """The topic exchange that a sink publishes to and a worker's queue is bound to; or one that a worker has of its
+    own, between that one and its lanes."""
 
     name: str
+    type: Literal["topic", "headers", "fanout"] = "topic"
+    arguments: Arguments = field(default_factory=dict)
     kind: Literal["exchange"] = "exchange"
-    detail: str = "topic exchange, durable"
     remedy: str = "delete it, or name another one in the sink's setting exchange"
+
+    @property
+    def detail(self) -> str:
+        """What it is, for people."""
+        return ", ".join(
+            [f"{self.type} exchange, durable", *(f"{key}={value}" for key, value in self.arguments.items())]
+        )
 
     def declare(self, *, passive: bool) -> Frame:
         """The method that declares it, or with `passive` asks for it."""
-        return commands.Exchange.Declare(exchange=self.name, exchange_type="topic", durable=True, passive=passive)
+        return commands.Exchange.Declare(
+            exchange=self.name,
+            exchange_type=self.type,
+            durable=True,
+            passive=passive,
+            arguments={**self.arguments},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +92,14 @@ class WorkerTopology:
     topics: Sequence[str]
     retry_delays: Sequence[float]
     """Seconds."""
+    ordered: bool = False
+    lanes: int = 1
+    """See `contract.Subscription`."""
+
+    @property
+    def queues(self) -> list[str]:
+        """Those that are consumed. The first is the worker's own, and takes what has no lane."""
+        return [self.worker, *(f"{self.worker}.lane{number}" for number in range(2, self.lanes + 1))]
 
     @property
     def dead(self) -> str:
@@ -85,7 +109,11 @@ class WorkerTopology:
     @property
     def waiting(self) -> list[str]:
         """The queues in which messages wait for the worker, or for another attempt."""
-        return [self.worker, *{self._retry_name(delay): None for delay in self.retry_delays}]
+        return [*self.queues, *(name for name, _ in self._retry_queues())]
+
+    def _retry_queues(self) -> list[tuple[str, float]]:
+        """By name, the delay. An ordered worker has none: what it tries again stays in its hand."""
+        return [] if self.ordered else list({self._retry_name(delay): delay for delay in self.retry_delays}.items())
 
     def retry_queue(self, delay: float) -> str:
         """The queue with the least delay that is no shorter, else with the longest. `delay` in seconds."""
@@ -104,17 +132,22 @@ class WorkerTopology:
         return [
             Exchange(self.exchange),
             QuorumQueue(self.dead, {"x-queue-type": "quorum", "x-delivery-limit": _NO_LIMIT}),
-            QuorumQueue(
-                self.worker,
-                {
-                    "x-queue-type": "quorum",
-                    "x-delivery-limit": _NO_LIMIT,
-                    # For what a policy ends: a lower limit of its own, or a time to live.
-                    "x-dead-letter-exchange": "",
-                    "x-dead-letter-routing-key": self.dead,
-                    **strategy,
-                },
+            *(
+                QuorumQueue(
+                    name,
+                    {
+                        "x-queue-type": "quorum",
+                        **({"x-single-active-consumer": True} if self.ordered else {}),
+                        "x-delivery-limit": _NO_LIMIT,
+                        # For what a policy ends: a lower limit of its own, or a time to live.
+                        "x-dead-letter-exchange": "",
+                        "x-dead-letter-routing-key": self.dead,
+                        **strategy,
+                    },
+                )
+                for name in self.queues
             ),
+            *self._spreading,
             *(
                 QuorumQueue(
                     name,
@@ -126,8 +159,79 @@ class WorkerTopology:
                         **strategy,
                     },
                 )
-                for name, delay in {self._retry_name(delay): delay for delay in self.retry_delays}.items()
+                for name, delay in self._retry_queues()
             ),
+        ]
+
+    @property
+    def _spreading(self) -> list[Exchange]:
+        """What spreads messages over the queues: by the lane that their sink has stamped them with, and what has none
+        to the first. The name tells how many there are, so that another number finds nothing of the old one."""
+        if self.lanes == 1:
+            return []
+        remedy = "stop the bridge, delete it, and run `pgbridge topology --apply`"
+        name = f"{self.worker}.lanes{self.lanes}"
+        return [
+            Exchange(f"{name}.others", "fanout", remedy=remedy),
+            Exchange(name, "headers", {"alternate-exchange": f"{name}.others"}, remedy=remedy),
+        ]
+
+    def bindings(self) -> list["Binding"]:
+        """From the sink's exchange to the worker's queue or, with lanes, over exchanges of its own to its queues."""
+        if self.lanes == 1:
+            return [Binding(self.exchange, self.worker, topic) for topic in self.topics]
+        others, spread = self._spreading
+        lanes = [
+            Binding(spread.name, queue, lanes=TEXTS[number :: self.lanes]) for number, queue in enumerate(self.queues)
+        ]
+        return [
+            Binding(others.name, self.worker),
+            *lanes,
+            *(Binding(self.exchange, spread.name, topic, to_exchange=True) for topic in self.topics),
+        ]
+
+    def leftovers(self) -> list[Frame]:
+        """The methods that remove what another number of lanes has left between the sink's exchange and the queues;
+        where nothing is left they change nothing. What the queues hold stays."""
+        others = [f"{self.worker}.lanes{lanes}" for lanes in range(2, LANES + 1) if lanes != self.lanes]
+        methods: list[Frame] = [
+            commands.Exchange.Delete(exchange=name) for each in others for name in (each, f"{each}.others")
+        ]
+        if self.lanes > 1:
+            methods += [
+                commands.Queue.Unbind(queue=self.worker, exchange=self.exchange, routing_key=topic)
+                for topic in self.topics
+            ]
+        return methods
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What lets messages pass from an exchange to a queue or to another exchange."""
+
+    source: str
+    target: str
+    topic: str = ""
+    lanes: Sequence[str] = ()
+    """Those that pass; none: all messages."""
+    to_exchange: bool = False
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        lanes = " ".join(["lanes", *self.lanes]) if self.lanes else "all"
+        return f"{self.source} -> {self.target}: {self.topic or lanes}"
+
+    def declare(self) -> list[Frame]:
+        """The methods that bind; bound again, nothing changes."""
+        if self.to_exchange:
+            return [commands.Exchange.Bind(destination=self.target, source=self.source, routing_key=self.topic)]
+        matches: list[Arguments] = [{"x-match": "all", LANE: lane} for lane in self.lanes] or [{}]
+        return [
+            commands.Queue.Bind(
+                queue=self.target, exchange=self.source, routing_key=self.topic, arguments={**arguments}
+            )
+            for arguments in matches
         ]
 
 
@@ -160,8 +264,10 @@ async def require(settings: RabbitMQSettings, connection: Connection, needed: Se
 async def declarations(connection: Connection, worker: WorkerTopology, *, apply: bool) -> list[Declaration]:
     """What the broker has of what a worker needs; with `apply`, what is missing is declared. Raises ClosedError."""
     found = [await declaration(connection, each, apply=apply) for each in worker.needed()]
-    ready = not any(each.state == "missing" for each in found if each.name in (worker.exchange, worker.worker))
-    return found + [await _binding(connection, worker, topic, ready=ready, apply=apply) for topic in worker.topics]
+    missing = {each.name for each in found if each.state == "missing"}
+    if apply and worker.ordered and not missing:
+        await _ask(connection, *worker.leftovers())
+    return found + [await _binding(connection, each, missing, apply=apply) for each in worker.bindings()]
 
 
 async def declaration(connection: Connection, needed: Needed, *, apply: bool) -> Declaration:
@@ -186,23 +292,20 @@ async def declaration(connection: Connection, needed: Needed, *, apply: bool) ->
     return Declaration(needed.kind, needed.name, "present" if exists else "declared", needed.detail)
 
 
-async def _binding(
-    connection: Connection, worker: WorkerTopology, topic: str, *, ready: bool, apply: bool
-) -> Declaration:
-    name = f"{worker.exchange} -> {worker.worker}: {topic}"
-    if not ready:
-        return Declaration("binding", name, "missing")
+async def _binding(connection: Connection, binding: Binding, missing: set[str], *, apply: bool) -> Declaration:
+    if missing & {binding.source, binding.target}:
+        return Declaration("binding", binding.name, "missing")
     if not apply:
         detail = "assumed: AMQP cannot ask; --apply binds again, which is no change"
-        return Declaration("binding", name, "present", detail)
-    await _ask(connection, commands.Queue.Bind(queue=worker.worker, exchange=worker.exchange, routing_key=topic))
-    return Declaration("binding", name, "declared", "again, if it was there")
+        return Declaration("binding", binding.name, "present", detail)
+    await _ask(connection, *binding.declare())
+    return Declaration("binding", binding.name, "declared", "again, if it was there")
 
 
-async def message_count(connection: Connection, queue: str) -> int:
-    """How many messages are ready in a queue. Raises ClosedError."""
-    found = await _ask(connection, QuorumQueue(queue).declare(passive=True))
-    return cast(commands.Queue.DeclareOk, found).message_count or 0
+async def counts_of(connection: Connection, queue: str) -> tuple[int, int]:
+    """How many messages are ready in a queue, and how many consumers it has. Raises ClosedError."""
+    found = cast(commands.Queue.DeclareOk, await _ask(connection, QuorumQueue(queue).declare(passive=True)))
+    return found.message_count or 0, found.consumer_count or 0
 
 
 async def _exists(connection: Connection, needed: Needed) -> bool:
@@ -215,12 +318,13 @@ async def _exists(connection: Connection, needed: Needed) -> bool:
     return True
 
 
-async def _ask(connection: Connection, method: Frame) -> Frame:
-    """The answer to one method on a channel of its own, since the broker closes the channel when it refuses.
+async def _ask(connection: Connection, *methods: Frame) -> Frame:
+    """The last answer to methods on a channel of their own, since the broker closes the channel when it refuses.
 
     Raises ClosedError.
     """
-    await connection.call(_CHANNEL, commands.Channel.Open())
-    answer = await connection.call(_CHANNEL, method)
+    answer = await connection.call(_CHANNEL, commands.Channel.Open())
+    for method in methods:
+        answer = await connection.call(_CHANNEL, method)
     await connection.call(_CHANNEL, commands.Channel.Close(200, "", 0, 0))
     return answer
