@@ -6,19 +6,16 @@ before all else. So an ordered consumer gives nothing back by itself, and is nev
 """
 
 import asyncio
-from typing import TYPE_CHECKING, cast
+from typing import Generic, cast
 
 from pamqp import commands
 
-from bridge.brokers.order import InOrder
+from bridge.brokers.order import D, InOrder
 from bridge.brokers.rabbitmq.acks import Acks
 from bridge.brokers.rabbitmq.connection import Connection
 
-if TYPE_CHECKING:
-    from bridge.brokers.rabbitmq.queue import RabbitMQDelivery
 
-
-class Consumer:
+class Consumer(Generic[D]):
     """Its deliveries in order; not thread-safe, and of no use once its connection is lost."""
 
     def __init__(self, connection: Connection, channel: int, queue: str, prefetch: int, timeout: float) -> None:
@@ -37,7 +34,7 @@ class Consumer:
 
     def _fresh(self) -> None:
         self.acks = Acks(self._connection, self.channel, self._timeout)
-        self._hand: InOrder[RabbitMQDelivery] = InOrder()
+        self._hand: InOrder[D] = InOrder()
         self._count = 0
         self._running = 0
         self._at_rest = asyncio.Event()
@@ -74,7 +71,7 @@ class Consumer:
             self._is_held = False
         return self._is_held
 
-    def add(self, delivery: "RabbitMQDelivery") -> None:
+    def add(self, delivery: D) -> None:
         """Takes one that has come."""
         self._count += 1
         self._hand.add(delivery)
@@ -84,13 +81,13 @@ class Consumer:
         """Whether `hand_out` has one to give."""
         return bool(self._hand) and not self._is_held
 
-    def hand_out(self) -> "RabbitMQDelivery":
+    def hand_out(self) -> D:
         """The next that may run."""
         self._running += 1
         self._at_rest.clear()
         return self._hand.hand_out()
 
-    def settled(self, delivery: "RabbitMQDelivery") -> None:
+    def settled(self, delivery: D) -> None:
         """One that was handed out is done, or has gone back: the next of its key may run."""
         self._count -= 1
         self._running -= 1
@@ -98,7 +95,7 @@ class Consumer:
             self._at_rest.set()
         self._hand.settled(delivery)
 
-    def take_back(self) -> "list[RabbitMQDelivery]":
+    def take_back(self) -> list[D]:
         """Removes what was not handed out."""
         taken = self._hand.take_back_ready()
         self._count -= len(taken)

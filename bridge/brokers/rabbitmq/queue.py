@@ -65,7 +65,9 @@ class RabbitMQDelivery:
 
     __slots__ = ("_session", "attempt", "consumer", "event", "key", "message")
 
-    def __init__(self, session: "Session", consumer: Consumer, message: Message, *, ordered: bool) -> None:
+    def __init__(
+        self, session: "Session", consumer: "Consumer[RabbitMQDelivery]", message: Message, *, ordered: bool
+    ) -> None:
         self._session = session
         self.consumer = consumer
         self.message = message
@@ -114,7 +116,7 @@ class Session:
         self._subscription = subscription
         self._copies = Copies(settings, self._lose)
         self._connection: Connection | None = None
-        self._consumers: dict[int, Consumer] = {}
+        self._consumers: dict[int, Consumer[RabbitMQDelivery]] = {}
         """By channel."""
         self._changed = asyncio.Event()
         """Wakes `deliveries` to look at what follows."""
@@ -136,7 +138,9 @@ class Session:
         async with answers(self._settings, _ANSWER_LIMIT):
             for number, queue in enumerate(queues):
                 channel = CHANNEL if number == 0 else _FIRST_LANE + number
-                consumer = Consumer(connection, channel, queue, prefetch, self._settings.publish_timeout)
+                consumer: Consumer[RabbitMQDelivery] = Consumer(
+                    connection, channel, queue, prefetch, self._settings.publish_timeout
+                )
                 self._consumers[channel] = consumer
                 await consumer.start()
         if len(queues) > 1:
