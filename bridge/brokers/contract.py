@@ -215,6 +215,15 @@ class Subscription:
     start: Literal["now", "beginning"] = "now"
     """Where a queue that did not exist begins: with what is published after its declaration, or with the oldest event
     that the broker keeps. Of a queue that exists it is neither compared nor changed."""
+    ordered: bool = False
+    """A process is never handed an event of a key while an earlier one of that key is unsettled, unless it has been
+    handed that earlier one too; then the later one comes once the earlier is settled. So it holds within a process and
+    across processes: no event overtakes one that another process had in hand, be that one crashed, paused, cut off or
+    stopping. Other keys go on. Whoever takes from such a queue keeps in hand what is to be tried again, calls `retry`
+    never and `give_back` only at a stop."""
+    lanes: int = 1
+    """Queues over which the keys of an ordered worker are spread, where the broker gives one queue to one process at a
+    time and so many processes are to work side by side. More than one is a SettingsError where that means nothing."""
 
 
 class Queue(Protocol):

@@ -12,7 +12,10 @@ It knows nothing of brokers, settles nothing, and waits for nothing. Order acros
 """
 
 from collections import deque
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
+
+MOST_HELD: Final = 10
+"""Times the prefetch: most messages in hand with those that wait behind one of their key."""
 
 
 class Keyed(Protocol):
@@ -54,6 +57,10 @@ class InOrder(Generic[D]):
     def hand_out(self) -> D:
         """The next that is ready."""
         return self._ready.popleft()
+
+    def again(self, delivery: D) -> None:
+        """One that was handed out is ready once more, before whatever waits behind it."""
+        self._ready.append(delivery)
 
     def settled(self, delivery: D) -> None:
         """It is done, and never comes again: the next of its key is ready."""

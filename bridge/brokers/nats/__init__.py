@@ -22,9 +22,10 @@ class Nats:
         return NatsSink(settings)
 
     def queue(self, settings: NatsSettings, subscription: Subscription, /) -> Queue:
+        from bridge.brokers.nats.ordered import OrderedNatsQueue
         from bridge.brokers.nats.queue import NatsQueue
 
-        return NatsQueue(settings, subscription)
+        return (OrderedNatsQueue if subscription.ordered else NatsQueue)(settings, subscription)
 
     def dead_letters(self, settings: NatsSettings, worker: str, /) -> DeadLetters:
         from bridge.brokers.nats.dead import NatsDeadLetters

@@ -22,7 +22,7 @@ import grpc
 from google.pubsub_v1 import types
 
 from bridge.brokers.contract import Declaration, Failure, Subscription
-from bridge.brokers.order import InOrder
+from bridge.brokers.order import MOST_HELD, InOrder
 from bridge.brokers.pubsub.connection import Connection, connect
 from bridge.brokers.pubsub.lease import Leases
 from bridge.brokers.pubsub.message import FOR_WORKER, from_message, marked
@@ -63,8 +63,6 @@ PULL_LIMIT: Final = 60.0
 
 EMULATOR_POLL: Final = 0.02
 """Seconds between two looks at the emulator, which goes on giving messages to a waiting pull that was cancelled."""
-MOST_HELD: Final = 10
-"""Times the prefetch: most messages in hand with those that wait behind one of their key."""
 PULL_GRACE: Final = 0.25
 """Seconds that a stop gives a pull to return by itself."""
 
