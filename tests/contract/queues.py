@@ -1,6 +1,6 @@
 """What the contract suite needs of each broker: one harness per queue, registered in `HARNESSES`."""
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -65,6 +65,10 @@ class QueueHarness(Protocol):
     def counts_given_back(self) -> bool:
         """Whether the broker counts a delivery that was given back as an attempt."""
 
+    @property
+    def lease(self) -> float:
+        """Seconds after which what a process that vanished had in hand comes to another, at the latest."""
+
     def queue(self, prefetch: int = 10, proxy: Proxy | None = None) -> Queue:
         """A consumer of the worker's queue, not yet open; each call makes another. `proxy` is one of its own."""
 
@@ -101,6 +105,7 @@ class MemoryHarness:
     lacking = None
     ordered_by_key = False
     counts_given_back = False
+    lease = 0.0
 
     def __init__(self, worker: str, ordered: bool) -> None:
         self._worker = worker
@@ -146,6 +151,7 @@ async def memory(server: None, name: str, *, ordered: bool = False) -> AsyncIter
 class RabbitMQHarness:
     ordered_by_key = False
     counts_given_back = True
+    lease = 0.0
 
     def __init__(self, server: RabbitMQServer, proxy: Proxy, sink: Sink, name: str, ordered: bool) -> None:
         self._server = server
@@ -207,6 +213,7 @@ async def rabbitmq(server: RabbitMQServer, name: str, *, ordered: bool = False) 
 class NatsHarness:
     ordered_by_key = False
     counts_given_back = True
+    lease = ACK_WAIT
 
     def __init__(self, server: NatsServer, proxy: Proxy, sink: Sink, name: str, ordered: bool) -> None:
         self._server = server
@@ -264,6 +271,7 @@ async def nats_jetstream(server: NatsServer, name: str, *, ordered: bool = False
 class PubSubHarness:
     ordered_by_key = True
     counts_given_back = True
+    lease = 10.0
 
     def __init__(self, server: PubSubEmulator, proxy: Proxy, sink: Sink, name: str, ordered: bool) -> None:
         self._server = server

@@ -17,9 +17,6 @@ from tests.contract.test_queues import consuming, event_in, take
 from tests.support.events import ids, make_event
 from tests.support.until import LIMIT, until
 
-LEASE = 12.0
-"""Seconds after which, at the latest, what a lost process had in hand comes to another: Pub/Sub's shortest are ten."""
-
 
 @pytest.fixture(params=ORDERED)
 async def harness(request: pytest.FixtureRequest, unique: str) -> AsyncIterator[QueueHarness]:
@@ -152,7 +149,7 @@ async def test_a_second_process_gets_nothing_of_a_key_that_a_first_one_has_in_ha
     async with consuming(harness) as (_, deliveries), consuming(harness) as (_, others):
         first = await take(deliveries)
         async with nothing_comes(others):
-            await asyncio.sleep(LEASE)
+            await asyncio.sleep(harness.lease + 1.0)
         await first.ack()
         following = await take(deliveries)
         assert event_in(following).id == events[1].id

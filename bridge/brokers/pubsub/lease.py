@@ -34,12 +34,19 @@ class Leases:
     """
 
     def __init__(
-        self, connection: Connection, subscription: str, deadline: int, lost: Callable[[PgbridgeError], None]
+        self,
+        connection: Connection,
+        subscription: str,
+        deadline: int,
+        lost: Callable[[PgbridgeError], None],
+        *,
+        soonest: int = 0,
     ) -> None:
-        """`deadline`: the subscription's, in seconds."""
+        """`deadline`: the subscription's, in seconds; `soonest`: the shortest after which what is released may come."""
         self._connection = connection
         self._subscription = subscription
         self._deadline = deadline
+        self._soonest = soonest
         self._lost = lost
         self._held: dict[str, None] = {}
         self._releasing: set[str] = set()
@@ -68,7 +75,7 @@ class Leases:
         self._releasing.update(ack_ids)
         try:
             await self._not_extending.wait()  # or the extension may arrive last, and count
-            await self._modify(ack_ids, seconds, limit=SETTLE_LIMIT)
+            await self._modify(ack_ids, max(seconds, self._soonest), limit=SETTLE_LIMIT)
         finally:
             self._releasing.difference_update(ack_ids)
         for ack_id in ack_ids:
@@ -91,7 +98,7 @@ class Leases:
         held = list(self._held)
         self._held.clear()
         try:
-            await self._modify(held, 0, limit=CLOSE_LIMIT, reconnect=True)
+            await self._modify(held, self._soonest, limit=CLOSE_LIMIT, reconnect=True)
         except PgbridgeError as error:
             log.debug("pubsub.leases_run_out", messages=len(held), seconds=self._deadline, reason=str(error))
 

@@ -28,7 +28,7 @@ from bridge.brokers.pubsub.lease import Leases
 from bridge.brokers.pubsub.message import FOR_WORKER, from_message, marked
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.topology import MAX_LEASE, Names, ack_deadline, declarations
-from bridge.errors import BrokerUnavailableError, PgbridgeError
+from bridge.errors import BrokerUnavailableError, PgbridgeError, SettingsError
 from bridge.event import Event, Malformed, matches
 from bridge.process.tasks import one_error
 
@@ -63,6 +63,9 @@ PULL_LIMIT: Final = 60.0
 
 EMULATOR_POLL: Final = 0.02
 """Seconds between two looks at the emulator, which goes on giving messages to a waiting pull that was cancelled."""
+EMULATOR_NACK: Final = 1
+"""Seconds that the emulator leaves what an ordered worker gives back: it puts what is given back at once behind what it
+has of the key, and what comes because its lease has run out before that. The service keeps the order of a key in both."""
 PULL_GRACE: Final = 0.25
 """Seconds that a stop gives a pull to return by itself."""
 
@@ -74,6 +77,8 @@ class PubSubQueue:
     """One worker's subscription of the sink's topic. See `bridge.brokers.contract.Queue`."""
 
     def __init__(self, settings: PubSubSettings, subscription: Subscription) -> None:
+        """Raises SettingsError."""
+        _check(settings, subscription)
         self._settings = settings
         self._wanted = subscription
         self._names = Names(settings, subscription.worker)
@@ -99,7 +104,8 @@ class PubSubQueue:
         self._hand, self._passed_over = InOrder(), 0
         self._lost, self._stopping, self._pulling = None, False, None
         self._connection = connection
-        self._leases = Leases(connection, self._names.subscription, deadline, self._lose)
+        soonest = EMULATOR_NACK if self._wanted.ordered and connection.emulated else 0
+        self._leases = Leases(connection, self._names.subscription, deadline, self._lose, soonest=soonest)
 
     async def deliveries(self) -> AsyncIterator[PubSubDelivery]:
         """See `contract.Queue.deliveries`. Of one ordering key, the next comes once the one before is settled."""
@@ -295,3 +301,17 @@ class PubSubQueue:
         if self._leases is None:
             raise self._closed("the queue is not open")
         return self._leases
+
+
+def _check(settings: PubSubSettings, subscription: Subscription) -> None:
+    """Raises SettingsError for what an ordered worker cannot have here."""
+    worker = f"workers.{subscription.worker}"
+    if subscription.lanes > 1:
+        raise SettingsError(
+            f"{worker}.lanes: Pub/Sub gives the keys of an ordered worker to all of its processes and knows no lanes; "
+            "leave it out"
+        )
+    if subscription.ordered and not settings.ordering:
+        raise SettingsError(
+            f"{settings.key('ordering')}: an ordered worker ({worker}.ordered) needs ordering keys: set it to true"
+        )

@@ -104,6 +104,11 @@ async def ack_deadline(connection: Connection, wanted: Subscription, names: Name
             f"{connection.at()} has a {what} with the filter {found.filter}, which may withhold what the worker wants: "
             "`pgbridge topology` says what to do"
         )
+    if wanted.ordered and not found.enable_message_ordering:
+        raise TopologyError(
+            f"{connection.at('ordering')} has a {what} without message ordering, which workers.{wanted.worker}.ordered "
+            "needs and nothing can add: delete it, with what it holds, then run `pgbridge topology --apply`"
+        )
     return int(found.ack_deadline_seconds)
 
 
