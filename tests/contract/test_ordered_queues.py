@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import random
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -27,11 +27,11 @@ async def harness(request: pytest.FixtureRequest, unique: str) -> AsyncIterator[
 
 
 @pytest.fixture
-def seeds() -> Iterator[random.Random]:
-    """Chance that can be repeated: the seed is printed where a test fails."""
+def chance() -> random.Random:
+    """Its seed is printed where a test fails."""
     seed = random.randrange(1_000_000)
     print(f"seed {seed}")
-    yield random.Random(seed)  # noqa: S311 - no secret
+    return random.Random(seed)
 
 
 def of_key(key: str, count: int) -> list[Event]:
@@ -258,13 +258,16 @@ class World:
         self.running: dict[str, Process] = {}
         self.wrong: list[str] = []
         self.chance = chance
+        self.active: Process | None = None
+        """The one that was handed something last."""
         self._total = len(events)
 
     @property
     def done(self) -> bool:
         return sum(map(len, self.finished.values())) >= self._total
 
-    def handed(self, event: Event) -> None:
+    def handed(self, event: Event, process: "Process") -> None:
+        self.active = process
         key = str(event.key)
         earlier = self.order[key][: self.order[key].index(event.id)]
         unsettled = [each for each in earlier if each not in self.finished[key]]
@@ -301,7 +304,7 @@ class Process:
 
     async def _handle(self, delivery: Delivery) -> None:
         event, world = event_in(delivery), self._world
-        world.handed(event)
+        world.handed(event, self)
         finished = world.finished[str(event.key)]
         while event.id in world.running:
             await asyncio.sleep(0.02)
@@ -349,10 +352,10 @@ class Process:
 
 
 async def test_under_load_and_kills_each_key_keeps_its_order_and_nothing_is_lost(
-    harness: QueueHarness, seeds: random.Random
+    harness: QueueHarness, chance: random.Random
 ) -> None:
     events = [make_event(number, key=f"key-{number % 20}") for number in range(500)]
-    world = World(events, seeds)
+    world = World(events, chance)
     processes = [Process(harness, world) for _ in range(2)]
     for process in processes:
         await process.start()
@@ -364,16 +367,16 @@ async def test_under_load_and_kills_each_key_keeps_its_order_and_nothing_is_lost
 
     publishing = asyncio.create_task(publish())
     for _ in range(4):
-        enough = sum(map(len, world.finished.values())) + seeds.randrange(20, 60)
+        enough = sum(map(len, world.finished.values())) + chance.randrange(20, 60)
 
         def settled(enough: int = enough) -> bool:
             return world.done or sum(map(len, world.finished.values())) >= enough
 
         await until(settled, "the processes go on", limit=90)
-        victim = processes.pop(seeds.randrange(len(processes)))
-        await (victim.kill() if seeds.random() < 0.7 else victim.stop())
-        processes.append(Process(harness, world))
-        await processes[-1].start()
+        victim = world.active if world.active in processes else processes[0]
+        await (victim.kill() if chance.random() < 0.7 else victim.stop())
+        processes[processes.index(victim)] = successor = Process(harness, world)
+        await successor.start()
     await publishing
     await until(lambda: world.done, "everything is settled", limit=90)
     for process in processes:

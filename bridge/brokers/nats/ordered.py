@@ -2,8 +2,8 @@
 
 JetStream gives all messages of a pinned consumer to one of the processes that ask for them, until that one gives it up
 or has asked for nothing for `ack_wait`; the others wait. A process that becomes pinned first collects whatever of the
-consumer is unsettled (`succession`), and hands out nothing before. From then on messages come in the order of the stream,
-and `InOrder` hands out one of a key after the other.
+consumer is unsettled (`succession`), and hands out nothing before. From then on messages come in the order of the
+stream, and `InOrder` hands out one of a key after the other.
 
 - The pin is renewed and proven by a request that no message can answer, since it asks for one byte. A process that has
   not proven it for `ack_wait`, as after a pause, hands out nothing until it has; one that has lost it ends its queue.
@@ -54,7 +54,7 @@ class OrderedDelivery(NatsDelivery):
         await self._queue.put_back(self, delay)
 
     async def give_back(self) -> None:
-        """See `contract.Delivery.give_back`. Before a stop it stays in hand, and comes again as the first of its key."""
+        """See `contract.Delivery.give_back`. Before a stop it stays in hand, and comes again first of its key."""
         await self._queue.put_back(self, 0.0)
 
 
@@ -73,8 +73,8 @@ class OrderedNatsQueue(NatsQueue):
         self._resting: dict[int, asyncio.TimerHandle] = {}
         """Of these, what is to be tried again later."""
         self._handed_out: set[int] = set()
-        self._succession: Succession[Msg] | None = Succession()
-        """What has come so far; None once everything is in hand."""
+        self._succession: Succession[Msg] | None = None
+        """What has come, until everything is in hand."""
         self._succeeding: asyncio.Task[None] | None = None
         self._quiet = asyncio.Event()
         """No request for messages is open."""
@@ -139,13 +139,12 @@ class OrderedNatsQueue(NatsQueue):
             self._lose(self._unavailable("gave a message to a process that it has not pinned"))
             return
         self._pin = pin
-        self._succeeding = asyncio.create_task(self._succeed(connection))
+        self._succession = Succession()
+        self._succeeding = asyncio.create_task(self._succeed(connection, self._succession))
         self._succeeding.add_done_callback(self._succession_ended)
 
-    async def _succeed(self, connection: Connection) -> None:
+    async def _succeed(self, connection: Connection, succession: Succession[Msg]) -> None:
         """Collects what the predecessors left, puts it in order, and begins to hand out."""
-        succession = self._succession
-        assert succession is not None
         pause = min(_ROUND, self._subscription.ack_wait / 6)
         while self._lost is None and not self._stopped:
             await self._quiet.wait()
@@ -191,7 +190,7 @@ class OrderedNatsQueue(NatsQueue):
         await self._prove(connection)
 
     async def _prove(self, connection: Connection) -> None:
-        """Asks, in the name of the pin, for what no message fits into: that renews the pin, or shows that it is lost."""
+        """Asks, in the name of the pin, for what no message fits into: that renews the pin, or shows its loss."""
         if not self._pin:
             return
         now = asyncio.get_running_loop().time()
@@ -244,8 +243,8 @@ class OrderedNatsQueue(NatsQueue):
         self._in_hand.discard(delivery.message.reply)
 
     async def put_back(self, delivery: OrderedDelivery, delay: float) -> None:
-        """Hands it out again after `delay`, before what is behind it in its key; after a stop it goes back to the server.
-        Raises BrokerUnavailableError."""
+        """Hands it out again after `delay`, before what is behind it in its key; after a stop it goes back to the
+        server. Raises BrokerUnavailableError."""
         if self._deliveries.get(delivery.sequence) is not delivery:
             self._connected()
             return  # of a connection before this one: it comes again by itself
@@ -298,7 +297,7 @@ class OrderedNatsQueue(NatsQueue):
             log.debug("queue.pin_runs_out", seconds=self._subscription.ack_wait, reason=str(error))
 
     async def close(self) -> None:
-        """See `contract.Queue.close`; a successor begins at once, or after `ack_wait` where the server does not answer."""
+        """See `contract.Queue.close`. A successor begins at once; where nothing answers, after `ack_wait`."""
         for timer in self._resting.values():
             timer.cancel()
         if self._succeeding is not None:

@@ -1,15 +1,15 @@
 """What a process that has become pinned to a consumer must have in hand before it hands out anything.
 
-Its predecessor may have left messages behind, which JetStream gives to the successor only after `ack_wait`, behind newer
-ones, and says of them no more than their number. So the successor collects, until it knows that whatever of the
+Its predecessor may have left messages behind, which JetStream gives to the successor only after `ack_wait`, behind
+newer ones, and says of them no more than their number. So the successor collects, until it knows that whatever of the
 consumer is unsettled is in its hand; then all of that can be put in the order of the stream, and what comes later
 comes in that order.
 
-The number alone would not tell: what the predecessor acknowledges late, after it has been delivered again, is in hand
-and counts no more, so that as many others could be missing. Hence the successor compares two numbers, asked for while
-nothing was on its way to it. Between them the number grows by the messages that were never delivered before, and by
-nothing else. When it has grown by exactly those, nobody has settled anything meanwhile; then whatever came in between is
-still unsettled, and if it is as many as are unsettled, it is all of them. When it has not, what is in hand goes
+One look at the number would not tell: what a predecessor acknowledges late, after it has been delivered again, is in
+hand and counts no more, so as many others could be missing. Hence the successor compares two looks, made while nothing
+was on its way to it. From one to the other the number grows by the messages that were never delivered before, and by
+nothing else. When it has grown by exactly those, nobody has settled anything in between; then whatever came in between
+is still unsettled, and if it is as many as are unsettled, it is all of them. When it has not, what is in hand goes
 back, comes again, and is compared anew.
 """
 

@@ -64,8 +64,9 @@ PULL_LIMIT: Final = 60.0
 EMULATOR_POLL: Final = 0.02
 """Seconds between two looks at the emulator, which goes on giving messages to a waiting pull that was cancelled."""
 EMULATOR_NACK: Final = 1
-"""Seconds that the emulator leaves what an ordered worker gives back: it puts what is given back at once behind what it
-has of the key, and what comes because its lease has run out before that. The service keeps the order of a key in both."""
+"""Seconds that what an ordered worker gives back stays away from the emulator's others: what is given back at once it
+puts behind what it has of the key, and what comes since its lease has run out before that. Of the service, Google
+promises that it redelivers a key in order in both cases."""
 PULL_GRACE: Final = 0.25
 """Seconds that a stop gives a pull to return by itself."""
 
