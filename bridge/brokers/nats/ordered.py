@@ -213,10 +213,11 @@ class OrderedNatsQueue(NatsQueue):
         return asyncio.get_running_loop().time() - self._proven < self._subscription.ack_wait
 
     def _lose_pin(self) -> None:
+        worker, seconds = self._subscription.worker, self._subscription.ack_wait
         self._lose(
             self._unavailable(
-                f"gives its messages to another process of the worker {self._subscription.worker!r}, since it heard "
-                f"nothing of this one for {self._subscription.ack_wait:g} s"
+                f"gives its messages to another process of the worker {worker!r}: it heard nothing of this one for "
+                f"{seconds:g} s, or somebody took the pin away"
             )
         )
 
