@@ -12,10 +12,11 @@ from pathlib import Path
 
 import nats
 import pytest
+from nats.aio.msg import Msg
 from pydantic import SecretStr
 
 from bridge.brokers.contract import CONFIRMED, Delivery, Failure, Letter, Queue, Subscription, Verdict
-from bridge.brokers.nats import BROKER
+from bridge.brokers.nats import BROKER, queue
 from bridge.brokers.nats.connection import Client
 from bridge.brokers.nats.dead import NatsDeadLetters
 from bridge.brokers.nats.ordered import PIN_HEADER
@@ -140,10 +141,10 @@ async def test_a_process_that_stood_still_hands_out_nothing_more_of_its_old_pin(
     nats_server: NatsServer, unique: str
 ) -> None:
     events = of_key(6)
-    queue = queue_of(nats_server, unique)
-    await queue.topology(apply=True)
+    worker = queue_of(nats_server, unique)
+    await worker.topology(apply=True)
     await publish(nats_server, unique, events[:4])
-    paused = StandingStill(queue)
+    paused = StandingStill(worker)
     paused.start()
     await asyncio.to_thread(paused.has_one.wait, LIMIT)
     await publish(nats_server, unique, events[4:])
@@ -178,6 +179,60 @@ async def test_a_pin_that_somebody_takes_away_ends_the_queue_and_another_begins_
         assert id_of(following) == events[1].id
         await following.ack()
         assert await take_and_settle(others, 3) == ids(events[2:])
+
+
+async def test_a_process_that_waits_for_the_pin_waits_for_as_long_as_it_takes(
+    nats_server: NatsServer, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than a request is open, and than the silence after which a connection counts as lost."""
+    for name, seconds in {"HEARTBEAT": 0.2, "_SILENCE": 0.6, "_REQUEST_OPEN": 1.0}.items():
+        monkeypatch.setattr(queue, name, seconds)
+    events = [make_event(number, key=f"key-{number}") for number in range(2)]
+    pinned = queue_of(nats_server, unique)
+    await pinned.topology(apply=True)
+    await publish(nats_server, unique, events)
+    async with consuming(pinned) as deliveries, consuming(queue_of(nats_server, unique)) as others:
+        in_hand = [await take(deliveries) for _ in events]
+        coming = asyncio.ensure_future(anext(others))
+        done, _ = await asyncio.wait([coming], timeout=3.0)
+        assert not done
+        await in_hand[1].ack()
+        await pinned.close()
+        assert id_of(await asyncio.wait_for(coming, LIMIT)) == events[0].id
+
+
+async def test_what_is_settled_while_what_no_pattern_takes_is_passed_over_lets_nothing_overtake(
+    nats_server: NatsServer, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A successor hands out while it still acknowledges what it passes over, and new messages come meanwhile."""
+    events = [make_event(n, key=f"key-{n % 4}", topic="x.a" if n % 2 else "x.y") for n in range(40)]
+    wanted = [each for each in events if each.topic == "x.a"]
+    first = queue_of(nats_server, unique, "*.a", "b.*", prefetch=40)
+    await first.topology(apply=True)
+    await publish(nats_server, unique, events[:20])
+    async with await nats.connect(nats_server.url) as client:
+        inbox = await client.subscribe(client.new_inbox())
+        request = {"group": "pgbridge", "batch": 20, "expires": 1_000_000_000}
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{unique}.{unique}"
+        await client.publish(subject, json.dumps(request).encode(), reply=inbox.subject)
+        for _ in range(20):
+            await inbox.next_msg(LIMIT)
+    await publish(nats_server, unique, events[20:])
+    slowly = queue.NatsQueue._pass_over
+
+    async def pass_over(self: queue.NatsQueue, message: Msg) -> None:
+        await asyncio.sleep(0.02)
+        await slowly(self, message)
+
+    monkeypatch.setattr(queue.NatsQueue, "_pass_over", pass_over)
+    async with consuming(first) as deliveries:
+        came = []
+        for _ in wanted:
+            delivery = await take(deliveries)
+            came.append(delivery.event)
+            await delivery.ack()
+    for key in {each.key for each in wanted}:
+        assert [e for e in came if isinstance(e, Event) and e.key == key] == [e for e in wanted if e.key == key]
 
 
 async def test_a_predecessor_that_goes_on_settling_confuses_nobody(nats_server: NatsServer, unique: str) -> None:
@@ -271,10 +326,10 @@ async def test_what_no_pattern_takes_is_passed_over_and_other_patterns_lose_noth
     """NATS takes `*.a` and `b.*` only as one filter that takes more."""
     wanted = [make_event(n, key="k", topic=topic) for n, topic in enumerate(["x.a", "b.y", "b.a", "x.a"])]
     others = [make_event(n, key="k", topic="x.y") for n in range(4)]
-    queue = queue_of(nats_server, unique, "*.a", "b.*")
-    await queue.topology(apply=True)
+    worker = queue_of(nats_server, unique, "*.a", "b.*")
+    await worker.topology(apply=True)
     await publish(nats_server, unique, [each for pair in zip(wanted, others, strict=True) for each in pair])
-    async with consuming(queue) as deliveries:
+    async with consuming(worker) as deliveries:
         await take(deliveries)
     changed = queue_of(nats_server, unique, "b.*")
     await changed.topology(apply=True)
@@ -316,15 +371,15 @@ async def test_a_replayed_letter_comes_behind_what_its_key_has_by_then(nats_serv
 
 async def test_what_is_tried_again_keeps_its_key_and_nobody_else(nats_server: NatsServer, unique: str) -> None:
     events = [*of_key(2), make_event(7, key="b")]
-    queue = queue_of(nats_server, unique)
-    await queue.topology(apply=True)
+    worker = queue_of(nats_server, unique)
+    await worker.topology(apply=True)
     await publish(nats_server, unique, events)
-    async with consuming(queue) as deliveries:
+    async with consuming(worker) as deliveries:
         first = await take(deliveries)
         began = time.monotonic()
         await first.retry(0.5)
         assert await take_and_settle(deliveries, 1) == [events[2].id]
-        assert queue.in_hand == 0
+        assert worker.in_hand == 0
         again = await take(deliveries)
         assert time.monotonic() - began >= 0.45
         assert (id_of(again), again.attempt) == (events[0].id, 2)

@@ -13,7 +13,7 @@ stream, and `InOrder` hands out one of a key after the other.
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import structlog
@@ -110,18 +110,23 @@ class OrderedNatsQueue(NatsQueue):
             self._in_hand.discard(known.message.reply)
             known.message = message
         else:
-            await self._add(message)
+            await self._add([message])
         if not self._requested:
             self._quiet.set()
 
-    async def _add(self, message: Msg) -> None:
-        if not self._subscribed(message):
-            await self._pass_over(message)
-            return
-        delivery = OrderedDelivery(self, message)
-        self._deliveries[delivery.sequence] = delivery
-        self._order.add(delivery)
+    async def _add(self, messages: Iterable[Msg]) -> None:
+        """Takes what comes next in the order of the stream: all of it before anything else can happen."""
+        others = []
+        for message in messages:
+            if self._subscribed(message):
+                delivery = OrderedDelivery(self, message)
+                self._deliveries[delivery.sequence] = delivery
+                self._order.add(delivery)
+            else:
+                others.append(message)
         self._changed.set()
+        for message in others:
+            await self._pass_over(message)
 
     def _end_request(self, status: Mapping[str, str]) -> None:
         if status.get("Status") == _PIN_LOST:
@@ -161,16 +166,15 @@ class OrderedNatsQueue(NatsQueue):
                 await asyncio.sleep(pause)
             room = succession.room(self._subscription.prefetch)
             await self._ask({"batch": room, "expires": int(pause * NANOSECONDS)})
+        await self._prove(connection)
         if self._lost is not None or self._stopped:
             return
-        await self._prove(connection)
         collected = succession.in_order()
         # What is in hand no more was settled by a predecessor.
         self._in_hand.intersection_update([message.reply for message in collected])
         self._succession = None
         log.debug("queue.succeeded", worker=self._subscription.worker, messages=len(collected))
-        for message in collected:
-            await self._add(message)
+        await self._add(collected)
         await self._request()
 
     def _succession_ended(self, task: asyncio.Task[None]) -> None:
@@ -266,7 +270,8 @@ class OrderedNatsQueue(NatsQueue):
     @property
     def in_hand(self) -> int:
         """See `contract.Queue.in_hand`."""
-        return len(self._deliveries) - self._order.behind - len(self._resting)
+        known = len(self._deliveries) - self._order.behind if self._is_proven else len(self._handed_out)
+        return known - len(self._resting)
 
     # Stopping
 
