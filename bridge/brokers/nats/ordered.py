@@ -37,6 +37,9 @@ _PIN_LOST: Final = "423"
 _ROUND: Final = 0.5
 """Seconds, at most, after which a successor looks whether it has everything."""
 
+_MOMENT: Final = 0.02
+"""Seconds after which the server answers a request that renews the pin, where it has no message to measure."""
+
 
 class OrderedDelivery(NatsDelivery):
     """See `bridge.brokers.contract.Delivery`. When the message comes again, this one stands for it."""
@@ -194,23 +197,23 @@ class OrderedNatsQueue(NatsQueue):
         await self._prove(connection)
 
     async def _prove(self, connection: Connection) -> None:
-        """Asks, in the name of the pin, for what no message fits into: that renews the pin, or shows its loss."""
+        """Asks, in the name of the pin, for what no message fits into, which renews it; then looks whether it is ours:
+        while nobody is pinned, the server takes a request in the name of an old pin, too."""
         if not self._pin:
             return
         now = asyncio.get_running_loop().time()
-        request = {"batch": 1, "max_bytes": 1, "no_wait": True, "expires": int(_ROUND * NANOSECONDS), **self._named()}
+        request = {"batch": 1, "max_bytes": 1, "expires": int(_MOMENT * NANOSECONDS), **self._named()}
         try:
             async with connection.asking(), asyncio.timeout(REQUEST_TIMEOUT):
-                answer = await connection.client.request(
+                await connection.client.request(
                     self._next_subject, json.dumps(request).encode(), timeout=REQUEST_TIMEOUT
                 )
+            await self._unsettled(connection)
         except PgbridgeError:
             return  # a lost or silent connection shows itself to the watcher
-        if (answer.headers or {}).get("Status") == _PIN_LOST:
-            self._lose_pin()
-            return
-        self._proven = now
-        self._changed.set()
+        if self._lost is None:
+            self._proven = now
+            self._changed.set()
 
     @property
     def _is_proven(self) -> bool:
