@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -247,6 +248,51 @@ async def test_a_process_that_was_out_of_reach_hands_out_nothing_that_another_on
         with pytest.raises(PgbridgeError):
             await take(deliveries)
         await paused.close()
+
+
+class StandingStill(threading.Thread):
+    """A process that has two deliveries in hand, others behind them, and then stands still, its connection open."""
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__(daemon=True)
+        self._queue = queue
+        self.stands = threading.Event()
+        self.go_on = threading.Event()
+        self.then: object = None
+        """What it was handed next, or the error."""
+
+    def run(self) -> None:
+        asyncio.run(self._run())
+
+    async def _run(self) -> None:
+        await self._queue.open()
+        deliveries = aiter(self._queue.deliveries())
+        in_hand = [await take(deliveries) for _ in range(2)]
+        self.stands.set()
+        self.go_on.wait(LIMIT)  # and with it the event loop
+        with contextlib.suppress(PgbridgeError):
+            await in_hand[0].ack()
+        try:
+            self.then = await take(deliveries)
+        except PgbridgeError as error:
+            self.then = error
+        await self._queue.close()
+
+
+async def test_a_process_that_stood_still_hands_out_nothing_that_another_one_has_now(harness: QueueHarness) -> None:
+    if harness.proxy() is None:
+        pytest.skip("its processes share one event loop")
+    # What is behind the first one has come with the second, which was published last.
+    events = [*of_key("a", 4), make_event(4, key="b")]
+    await harness.publish(*events)
+    process = StandingStill(harness.queue())
+    process.start()
+    assert await asyncio.to_thread(process.stands.wait, LIMIT)
+    async with consuming(harness) as (_, others):
+        assert await drained(others, len(events)) == by_key(events)
+        process.go_on.set()
+        await asyncio.to_thread(process.join, LIMIT)
+    assert isinstance(process.then, PgbridgeError)
 
 
 class World:

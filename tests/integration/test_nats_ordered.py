@@ -2,9 +2,7 @@
 What every ordered queue promises: tests/contract/test_ordered_queues.py."""
 
 import asyncio
-import contextlib
 import json
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -105,55 +103,6 @@ async def unpin(server: NatsServer, name: str) -> None:
     async with await nats.connect(server.url) as client:
         answer = await client.request(f"$JS.API.CONSUMER.UNPIN.{name}.{name}", b'{"group": "pgbridge"}')
     assert "error" not in json.loads(answer.data)
-
-
-class StandingStill(threading.Thread):
-    """A process that takes a delivery, and then stands still with more in hand, its connection open."""
-
-    def __init__(self, queue: Queue) -> None:
-        super().__init__(daemon=True)
-        self._queue = queue
-        self.has_one = threading.Event()
-        self.go_on = threading.Event()
-        self.then: object = None
-        """What it took next, or the error."""
-
-    def run(self) -> None:
-        asyncio.run(self._run())
-
-    async def _run(self) -> None:
-        await self._queue.open()
-        deliveries = aiter(self._queue.deliveries())
-        first = await anext(deliveries)
-        await until(lambda: len(self._queue._in_hand) == 4, "more is in hand")  # type: ignore[attr-defined]
-        self.has_one.set()
-        self.go_on.wait(LIMIT)  # and with it the event loop
-        with contextlib.suppress(BrokerUnavailableError):
-            await first.ack()
-        try:
-            self.then = id_of(await take(deliveries))
-        except BrokerUnavailableError as error:
-            self.then = error
-        await self._queue.close()
-
-
-async def test_a_process_that_stood_still_hands_out_nothing_more_of_its_old_pin(
-    nats_server: NatsServer, unique: str
-) -> None:
-    events = of_key(6)
-    worker = queue_of(nats_server, unique)
-    await worker.topology(apply=True)
-    await publish(nats_server, unique, events[:4])
-    paused = StandingStill(worker)
-    paused.start()
-    await asyncio.to_thread(paused.has_one.wait, LIMIT)
-    await publish(nats_server, unique, events[4:])
-    async with consuming(queue_of(nats_server, unique)) as deliveries:
-        assert await take_and_settle(deliveries, 6) == ids(events)
-        paused.go_on.set()
-        await asyncio.to_thread(paused.join, LIMIT)
-    assert isinstance(paused.then, BrokerUnavailableError)
-    assert await unsettled(nats_server, unique) == 0
 
 
 async def test_a_pin_that_somebody_takes_away_ends_the_queue_and_another_begins_with_what_it_had(

@@ -105,8 +105,11 @@ class PubSubQueue:
         self._hand, self._passed_over = InOrder(), 0
         self._lost, self._stopping, self._pulling = None, False, None
         self._connection = connection
-        soonest = EMULATOR_NACK if self._wanted.ordered and connection.emulated else 0
-        self._leases = Leases(connection, self._names.subscription, deadline, self._lose, soonest=soonest)
+        ordered = self._wanted.ordered
+        soonest = EMULATOR_NACK if ordered and connection.emulated else 0
+        self._leases = Leases(
+            connection, self._names.subscription, deadline, self._lose, soonest=soonest, may_lapse=not ordered
+        )
 
     async def deliveries(self) -> AsyncIterator[PubSubDelivery]:
         """See `contract.Queue.deliveries`. Of one ordering key, the next comes once the one before is settled."""
@@ -121,6 +124,7 @@ class PubSubQueue:
                 raise self._lost
             if self._stopping:
                 return
+            self._open_leases().check()
             yield self._hand.hand_out()
 
     @property
