@@ -322,7 +322,7 @@ class World:
 
 
 class Process:
-    """Works on what its queue delivers, as a worker does, and can be killed, cut off and stopped."""
+    """Works on what its queue delivers, as a worker does, and can be killed, paused and stopped."""
 
     def __init__(self, harness: QueueHarness, world: World) -> None:
         self._harness = harness
@@ -370,6 +370,15 @@ class Process:
         await self._end_tasks()
         await self._leave()
 
+    async def pause(self, seconds: float) -> None:
+        """It hears nothing of its broker for a while, though its database answers; then it ends what it had begun."""
+        if self._proxy is not None:
+            self._proxy.blackhole = True
+        await asyncio.sleep(seconds)
+        if self._proxy is not None:
+            self._proxy.blackhole = False
+        await self.stop()
+
     async def stop(self) -> None:
         """As on SIGTERM: what runs may end."""
         assert self._queue is not None
@@ -409,7 +418,7 @@ async def test_under_load_and_kills_each_key_keeps_its_order_and_nothing_is_lost
             await harness.publish(*events[begin : begin + 25])
             await asyncio.sleep(0.1)
 
-    publishing = asyncio.create_task(publish())
+    others = [asyncio.create_task(publish())]
     for _ in range(4):
         enough = sum(map(len, world.finished.values())) + chance.randrange(20, 60)
 
@@ -418,10 +427,14 @@ async def test_under_load_and_kills_each_key_keeps_its_order_and_nothing_is_lost
 
         await until(settled, "the processes go on", limit=90)
         victim = world.active if world.active in processes else processes[0]
-        await (victim.kill() if chance.random() < 0.7 else victim.stop())
+        how = chance.choice(["kill", "kill", "pause", "stop"])
+        if how == "pause":
+            others.append(asyncio.create_task(victim.pause(harness.lease + 1.0)))
+        else:
+            await (victim.kill() if how == "kill" else victim.stop())
         processes[processes.index(victim)] = successor = Process(harness, world)
         await successor.start()
-    await publishing
+    await asyncio.gather(*others)
     await until(lambda: world.done, "everything is settled", limit=90)
     for process in processes:
         await process.stop()

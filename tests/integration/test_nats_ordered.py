@@ -14,7 +14,7 @@ from nats.aio.msg import Msg
 from pydantic import SecretStr
 
 from bridge.brokers.contract import CONFIRMED, Delivery, Failure, Letter, Queue, Subscription, Verdict
-from bridge.brokers.nats import BROKER, queue
+from bridge.brokers.nats import BROKER, queue, topology
 from bridge.brokers.nats.connection import Client
 from bridge.brokers.nats.dead import NatsDeadLetters
 from bridge.brokers.nats.ordered import PIN_HEADER
@@ -98,6 +98,16 @@ async def unsettled(server: NatsServer, name: str) -> int:
         return (await client.jetstream().consumer_info(name, name)).num_ack_pending or 0
 
 
+async def vanish_with(server: NatsServer, name: str, count: int) -> None:
+    """A process is pinned, takes so many messages, and is never heard of again."""
+    async with await nats.connect(server.url) as client:
+        inbox = await client.subscribe(client.new_inbox())
+        request = {"group": "pgbridge", "batch": count, "expires": 5_000_000_000}
+        await client.publish(f"$JS.API.CONSUMER.MSG.NEXT.{name}.{name}", json.dumps(request).encode(), inbox.subject)
+        for _ in range(count):
+            await inbox.next_msg(LIMIT)
+
+
 async def unpin(server: NatsServer, name: str) -> None:
     """As `nats consumer unpin` does."""
     async with await nats.connect(server.url) as client:
@@ -159,13 +169,7 @@ async def test_what_is_settled_while_what_no_pattern_takes_is_passed_over_lets_n
     first = queue_of(nats_server, unique, "*.a", "b.*", prefetch=40)
     await first.topology(apply=True)
     await publish(nats_server, unique, events[:20])
-    async with await nats.connect(nats_server.url) as client:
-        inbox = await client.subscribe(client.new_inbox())
-        request = {"group": "pgbridge", "batch": 20, "expires": 1_000_000_000}
-        subject = f"$JS.API.CONSUMER.MSG.NEXT.{unique}.{unique}"
-        await client.publish(subject, json.dumps(request).encode(), reply=inbox.subject)
-        for _ in range(20):
-            await inbox.next_msg(LIMIT)
+    await vanish_with(nats_server, unique, 20)
     await publish(nats_server, unique, events[20:])
     slowly = queue.NatsQueue._pass_over
 
@@ -182,6 +186,24 @@ async def test_what_is_settled_while_what_no_pattern_takes_is_passed_over_lets_n
             await delivery.ack()
     for key in {each.key for each in wanted}:
         assert [e for e in came if isinstance(e, Event) and e.key == key] == [e for e in wanted if e.key == key]
+
+
+@pytest.mark.parametrize("most", [10_000, 300])
+async def test_a_predecessor_may_leave_more_than_the_prefetch(
+    nats_server: NatsServer, unique: str, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """As many as the server gives before some are settled, too, so that nothing new comes."""
+    monkeypatch.setattr(topology, "MAX_UNSETTLED", most)
+    events = [make_event(n, key=f"key-{n % 20}") for n in range(600)]
+    worker = queue_of(nats_server, unique, prefetch=4)
+    await worker.topology(apply=True)
+    await publish(nats_server, unique, events)
+    await vanish_with(nats_server, unique, 300)
+    async with consuming(worker) as deliveries:
+        came = await take_and_settle(deliveries, len(events))
+    for key in {each.key for each in events}:
+        of_this = ids(each for each in events if each.key == key)
+        assert [each for each in came if each in of_this] == of_this
 
 
 async def test_a_predecessor_that_goes_on_settling_confuses_nobody(nats_server: NatsServer, unique: str) -> None:
