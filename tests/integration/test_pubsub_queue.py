@@ -217,6 +217,22 @@ async def test_an_ordered_worker_says_what_must_be_set_for_ordering_keys(desk: D
     assert "differs" in {each.state for each in await queue.topology(apply=True)}
 
 
+async def test_the_service_forwards_nothing_of_an_ordered_worker(desk: Desk, unique: str) -> None:
+    """It would do so whenever it likes, and what is behind would overtake."""
+    unordered, ordered = subscription(unique), replace(subscription(unique), ordered=True)
+    await PubSubQueue(desk.settings, unordered).topology(apply=True)
+    queue = PubSubQueue(desk.settings, ordered)
+    with pytest.raises(TopologyError, match=r"with a dead-letter policy.*run `pgbridge topology --apply`"):
+        await queue.open()
+    assert "declared" in {each.state for each in await queue.topology(apply=True)}
+    await desk.publish(make_event(key="a"))
+    _, deliveries = await desk.queue(ordered)
+    await (await come(deliveries)).ack()
+    assert {each.state for each in await queue.topology(apply=False)} == {"present"}
+    await PubSubQueue(desk.settings, unordered).topology(apply=True)
+    assert {each.state for each in await PubSubQueue(desk.settings, unordered).topology(apply=False)} == {"present"}
+
+
 def test_lanes_are_a_mistake_in_the_settings(desk: Desk, unique: str) -> None:
     with pytest.raises(SettingsError, match=rf"workers\.{unique}\.lanes: Pub/Sub"):
         PubSubQueue(desk.settings, replace(subscription(unique), ordered=True, lanes=2))

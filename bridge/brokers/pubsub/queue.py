@@ -7,7 +7,10 @@
 - A message leaves the hand once the service has taken what settles it, so that a verb that raises changes nothing, and
   what comes behind one on its way back goes with it. A close gives back all that is in hand.
 - `attempt` is what the service counts: a delivery that was given back counts too, and one that waited in hand behind
-  another. The inbox, which decides when attempts are exhausted, does not count those.
+  another. The inbox, which decides when attempts are exhausted, does not count those. Of an ordered worker's messages
+  the service counts nothing, so there it is always 1.
+- An ordered worker's queue relies on the service: while a message of a key is leased, nobody is given another one of
+  that key, and what was leased comes again before what is behind it. Its session ends where leases may have run out.
 - `lease` extends what is in hand, `order` holds back what waits behind one of its key, `topology` names subscription
   and dead-letter topic, `message` reads events and marks dead letters.
 """
