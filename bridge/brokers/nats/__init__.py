@@ -2,6 +2,7 @@
 
 `settings` reads the URL, `connection` opens, closes and says what an error means, `message` names subjects and writes
 headers, `topology` declares streams and consumers. `sink` publishes, `queue` consumes, `dead` reads what was given up.
+`ordered` consumes for an ordered worker, one process at a time, and `succession` says when the next one may begin.
 """
 
 from typing import Final
