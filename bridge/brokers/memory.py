@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -71,6 +71,11 @@ class Message:
     event: Event | Malformed
     attempt: int = 1
 
+    @property
+    def key(self) -> str | None:
+        """That of its event; None where it has none."""
+        return self.event.key if isinstance(self.event, Event) else None
+
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
@@ -86,6 +91,8 @@ class MemoryBroker:
     """The messages of one worker's queue; queues that share a broker compete for them."""
 
     waiting: deque[Message] = field(default_factory=deque)
+    busy: set[str] = field(default_factory=set)
+    """Keys of which some queue for an ordered worker has a message in hand."""
     dead: list[DeadLetter] = field(default_factory=list)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     timers: set[asyncio.Task[None]] = field(default_factory=set)
@@ -94,12 +101,6 @@ class MemoryBroker:
         """Behind all that waits."""
         async with self.changed:
             self.waiting.append(message)
-            self.changed.notify_all()
-
-    async def put_back(self, messages: Sequence[Message]) -> None:
-        """Before all that waits, in their order."""
-        async with self.changed:
-            self.waiting.extendleft(reversed(messages))
             self.changed.notify_all()
 
     def append_later(self, message: Message, delay: float) -> None:
@@ -148,8 +149,7 @@ class MemoryDelivery:
 
     async def give_back(self) -> None:
         """As `Delivery.give_back`."""
-        await self._queue.settled(self._message)
-        await self._queue.broker.put_back([self._message])
+        await self._queue.give_back([self._message])
 
 
 class MemoryQueue:
@@ -160,6 +160,7 @@ class MemoryQueue:
         self.settings = settings
         self.broker = broker or MemoryBroker()
         self._prefetch = subscription.prefetch
+        self._ordered = subscription.ordered
         self._in_hand: list[Message] = []
         self._stopped = True
 
@@ -174,18 +175,39 @@ class MemoryQueue:
                 await self.broker.changed.wait_for(self._may_go_on)
                 if self._stopped:
                     return
-                message = self.broker.waiting.popleft()
+                message = next(self._takeable())
+                self.broker.waiting.remove(message)
                 self._in_hand.append(message)
+                if self._ordered and message.key:
+                    self.broker.busy.add(message.key)
             yield MemoryDelivery(self, message)
 
     def _may_go_on(self) -> bool:
-        return self._stopped or (bool(self.broker.waiting) and len(self._in_hand) < self._prefetch)
+        return self._stopped or (len(self._in_hand) < self._prefetch and any(self._takeable()))
+
+    def _takeable(self) -> Iterator[Message]:
+        """What waits; of an ordered worker's queue without the keys that have a message in hand."""
+        return (each for each in self.broker.waiting if not self._ordered or each.key not in self.broker.busy)
 
     async def settled(self, message: Message) -> None:
         """Makes room for the next delivery. Raises ValueError when the message is not in hand."""
         async with self.broker.changed:
             self._in_hand.remove(message)
+            self._free(message)
             self.broker.changed.notify_all()
+
+    async def give_back(self, messages: Sequence[Message]) -> None:
+        """Puts what is in hand before all that waits, in its order."""
+        async with self.broker.changed:
+            for message in messages:
+                self._in_hand.remove(message)
+                self._free(message)
+            self.broker.waiting.extendleft(reversed(messages))
+            self.broker.changed.notify_all()
+
+    def _free(self, message: Message) -> None:
+        if self._ordered and message.key:
+            self.broker.busy.discard(message.key)
 
     @property
     def in_hand(self) -> int:
@@ -209,10 +231,9 @@ class MemoryQueue:
     async def close(self) -> None:
         """Like a crash, it counts an attempt for what was in hand."""
         await self.stop()
-        in_hand, self._in_hand = self._in_hand, []
-        for message in in_hand:
+        for message in self._in_hand:
             message.attempt += 1
-        await self.broker.put_back(in_hand)
+        await self.give_back(list(self._in_hand))
 
 
 class Memory:

@@ -1,6 +1,6 @@
 """What the contract suite needs of each broker: one harness per queue, registered in `HARNESSES`."""
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,9 +13,9 @@ from pydantic import SecretStr
 from bridge.brokers.contract import CONFIRMED, DeadLetters, Queue, Sink, Subscription
 from bridge.brokers.letters import PREFIX, letter_headers
 from bridge.brokers.memory import MemoryBroker, MemoryQueue, MemorySettings, Message
+from bridge.brokers.nats import BROKER as NATS
 from bridge.brokers.nats.dead import NatsDeadLetters
 from bridge.brokers.nats.message import unquote_headers
-from bridge.brokers.nats.queue import NatsQueue
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.sink import NatsSink
 from bridge.brokers.pubsub.connection import connect
@@ -65,8 +65,15 @@ class QueueHarness(Protocol):
     def counts_given_back(self) -> bool:
         """Whether the broker counts a delivery that was given back as an attempt."""
 
-    def queue(self, prefetch: int = 10) -> Queue:
-        """A consumer of the worker's queue, not yet open; each call makes another."""
+    @property
+    def lease(self) -> float:
+        """Seconds after which what a process that vanished had in hand comes to another, at the latest."""
+
+    def queue(self, prefetch: int = 10, proxy: Proxy | None = None) -> Queue:
+        """A consumer of the worker's queue, not yet open; each call makes another. `proxy` is one of its own."""
+
+    def proxy(self) -> Proxy | None:
+        """Another way to the server, not yet open; None where there is no wire."""
 
     async def publish(self, *events: Event) -> None:
         """As the bridge would."""
@@ -84,25 +91,33 @@ class QueueHarness(Protocol):
         """Resets the connections of every queue."""
 
 
-Start = Callable[[Any, str], AbstractAsyncContextManager[QueueHarness]]
-"""From the server that the fixture gave (None without one) and a unique name to a harness."""
+class Start(Protocol):
+    def __call__(self, server: Any, name: str, *, ordered: bool = False) -> AbstractAsyncContextManager[QueueHarness]:
+        """From the server that the fixture gave (None without one) and a unique name to a harness; `ordered` when the
+        worker is."""
 
 
-def subscription(worker: str, prefetch: int = 10) -> Subscription:
-    return Subscription(worker, ["shop.#"], prefetch, RETRY_DELAYS, max_attempts=3, ack_wait=ACK_WAIT)
+def subscription(worker: str, prefetch: int = 10, *, ordered: bool = False) -> Subscription:
+    return Subscription(worker, ["shop.#"], prefetch, RETRY_DELAYS, max_attempts=3, ack_wait=ACK_WAIT, ordered=ordered)
 
 
 class MemoryHarness:
     lacking = None
     ordered_by_key = False
     counts_given_back = False
+    lease = 0.0
 
-    def __init__(self, worker: str) -> None:
+    def __init__(self, worker: str, ordered: bool) -> None:
         self._worker = worker
+        self._ordered = ordered
         self._broker = MemoryBroker()
 
-    def queue(self, prefetch: int = 10) -> MemoryQueue:
-        return MemoryQueue(MemorySettings(type="memory"), subscription(self._worker, prefetch), self._broker)
+    def queue(self, prefetch: int = 10, proxy: Proxy | None = None) -> MemoryQueue:
+        wanted = subscription(self._worker, prefetch, ordered=self._ordered)
+        return MemoryQueue(MemorySettings(type="memory"), wanted, self._broker)
+
+    def proxy(self) -> None:
+        return None
 
     async def publish(self, *events: Event) -> None:
         for event in events:
@@ -129,27 +144,32 @@ class MemoryHarness:
 
 
 @asynccontextmanager
-async def memory(server: None, name: str) -> AsyncIterator[MemoryHarness]:
-    yield MemoryHarness(name)
+async def memory(server: None, name: str, *, ordered: bool = False) -> AsyncIterator[MemoryHarness]:
+    yield MemoryHarness(name, ordered)
 
 
 class RabbitMQHarness:
     ordered_by_key = False
     counts_given_back = True
+    lease = 0.0
 
-    def __init__(self, server: RabbitMQServer, proxy: Proxy, sink: Sink, name: str) -> None:
+    def __init__(self, server: RabbitMQServer, proxy: Proxy, sink: Sink, name: str, ordered: bool) -> None:
         self._server = server
         self._proxy = proxy
         self._sink = sink
         self._name = name
-        self.lacking = RabbitMQQueue(self.settings(), subscription(f"{name}-missing"))
+        self._ordered = ordered
+        self.lacking = RabbitMQQueue(self.settings(), subscription(f"{name}-missing", ordered=ordered))
 
-    def settings(self) -> RabbitMQSettings:
-        url = SecretStr(f"amqp://guest:guest@127.0.0.1:{self._proxy.port}/")
+    def settings(self, proxy: Proxy | None = None) -> RabbitMQSettings:
+        url = SecretStr(f"amqp://guest:guest@127.0.0.1:{(proxy or self._proxy).port}/")
         return RabbitMQSettings(type="rabbitmq", url=url, exchange=self._name)
 
-    def queue(self, prefetch: int = 10) -> RabbitMQQueue:
-        return RabbitMQQueue(self.settings(), subscription(self._name, prefetch))
+    def queue(self, prefetch: int = 10, proxy: Proxy | None = None) -> RabbitMQQueue:
+        return RabbitMQQueue(self.settings(proxy), subscription(self._name, prefetch, ordered=self._ordered))
+
+    def proxy(self) -> Proxy:
+        return Proxy(self._server.host, self._server.port)
 
     async def publish(self, *events: Event) -> None:
         assert list(await self._sink.publish(events)) == [CONFIRMED] * len(events)
@@ -179,12 +199,12 @@ class RabbitMQHarness:
 
 
 @asynccontextmanager
-async def rabbitmq(server: RabbitMQServer, name: str) -> AsyncIterator[RabbitMQHarness]:
+async def rabbitmq(server: RabbitMQServer, name: str, *, ordered: bool = False) -> AsyncIterator[RabbitMQHarness]:
     direct = RabbitMQSettings(type="rabbitmq", url=SecretStr(server.url), exchange=name)
     sink = RabbitMQSink(direct)
     async with Proxy(server.host, server.port) as proxy:
-        harness = RabbitMQHarness(server, proxy, sink, name)
-        await RabbitMQQueue(direct, subscription(name)).topology(apply=True)
+        harness = RabbitMQHarness(server, proxy, sink, name, ordered)
+        await RabbitMQQueue(direct, subscription(name, ordered=ordered)).topology(apply=True)
         await sink.open()
         yield harness
         await sink.close()
@@ -193,20 +213,25 @@ async def rabbitmq(server: RabbitMQServer, name: str) -> AsyncIterator[RabbitMQH
 class NatsHarness:
     ordered_by_key = False
     counts_given_back = True
+    lease = ACK_WAIT
 
-    def __init__(self, server: NatsServer, proxy: Proxy, sink: Sink, name: str) -> None:
+    def __init__(self, server: NatsServer, proxy: Proxy, sink: Sink, name: str, ordered: bool) -> None:
         self._server = server
         self._proxy = proxy
         self._sink = sink
         self._name = name
-        self.lacking = NatsQueue(self.settings(), subscription(f"{name}-missing"))
+        self._ordered = ordered
+        self.lacking = NATS.queue(self.settings(), subscription(f"{name}-missing", ordered=ordered))
 
-    def settings(self) -> NatsSettings:
-        url = SecretStr(f"nats://127.0.0.1:{self._proxy.port}")
+    def settings(self, proxy: Proxy | None = None) -> NatsSettings:
+        url = SecretStr(f"nats://127.0.0.1:{(proxy or self._proxy).port}")
         return NatsSettings(type="nats", url=url, stream=self._name)
 
-    def queue(self, prefetch: int = 10) -> NatsQueue:
-        return NatsQueue(self.settings(), subscription(self._name, prefetch))
+    def queue(self, prefetch: int = 10, proxy: Proxy | None = None) -> Queue:
+        return NATS.queue(self.settings(proxy), subscription(self._name, prefetch, ordered=self._ordered))
+
+    def proxy(self) -> Proxy:
+        return Proxy(self._server.host, self._server.port)
 
     async def publish(self, *events: Event) -> None:
         assert list(await self._sink.publish(events)) == [CONFIRMED] * len(events)
@@ -232,12 +257,12 @@ class NatsHarness:
 
 
 @asynccontextmanager
-async def nats_jetstream(server: NatsServer, name: str) -> AsyncIterator[NatsHarness]:
+async def nats_jetstream(server: NatsServer, name: str, *, ordered: bool = False) -> AsyncIterator[NatsHarness]:
     direct = NatsSettings(type="nats", url=SecretStr(server.url), stream=name)
     sink = NatsSink(direct)
     async with Proxy(server.host, server.port) as proxy:
-        harness = NatsHarness(server, proxy, sink, name)
-        await NatsQueue(direct, subscription(name)).topology(apply=True)
+        harness = NatsHarness(server, proxy, sink, name, ordered)
+        await NATS.queue(direct, subscription(name, ordered=ordered)).topology(apply=True)
         await sink.open()
         yield harness
         await sink.close()
@@ -246,21 +271,27 @@ async def nats_jetstream(server: NatsServer, name: str) -> AsyncIterator[NatsHar
 class PubSubHarness:
     ordered_by_key = True
     counts_given_back = True
+    lease = 10.0
 
-    def __init__(self, server: PubSubEmulator, proxy: Proxy, sink: Sink, name: str) -> None:
+    def __init__(self, server: PubSubEmulator, proxy: Proxy, sink: Sink, name: str, ordered: bool) -> None:
+        self._server = server
+        self._ordered = ordered
         self._direct = pubsub_settings(server.address, name)
         self._dead = PubSubReader(server.address, f"{name}.dead", subscription=f"{name}.dead")
         self._proxy = proxy
         self._sink = sink
         self._name = name
         self._queues: list[PubSubQueue] = []
-        self.lacking = PubSubQueue(self.settings(), subscription(f"{name}-missing"))
+        self.lacking = PubSubQueue(self.settings(), subscription(f"{name}-missing", ordered=ordered))
 
-    def settings(self) -> PubSubSettings:
-        return pubsub_settings(f"127.0.0.1:{self._proxy.port}", self._name)
+    def settings(self, proxy: Proxy | None = None) -> PubSubSettings:
+        return pubsub_settings(f"127.0.0.1:{(proxy or self._proxy).port}", self._name)
 
-    def queue(self, prefetch: int = 10) -> PubSubQueue:
-        queue = PubSubQueue(self.settings(), subscription(self._name, prefetch))
+    def proxy(self) -> Proxy:
+        return Proxy(self._server.host, self._server.port)
+
+    def queue(self, prefetch: int = 10, proxy: Proxy | None = None) -> PubSubQueue:
+        queue = PubSubQueue(self.settings(proxy), subscription(self._name, prefetch, ordered=self._ordered))
         self._queues.append(queue)
         return queue
 
@@ -291,12 +322,12 @@ class PubSubHarness:
 
 
 @asynccontextmanager
-async def pubsub(server: PubSubEmulator, name: str) -> AsyncIterator[PubSubHarness]:
+async def pubsub(server: PubSubEmulator, name: str, *, ordered: bool = False) -> AsyncIterator[PubSubHarness]:
     direct = pubsub_settings(server.address, name, max_message_bytes=9_800_000)
     sink = PubSubSink(direct)
     async with Proxy(server.host, server.port) as proxy:
-        harness = PubSubHarness(server, proxy, sink, name)
-        await PubSubQueue(direct, subscription(name)).topology(apply=True)
+        harness = PubSubHarness(server, proxy, sink, name, ordered)
+        await PubSubQueue(direct, subscription(name, ordered=ordered)).topology(apply=True)
         await sink.open()
         yield harness
         await sink.close()
@@ -313,3 +344,6 @@ HARNESSES: dict[str, tuple[str | None, Start]] = {
     "rabbitmq": ("rabbitmq", rabbitmq),
 }
 """By the type of the sink: the fixture of its server, and how a harness is made."""
+
+ORDERED: tuple[str, ...] = ("memory", "rabbitmq", "nats", "pubsub")
+"""Those whose queue takes `Subscription.ordered`."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -200,6 +201,41 @@ async def test_another_filter_is_refused_with_what_to_do_about_it(desk: Desk, un
     differs = [each for each in await changed.topology(apply=True) if each.state == "differs"]
     assert [each.name for each in differs] == [unique]
     assert f"gcloud pubsub subscriptions delete {unique}" in differs[0].detail
+
+
+async def test_an_ordered_worker_says_what_must_be_set_for_ordering_keys(desk: Desk, unique: str) -> None:
+    wanted = replace(subscription(unique), ordered=True)
+    unordered = desk.settings.model_copy(update={"ordering": False})
+    with pytest.raises(
+        SettingsError, match=rf"sinks\.events\.ordering: an ordered worker \(workers\.{unique}\.ordered"
+    ):
+        PubSubQueue(unordered, wanted)
+    await PubSubQueue(unordered, subscription(unique)).topology(apply=True)
+    queue = PubSubQueue(desk.settings, wanted)
+    with pytest.raises(TopologyError, match=rf"without message ordering, which workers\.{unique}\.ordered needs"):
+        await queue.open()
+    assert "differs" in {each.state for each in await queue.topology(apply=True)}
+
+
+async def test_the_service_forwards_nothing_of_an_ordered_worker(desk: Desk, unique: str) -> None:
+    """It would do so whenever it likes, and what is behind would overtake."""
+    unordered, ordered = subscription(unique), replace(subscription(unique), ordered=True)
+    await PubSubQueue(desk.settings, unordered).topology(apply=True)
+    queue = PubSubQueue(desk.settings, ordered)
+    with pytest.raises(TopologyError, match=r"with a dead-letter policy.*run `pgbridge topology --apply`"):
+        await queue.open()
+    assert "declared" in {each.state for each in await queue.topology(apply=True)}
+    await desk.publish(make_event(key="a"))
+    _, deliveries = await desk.queue(ordered)
+    await (await come(deliveries)).ack()
+    assert {each.state for each in await queue.topology(apply=False)} == {"present"}
+    await PubSubQueue(desk.settings, unordered).topology(apply=True)
+    assert {each.state for each in await PubSubQueue(desk.settings, unordered).topology(apply=False)} == {"present"}
+
+
+def test_lanes_are_a_mistake_in_the_settings(desk: Desk, unique: str) -> None:
+    with pytest.raises(SettingsError, match=rf"workers\.{unique}\.lanes: Pub/Sub"):
+        PubSubQueue(desk.settings, replace(subscription(unique), ordered=True, lanes=2))
 
 
 async def test_what_can_be_changed_in_place_is_changed(desk: Desk, unique: str) -> None:

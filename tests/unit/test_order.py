@@ -52,6 +52,17 @@ def test_what_is_taken_back_takes_along_what_waits_behind_it() -> None:
     assert hand.hand_out() == again
 
 
+def test_what_is_handed_out_again_comes_before_what_waits_behind_it() -> None:
+    hand, (first, second) = filled("a", "a")
+    assert hand.hand_out() == first
+    hand.again(first)
+    assert hand.behind == 1
+    assert hand.hand_out() == first
+    assert not hand
+    hand.settled(first)
+    assert hand.hand_out() == second
+
+
 def test_a_stop_takes_back_all_but_what_waits_for_one_in_hand() -> None:
     hand, (first, behind, b, b2, none) = filled("a", "a", "b", "b", "")
     assert hand.hand_out() == first

@@ -2,6 +2,7 @@
 
 `settings` reads the URL, `connection` opens, closes and says what an error means, `message` names subjects and writes
 headers, `topology` declares streams and consumers. `sink` publishes, `queue` consumes, `dead` reads what was given up.
+`ordered` consumes for an ordered worker, one process at a time, and `succession` says when the next one may begin.
 """
 
 from typing import Final
@@ -22,9 +23,10 @@ class Nats:
         return NatsSink(settings)
 
     def queue(self, settings: NatsSettings, subscription: Subscription, /) -> Queue:
+        from bridge.brokers.nats.ordered import OrderedNatsQueue
         from bridge.brokers.nats.queue import NatsQueue
 
-        return NatsQueue(settings, subscription)
+        return (OrderedNatsQueue if subscription.ordered else NatsQueue)(settings, subscription)
 
     def dead_letters(self, settings: NatsSettings, worker: str, /) -> DeadLetters:
         from bridge.brokers.nats.dead import NatsDeadLetters

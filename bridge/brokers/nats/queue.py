@@ -15,7 +15,7 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import nats.aio.subscription
 from nats.aio.msg import Msg
@@ -26,10 +26,10 @@ from bridge.brokers.nats.connection import REQUEST_TIMEOUT, Connection, connect
 from bridge.brokers.nats.message import dead_headers, event_of, topic_of
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.topology import dead_stream, declarations, require
-from bridge.errors import BrokerUnavailableError, PgbridgeError, PrivilegeError
+from bridge.errors import BrokerUnavailableError, PgbridgeError, PrivilegeError, SettingsError
 from bridge.event import matches
 
-_NANOSECONDS: Final = 1_000_000_000
+NANOSECONDS: Final = 1_000_000_000
 """In one second: how JetStream writes durations."""
 
 HEARTBEAT: Final = 5.0
@@ -50,68 +50,76 @@ class NatsDelivery:
 
     def __init__(self, queue: "NatsQueue", message: Msg) -> None:
         self._queue = queue
-        self._message = message
+        self.message = message
         self.event = event_of(message)
         # What was given back counts, see above.
         self.attempt = int(message.metadata.num_delivered)
 
     async def ack(self) -> None:
         """See `contract.Delivery.ack`."""
-        await self._queue.settle(self._message, b"+ACK")
+        await self._queue.settle(self, b"+ACK")
 
     async def retry(self, delay: float) -> None:
         """See `contract.Delivery.retry`; after exactly `delay`."""
-        await self._queue.settle(self._message, b'-NAK {"delay": %d}' % max(1, round(delay * _NANOSECONDS)))
+        await self._queue.settle(self, b'-NAK {"delay": %d}' % max(1, round(delay * NANOSECONDS)))
 
     async def dead_letter(self, failure: Failure) -> None:
         """See `contract.Delivery.dead_letter`. Repeated within two minutes, it is stored once."""
-        await self._queue.publish_dead(self._message, failure, self.attempt)
+        await self._queue.publish_dead(self.message, failure, self.attempt)
         await self.ack()
 
     async def give_back(self) -> None:
         """See `contract.Delivery.give_back`; JetStream counts it all the same."""
-        await self._queue.settle(self._message, b"-NAK")
+        await self._queue.settle(self, b"-NAK")
 
 
 class NatsQueue:
     """See `bridge.brokers.contract.Queue`."""
 
     def __init__(self, settings: NatsSettings, subscription: Subscription) -> None:
+        """Raises SettingsError."""
+        if subscription.lanes > 1:
+            raise SettingsError(
+                f"workers.{subscription.worker}.lanes: NATS gives a consumer to one process of an ordered worker at a "
+                "time and knows no lanes; leave it out"
+            )
         self._settings = settings
         self._subscription = subscription
         self._address = str(settings.servers)
         self._dead_stream = dead_stream(subscription.worker)
+        self._next_subject = f"$JS.API.CONSUMER.MSG.NEXT.{settings.stream}.{subscription.worker}"
         self._connection: Connection | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._arrived: deque[Msg] = deque()
-        """What was not handed out yet: at most the prefetch."""
         self._changed = asyncio.Event()
         """Wakes `deliveries` to look at what follows."""
-        self._stopped = False
-        self._lost: PgbridgeError | None = None
         self._inbox: nats.aio.subscription.Subscription | None = None
+        self._heard = 0.0
+        """When the request for messages last had a sign of the server, by the loop's clock."""
+        self._extended = 0.0
+        """Since when, by the loop's clock, the server leaves us what is in hand for `ack_wait`."""
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forgets what was of an earlier connection."""
+        self._stopped = False
+        self._lost: BaseException | None = None
+        self._arrived: deque[Msg] = deque()
+        """What was not handed out yet: at most the prefetch."""
         self._in_hand: set[str] = set()
         """Reply subjects of what arrived and is not settled."""
         self._passing_over = 0
         """Of these, what no pattern takes."""
         self._requested = 0
         """Messages that the server may still send for the open request; there is one at a time."""
-        self._heard = 0.0
-        """When the request for messages last had a sign of the server, by the loop's clock."""
-        self._extended = 0.0
-        """Since when, by the loop's clock, the server leaves us what is in hand for `ack_wait`."""
 
     async def open(self) -> None:
         """See `contract.Queue.open`."""
         await self.close()
-        self._stopped, self._lost, self._arrived = False, None, deque()
-        self._in_hand, self._passing_over, self._requested = set(), 0, 0
+        self._begin()
         connection = await connect(self._settings, denied=self._denied)
         try:
             async with connection.asking():
-                found = await declarations(
-                    connection.jetstream(), self._settings.stream, self._subscription, apply=False
-                )
+                found = await declarations(connection, self._settings.stream, self._subscription, apply=False)
                 require(found, self._settings)
                 # The prefetch is the limit; one of nats-py's would drop messages.
                 self._inbox = await connection.client.subscribe(
@@ -126,24 +134,28 @@ class NatsQueue:
         await self._request()
 
     async def _request(self) -> None:
-        """Asks for as many messages as fit into the prefetch, unless a request is open. Raises nothing: a failure ends
+        """Asks for as many messages as there is room for, unless a request is open. Raises nothing: a failure ends
         `deliveries`."""
-        room = self._subscription.prefetch - len(self._in_hand)
-        if self._stopped or self._lost or self._requested or room <= 0:
+        room = self._room()
+        if not self._requested and room > 0:
+            heartbeat = int(HEARTBEAT * NANOSECONDS)
+            await self._ask({"batch": room, "expires": int(_REQUEST_OPEN * NANOSECONDS), "idle_heartbeat": heartbeat})
+
+    def _room(self) -> int:
+        """How many more messages may come."""
+        return self._subscription.prefetch - len(self._in_hand)
+
+    async def _ask(self, request: dict[str, Any]) -> None:
+        """Opens a request for messages. Raises nothing, as `_request`."""
+        if self._stopped or self._lost or self._connection is None or self._inbox is None:
             return
-        if self._connection is None or self._inbox is None:
-            return
-        self._requested = room
+        self._requested = request["batch"]
         self._heard = asyncio.get_running_loop().time()
-        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._settings.stream}.{self._subscription.worker}"
-        request = {
-            "batch": room,
-            "expires": int(_REQUEST_OPEN * _NANOSECONDS),
-            "idle_heartbeat": int(HEARTBEAT * _NANOSECONDS),
-        }
         try:
             async with self._connection.asking():
-                await self._connection.client.publish(subject, json.dumps(request).encode(), reply=self._inbox.subject)
+                await self._connection.client.publish(
+                    self._next_subject, json.dumps(request).encode(), reply=self._inbox.subject
+                )
         except PgbridgeError as error:
             self._lose(error)
 
@@ -154,14 +166,17 @@ class NatsQueue:
         if message.reply:
             self._requested -= 1
             self._in_hand.add(message.reply)
-            if self._subscribed(message):
-                self._arrived.append(message)
-                self._changed.set()
-            else:
-                await self._pass_over(message)
+            await self._arrive(message)
         else:
             self._end_request(message.headers or {})
         await self._request()
+
+    async def _arrive(self, message: Msg) -> None:
+        if self._subscribed(message):
+            self._arrived.append(message)
+            self._changed.set()
+        else:
+            await self._pass_over(message)
 
     def _subscribed(self, message: Msg) -> bool:
         """False for what only the filters take, which cannot be as narrow as the patterns."""
@@ -193,13 +208,17 @@ class NatsQueue:
         try:
             while self._connection is connection and not lost.done():
                 await asyncio.wait([lost], timeout=min(HEARTBEAT, self._subscription.ack_wait / 3))
-                await self._extend(connection)
+                await self._keep(connection)
                 if self._requested and asyncio.get_running_loop().time() - self._heard > _SILENCE:
                     break
         finally:
             lost.cancel()
         silence = self._unavailable(f"does not answer: nothing was heard for {_SILENCE:g} s")
         self._lose(connection.ending if lost.done() else silence)
+
+    async def _keep(self, connection: Connection) -> None:
+        """Done again and again while the connection lives."""
+        await self._extend(connection)
 
     async def _extend(self, connection: Connection) -> None:
         """Says that what is in hand is worked on, so that the server waits for another `ack_wait`."""
@@ -220,7 +239,7 @@ class NatsQueue:
     def _denied(self, refusal: PrivilegeError, subject: str) -> None:
         self._lose(refusal)
 
-    def _lose(self, error: PgbridgeError) -> None:
+    def _lose(self, error: BaseException) -> None:
         self._lost = self._lost or error
         self._changed.set()
 
@@ -234,22 +253,29 @@ class NatsQueue:
                 raise self._lost
             if self._stopped:
                 return
-            if self._arrived:
-                yield NatsDelivery(self, self._arrived.popleft())
+            if (delivery := self._next()) is not None:
+                yield delivery
             else:
                 self._changed.clear()
                 await self._changed.wait()
 
-    async def settle(self, message: Msg, verb: bytes) -> None:
-        """Answers for a message; returns once the server has taken it, and makes room for the next.
+    def _next(self) -> NatsDelivery | None:
+        """What is handed out now."""
+        return NatsDelivery(self, self._arrived.popleft()) if self._arrived else None
+
+    async def settle(self, delivery: NatsDelivery, verb: bytes) -> None:
+        """Answers for a delivery; returns once the server has taken it, and makes room for the next.
 
         A connection that was opened since will do. Raises BrokerUnavailableError or RefusedError.
         """
         connection = self._connected()
         async with connection.asking(), asyncio.timeout(REQUEST_TIMEOUT):
-            await connection.client.request(message.reply, verb, timeout=REQUEST_TIMEOUT)
-        self._in_hand.discard(message.reply)
+            await connection.client.request(delivery.message.reply, verb, timeout=REQUEST_TIMEOUT)
+        self._settled(delivery)
         await self._request()
+
+    def _settled(self, delivery: NatsDelivery) -> None:
+        self._in_hand.discard(delivery.message.reply)
 
     async def _send(self, replies: Iterable[str], verb: bytes) -> None:
         """Answers for messages, without waiting until the server has taken it."""
@@ -297,10 +323,15 @@ class NatsQueue:
         self._changed.set()
         async with self._connection.asking(), asyncio.timeout(REQUEST_TIMEOUT):
             await self._end_subscription(self._connection)
-        waiting = [message.reply for message in self._arrived]
-        self._arrived.clear()
+        waiting = self._take_back()
         await self._send(waiting, b"-NAK")
         self._in_hand.difference_update(waiting)
+
+    def _take_back(self) -> list[str]:
+        """Forgets what was not handed out; its reply subjects."""
+        waiting = [message.reply for message in self._arrived]
+        self._arrived.clear()
+        return waiting
 
     async def _end_subscription(self, connection: Connection) -> None:
         """Returns once the server has answered that nothing more comes, and what was on its way has been taken."""
@@ -316,9 +347,7 @@ class NatsQueue:
         connection = await connect(self._settings)
         try:
             async with connection.asking():
-                return await declarations(
-                    connection.jetstream(), self._settings.stream, self._subscription, apply=apply
-                )
+                return await declarations(connection, self._settings.stream, self._subscription, apply=apply)
         finally:
             await connection.close()
 

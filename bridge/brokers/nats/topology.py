@@ -1,9 +1,17 @@
-"""What must exist on NATS: the stream of events, and for each worker a consumer of it and a stream of dead letters."""
+"""What must exist on NATS: the stream of events, and for each worker a consumer of it and a stream of dead letters.
 
+The consumer of an ordered worker is *pinned*: it gives all messages to one of the processes that ask for them, until
+that one has asked for none for `ack_wait`. nats-py knows nothing of that, so `PinnedConfig` adds it to a consumer's
+configuration, and `consumer_state` asks for what the server says.
+"""
+
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations, takewhile
-from typing import Final
+from typing import Any, Final
 
+from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.api import (
     AccountInfo,
@@ -16,9 +24,10 @@ from nats.js.api import (
     StreamConfig,
     StreamInfo,
 )
-from nats.js.errors import NotFoundError
+from nats.js.errors import APIError, NotFoundError
 
 from bridge.brokers.contract import Declaration, Subscription
+from bridge.brokers.nats.connection import REQUEST_TIMEOUT, Connection
 from bridge.brokers.nats.message import quote_word
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.errors import TopologyError
@@ -33,13 +42,23 @@ def dead_stream(worker: str) -> str:
 
 
 async def declarations(
-    jetstream: JetStreamContext, stream: str, subscription: Subscription, *, apply: bool
+    connection: Connection, stream: str, subscription: Subscription, *, apply: bool
 ) -> list[Declaration]:
-    """All that a worker needs; with `apply`, what is missing is declared, in this order."""
+    """All that a worker needs; with `apply`, what is missing is declared, in this order.
+
+    Raises TopologyError for an ordered worker on a server that pins no consumers.
+    """
+    version = connection.client.connected_server_version
+    if subscription.ordered and (version.major, version.minor) < PINS_SINCE:
+        raise TopologyError(
+            f"workers.{subscription.worker}.ordered: NATS at {connection.address} is {version.major}.{version.minor}, "
+            f"and gives a consumer to one process at a time since {'.'.join(map(str, PINS_SINCE))}: use a newer server"
+        )
+    jetstream = connection.jetstream()
     return [
         await stream_declaration(jetstream, stream, apply=apply),
         await stream_declaration(jetstream, dead_stream(subscription.worker), apply=apply),
-        await consumer_declaration(jetstream, stream, subscription, apply=apply),
+        await _consumer_declaration(connection.client, jetstream, stream, subscription, apply=apply),
     ]
 
 
@@ -167,12 +186,40 @@ def _cover(one: Words, other: Words) -> Words:
     return (*merged, ">")
 
 
-async def consumer_declaration(
-    jetstream: JetStreamContext, stream: str, subscription: Subscription, *, apply: bool
+PINS_SINCE: Final = (2, 11)
+"""The version of NATS that knows pinned consumers."""
+
+GROUP: Final = "pgbridge"
+"""The one priority group of a pinned consumer; each request for its messages names it."""
+
+_PINNED: Final = "pinned_client"
+
+
+@dataclass
+class PinnedConfig(ConsumerConfig):
+    """A consumer that gives all messages to one process at a time."""
+
+    priority_groups: list[str] | None = None
+    priority_policy: str | None = None
+    priority_timeout: int | None = None
+    """Nanoseconds without a request of the pinned process, after which another one is pinned."""
+
+
+async def consumer_state(client: Client, stream: str, consumer: str) -> dict[str, Any]:
+    """What the server says of a consumer, with what nats-py leaves out. Raises NotFoundError and its like."""
+    answer = await client.request(f"$JS.API.CONSUMER.INFO.{stream}.{consumer}", timeout=REQUEST_TIMEOUT)
+    state: dict[str, Any] = json.loads(answer.data)
+    if "error" in state:
+        APIError.from_error(state["error"])
+    return state
+
+
+async def _consumer_declaration(
+    client: Client, jetstream: JetStreamContext, stream: str, subscription: Subscription, *, apply: bool
 ) -> Declaration:
     """The state of the worker's consumer; with `apply`, it is declared, or brought to these settings."""
     begins = DeliverPolicy.NEW if subscription.start == "now" else DeliverPolicy.ALL
-    wanted = ConsumerConfig(
+    wanted: ConsumerConfig = PinnedConfig(
         durable_name=subscription.worker,
         description="pgbridge",
         deliver_policy=begins,
@@ -182,24 +229,29 @@ async def consumer_declaration(
         max_deliver=-1,
         max_ack_pending=MAX_UNSETTLED,
         filter_subjects=filters(stream, subscription.topics),
+        **_pinning(subscription),
     )
     name = f"{stream} -> {subscription.worker}"
     detail = f"subjects {', '.join(wanted.filter_subjects or [])}; ack_wait {subscription.ack_wait:g} s"
+    if subscription.ordered:
+        detail += "; pinned to one process at a time"
     try:
-        found = (await jetstream.consumer_info(stream, subscription.worker)).config
+        state = await consumer_state(client, stream, subscription.worker)
     except NotFoundError:
         problem = None
         detail += f"; begins {'now' if subscription.start == 'now' else 'with the oldest message'}"
         if not apply:
             return Declaration("consumer", name, "missing", detail)
     else:
+        pinning = {key: value for key, value in state["config"].items() if key.startswith("priority_")}
+        found = ConsumerConfig.from_response(state["config"])
         # Where it began is its own matter; NATS refuses to change it.
         wanted = wanted.evolve(
             deliver_policy=found.deliver_policy,
             opt_start_seq=found.opt_start_seq,
             opt_start_time=found.opt_start_time,
         )
-        problem = _consumer_problem(found, wanted)
+        problem = _consumer_problem(found, wanted) or _pinning_problem(pinning, subscription)
         if problem is None:
             return Declaration("consumer", name, "present", detail)
         if not apply:
@@ -215,4 +267,29 @@ def _consumer_problem(found: ConsumerConfig, wanted: ConsumerConfig) -> str | No
     for name in ("ack_policy", "ack_wait", "max_deliver", "max_ack_pending"):
         if getattr(found, name) != getattr(wanted, name):
             return f"its {name} is {getattr(found, name)}, not {getattr(wanted, name)}"
+    return None
+
+
+def _pinning(subscription: Subscription) -> dict[str, Any]:
+    if not subscription.ordered:
+        return {}
+    timeout = round(subscription.ack_wait * 1_000_000_000)
+    return {"priority_groups": [GROUP], "priority_policy": _PINNED, "priority_timeout": timeout}
+
+
+def _pinning_problem(found: dict[str, Any], subscription: Subscription) -> str | None:
+    """What has to be changed. An unordered worker's processes would get nothing of a pinned consumer, and an ordered
+    one's would get another's messages of one that is not."""
+    policy = found.get("priority_policy", "none")
+    if not subscription.ordered:
+        return None if policy == "none" else f"its priority_policy is {policy}, as of an ordered worker"
+    wanted = _pinning(subscription)
+    if policy != _PINNED:
+        return (
+            f"its priority_policy is {policy}, not {_PINNED}, as an ordered worker needs it: "
+            "stop all processes of the worker first, since they would go on side by side"
+        )
+    for name in ("priority_groups", "priority_timeout"):
+        if found.get(name) != wanted[name]:
+            return f"its {name} is {found.get(name)}, not {wanted[name]}"
     return None

@@ -8,7 +8,7 @@ import structlog
 from google.pubsub_v1 import types
 
 from bridge.brokers.pubsub.connection import Connection
-from bridge.errors import PgbridgeError
+from bridge.errors import BrokerUnavailableError, PgbridgeError
 from bridge.process.batching import Batcher
 
 log = structlog.get_logger()
@@ -34,12 +34,24 @@ class Leases:
     """
 
     def __init__(
-        self, connection: Connection, subscription: str, deadline: int, lost: Callable[[PgbridgeError], None]
+        self,
+        connection: Connection,
+        subscription: str,
+        deadline: int,
+        lost: Callable[[PgbridgeError], None],
+        *,
+        soonest: int = 0,
+        may_lapse: bool = True,
     ) -> None:
-        """`deadline`: the subscription's, in seconds."""
+        """`deadline`: the subscription's, in seconds; `soonest`: the shortest after which what is released may come.
+        Unless it `may_lapse`, leases that ran out, as while the process stood still, are lost, and not extended."""
         self._connection = connection
         self._subscription = subscription
         self._deadline = deadline
+        self._soonest = soonest
+        self._may_lapse = may_lapse
+        self._extended = asyncio.get_running_loop().time()
+        """When what is in hand was last extended, as far as the service is known to have taken it."""
         self._lost = lost
         self._held: dict[str, None] = {}
         self._releasing: set[str] = set()
@@ -68,7 +80,7 @@ class Leases:
         self._releasing.update(ack_ids)
         try:
             await self._not_extending.wait()  # or the extension may arrive last, and count
-            await self._modify(ack_ids, seconds, limit=SETTLE_LIMIT)
+            await self._modify(ack_ids, max(seconds, self._soonest), limit=SETTLE_LIMIT)
         finally:
             self._releasing.difference_update(ack_ids)
         for ack_id in ack_ids:
@@ -76,12 +88,23 @@ class Leases:
 
     async def extend(self, *, limit: float) -> None:
         """Makes every lease as long as the subscription's deadline, within `limit` seconds. Raises as `acknowledge`."""
+        self.check()
+        now = asyncio.get_running_loop().time()
         held = [ack_id for ack_id in self._held if ack_id not in self._releasing]
         self._not_extending.clear()
         try:
             await self._modify(held, self._deadline, limit=limit)
         finally:
             self._not_extending.set()
+        self._extended = now
+
+    def check(self) -> None:
+        """Raises BrokerUnavailableError where leases may have run out that may not."""
+        if not self._may_lapse and asyncio.get_running_loop().time() - self._extended >= self._deadline:
+            raise BrokerUnavailableError(
+                f"{self._connection.at()}: the leases of what was in hand ran out, since this process stood still for "
+                f"{self._deadline} s or was not answered, so others may have it now"
+            )
 
     async def close(self) -> None:
         """Gives back what is in hand, if the service answers soon."""
@@ -91,7 +114,7 @@ class Leases:
         held = list(self._held)
         self._held.clear()
         try:
-            await self._modify(held, 0, limit=CLOSE_LIMIT, reconnect=True)
+            await self._modify(held, self._soonest, limit=CLOSE_LIMIT, reconnect=True)
         except PgbridgeError as error:
             log.debug("pubsub.leases_run_out", messages=len(held), seconds=self._deadline, reason=str(error))
 

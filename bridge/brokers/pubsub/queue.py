@@ -7,7 +7,10 @@
 - A message leaves the hand once the service has taken what settles it, so that a verb that raises changes nothing, and
   what comes behind one on its way back goes with it. A close gives back all that is in hand.
 - `attempt` is what the service counts: a delivery that was given back counts too, and one that waited in hand behind
-  another. The inbox, which decides when attempts are exhausted, does not count those.
+  another. The inbox, which decides when attempts are exhausted, does not count those. Of an ordered worker's messages
+  the service counts nothing, so there it is always 1.
+- An ordered worker's queue relies on the service: while a message of a key is leased, nobody is given another one of
+  that key, and what was leased comes again before what is behind it. Its session ends where leases may have run out.
 - `lease` extends what is in hand, `order` holds back what waits behind one of its key, `topology` names subscription
   and dead-letter topic, `message` reads events and marks dead letters.
 """
@@ -22,13 +25,13 @@ import grpc
 from google.pubsub_v1 import types
 
 from bridge.brokers.contract import Declaration, Failure, Subscription
-from bridge.brokers.order import InOrder
+from bridge.brokers.order import MOST_HELD, InOrder
 from bridge.brokers.pubsub.connection import Connection, connect
 from bridge.brokers.pubsub.lease import Leases
 from bridge.brokers.pubsub.message import FOR_WORKER, from_message, marked
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.topology import MAX_LEASE, Names, ack_deadline, declarations
-from bridge.errors import BrokerUnavailableError, PgbridgeError
+from bridge.errors import BrokerUnavailableError, PgbridgeError, SettingsError
 from bridge.event import Event, Malformed, matches
 from bridge.process.tasks import one_error
 
@@ -63,8 +66,10 @@ PULL_LIMIT: Final = 60.0
 
 EMULATOR_POLL: Final = 0.02
 """Seconds between two looks at the emulator, which goes on giving messages to a waiting pull that was cancelled."""
-MOST_HELD: Final = 10
-"""Times the prefetch: most messages in hand with those that wait behind one of their key."""
+EMULATOR_NACK: Final = 1
+"""Seconds that what an ordered worker gives back stays away from the emulator's others: what is given back at once it
+puts behind what it has of the key, and what comes since its lease has run out before that. Of the service, Google
+promises that it redelivers a key in order in both cases."""
 PULL_GRACE: Final = 0.25
 """Seconds that a stop gives a pull to return by itself."""
 
@@ -76,6 +81,8 @@ class PubSubQueue:
     """One worker's subscription of the sink's topic. See `bridge.brokers.contract.Queue`."""
 
     def __init__(self, settings: PubSubSettings, subscription: Subscription) -> None:
+        """Raises SettingsError."""
+        _check(settings, subscription)
         self._settings = settings
         self._wanted = subscription
         self._names = Names(settings, subscription.worker)
@@ -101,7 +108,11 @@ class PubSubQueue:
         self._hand, self._passed_over = InOrder(), 0
         self._lost, self._stopping, self._pulling = None, False, None
         self._connection = connection
-        self._leases = Leases(connection, self._names.subscription, deadline, self._lose)
+        ordered = self._wanted.ordered
+        soonest = EMULATOR_NACK if ordered and connection.emulated else 0
+        self._leases = Leases(
+            connection, self._names.subscription, deadline, self._lose, soonest=soonest, may_lapse=not ordered
+        )
 
     async def deliveries(self) -> AsyncIterator[PubSubDelivery]:
         """See `contract.Queue.deliveries`. Of one ordering key, the next comes once the one before is settled."""
@@ -116,6 +127,7 @@ class PubSubQueue:
                 raise self._lost
             if self._stopping:
                 return
+            self._open_leases().check()
             yield self._hand.hand_out()
 
     @property
@@ -297,3 +309,17 @@ class PubSubQueue:
         if self._leases is None:
             raise self._closed("the queue is not open")
         return self._leases
+
+
+def _check(settings: PubSubSettings, subscription: Subscription) -> None:
+    """Raises SettingsError for what an ordered worker cannot have here."""
+    worker = f"workers.{subscription.worker}"
+    if subscription.lanes > 1:
+        raise SettingsError(
+            f"{worker}.lanes: Pub/Sub gives the keys of an ordered worker to all of its processes and knows no lanes; "
+            "leave it out"
+        )
+    if subscription.ordered and not settings.ordering:
+        raise SettingsError(
+            f"{settings.key('ordering')}: an ordered worker ({worker}.ordered) needs ordering keys: set it to true"
+        )

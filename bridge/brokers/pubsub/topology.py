@@ -104,6 +104,16 @@ async def ack_deadline(connection: Connection, wanted: Subscription, names: Name
             f"{connection.at()} has a {what} with the filter {found.filter}, which may withhold what the worker wants: "
             "`pgbridge topology` says what to do"
         )
+    if wanted.ordered and not found.enable_message_ordering:
+        raise TopologyError(
+            f"{connection.at('ordering')} has a {what} without message ordering, which workers.{wanted.worker}.ordered "
+            "needs and nothing can add: `pgbridge topology` says what to do"
+        )
+    if wanted.ordered and found.HasField("dead_letter_policy"):
+        raise TopologyError(
+            f"{connection.at()} has a {what} with a dead-letter policy, under which Pub/Sub may deliver a key out of "
+            f"order, against workers.{wanted.worker}.ordered: run `pgbridge topology --apply`"
+        )
     return int(found.ack_deadline_seconds)
 
 
@@ -136,6 +146,8 @@ async def declarations(
 
 def _subscription(settings: PubSubSettings, wanted: Subscription, names: Names) -> Any:
     shortest, longest = ACK_DEADLINES
+    # With it the service promises no order: it forwards when it likes. An ordered worker makes all its dead letters.
+    dead_letters = types.DeadLetterPolicy.pb()(dead_letter_topic=names.dead_topic, max_delivery_attempts=MAX_DELIVERIES)
     return types.Subscription.pb()(
         name=names.subscription,
         topic=names.topic,
@@ -144,9 +156,7 @@ def _subscription(settings: PubSubSettings, wanted: Subscription, names: Names) 
         enable_message_ordering=settings.ordering,
         filter=filter_of(wanted.topics),
         expiration_policy=types.ExpirationPolicy.pb()(),
-        dead_letter_policy=types.DeadLetterPolicy.pb()(
-            dead_letter_topic=names.dead_topic, max_delivery_attempts=MAX_DELIVERIES
-        ),
+        dead_letter_policy=None if wanted.ordered else dead_letters,
     )
 
 
