@@ -182,7 +182,7 @@ class Attempts:
         effects = _Effects(self._inbox, claim, self.database)
         current_effects.set(effects)
         try:
-            result = await self._run_handler(event)
+            result = await self.run_handler(self._run, event, self._settings.timeout)
         except ClaimLostError:
             raise
         except Reject as error:
@@ -190,7 +190,7 @@ class Attempts:
         except Retry as error:
             reason = str(error) or "the handler asked for another attempt"
             return _Failed(_failure("attempts_exhausted", reason), error.after)
-        except _TimedOutError as error:
+        except TimedOutError as error:
             if effects.gave_up_in_outage:
                 raise _OutageError from error
             reason = f"the handler ran longer than workers.{self._worker}.timeout, {self._settings.timeout:g} s"
@@ -203,15 +203,16 @@ class Attempts:
             return _Failed(_failure("error", str(error), error))
         return None
 
-    async def _run_handler(self, event: Event) -> Result:
-        """Returns or raises what the handler does; _TimedOutError, whatever it does after its time.
+    @staticmethod
+    async def run_handler(run: Run, event: Event, limit: float | None) -> Result:
+        """Returns or raises what the handler does; TimedOutError, whatever it does after `limit` seconds.
 
         An attempt is over when its handler has ended, and not when it was told to: no two may run side by side. It runs
         in a task of its own, since what it does with tasks may leave its task looking cancelled (Python 3.11).
         """
-        running = asyncio.ensure_future(self._run(event))
+        running = asyncio.ensure_future(run(event))
         try:
-            in_time, _ = await asyncio.wait([running], timeout=self._settings.timeout)
+            in_time, _ = await asyncio.wait([running], timeout=limit)
         finally:
             await _end(running)
         try:
@@ -219,13 +220,13 @@ class Attempts:
         except asyncio.CancelledError as error:
             if in_time:
                 raise RuntimeError("the handler was cancelled from within") from error
-            raise _TimedOutError from error
+            raise TimedOutError(limit) from error
         except Exception as error:
             if in_time:
                 raise
-            raise _TimedOutError from error
+            raise TimedOutError(limit) from error
         if not in_time:
-            raise _TimedOutError
+            raise TimedOutError(limit)
         return result
 
     async def _settle(self, delivery: Delivery, settle: _Settle) -> None:
@@ -264,8 +265,11 @@ class Attempts:
         return True
 
 
-class _TimedOutError(Exception):
+class TimedOutError(TimeoutError):
     """The handler ran for longer than it may. Its cause is what ended it."""
+
+    def __init__(self, limit: float | None) -> None:
+        super().__init__(f"the handler ran longer than {limit:g} s")
 
 
 class _OutageError(Exception):

@@ -6,6 +6,7 @@ import click
 
 from bridge import __version__
 from bridge.process.lazy import LazyGroup
+from pgbridge import require_ours
 
 COMMANDS: Final = {
     "list": ("workers.commands:list_workers", "Lists the workers that the settings define."),
@@ -21,4 +22,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    require_ours("pgbridge-worker")
     main()

@@ -218,7 +218,7 @@ class Inbox:
         transaction been committed after all, it raises ClaimLostError, and the next claim says "finished".
         """
         # Before it shares a query with others, which would share its failure.
-        outcome = _outcome(result)
+        outcome = outcome_text(result)
         alone = self._reply_name is not None
         conflicts = 0
         while True:
@@ -377,7 +377,8 @@ class Inbox:
             )
 
 
-def _outcome(result: object) -> str | None:
+def outcome_text(result: object) -> str | None:
+    """What a handler returned, as JSON. Raises ReplyError where it has no such form."""
     if result is None:
         return None
     if not isinstance(result, Mapping):

@@ -25,8 +25,9 @@ from bridge.process.outage import Outage
 from bridge.process.tasks import in_own_task
 from bridge.settings import Settings, WorkerSettings
 from workers.attempt import BUSY_DELAY, OUTAGE_BACKOFF, Attempts, retry_delays
-from workers.handler import Run, load_handler
+from workers.handler import Run
 from workers.inbox import Inbox
+from workers.loading import load_handler
 from workers.metrics import BROKER_UP, DATABASE_UP, IN_HAND, QUEUE_DEPTH
 from workers.session import HEARTBEAT
 
@@ -344,7 +345,10 @@ def subscriptions(settings: Settings) -> Mapping[str, tuple[str, Subscription]]:
     `pgbridge topology` and `check` get it through the entry points of the group ``pgbridge.subscriptions``.
     """
     return {
-        name: (settings.sink_of(name), subscription(name, worker, load_handler(worker.handler, name).topics))
+        name: (
+            settings.sink_of(name),
+            subscription(name, worker, load_handler(worker.handler, name, worker.path).topics),
+        )
         for name, worker in settings.workers.items()
     }
 
@@ -368,7 +372,7 @@ def build(name: str, settings: Settings) -> Worker:
         known = ", ".join(sorted(settings.workers)) or "none"
         raise UsageError(f"there is no worker {name!r} in the settings; known: {known}")
     own = settings.workers[name]
-    handler = load_handler(own.handler, name)
+    handler = load_handler(own.handler, name, own.path)
     sink = settings.sinks[settings.sink_of(name)]
     run = handler.configured(own.options, name)
     broker = broker_of(sink)

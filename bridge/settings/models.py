@@ -14,6 +14,7 @@ from pydantic import (
     PlainSerializer,
     PrivateAttr,
     SecretStr,
+    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
@@ -300,9 +301,29 @@ class RouteSettings(Model):
     """The sink that takes them."""
 
 
+def parse_folders(value: object, info: ValidationInfo) -> object:
+    """One path or a list of them, made absolute from the folder of the settings file, which is in the validation's
+    context as ``folder``."""
+    if isinstance(value, str | Path):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(path, str | Path) and str(path) for path in value):
+        raise ValueError('is not a path or a list of paths, as in "." or ["src", "/opt/handlers"]')
+    return [Path((info.context or {}).get("folder", "."), path).resolve() for path in value]
+
+
+Folders = Annotated[
+    list[Path],
+    BeforeValidator(parse_folders),
+    WithJsonSchema({"type": ["string", "array"], "items": {"type": "string"}, "examples": [".", ["src"]]}),
+]
+
+
 class WorkerSettings(Model):
     handler: str
     """The function: `package.module:function`."""
+    path: Folders = Field(default_factory=list)
+    """Folders that hold the handler and what it imports, relative to the settings file's own; Python looks into them
+    first. Left out: `handler` is installed, or on PYTHONPATH."""
     subscribe: list[TopicPattern] = Field(default_factory=list)
     """Patterns of topics; empty: those that the handler was written for."""
     sink: Name | None = None
