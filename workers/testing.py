@@ -24,7 +24,7 @@ from bridge.event import Event
 from bridge.process import tasks
 from workers.attempt import Attempts
 from workers.effects import Effect, current_effects
-from workers.handler import Handler, Options
+from workers.handler import Handler, Options, Run
 from workers.inbox import json_text, outcome_text
 
 
@@ -145,9 +145,14 @@ async def arun(
     if not isinstance(handler, Handler):
         raise TypeError(f"{handler!r} is no handler; mark it with @handler")
     bound = handler.configured({} if options is None else options, ledger.worker)
+    return await attempt(bound, event, ledger, timeout)
+
+
+async def attempt(bound: Run, event: Event, ledger: MemoryLedger, limit: float | None) -> dict[str, Any] | None:
+    """One run of a handler whose options are bound. `limit` is in seconds; returns and raises as `arun`."""
     token = current_effects.set(ledger.of(event))
     try:
-        result = await Attempts.run_handler(bound, event, timeout)
+        result = await Attempts.run_handler(bound, event, limit)
     finally:
         current_effects.reset(token)
     text = outcome_text(result)

@@ -19,7 +19,7 @@ import structlog
 
 from bridge.brokers.contract import Delivery, Queue, Subscription
 from bridge.brokers.registry import broker_of
-from bridge.errors import BrokerUnavailableError, PgbridgeError, SettingsError, UsageError
+from bridge.errors import BrokerUnavailableError, PgbridgeError, SettingsError
 from bridge.process.health import Health, notify, watchdog_for_ever
 from bridge.process.outage import Outage
 from bridge.process.tasks import in_own_task
@@ -368,10 +368,7 @@ def make_inbox(name: str, settings: Settings) -> Inbox:
 
 def build(name: str, settings: Settings) -> Worker:
     """The worker `name`, ready to run. Raises UsageError for an unknown name, SettingsError for wrong settings."""
-    if name not in settings.workers:
-        known = ", ".join(sorted(settings.workers)) or "none"
-        raise UsageError(f"there is no worker {name!r} in the settings; known: {known}")
-    own = settings.workers[name]
+    own = settings.worker(name)
     handler = load_handler(own.handler, name, own.path)
     sink = settings.sinks[settings.sink_of(name)]
     run = handler.configured(own.options, name)

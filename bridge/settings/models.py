@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from bridge.errors import SettingsError
+from bridge.errors import SettingsError, UsageError
 
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES: Final = {"B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
@@ -481,6 +481,13 @@ class Settings(Model):
                     "`pgbridge replay` publish what the log still holds"
                 )
         return self
+
+    def worker(self, name: str) -> WorkerSettings:
+        """The settings of the worker that a command names. Raises UsageError for an unknown name."""
+        if name not in self.workers:
+            known = ", ".join(sorted(self.workers)) or "none"
+            raise UsageError(f"there is no worker {name!r} in the settings; known: {known}")
+        return self.workers[name]
 
     def sink_of(self, worker: str) -> str:
         """The name of the sink that a worker consumes from. Raises SettingsError where none is named."""
