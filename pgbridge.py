@@ -39,7 +39,7 @@ def require_ours(program: str) -> None:
     for name in OURS:
         other = found_instead(name)
         if other is not None:
-            print(f"{program}: {in_the_way(name, other)}", file=sys.stderr)
+            print(f"{program}: {in_the_way(name, other)}, or take its folder off PYTHONPATH", file=sys.stderr)
             sys.exit(EXIT_CODE)
 
 
@@ -55,4 +55,4 @@ def found_instead(name: str) -> Path | None:
 
 def in_the_way(name: str, other: Path) -> str:
     """The sentence about it."""
-    return f"{other} stands in the way of pgbridge's own package `{name}`: rename it, or take its folder off PYTHONPATH"
+    return f"{other} stands in the way of pgbridge's own package `{name}`: rename it"

@@ -90,7 +90,9 @@ def _why(error: Exception, module_name: str, worker: str) -> str:
         other = next((place for place in others if place.stem == package), None)
         if other is not None:
             return f"`{package}` is pgbridge's own package, so {other} cannot be imported under this name. Rename it"
-        return f"{error}. `{package}` is pgbridge's own package; yours needs another name"
+        if isinstance(error, ModuleNotFoundError):
+            return f"{error}. `{package}` is pgbridge's own package; yours needs another name"
+        return f"{error} ({_line_of(error)})"
     if module_name == missing or module_name.startswith(f"{missing}."):
         here = Path.cwd()
         if (here / package).is_dir() or (here / f"{package}.py").is_file():

@@ -141,7 +141,7 @@ def _require_room(folder: Path, module: str) -> None:
             raise UsageError(f"{place} exists already; nothing was written. Choose another name, or another --folder")
     for other in packages_like_ours([folder]):
         if other.is_file() or (other / "__init__.py").exists():
-            raise UsageError(in_the_way(other.stem, other))
+            raise UsageError(f"{in_the_way(other.stem, other.resolve())}; nothing was written")
     if keyword.iskeyword(module) or module in sys.stdlib_module_names or PathFinder.find_spec(module) is not None:
         raise UsageError(f"NAME: Python knows another {module!r}, which {module}.py would hide; try {module}-worker")
 
@@ -205,7 +205,7 @@ def _tell_next_steps(name: str, module: str, folder: Path, there: bool) -> None:
         *([] if folder == Path() else [f"cd {shlex.quote(str(folder))}"]),
         f"pytest test_{module}.py",
         f"echo '{{\"id\": 7}}' | pgbridge-worker try {name} -",
-        *([] if there else ["edit bridge.toml: the addresses of PostgreSQL and of the broker"]),
+        *([] if there else ["edit bridge.toml: where PostgreSQL and the broker are", "pgbridge migrate"]),
         "pgbridge topology --apply",
         f"pgbridge-worker run {name}",
     ]

@@ -2,6 +2,7 @@
 would make of what it does."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -83,7 +84,9 @@ def try_worker(
     )
     configure(settings.observe)
     ledger = MemoryLedger(name)
-    outcome = run(_try(name, own, bound, event, ledger))
+    # What the handler prints must not stand in the JSON.
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        outcome = run(_try(name, own, bound, event, ledger))
     if as_json:
         effects = [
             {"operation": effect.operation, "idempotency_key": key, "result": effect.result}
@@ -132,7 +135,7 @@ async def _try(name: str, own: WorkerSettings, bound: Run, event: Event, ledger:
         result = await running
     except Reject as error:
         reason = str(error) or "the handler gave no reason"
-        return Outcome("rejected", "dead-letters it at once, code rejected", reason=reason)
+        return Outcome("rejected", "dead-letters the event at once, code rejected", reason=reason)
     except Retry as error:
         reason = str(error) or "the handler asked for another attempt"
         return Outcome("retry", _again(own, "attempts_exhausted", error.after), reason=reason)
@@ -146,8 +149,8 @@ async def _try(name: str, own: WorkerSettings, bound: Run, event: Event, ledger:
         return Outcome("error", _again(own, "error"), reason=reason, trace=_trace(error))
     finally:
         notice.cancel()
-    reply = "acknowledges it" if own.reply is None else f"calls {own.reply} with the result, and acknowledges it"
-    return Outcome("handled", reply, result)
+    reply = "" if own.reply is None else f"calls {own.reply} with the result, and "
+    return Outcome("handled", f"{reply}acknowledges the event", result)
 
 
 def _say_that_it_goes_on(name: str, limit: float) -> None:
@@ -161,9 +164,9 @@ def _say_that_it_goes_on(name: str, limit: float) -> None:
 def _again(own: WorkerSettings, code: str, after: float | None = None) -> str:
     delays = retry_delays(own)
     if not delays:
-        return f"dead-letters it, code {code}, since max_attempts is 1"
+        return f"dead-letters the event, code {code}, since max_attempts is 1"
     delay = f"{after:g} s" if after is not None else f"about {delays[0]:g} s"
-    return f"tries it again after {delay}, and after {own.max_attempts} attempts dead-letters it, code {code}"
+    return f"tries the event again after {delay}, and after {own.max_attempts} attempts dead-letters it, code {code}"
 
 
 def _trace(error: BaseException | None) -> str | None:
@@ -171,17 +174,18 @@ def _trace(error: BaseException | None) -> str | None:
     if error is None:
         return None
     own_files = tuple(
-        str(Path(__file__).with_name(name)) for name in ("attempt.py", "handler.py", "testing.py", "threads.py")
+        str(Path(__file__).with_name(name))
+        for name in ("attempt.py", "handler.py", "inbox.py", "testing.py", "threads.py")
     )
     frame = error.__traceback__
     while frame is not None and frame.tb_frame.f_code.co_filename in (__file__, *own_files):
         frame = frame.tb_next
-    return "".join(traceback.format_exception(error.with_traceback(frame))).rstrip()
+    return "".join(traceback.format_exception(error.with_traceback(frame))).rstrip() if frame is not None else None
 
 
 def _tell(outcome: Outcome, ledger: MemoryLedger) -> None:
     if outcome.outcome == "handled":
-        click.echo(f"handled: a worker {outcome.becomes}")
+        click.echo(f"handled: the worker {outcome.becomes}")
         click.echo("result: ", nl=False)
         print_json(outcome.result, indent=2)
     for key, effect in ledger.effects.items():
@@ -190,4 +194,4 @@ def _tell(outcome: Outcome, ledger: MemoryLedger) -> None:
     if outcome.outcome != "handled":
         if outcome.trace:
             click.echo(outcome.trace, err=True)
-        complain(f"{outcome.outcome}: {outcome.reason}\na worker {outcome.becomes}")
+        complain(f"{outcome.outcome}: {outcome.reason}\nthe worker {outcome.becomes}")

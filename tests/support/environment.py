@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final
 
@@ -31,7 +32,8 @@ def make_environment(folder: Path) -> Path:
     [packages] = folder.glob("lib/python*/site-packages")
     (packages / "working-tree.pth").write_text("\n".join([str(ROOT), *site.getsitepackages()]) + "\n")
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    for name, place in {**scripts, "pytest": "pytest:console_main"}.items():
+    [pytest] = entry_points(group="console_scripts", name="pytest")
+    for name, place in {**scripts, "pytest": pytest.value}.items():
         module, _, function = place.partition(":")
         script = programs / name
         script.write_text(_SCRIPT.format(python=programs / "python", module=module, function=function))
@@ -42,4 +44,10 @@ def make_environment(folder: Path) -> Path:
 def environment(programs: Path) -> Mapping[str, str]:
     """The variables of a shell in which it is active, and none that would lead elsewhere."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PGBRIDGE_", "PYTHON", "PYTEST"))}
-    return {**kept, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "VIRTUAL_ENV": str(programs.parent)}
+    return {
+        **kept,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(programs.parent),
+        # Plugins of this project's own tests, which an author need not have.
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
