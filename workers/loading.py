@@ -86,7 +86,7 @@ def _why(error: Exception, module_name: str, worker: str) -> str:
     missing = error.name or ""
     package = missing.partition(".")[0]
     if package in OURS:
-        others = [*packages_like_ours([Path.cwd(), *map(Path, sys.path)])]
+        others = packages_like_ours([*map(Path, _in_front), Path.cwd()])
         other = next((place for place in others if place.stem == package), None)
         if other is not None:
             return f"`{package}` is pgbridge's own package, so {other} cannot be imported under this name. Rename it"

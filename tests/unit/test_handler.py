@@ -17,7 +17,6 @@ from bridge.settings import WorkerSettings
 from tests.support.events import make_event
 from workers import Event, Options, Reject, effect, handler
 from workers.attempt import backoff, retry_delays
-from workers.loading import load_handler
 from workers.testing import MemoryLedger, arun
 from workers.worker import subscription
 
@@ -235,20 +234,6 @@ def test_a_function_that_does_not_take_its_payload_is_refused_when_it_is_marked(
     with pytest.raises(TypeError, match="must take the event, its payload and the worker's options"):
         handler("a", payload=Order, options=Greeting)(wrong)  # type: ignore[arg-type]
     handler("a", payload=Order)(wrong)  # type: ignore[arg-type]  # only a checker of types sees this
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("workers.invoices", "not of the form package.module:function"),
-        ("no_such_package.x:y", "cannot import no_such_package.x"),
-        ("workers.invoices:nothing", "workers.invoices has no @handler named nothing"),
-        ("workers.invoices:template_data", "workers.invoices has no @handler named template_data"),
-    ],
-)
-def test_a_wrong_handler_name_says_what_is_wrong(name: str, said: str) -> None:
-    with pytest.raises(SettingsError, match=f"workers.w.handler: .*{said}"):
-        load_handler(name, "w")
 
 
 async def test_the_result_of_an_effect_spares_the_next_attempt_the_call() -> None:
