@@ -25,7 +25,6 @@ _HANDLER: Final = Template('''\
 from typing import Any
 
 from pydantic import BaseModel
-
 from workers import Event, handler
 
 
@@ -45,10 +44,10 @@ _TEST: Final = Template('''\
 """The worker `$name`, without broker and database."""
 
 import pytest
-
-from $module import handle
 from workers import Reject
 from workers.testing import make_event, run
+
+from $module import handle
 
 
 def test_the_reply_names_what_was_handled() -> None:

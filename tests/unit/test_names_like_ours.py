@@ -69,9 +69,8 @@ def test_a_handler_in_a_package_named_as_ours_cannot_be_imported(
     programs: Path, project: Path, package: str, command: tuple[str, ...]
 ) -> None:
     (project / package).mkdir()
-    (project / package / "stock.py").write_text(
-        STOCK
-    )  # without __init__.py, so that ours is found even in the current folder
+    # Without __init__.py, so that Python finds ours even from the current folder.
+    (project / package / "stock.py").write_text(STOCK)
     line = said(programs, project, *command, PGBRIDGE_WORKERS__STOCK__HANDLER=f"{package}.stock:handle")
     assert line.endswith(
         f"workers.stock.handler: cannot import {package}.stock: `{package}` is pgbridge's own package, "
