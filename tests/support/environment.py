@@ -28,6 +28,12 @@ sys.exit({function}())
 def make_environment(folder: Path) -> Path:
     """Makes it, and returns its folder of programs."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    install(folder)
+    return folder / "bin"
+
+
+def install(folder: Path) -> None:
+    """What `pip install pgbridge pytest` does in a virtual environment that is there."""
     programs = folder / "bin"
     [packages] = folder.glob("lib/python*/site-packages")
     (packages / "working-tree.pth").write_text("\n".join([str(ROOT), *site.getsitepackages()]) + "\n")
@@ -38,7 +44,6 @@ def make_environment(folder: Path) -> Path:
         script = programs / name
         script.write_text(_SCRIPT.format(python=programs / "python", module=module, function=function))
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    return programs
 
 
 def environment(programs: Path) -> Mapping[str, str]:
@@ -51,3 +56,7 @@ def environment(programs: Path) -> Mapping[str, str]:
         # Plugins of this project's own tests, which an author need not have.
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
+
+
+if __name__ == "__main__":
+    install(Path(sys.argv[1]))
