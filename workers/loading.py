@@ -10,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Final
 
 from bridge.errors import SettingsError
@@ -19,6 +18,9 @@ from workers.handler import Handler
 
 _HOME: Final = Path(__file__).resolve().parent.parent
 """The folder that our own packages are in."""
+
+_BEFORE: Final = {*OURS, *(name.partition(".")[0] for name in sys.modules)}
+"""Packages that were loaded before any handler, and that every worker shares."""
 
 _in_front: list[str] = []
 """The folders of the last worker, which stand in front of sys.path."""
@@ -35,8 +37,12 @@ def load_handler(place: str, worker: str, path: Sequence[Path] = ()) -> Handler:
     if not module_name or not attribute or module_name.startswith("."):
         raise SettingsError(f"{key}: {place!r} is not of the form package.module:function")
     for folder in path:
-        if not os.path.isdir(folder):
-            raise SettingsError(f"workers.{worker}.path: {folder} is no folder that can be read")
+        try:
+            os.scandir(folder).close()
+        except OSError as error:
+            raise SettingsError(
+                f"workers.{worker}.path: {folder} is no folder that can be read: {error.strerror}"
+            ) from error
     _put_in_front([str(folder) for folder in path])
     try:
         module = importlib.import_module(module_name)
@@ -58,20 +64,25 @@ def packages_like_ours(folders: Sequence[Path]) -> Iterator[Path]:
 
 
 def _put_in_front(folders: list[str]) -> None:
-    """In place of those of the worker before, and of the modules that came from there."""
+    """In place of those of the worker before. Of the modules that handlers have loaded, those that came from there are
+    forgotten, and those for which these folders have others."""
     left = {folder for folder in _in_front if folder not in folders}
-    for name in [name for name in sys.modules if name.partition(".")[0] not in OURS and _folder_of(name) in left]:
-        del sys.modules[name]
+    own = {entry.stem for folder in folders for entry in Path(folder).iterdir()}
+    for package in {name.partition(".")[0] for name in sys.modules} - _BEFORE:
+        place = _folder_of(package)
+        if place in left or (package in own and place not in folders):
+            for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+                del sys.modules[name]
     for folder in _in_front:
-        sys.path.remove(folder)
+        if folder in sys.path:  # else the worker's own modules have taken it off
+            sys.path.remove(folder)
     sys.path[:0] = _in_front[:] = folders
     importlib.invalidate_caches()
 
 
-def _folder_of(name: str) -> str | None:
-    """The entry of sys.path that a loaded module, or the package around it, came from."""
-    module: ModuleType | None = sys.modules.get(name.partition(".")[0])
-    spec = getattr(module, "__spec__", None)
+def _folder_of(package: str) -> str | None:
+    """The entry of sys.path that a loaded package, or module outside of any, came from."""
+    spec = getattr(sys.modules.get(package), "__spec__", None)
     if spec is None:
         return None
     places = [*(spec.submodule_search_locations or []), *([spec.origin] if spec.has_location else [])]

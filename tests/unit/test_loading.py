@@ -114,6 +114,17 @@ def test_two_workers_may_have_modules_of_one_name(tmp_path: Path) -> None:
         assert load_handler("h:handle", "w", [folder]).topics == (f"topic.of.{folder.name}",)
 
 
+def test_a_workers_own_module_is_taken_though_another_workers_is_installed_under_its_name(tmp_path: Path) -> None:
+    text = "from workers import handler\nhandle = handler(__file__)(lambda event: None)\n"
+    installed, own = (write(tmp_path / name, h=text) for name in ("installed", "own"))
+    sys.path.append(str(installed))
+    try:
+        for path, folder in (([], installed), ([own], own), ([], installed)):
+            assert load_handler("h:handle", "w", path).topics == (str(folder / "h.py"),)
+    finally:
+        sys.path.remove(str(installed))
+
+
 def test_what_is_installed_below_a_workers_folder_stays_loaded(tmp_path: Path) -> None:
     site = write(tmp_path / "venv", helper="NAME = 'installed'")
     sys.path.append(str(site))
