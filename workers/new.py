@@ -1,6 +1,7 @@
 """`pgbridge-worker new`: writes what a worker begins with: its handler, a test that passes, and its settings."""
 
 import keyword
+import os
 import re
 import shlex
 import sys
@@ -15,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bridge.errors import PgbridgeError, UsageError
 from bridge.process.terminal import exit_codes
+from bridge.settings.load import CONFIG_VARIABLE
 from bridge.settings.models import Name, TopicPattern
 from pgbridge import in_the_way
 from workers.loading import packages_like_ours
@@ -102,13 +104,11 @@ def new_worker(name: str, topic: str, folder: Path) -> None:
     words = {"name": name, "module": module, "topic": topic, "model": _model(topic), "bridge": _bridge(topic)}
     _require_room(folder, module)
     there = settings.exists()
-    table = _WORKER.substitute(words) if there else _SETTINGS.substitute(words) + _WORKER.substitute(words)
-    if there:
-        table = _addition(settings, name, table)
+    worker = _WORKER.substitute(words)
     files = {
         folder / f"{module}.py": _HANDLER.substitute(words),
         folder / f"test_{module}.py": _TEST.substitute(words),
-        settings: table,
+        settings: _addition(settings, name, worker) if there else _SETTINGS.substitute(words) + worker,
     }
     _write(files)
     for file in files:
@@ -202,6 +202,7 @@ def _bridge(topic: str) -> str:
 def _tell_next_steps(name: str, module: str, folder: Path, there: bool) -> None:
     steps = [
         *([] if folder == Path() else [f"cd {shlex.quote(str(folder))}"]),
+        *([f"unset {CONFIG_VARIABLE}"] if CONFIG_VARIABLE in os.environ else []),  # it names other settings
         f"pytest test_{module}.py",
         f"echo '{{\"id\": 7}}' | pgbridge-worker try {name} -",
         *([] if there else ["edit bridge.toml: where PostgreSQL and the broker are", "pgbridge migrate"]),
