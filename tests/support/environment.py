@@ -37,7 +37,18 @@ def install(folder: Path) -> None:
     programs = folder / "bin"
     [packages] = folder.glob("lib/python*/site-packages")
     (packages / "working-tree.pth").write_text("\n".join([str(ROOT), *site.getsitepackages()]) + "\n")
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    scripts = project["scripts"]
+    # Entry points are those of this working tree, and not what was installed when its environment was made.
+    about = packages / "pgbridge-0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: pgbridge\nVersion: 0\n")
+    (about / "entry_points.txt").write_text(
+        "".join(
+            f"[{group}]\n" + "".join(f"{name} = {place}\n" for name, place in points.items())
+            for group, points in project["entry-points"].items()
+        )
+    )
     [pytest] = entry_points(group="console_scripts", name="pytest")
     for name, place in {**scripts, "pytest": pytest.value}.items():
         module, _, function = place.partition(":")
