@@ -1,5 +1,5 @@
 """`python -m bridge` is `pgbridge`."""
 
-from bridge.cli import main
+from pgbridge import main
 
-main(prog_name="pgbridge")
+main()

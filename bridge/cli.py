@@ -6,6 +6,7 @@ import click
 
 from bridge import __version__
 from bridge.process.lazy import LazyGroup
+from pgbridge import require_ours
 
 COMMANDS: Final = {
     "check": ("bridge.commands.check:check", "Checks settings, database, privileges, brokers, topology and workers."),
@@ -30,4 +31,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    require_ours("pgbridge")
     main()

@@ -13,11 +13,24 @@ The way of one message, continued from `bridge`:
    database effect happens exactly once. ``effects.py`` records what happens outside of the database.
 4. Then the delivery is acknowledged; or, after a failure, tried again later; or dead-lettered.
 
-``cli.py`` is the command ``pgbridge-worker``. ``invoices/`` is a worker that ships.
+``loading.py`` finds the handler that the settings name, ``testing.py`` runs handlers in tests, and ``cli.py`` is the
+command ``pgbridge-worker``. ``invoices/`` is a worker that ships.
 """
 
-from bridge.event import Event
-from workers.effects import Effect, effect
-from workers.handler import Handler, Options, Reject, Retry, handler
+import sys
+
+import pgbridge
+
+try:
+    from bridge.event import Event
+    from workers.effects import Effect, effect
+    from workers.handler import Handler, Options, Reject, Retry, handler
+except ImportError as error:
+    other = pgbridge.found_instead("bridge")
+    if other is None:
+        raise
+    if sys.argv[0] == "-m":  # `python -m workers`, which would show a traceback
+        pgbridge.require_ours("pgbridge-worker")
+    raise ImportError(pgbridge.in_the_way("bridge", other)) from error
 
 __all__ = ["Effect", "Event", "Handler", "Options", "Reject", "Retry", "effect", "handler"]

@@ -1,5 +1,5 @@
 """`python -m workers` is `pgbridge-worker`."""
 
-from workers.cli import main
+from pgbridge import worker_main
 
-main(prog_name="pgbridge-worker")
+worker_main()

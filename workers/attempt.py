@@ -25,11 +25,11 @@ from bridge.settings import WorkerSettings
 from workers.claim import Claim, ClaimLostError
 from workers.claimed_effects import Effects, OutageError
 from workers.effects import current_effects
-from workers.ends import ReplyError
 from workers.handler import Reject, Result, Retry, Run
 from workers.inbox import Inbox
 from workers.metrics import ATTEMPT_SECONDS, DELIVERIES, OUTCOMES
 from workers.rate import Rate
+from workers.result import ReplyError
 from workers.settle import BUSY_DELAY, Settle, names_of, not_ours, tell
 from workers.shared_lock import SharedLock
 
@@ -127,11 +127,12 @@ class Attempts:
 
     async def _run_once(self, event: Event, *, is_new: bool) -> Settle:
         """`is_new`: the broker has never delivered it before. Then work without an outside effect needs no claim; what
-        was begun before may have killed its process, which only claims tell."""
+        was begun before may have killed its process, which only claims tell. In an ordered worker nothing is known to
+        be new: it tries again in hand."""
         if self._rate is not None:
             await self._turn(self._rate)
         async with self._handlers.shared():
-            if is_new and not self._settings.effects:
+            if is_new and not (self._settings.effects or self._settings.ordered):
                 return await self._claimed(event, Claim(self._worker, event.inbox_id, None, 1))
             claim = await self.database.outlast(self._inbox.claim, event.inbox_id, event.replay)
             if isinstance(claim, Claim):
@@ -208,7 +209,7 @@ class Attempts:
         effects = Effects(self._inbox, claim, self.database, declared=self._settings.effects)
         current_effects.set(effects)
         try:
-            result = await self._run_handler(event)
+            result = await self.run_handler(self._run, event, self._settings.timeout)
         except ClaimLostError:
             raise
         except Reject as error:
@@ -216,7 +217,7 @@ class Attempts:
         except Retry as error:
             reason = str(error) or "the handler asked for another attempt"
             return _Failed(_failure("attempts_exhausted", reason), error.after)
-        except _TimedOutError as error:
+        except TimedOutError as error:
             if effects.gave_up_in_outage:
                 raise OutageError from error
             reason = f"the handler ran longer than workers.{self._worker}.timeout, {self._settings.timeout:g} s"
@@ -228,15 +229,16 @@ class Attempts:
         except ReplyError as error:
             return _Failed(_failure("error", str(error), error))
 
-    async def _run_handler(self, event: Event) -> Result:
-        """Returns or raises what the handler does; _TimedOutError, whatever it does after its time.
+    @staticmethod
+    async def run_handler(run: Run, event: Event, limit: float | None) -> Result:
+        """Returns or raises what the handler does; TimedOutError, whatever it does after `limit` seconds.
 
         An attempt is over when its handler has ended, and not when it was told to: no two may run side by side. It runs
         in a task of its own, since what it does with tasks may leave its task looking cancelled (Python 3.11).
         """
-        running = asyncio.ensure_future(self._run(event))
+        running = asyncio.ensure_future(run(event))
         try:
-            in_time, _ = await asyncio.wait([running], timeout=self._settings.timeout)
+            in_time, _ = await asyncio.wait([running], timeout=limit)
         finally:
             await _end(running)
         try:
@@ -244,13 +246,13 @@ class Attempts:
         except asyncio.CancelledError as error:
             if in_time:
                 raise RuntimeError("the handler was cancelled from within") from error
-            raise _TimedOutError from error
+            raise TimedOutError(limit) from error
         except Exception as error:
             if in_time:
                 raise
-            raise _TimedOutError from error
+            raise TimedOutError(limit) from error
         if not in_time:
-            raise _TimedOutError
+            raise TimedOutError(limit)
         return result
 
     async def _settle(self, delivery: Delivery, settle: Settle) -> float | None:
@@ -298,8 +300,11 @@ class Attempts:
         return True
 
 
-class _TimedOutError(Exception):
+class TimedOutError(TimeoutError):
     """The handler ran for longer than it may. Its cause is what ended it."""
+
+    def __init__(self, limit: float | None) -> None:
+        super().__init__(f"the handler ran longer than {limit:g} s")
 
 
 async def _end(task: asyncio.Future[Result]) -> None:

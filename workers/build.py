@@ -7,11 +7,11 @@ from typing import Final
 
 from bridge.brokers.contract import Subscription
 from bridge.brokers.registry import broker_of
-from bridge.errors import SettingsError, UsageError
+from bridge.errors import SettingsError
 from bridge.settings import Settings, WorkerSettings
 from workers.attempt import retry_delays
-from workers.handler import load_handler
 from workers.inbox import Inbox
+from workers.loading import load_handler
 from workers.settle import BUSY_DELAY
 from workers.worker import Worker
 
@@ -52,7 +52,10 @@ def subscriptions(settings: Settings) -> Mapping[str, tuple[str, Subscription]]:
     `pgbridge topology` and `check` get it through the entry points of the group ``pgbridge.subscriptions``.
     """
     return {
-        name: (settings.sink_of(name), subscription(name, worker, load_handler(worker.handler, name).topics))
+        name: (
+            settings.sink_of(name),
+            subscription(name, worker, load_handler(worker.handler, name, worker.path).topics),
+        )
         for name, worker in settings.workers.items()
     }
 
@@ -72,11 +75,8 @@ def make_inbox(name: str, settings: Settings) -> Inbox:
 
 def build(name: str, settings: Settings) -> Worker:
     """The worker `name`, ready to run. Raises UsageError for an unknown name, SettingsError for wrong settings."""
-    if name not in settings.workers:
-        known = ", ".join(sorted(settings.workers)) or "none"
-        raise UsageError(f"there is no worker {name!r} in the settings; known: {known}")
-    own = settings.workers[name]
-    handler = load_handler(own.handler, name)
+    own = settings.worker(name)
+    handler = load_handler(own.handler, name, own.path)
     sink = settings.sinks[settings.sink_of(name)]
     run = handler.configured(own.options, name)
     broker = broker_of(sink)

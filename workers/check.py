@@ -6,7 +6,7 @@ from functools import partial
 from bridge.brokers.registry import broker_of
 from bridge.settings import Settings
 from workers.build import make_inbox, subscription
-from workers.handler import load_handler
+from workers.loading import load_handler
 
 
 def checks(settings: Settings) -> Mapping[str, Callable[[], Awaitable[str]]]:
@@ -17,7 +17,7 @@ def checks(settings: Settings) -> Mapping[str, Callable[[], Awaitable[str]]]:
 async def _look(name: str, settings: Settings) -> str:
     """Everything that a start of the worker would find, in its order, and nothing is handled."""
     own = settings.workers[name]
-    handler = load_handler(own.handler, name)
+    handler = load_handler(own.handler, name, own.path)
     handler.configured(own.options, name)
     wanted = subscription(name, own, handler.topics)
     inbox = make_inbox(name, settings)

@@ -6,10 +6,16 @@ import click
 
 from bridge import __version__
 from bridge.process.lazy import LazyGroup
+from pgbridge import require_ours
 
 COMMANDS: Final = {
     "list": ("workers.commands:list_workers", "Lists the workers that the settings define."),
+    "new": ("workers.new:new_worker", "Writes a new worker: a handler, a test that passes, and settings."),
     "run": ("workers.commands:run_worker", "Runs one process of the worker NAME until SIGTERM or SIGINT."),
+    "try": (
+        "workers.trial:try_worker",
+        "Runs the handler of the worker NAME on a payload, without broker and database.",
+    ),
 }
 """By name: where the command is, and the line that `pgbridge-worker --help` shows for it."""
 
@@ -21,4 +27,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    require_ours("pgbridge-worker")
     main()

@@ -11,7 +11,7 @@ from bridge.process.tasks import run_daemon, stop_on_signals
 from bridge.process.terminal import config_option, exit_codes, json_option, print_json, table
 from bridge.settings import Settings, load
 from workers.build import build
-from workers.handler import load_handler
+from workers.loading import load_handler
 from workers.metrics import REGISTRY
 
 
@@ -54,7 +54,7 @@ def _fields(name: str, settings: Settings) -> dict[str, Any]:
     return {
         "name": name,
         "handler": own.handler,
-        "topics": own.subscribe or list(load_handler(own.handler, name).topics),
+        "topics": own.subscribe or list(load_handler(own.handler, name, own.path).topics),
         "sink": settings.sink_of(name),
         "concurrency": own.concurrency,
         "reply": own.reply,

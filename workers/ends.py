@@ -16,6 +16,7 @@ from bridge.process.batching import Batcher
 from bridge.settings import PostgresSettings
 from workers.claim import Claim, ClaimLostError
 from workers.pool import Pool
+from workers.result import ReplyError
 
 log = structlog.get_logger()
 
@@ -42,10 +43,6 @@ _TOGETHER: Final = (
 
 State = Literal["finished", "lost", "repeated", "busy", "alone"]
 """See the function inbox_end()."""
-
-
-class ReplyError(Exception):
-    """The reply function, or the conversion of the result, raised. The message is PostgreSQL's."""
 
 
 class Ends:

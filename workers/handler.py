@@ -1,6 +1,5 @@
 """What an author of a worker writes: a function from an event to a result, a coroutine or one that may block."""
 
-import importlib
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -8,9 +7,11 @@ from functools import partial, wraps
 from typing import Any, Concatenate, Protocol, TypeVar, cast, overload
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from bridge.errors import SettingsError
 from bridge.event import Event
+from workers.payload import read_json
 from workers.threads import in_thread
 
 Result = Mapping[str, Any] | None
@@ -41,6 +42,7 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+P_contra = TypeVar("P_contra", bound=BaseModel, contravariant=True)
 O_contra = TypeVar("O_contra", bound=Options, contravariant=True)
 
 
@@ -50,9 +52,24 @@ class FunctionWithOptions(Protocol[O_contra]):
     def __call__(self, event: Event, options: O_contra, /) -> Result | Awaitable[Result]: ...
 
 
+class FunctionWithPayload(Protocol[P_contra]):
+    """A function that takes the event's payload, as its model reads it, after the event."""
+
+    def __call__(self, event: Event, payload: P_contra, /) -> Result | Awaitable[Result]: ...
+
+
+class FunctionWithBoth(Protocol[P_contra, O_contra]):
+    """A function that takes event, payload and options."""
+
+    def __call__(self, event: Event, payload: P_contra, options: O_contra, /) -> Result | Awaitable[Result]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """A function, the topics it was written for, and the model of its options. Tests await it like a coroutine."""
+    """A function of an event and, where it has a model of them, of options; and the topics that it was written for.
+
+    It is awaited like a coroutine. `workers.testing.run` calls it as a worker does.
+    """
 
     function: Callable[Concatenate[Event, ...], Awaitable[Result]]
     topics: tuple[str, ...]
@@ -61,12 +78,15 @@ class Handler:
     async def __call__(self, event: Event, *options: Options) -> Result:
         return await self.function(event, *options)
 
-    def configured(self, options: Mapping[str, Any], worker: str) -> Run:
-        """The function with its options bound. Raises SettingsError, one line a mistake, each naming its key."""
+    def configured(self, options: Mapping[str, Any] | Options, worker: str) -> Run:
+        """The function with its options bound: a table, or an instance of their model.
+
+        Raises SettingsError, one line a mistake, each naming its key.
+        """
         prefix = f"workers.{worker}.options"
         if self.options is None:
             if options:
-                keys = "\n".join(f"{prefix}.{key}: unknown key; this handler takes no options" for key in options)
+                keys = "\n".join(f"{prefix}.{key}: unknown key; this handler takes no options" for key in dict(options))
                 raise SettingsError(keys)
             return self.function
         try:
@@ -84,27 +104,58 @@ async def _with_options(function: Callable[..., Awaitable[Result]], options: Opt
 def handler(*topics: str) -> Callable[[Callable[[Event], Result | Awaitable[Result]]], Handler]: ...
 @overload
 def handler(*topics: str, options: type[O_contra]) -> Callable[[FunctionWithOptions[O_contra]], Handler]: ...
-def handler(*topics: str, options: type[Options] | None = None) -> Callable[[Any], Handler]:
+@overload
+def handler(*topics: str, payload: type[P_contra]) -> Callable[[FunctionWithPayload[P_contra]], Handler]: ...
+@overload
+def handler(
+    *topics: str, payload: type[P_contra], options: type[O_contra]
+) -> Callable[[FunctionWithBoth[P_contra, O_contra]], Handler]: ...
+def handler(
+    *topics: str, payload: type[BaseModel] | None = None, options: type[Options] | None = None
+) -> Callable[[Any], Handler]:
     """Marks a function as a handler. `topics` are patterns: ``*`` one word, ``#`` any number of words.
 
-    A worker subscribes to these, unless its settings name others. With `options`, a model of the worker's
-    ``[workers.<name>.options]``, the function takes an instance of it as its second argument.
+    A worker subscribes to these, unless its settings name others. With `payload`, a model of the event's payload, the
+    function takes an instance of it after the event; a payload that does not fit is rejected with the names of its
+    wrong fields. With `options`, a model of the worker's ``[workers.<name>.options]``, the function takes an instance
+    of it as its last argument.
 
     ``async def`` runs in the worker's event loop, and must not block it; ``def`` runs in a thread of its own, as many
     at once as the worker's `concurrency`.
     """
+    wanted = ["the event", *(["its payload"] if payload else []), *(["the worker's options"] if options else [])]
 
     def mark(function: Callable[..., Any]) -> Handler:
         if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
             raise TypeError(f"@handler: {function.__qualname__} yields; return the result instead")
-        wanted = 1 if options is None else 2
-        if len(inspect.signature(function).parameters) != wanted:
-            takes = "the event" if options is None else "the event and its options"
-            raise TypeError(f"@handler: {function.__qualname__} must take {takes}, and nothing else")
+        if len(inspect.signature(function).parameters) != len(wanted):
+            raise TypeError(f"@handler: {function.__qualname__} must take {_listed(wanted)}, and nothing else")
         called = function if inspect.iscoroutinefunction(function) else _threaded(function)
+        if payload is not None:
+            called = _reading(called, payload)
         return Handler(cast("Callable[Concatenate[Event, ...], Awaitable[Result]]", called), topics, options)
 
     return mark
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _reading(function: Callable[..., Awaitable[Result]], model: type[BaseModel]) -> Callable[..., Awaitable[Result]]:
+    """The function behind the reading of its payload, which raises Reject for one that does not fit the model."""
+
+    @wraps(function)
+    async def run(event: Event, *options: Options) -> Result:
+        try:
+            payload = model.model_validate(read_json(event.payload))
+        except ValidationError as error:
+            raise Reject(explain(error, model, "payload").replace("\n", "; ")) from None
+        except (ValueError, RecursionError) as error:
+            raise Reject(f"payload: is not JSON: {error}") from None
+        return await function(event, payload, *options)
+
+    return run
 
 
 def _threaded(function: Callable[..., Result]) -> Callable[..., Awaitable[Result]]:
@@ -115,38 +166,31 @@ def _threaded(function: Callable[..., Result]) -> Callable[..., Awaitable[Result
     return run
 
 
-def load_handler(place: str, worker: str) -> Handler:
-    """The handler at ``package.module:function``. Raises SettingsError, naming the worker's key and what is wrong."""
-    key = f"workers.{worker}.handler"
-    module_name, _, attribute = place.partition(":")
-    if not module_name or not attribute:
-        raise SettingsError(f"{key}: {place!r} is not of the form package.module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise SettingsError(
-            f"{key}: cannot import {module_name}: {error}. "
-            "Install the package that holds it, or put its folder on PYTHONPATH"
-        ) from error
-    found = getattr(module, attribute, None)
-    if not isinstance(found, Handler):
-        raise SettingsError(f"{key}: {module_name} has no @handler named {attribute}")
-    return found
-
-
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """What a model refused, one line a mistake with the dotted name of its key; the values are not repeated."""
     lines = []
-    for detail in error.errors(include_input=False, include_url=False, include_context=False):
+    for detail in error.errors(include_input=False, include_url=False):
         key = ".".join([*([prefix] if prefix else []), *map(str, detail["loc"])])
-        match detail["type"]:
-            case "extra_forbidden" if len(detail["loc"]) == 1:
-                what = f"unknown key; known: {', '.join(sorted(model.model_fields))}"
-            case "extra_forbidden":
-                what = "unknown key"
-            case "missing":
-                what = "is missing"
-            case _:
-                what = detail["msg"].removeprefix("Value error, ")
+        what = _what(detail, model)
         lines.append(f"{key}: {what}" if key else what)
     return "\n".join(lines)
+
+
+def _what(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    match detail["type"]:
+        case "extra_forbidden" if len(detail["loc"]) == 1:
+            known = (field.alias or name for name, field in model.model_fields.items())
+            return f"unknown key; known: {', '.join(sorted(known))}"
+        case "extra_forbidden":
+            return "unknown key"
+        case "missing":
+            return "is missing"
+        case "model_type" | "model_attributes_type":
+            return "must be an object of named fields"
+        # These texts of pydantic's quote what they refuse.
+        case "union_tag_invalid":
+            return f"its {detail['ctx']['discriminator']} is none of {detail['ctx']['expected_tags']}"
+        case "uuid_parsing":
+            return "is not a UUID"
+        case _:
+            return detail["msg"].removeprefix("Value error, ")

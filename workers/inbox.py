@@ -22,10 +22,10 @@ from bridge.process.batching import Batcher
 from bridge.settings import PostgresSettings
 from workers.claim import Claim, ClaimLostError, NotNow
 from workers.effects import Effect
-from workers.ends import Ends, ReplyError, said
+from workers.ends import Ends, said
 from workers.handler import Result
 from workers.pool import Pool
-from workers.result import json_text, outcome, storable
+from workers.result import json_text, outcome_text, storable
 from workers.session import ClaimSession
 
 _FUNCTIONS: Final = (
@@ -165,11 +165,7 @@ class Inbox:
         Raises ReplyError when the result is no JSON object or the reply function refuses (the claim stays ours: release
         it), and what else `Ends.end` raises.
         """
-        try:
-            text = outcome(result)
-        except (TypeError, ValueError) as error:
-            raise ReplyError(str(error)) from error
-        return await self._ends.end(claim, text)
+        return await self._ends.end(claim, outcome_text(result))
 
     async def release(self, claim: Claim, *, counted: int, delay: float = 0.0) -> None:
         """Gives the claim up with `counted` attempts on record, for `delay` seconds; one that was lost is gone already.

@@ -5,20 +5,20 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def outcome(result: object) -> str | None:
-    """A handler's result as JSON; None for none.
+class ReplyError(Exception):
+    """The reply function, or the conversion of the result, raised. The message is PostgreSQL's, or ours."""
 
-    Raises TypeError for what is neither a mapping nor None, or has no form in JSON, and ValueError for NaN, infinities
-    and cycles; the text is for the author of the handler.
-    """
+
+def outcome_text(result: object) -> str | None:
+    """What a handler returned, as JSON. Raises ReplyError where it has no such form."""
     if result is None:
         return None
     if not isinstance(result, Mapping):
-        raise TypeError(f"the handler returned a {type(result).__name__}; a dict or None is wanted")
+        raise ReplyError(f"the handler returned a {type(result).__name__}; a dict or None is wanted")
     try:
         return json_text(result)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"the handler's result has no form in JSON: {error}") from error
+        raise ReplyError(f"the handler's result has no form in JSON: {error}") from error
 
 
 def json_text(value: Mapping[str, Any] | None) -> str:

@@ -15,7 +15,7 @@ from bridge.errors import UsageError
 from bridge.event import Event
 from bridge.postgres.connection import connect, database_errors
 from bridge.process.tasks import run
-from bridge.process.terminal import config_option, exit_codes, json_option, print_json, topic_option
+from bridge.process.terminal import config_option, exit_codes, json_option, named_values, print_json, topic_option
 from bridge.settings import PostgresSettings, load
 from bridge.sources.log import LogReader, Position, Reader, fetch_all
 
@@ -94,12 +94,7 @@ async def tail_events(settings: PostgresSettings, name: str, topics: tuple[str, 
 @exit_codes
 def emit(topic: str, payload: str, key: str | None, headers: tuple[str, ...], config: Path | None) -> None:
     """Sends one event to TOPIC and prints its id. PAYLOAD is JSON or text; `-` reads it from standard input."""
-    pairs = {}
-    for header in headers:
-        name, equals, value = header.partition("=")
-        if not equals:
-            raise UsageError(f"--header {header!r} is not of the form NAME=VALUE")
-        pairs[name] = value
+    pairs = named_values("--header", headers)
     with _refused_words():
         text = sys.stdin.read() if payload == "-" else payload
     click.echo(run(emit_event(load(config).postgres, topic, text, key, pairs)))

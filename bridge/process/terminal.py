@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bridge.errors import PgbridgeError
+from bridge.errors import PgbridgeError, UsageError
 from bridge.process.logs import journal_prefix
 from bridge.settings.models import parse_duration
 
@@ -55,6 +55,17 @@ class Moment(click.ParamType[datetime]):
                 param,
                 ctx,
             )
+
+
+def named_values(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """What an option of the form NAME=VALUE was given. Raises UsageError."""
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"{option} {text!r} is not of the form NAME=VALUE")
+        pairs[name] = value
+    return pairs
 
 
 def print_json(value: object, *, indent: int | None = None) -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from bridge.settings.models import Settings, SinkSettings, parse_duration, parse_size
+from bridge.settings.models import Settings, SinkSettings, parse_duration, parse_folders, parse_size
 
 _INTRODUCTION: Final = """\
 # Settings
@@ -134,6 +134,8 @@ def _kind(field: FieldInfo) -> str:
         return "duration"
     if parse_size in validators:
         return "size"
+    if parse_folders in validators:
+        return "path or list of paths"
     annotation = field.annotation
     if annotation is SecretStr:
         return "secret"

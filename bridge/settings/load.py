@@ -34,7 +34,7 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
     _overlay(data, _from_environment(environ), "the environment")
     _overlay(data, _from_credentials(environ), "a systemd credential")
     try:
-        return _validate(data)
+        return _validate(data, path.parent)
     except _Mistakes as mistakes:
         lines = "\n".join(f"  {line}" for line in mistakes.lines)
         raise SettingsError(f"{path}:\n{lines}") from None
@@ -113,7 +113,7 @@ def _as_toml(dotted: str, text: str, source: str) -> Any:
         raise SettingsError(f"{dotted} (from {source}): is not a TOML value: {error}") from error
 
 
-def _validate(data: dict[str, Any]) -> Settings:
+def _validate(data: dict[str, Any], folder: Path) -> Settings:
     mistakes: list[str] = []
     sinks = data.get("sinks", {})
     if isinstance(sinks, dict):
@@ -127,7 +127,7 @@ def _validate(data: dict[str, Any]) -> Settings:
                 built[name] = _Broken(type="broken")
         data = {**data, "sinks": built}
     try:
-        settings = Settings.model_validate(data)
+        settings = Settings.model_validate(data, context={"folder": folder})
     except ValidationError as error:
         raise _Mistakes(mistakes + _explain(error, Settings)) from None
     if mistakes:

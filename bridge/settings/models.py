@@ -14,11 +14,12 @@ from pydantic import (
     PlainSerializer,
     PrivateAttr,
     SecretStr,
+    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
 
-from bridge.errors import SettingsError
+from bridge.errors import SettingsError, UsageError
 
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES: Final = {"B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
@@ -323,9 +324,29 @@ class RouteSettings(Model):
     """The sink that takes them."""
 
 
+def parse_folders(value: object, info: ValidationInfo) -> object:
+    """One path or a list of them, made absolute from the folder of the settings file, which is in the validation's
+    context as ``folder``."""
+    if isinstance(value, str | Path):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(path, str | Path) and str(path) for path in value):
+        raise ValueError('is not a path or a list of paths, as in "." or ["src", "/opt/handlers"]')
+    return [Path((info.context or {}).get("folder", "."), path).resolve() for path in value]
+
+
+Folders = Annotated[
+    list[Path],
+    BeforeValidator(parse_folders),
+    WithJsonSchema({"type": ["string", "array"], "items": {"type": "string"}, "examples": [".", ["src"]]}),
+]
+
+
 class WorkerSettings(Model):
     handler: str
     """The function: `package.module:function`."""
+    path: Folders = Field(default_factory=list)
+    """Folders that hold the handler and what it imports, relative to the settings file's own; Python looks into them
+    first. Left out: `handler` is installed, or on PYTHONPATH."""
     subscribe: list[TopicPattern] = Field(default_factory=list)
     """Patterns of topics; empty: those that the handler was written for."""
     sink: Name | None = None
@@ -362,7 +383,7 @@ class WorkerSettings(Model):
     effects: bool = True
     """Whether the handler has effects outside the database, as a payment or a mail. `false` lets the inbox do with one
     write an event, with the reply: now and then a handler runs twice for one event, also at the same time, and of one
-    run the result is thrown away. `effect()` raises then."""
+    run the result is thrown away. `effect()` raises then. An ordered worker gains nothing by it."""
     shutdown_limit: Duration = 20.0
     """How long a stop may take, the process is gone by then: three quarters of it for running handlers to finish, the
     rest for giving back those that have not."""
@@ -502,6 +523,13 @@ class Settings(Model):
                     "`pgbridge replay` publish what the log still holds"
                 )
         return self
+
+    def worker(self, name: str) -> WorkerSettings:
+        """The settings of the worker that a command names. Raises UsageError for an unknown name."""
+        if name not in self.workers:
+            known = ", ".join(sorted(self.workers)) or "none"
+            raise UsageError(f"there is no worker {name!r} in the settings; known: {known}")
+        return self.workers[name]
 
     def sink_of(self, worker: str) -> str:
         """The name of the sink that a worker consumes from. Raises SettingsError where none is named."""

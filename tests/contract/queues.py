@@ -163,7 +163,9 @@ class RabbitMQHarness:
 
     def settings(self, proxy: Proxy | None = None) -> RabbitMQSettings:
         url = SecretStr(f"amqp://guest:guest@127.0.0.1:{(proxy or self._proxy).port}/")
-        return RabbitMQSettings(type="rabbitmq", url=url, exchange=self._name)
+        # By its heartbeat the broker notices a process that stands still.
+        heartbeat = 1.0 if self._ordered else 30.0
+        return RabbitMQSettings(type="rabbitmq", url=url, exchange=self._name, heartbeat=heartbeat)
 
     def queue(self, prefetch: int = 10, proxy: Proxy | None = None) -> RabbitMQQueue:
         return RabbitMQQueue(self.settings(proxy), subscription(self._name, prefetch, ordered=self._ordered))

@@ -17,8 +17,8 @@ from bridge.errors import DatabaseUnavailableError, PgbridgeError, PrivilegeErro
 from bridge.settings import PostgresSettings
 from tests.support.until import until
 from workers.claim import Claim, ClaimLostError, NotNow
-from workers.ends import ReplyError
 from workers.inbox import Inbox
+from workers.result import ReplyError
 from workers.session import ClaimSession
 
 

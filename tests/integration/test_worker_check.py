@@ -78,6 +78,20 @@ async def test_a_mistake_in_a_workers_settings_is_named(config: Path, old: str, 
     assert said in wrong[0]
 
 
+async def test_a_handler_is_looked_for_in_the_workers_folders(config: Path) -> None:
+    folder = config.parent / "handlers"
+    folder.mkdir()
+    (folder / "own.py").write_text("from tests.support.worker_handlers import echo\n")
+    change(config, 'handler = "tests.support.worker_handlers:echo"', 'handler = "own:echo"')
+    ok, said = (await check(config))["topology"]
+    assert not ok
+    assert (
+        "workers.echo.handler: cannot import own: No module named 'own'. Name its folder in workers.echo.path" in said
+    )
+    change(config, 'handler = "own:echo"', 'handler = "own:echo"\npath = "handlers"')
+    assert (await check(config))["worker echo"] == (True, "own:echo, reply shop.rendered")
+
+
 async def test_what_the_workers_role_may_not_do_is_named_with_the_grant(
     config: Path, shop: PostgresSettings, bridge_database: str, unique: str
 ) -> None:

@@ -13,8 +13,9 @@ from bridge.brokers.contract import Failure
 from bridge.settings import PostgresSettings
 from tests.support.until import until
 from workers.claim import Claim, ClaimLostError, NotNow
-from workers.ends import TOGETHER, ReplyError
+from workers.ends import TOGETHER
 from workers.inbox import Inbox
+from workers.result import ReplyError
 
 REPLIES = """
 CREATE TABLE shop.note (event_id uuid, result jsonb, transaction xid8 DEFAULT pg_current_xact_id());

@@ -2,20 +2,23 @@
 
 import asyncio
 import threading
-from typing import Any
+from datetime import date
+from decimal import Decimal
+from typing import Any, Literal
+from uuid import UUID
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, Field
 
 from bridge.errors import SettingsError
 from bridge.settings import WorkerSettings
 from tests.support.events import make_event
-from workers import Effect, Event, Options, effect, handler
+from workers import Event, Options, Reject, effect, handler
 from workers.attempt import backoff, retry_delays
 from workers.build import subscription
-from workers.effects import current_effects
-from workers.handler import load_handler
+from workers.testing import MemoryLedger, arun
 
 EVENT = make_event(topic="shop.order.placed")
 
@@ -116,68 +119,151 @@ def test_a_handler_that_yields_is_refused_when_it_is_marked() -> None:
 def test_a_handler_that_does_not_take_its_options_is_refused_when_it_is_marked() -> None:
     async def one(event: Event) -> None: ...
 
-    with pytest.raises(TypeError, match="must take the event and its options"):
+    with pytest.raises(TypeError, match="must take the event and the worker's options, and nothing else"):
         handler("a", options=Greeting)(one)  # type: ignore[arg-type]
 
 
+class Line(BaseModel):
+    article: str
+    quantity: int = Field(ge=1)
+
+
+class Order(BaseModel):
+    order: int
+    lines: list[Line]
+    total: Decimal = Decimal(0)
+    placed: date | None = None
+    note: Any = None
+
+
+FITS = {"order": 7, "lines": [{"article": "tea", "quantity": 2}]}
+
+
+@handler("shop.order.placed", payload=Order)
+async def reserve(event: Event, order: Order) -> dict[str, Any]:
+    return {"topic": event.topic, "order": order.order, "articles": [line.article for line in order.lines]}
+
+
+@handler("shop.order.placed", payload=Order, options=Greeting)
+def greet_for(event: Event, order: Order, options: Greeting) -> dict[str, Any]:
+    return {"said": options.word, "order": order.order, "thread": threading.current_thread().name}
+
+
+def order(**changes: Any) -> Event:
+    return make_event(topic="shop.order.placed", payload={**FITS, **changes})
+
+
+async def test_a_payload_reaches_the_handler_as_its_model_between_event_and_options() -> None:
+    assert await reserve(order()) == {"topic": "shop.order.placed", "order": 7, "articles": ["tea"]}
+    result = await greet_for(order(), Greeting(word="hi"))
+    assert result is not None
+    assert result["said"] == "hi"
+    assert result["order"] == 7
+    assert result["thread"].endswith("greet_for")
+
+
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("changes", "said"),
     [
-        ("workers.invoices", "not of the form package.module:function"),
-        ("no_such_package.x:y", "cannot import no_such_package.x"),
-        ("workers.invoices:nothing", "workers.invoices has no @handler named nothing"),
-        ("workers.invoices:parse", "workers.invoices has no @handler named parse"),
+        ({"order": "s3cret"}, "payload.order: Input should be a valid integer"),
+        ({"order": None}, "payload.order: Input should be a valid integer"),
+        ({"lines": [{"article": "s3cret"}]}, "payload.lines.0.quantity: is missing"),
+        ({"lines": [{"article": "s3cret", "quantity": 0}]}, "payload.lines.0.quantity: Input should be greater than"),
+        ({"lines": ["s3cret"]}, "payload.lines.0: must be an object of named fields"),
+        ({"order": "x", "placed": "s3cret"}, "; payload.placed: Input should be a valid date"),
     ],
 )
-def test_a_wrong_handler_name_says_what_is_wrong(name: str, said: str) -> None:
-    with pytest.raises(SettingsError, match=f"workers.w.handler: .*{said}"):
-        load_handler(name, "w")
+async def test_a_payload_that_does_not_fit_is_rejected_by_its_fields_and_not_its_values(
+    changes: dict[str, Any], said: str
+) -> None:
+    for attempt in (reserve(order(**changes)), greet_for(order(**changes), Greeting())):
+        with pytest.raises(Reject) as rejected:
+            await attempt
+        assert said in str(rejected.value)
+        assert "s3cret" not in str(rejected.value)
+        assert "\n" not in str(rejected.value)
 
 
-class Recording:
-    """A ledger in memory, as a test of a handler uses it."""
+@pytest.mark.parametrize("payload", [b"", b"{", b"\xff", b"[" * 100_000, b'{"order": NaN, "lines": []}', b"[s3cret]"])
+async def test_a_payload_that_is_not_json_is_rejected(payload: bytes) -> None:
+    with pytest.raises(Reject, match=r"^payload: is not JSON: ") as rejected:
+        await reserve(make_event(payload=payload))
+    assert "s3cret" not in str(rejected.value)
 
-    def __init__(self) -> None:
-        self.effects: dict[str, Effect] = {}
 
-    async def begin_effect(self, operation: str) -> Effect:
-        known = self.effects.get(operation)
-        return Effect(operation, f"{EVENT.id}:{operation}", EVENT.time, known.result if known else None)
+async def test_a_payload_of_another_kind_is_rejected() -> None:
+    with pytest.raises(Reject, match=r"^payload: must be an object of named fields$"):
+        await reserve(make_event(payload=[1]))
 
-    async def end_effect(self, effect: Effect) -> None:
-        self.effects[effect.operation] = effect
+
+async def test_texts_that_quote_what_they_refuse_are_not_told() -> None:
+    class Card(BaseModel):
+        kind: Literal["card"]
+
+    class Cash(BaseModel):
+        kind: Literal["cash"]
+
+    class Payment(BaseModel):
+        id: UUID
+        by: Card | Cash = Field(discriminator="kind")
+
+    @handler("a", payload=Payment)
+    async def pay(event: Event, payment: Payment) -> None: ...
+
+    with pytest.raises(Reject) as rejected:
+        await pay(make_event(payload={"id": "s3cret", "by": {"kind": "s3cret"}}))
+    assert str(rejected.value) == "payload.id: is not a UUID; payload.by: its 'kind' is none of 'card', 'cash'"
+
+
+async def test_decimals_of_a_payload_have_every_digit_and_other_numbers_stay_numbers() -> None:
+    @handler("a", payload=Order)
+    async def look(event: Event, order: Order) -> dict[str, Any]:
+        return {"total": str(order.total), "note": order.note}
+
+    payload = b'{"order": 1, "lines": [], "total": 12345678901234567.890, "note": {"x": 1.10}}'
+    assert await arun(look, make_event(payload=payload)) == {"total": "12345678901234567.890", "note": {"x": 1.1}}
+
+
+def test_a_function_that_does_not_take_its_payload_is_refused_when_it_is_marked() -> None:
+    async def one(event: Event) -> None: ...
+
+    async def wrong(event: Event, order: Line) -> None: ...
+
+    with pytest.raises(TypeError, match="must take the event and its payload, and nothing else"):
+        handler("a", payload=Order)(one)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must take the event, its payload and the worker's options"):
+        handler("a", payload=Order, options=Greeting)(wrong)  # type: ignore[arg-type]
+    handler("a", payload=Order)(wrong)  # type: ignore[arg-type]  # only a checker of types sees this
 
 
 async def test_the_result_of_an_effect_spares_the_next_attempt_the_call() -> None:
-    ledger = Recording()
-    token = current_effects.set(ledger)
     calls = []
-    try:
-        for _ in range(2):
-            async with effect("charge") as charge:
-                if charge.result is None:
-                    calls.append(charge.idempotency_key)
-                    charge.result = {"status": "paid"}
-            assert charge.result == {"status": "paid"}
-    finally:
-        current_effects.reset(token)
-    assert calls == [f"{EVENT.id}:charge"]
+
+    @handler("a")
+    async def charge(event: Event) -> None:
+        async with effect("charge") as charge:
+            if charge.result is None:
+                calls.append(charge.idempotency_key)
+                charge.result = {"status": "paid"}
+
+    ledger = MemoryLedger("shop")
+    for _ in range(2):
+        await arun(charge, EVENT, ledger=ledger)
+        assert ledger.results(EVENT) == {"charge": {"status": "paid"}}
+    assert calls == [f"shop:{EVENT.id}:charge"]
 
 
 async def test_an_effect_whose_code_raises_has_no_result() -> None:
-    async def charge_and_fail() -> None:
+    @handler("a")
+    async def charge_and_fail(event: Event) -> None:
         async with effect("charge") as charge:
             charge.result = {"status": "unknown"}
             raise ConnectionError
 
-    ledger = Recording()
-    token = current_effects.set(ledger)
-    try:
-        with pytest.raises(ConnectionError):
-            await charge_and_fail()
-    finally:
-        current_effects.reset(token)
-    assert ledger.effects == {}
+    ledger = MemoryLedger()
+    with pytest.raises(ConnectionError):
+        await arun(charge_and_fail, EVENT, ledger=ledger)
+    assert ledger.results(EVENT) == {"charge": None}
 
 
 def _settings(**values: Any) -> WorkerSettings:

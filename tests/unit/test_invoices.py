@@ -13,10 +13,10 @@ import pytest
 from pypdf import PdfReader
 
 from bridge.errors import SettingsError
-from tests.support.events import make_event
 from workers import Event, Reject
 from workers.invoices import TEMPLATE, InvoiceOptions, TemplateError, render
 from workers.invoices.stamp import event_of as event_of_pdf
+from workers.testing import make_event
 
 PAYLOAD: dict[str, Any] = {
     "number": "2026-0001",
@@ -36,13 +36,10 @@ EVENT_ID = "5f2b9c1e-7f7b-4a55-9d5b-3f1c2d1e0a01"
 OTHER_ID = "5f2b9c1e-7f7b-4a55-9d5b-3f1c2d1e0a02"
 
 
-def event_of(payload: object, **changes: Any) -> Event:
-    return event_with(json.dumps({**payload, **changes} if isinstance(payload, dict) else payload).encode())
-
-
-def event_with(payload: bytes) -> Event:
+def event_of(payload: bytes | dict[str, Any], **changes: Any) -> Event:
     time = datetime(2026, 11, 21, 9, 30, 0, 123456, tzinfo=UTC)
-    return make_event(id=EVENT_ID, topic="shop.invoice.requested", payload=payload, time=time)
+    whole = {**payload, **changes} if isinstance(payload, dict) else payload
+    return make_event("shop.invoice.requested", whole, id=EVENT_ID, time=time)
 
 
 @pytest.fixture
@@ -252,7 +249,7 @@ async def test_json_numbers_are_read_exactly(options: InvoiceOptions) -> None:
     payload = json.dumps(PAYLOAD | {"lines": []}).replace(
         '"lines": []', '"lines": [{"description": "x", "quantity": 1, "unit_price": 12345678901234567.89}]'
     )
-    result = await render(event_with(payload.encode()), options)
+    result = await render(event_of(payload.encode()), options)
     assert result is not None
     assert result["total"] == "12345678901234567.89"
 
@@ -260,10 +257,10 @@ async def test_json_numbers_are_read_exactly(options: InvoiceOptions) -> None:
 @pytest.mark.parametrize(
     ("payload", "reason"),
     [
-        (b"{", "the payload is not JSON"),
-        (b"\xff", "the payload is not JSON"),
-        (b"[" * 100_000, "the payload is not JSON"),
-        (b"[1]", "Input should be a valid dictionary"),
+        (b"{", "payload: is not JSON"),
+        (b"\xff", "payload: is not JSON"),
+        (b"[" * 100_000, "payload: is not JSON"),
+        (b"[1]", "payload: must be an object of named fields"),
         (PAYLOAD | {"number": ""}, "number: "),
         (PAYLOAD | {"number": None}, "number: "),
         (PAYLOAD | {"issued_on": "21.11.2026"}, "issued_on: "),
@@ -303,9 +300,8 @@ async def test_json_numbers_are_read_exactly(options: InvoiceOptions) -> None:
 async def test_a_wrong_payload_is_rejected_naming_the_field(
     payload: bytes | dict[str, Any], reason: str, options: InvoiceOptions, tmp_path: Path
 ) -> None:
-    event = event_with(payload) if isinstance(payload, bytes) else event_of(payload)
     with pytest.raises(Reject) as caught:
-        await render(event, options)
+        await render(event_of(payload), options)
     assert reason in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 

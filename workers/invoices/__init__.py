@@ -34,7 +34,7 @@ from bridge.event import Event
 from bridge.settings.models import Size, SomeDuration
 from workers.handler import Options, Reject, Result, handler
 from workers.invoices.money import Totals, rounded, totals
-from workers.invoices.payload import Invoice, parse
+from workers.invoices.payload import LARGEST_PAYLOAD, Invoice
 from workers.invoices.rendering import MissingGlyphsError, TemplateError, Typesetters
 from workers.invoices.stamp import event_of, stamped
 from workers.invoices.store import Store, file_name, open_store
@@ -64,10 +64,11 @@ class InvoiceOptions(Options):
     """Bytes that a process of Typst may take. There are at most as many processes as cores."""
 
 
-@handler("shop.invoice.requested", options=InvoiceOptions)
-async def render(event: Event, options: InvoiceOptions) -> Result:
+@handler("shop.invoice.requested", payload=Invoice, options=InvoiceOptions)
+async def render(event: Event, invoice: Invoice, options: InvoiceOptions) -> Result:
     """Writes the invoice's PDF and returns where it is."""
-    invoice = parse(event.payload)
+    if len(event.payload) > LARGEST_PAYLOAD:
+        raise Reject(f"the payload has {len(event.payload):,} bytes; an invoice may have {LARGEST_PAYLOAD:,}")
     sums = totals([(line.quantity, line.unit_price, line.tax_rate) for line in invoice.lines], invoice.currency)
     if invoice.total is not None and invoice.total != sums.gross:
         raise Reject(

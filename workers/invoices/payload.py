@@ -1,14 +1,12 @@
 """The payload of ``shop.invoice.requested``: its fields, and how much each may hold."""
 
-import json
 from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
 from typing import Annotated, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from workers.handler import Reject, explain
 from workers.invoices.money import CURRENCIES
 
 LARGEST_PAYLOAD: Final = 512 * 1024
@@ -78,15 +76,3 @@ class Invoice(_Part):
         if value not in CURRENCIES:
             raise ValueError('is not a currency code of ISO 4217, such as "EUR"')
         return value
-
-
-def parse(payload: bytes) -> Invoice:
-    """The invoice in a payload; numbers are read as exact decimals. Raises Reject, naming the wrong fields."""
-    if len(payload) > LARGEST_PAYLOAD:
-        raise Reject(f"the payload has {len(payload):,} bytes; an invoice may have {LARGEST_PAYLOAD:,}")
-    try:
-        return Invoice.model_validate(json.loads(payload, parse_float=Decimal))
-    except ValidationError as error:
-        raise Reject(explain(error, Invoice).replace("\n", "; ")) from None
-    except (ValueError, RecursionError) as error:
-        raise Reject(f"the payload is not JSON: {error}") from None

@@ -73,6 +73,9 @@ class Connection(asyncio.Protocol):
         self._heard = False
         self._silent_ticks = 0
         self._heartbeat: asyncio.TimerHandle | None = None
+        self._heartbeat_seconds = 0
+        self._beat_at = 0.0
+        """When the last sign of life was due, by the loop's clock."""
         self._on_progress: Callable[[], None] = lambda: None
         self._on_room: Callable[[], None] = lambda: None
         self._on_lost: Callable[[Closure], None] = lambda closure: None
@@ -88,6 +91,12 @@ class Connection(asyncio.Protocol):
     def heard(self) -> bool:
         """Whether the broker has said anything during the handshake."""
         return self._heard
+
+    @property
+    def stood_still(self) -> bool:
+        """Whether this process has given no sign of life for so long that the broker may have ended the connection, and
+        has not read of that yet."""
+        return self._heartbeat_seconds > 0 and self._loop.time() - self._beat_at > self._heartbeat_seconds
 
     @property
     def during(self) -> During:
@@ -178,6 +187,7 @@ class Connection(asyncio.Protocol):
         )
         self._during = "use"
         if seconds:
+            self._heartbeat_seconds, self._beat_at = seconds, self._loop.time()
             self._heartbeat = self._loop.call_later(seconds / 2, self._beat, seconds)
 
     async def close(self) -> None:
@@ -215,6 +225,7 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def _beat(self, seconds: int) -> None:
+        self._beat_at = self._loop.time()
         self._silent_ticks = 0 if self._heard else self._silent_ticks + 1
         self._heard = False
         if self._silent_ticks >= 4:

@@ -166,8 +166,12 @@ class Session:
 
     async def deliveries(self) -> AsyncIterator[RabbitMQDelivery]:
         """See `contract.Queue.deliveries`."""
+        connection = self._living()
         while True:
             for consumer in self._consumers.values():
+                if self._subscription.ordered and connection.stood_still:
+                    # Another process may have been given all of this.
+                    self._lose(Closure("this process stood still for longer than its heartbeat allows"))
                 if self.lost is not None:
                     raise self.gone(self.lost)
                 if self.stopped:

@@ -1,0 +1,48 @@
+"""A test's ledger remembers effects as the inbox does."""
+
+from bridge.settings import PostgresSettings
+from workers.claim import Claim
+from workers.effects import Effect, EffectStore
+from workers.inbox import Inbox
+from workers.testing import MemoryLedger, make_event
+
+
+class _Claimed:
+    """The effects of a claim on the real inbox."""
+
+    def __init__(self, inbox: Inbox, claim: Claim) -> None:
+        self._inbox, self._claim = inbox, claim
+
+    async def begin_effect(self, operation: str) -> Effect:
+        return await self._inbox.begin_effect(self._claim, operation)
+
+    async def end_effect(self, effect: Effect) -> None:
+        await self._inbox.end_effect(self._claim, effect)
+
+
+async def _story(store: EffectStore) -> list[tuple[str, object]]:
+    """Two attempts: what the second one finds of an effect that was ended, and of one that was not."""
+    told: list[tuple[str, object]] = []
+    charge = await store.begin_effect("charge")
+    told.append((charge.idempotency_key, charge.result))
+    charge.result = {"id": "ch_1", "parts": (1, 2), "none": None}
+    await store.end_effect(charge)
+    begun = await store.begin_effect("mail")
+    for operation in ("charge", "mail"):
+        found = await store.begin_effect(operation)
+        told.append((found.idempotency_key, found.result))
+        told.append((operation, found.started_at == {"charge": charge, "mail": begun}[operation].started_at))
+    return told
+
+
+async def test_keys_starts_and_results_are_those_that_the_inbox_gives(shop: PostgresSettings) -> None:
+    for event in (make_event("a", None), make_event("a", None, id="order-17", source="/other")):
+        inbox = Inbox("invoices", shop, concurrency=1)
+        try:
+            await inbox.open()
+            claim = await inbox.claim(event.inbox_id)
+            assert isinstance(claim, Claim)
+            real = await _story(_Claimed(inbox, claim))
+        finally:
+            await inbox.close()
+        assert await _story(MemoryLedger("invoices").of(event)) == real
