@@ -1,5 +1,10 @@
 -- What ends at the same time shares a transaction, replies too, and work without an outside effect needs no claim before.
 
+-- Without the worker before it. A plan that was made while the table was new took that index to look for an event, since
+-- both cost the same then, and read all events of the worker each time: 1.5 ms an event beside 6,000 others.
+drop index bridge.inbox_started;
+create index inbox_started on bridge.inbox (started_at);
+
 -- Finishes an event that was run without a claim, since running it twice does no harm. Says how that went:
 --   finished  it is finished now
 --   repeated  it was finished, or given up and its dead letter taken, before

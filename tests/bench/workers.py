@@ -69,6 +69,7 @@ class Variant:
 VARIANTS = (
     Variant("without a reply", False, 4.0, 2.5, 200.0),
     Variant("with a reply", True, 3.0, 2.0, 300.0),
+    Variant("with a reply, effects = false", True, 3.0, 2.0, 300.0, "effects = false\n"),
 )
 
 

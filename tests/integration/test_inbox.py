@@ -396,3 +396,22 @@ async def test_claims_of_many_at_once_by_two_processes_give_each_event_to_one(sh
     for first, second in zip(claims[::2], claims[1::2], strict=True):
         assert {type(first), type(second)} == {Claim, NotNow}
         assert NotNow("busy") in (first, second)
+
+
+async def test_in_a_new_inbox_an_event_is_found_by_its_key(shop: PostgresSettings, bridge_database: str) -> None:
+    """By the other index each look reads all events of the worker, and its plan is kept until statistics come."""
+    events = [str(uuid.uuid4()) for _ in range(200)]
+    async with opened(shop) as inbox:
+        for event in events:
+            claim = await claimed(inbox, event)
+            await (inbox.finish(claim, {}) if event < "8" else inbox.release(claim, counted=1))
+
+    def used() -> dict[str, int]:
+        return {
+            row["indexrelname"]: row["idx_scan"]
+            for row in rows(bridge_database, "SELECT indexrelname, idx_scan FROM pg_stat_user_indexes")
+        }
+
+    # The sessions have told it by the time that they are gone.
+    await until(lambda: used()["inbox_pkey"] >= 2 * len(events), "the looks are counted")
+    assert used()["inbox_started"] == 0
