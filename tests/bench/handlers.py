@@ -1,5 +1,6 @@
 """The handlers of the latency rows, which notes when an event reached it, and of the workers rows, which do nothing."""
 
+import atexit
 import os
 import struct
 import time
@@ -13,6 +14,8 @@ FILE = "BENCH_LATENCY_FILE"
 
 # Buffered, so that writing costs the handler nothing; the buffer is written out when the process ends.
 _file = open(os.environ[FILE], "ab", buffering=1 << 20) if FILE in os.environ else None  # noqa: SIM115
+if _file is not None:
+    atexit.register(_file.close)
 
 
 @handler("bench.#")

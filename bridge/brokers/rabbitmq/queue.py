@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
 import structlog
+from pamqp import commands
 
 from bridge.brokers.contract import Declaration, Failure, Subscription
 from bridge.brokers.letters import ATTEMPTS, PREFIX, letter_headers
@@ -35,7 +36,7 @@ from bridge.brokers.rabbitmq.message import Message, count_of, event_of
 from bridge.brokers.rabbitmq.reader import Delivered
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.topology import LOOK_LIMIT, WorkerTopology, counts_of, declarations
-from bridge.errors import BrokerUnavailableError, PgbridgeError
+from bridge.errors import BrokerUnavailableError
 from bridge.event import Event, Malformed, matches
 
 log = structlog.get_logger()
@@ -50,8 +51,8 @@ and keeps its lane here."""
 _MOST_PREFETCH: Final = 65_535
 """AMQP counts it in two bytes."""
 
-_FIRST_LANE: Final = 2
-"""Channels of the lanes beside the first queue's lie above it and the one on which questions are asked."""
+_PRESENCE: Final = 3
+"""The channel that shows other processes that this one is there; those of further lanes lie above it."""
 
 _ANSWER_LIMIT: Final = 10.0
 """Seconds within which the broker must begin or end to deliver, or tell the length of its queues."""
@@ -137,14 +138,18 @@ class Session:
         prefetch = min(-(-most // len(queues)), _MOST_PREFETCH)
         async with answers(self._settings, _ANSWER_LIMIT):
             for number, queue in enumerate(queues):
-                channel = CHANNEL if number == 0 else _FIRST_LANE + number
+                channel = CHANNEL if number == 0 else _PRESENCE + number
                 consumer: Consumer[RabbitMQDelivery] = Consumer(
                     connection, channel, queue, prefetch, self._settings.publish_timeout
                 )
                 self._consumers[channel] = consumer
                 await consumer.start()
         if len(queues) > 1:
+            async with answers(self._settings, _ANSWER_LIMIT):
+                await connection.call(_PRESENCE, commands.Channel.Open())
+                await connection.call(_PRESENCE, commands.Basic.Consume(queue=self.topology.presence))
             self._sharing = asyncio.create_task(self._share(connection))
+            self._sharing.add_done_callback(self._sharing_ended)
 
     def _arrive(self, delivered: Delivered) -> None:
         channel, tag, exchange, routing_key, header, body = delivered
@@ -243,21 +248,23 @@ class Session:
 
     async def _share(self, connection: Connection) -> None:
         """Hands lanes over to other processes of the worker, where this one has more than its share. Each process
-        consumes every lane, and a lane is with the one that has consumed it for longest."""
+        consumes every lane, and a lane is with the one that has consumed it for longest. Of a queue with a single
+        active consumer RabbitMQ counts only that one, so all consume one more queue, which is always empty."""
         while self.lost is None:
             await asyncio.sleep(SHARE_INTERVAL)
-            try:
-                async with answers(self._settings, _ANSWER_LIMIT), self._asking:
-                    _, processes = await counts_of(connection, self.topology.queues[-1])
-                active = [consumer for consumer in self._consumers.values() if consumer.is_active]
-                surplus = len(active) - -(-len(self._consumers) // max(1, processes))
-                for consumer in sorted(active, key=lambda each: each.in_hand)[: max(0, surplus)]:
-                    if not self.stopped and await consumer.come_to_rest(_REST_LIMIT):
-                        async with answers(self._settings, _ANSWER_LIMIT):
-                            await consumer.hand_over()
-                        log.info("queue.lane_handed_over", queue=consumer.queue, processes=processes)
-            except PgbridgeError as error:
-                self._lose(Closure(str(error)))
+            async with answers(self._settings, _ANSWER_LIMIT), self._asking:
+                _, processes = await counts_of(connection, self.topology.presence)
+            active = [consumer for consumer in self._consumers.values() if consumer.is_active]
+            surplus = len(active) - -(-len(self._consumers) // max(1, processes))
+            for consumer in sorted(active, key=lambda each: each.in_hand)[: max(0, surplus)]:
+                if not self.stopped and await consumer.come_to_rest(_REST_LIMIT):
+                    async with answers(self._settings, _ANSWER_LIMIT):
+                        await consumer.hand_over()
+                    log.info("queue.lane_handed_over", queue=consumer.queue, processes=processes)
+
+    def _sharing_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._lose(Closure(f"handing lanes over failed: {type(error).__name__}: {error}"))
 
     async def stop(self) -> None:
         """See `contract.Queue.stop`. An ordered one stops to hand out: ended now, its consumers would let others go on

@@ -102,6 +102,11 @@ class WorkerTopology:
         return [self.worker, *(f"{self.worker}.lane{number}" for number in range(2, self.lanes + 1))]
 
     @property
+    def presence(self) -> str:
+        """A queue that is always empty, and has as many consumers as processes share the lanes."""
+        return f"{self.worker}.processes"
+
+    @property
     def dead(self) -> str:
         """The queue of dead letters."""
         return dead_queue(self.worker)
@@ -148,6 +153,7 @@ class WorkerTopology:
                 for name in self.queues
             ),
             *self._spreading,
+            *([QuorumQueue(self.presence, {"x-queue-type": "quorum"})] if self.lanes > 1 else []),
             *(
                 QuorumQueue(
                     name,
