@@ -1,6 +1,7 @@
 """Handlers that the worker processes of tests run."""
 
 import asyncio
+import random
 
 from bridge.event import Event
 from workers import Reject, handler
@@ -18,3 +19,12 @@ async def echo(event: Event) -> Result:
 async def refuse(event: Event) -> Result:
     """Takes nothing."""
     raise Reject("no")
+
+
+@handler("shop.order.placed")
+async def stumble(event: Event) -> Result:
+    """Fails at random, one time in five."""
+    await asyncio.sleep(0.002)
+    if random.random() < 0.2:
+        raise ValueError("not this time")
+    return {"of": event.json()}
