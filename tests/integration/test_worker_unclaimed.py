@@ -9,6 +9,7 @@ from bridge.brokers.contract import Failure
 from bridge.event import Event, replay_mark
 from bridge.settings import PostgresSettings
 from tests.support.events import make_event
+from tests.support.until import until
 from tests.support.working import echo, figure, replies, working
 from workers.effects import effect
 from workers.handler import Reject, Result
@@ -17,6 +18,11 @@ from workers.handler import Reject, Result
 def rows(dsn: str) -> list[tuple[int, bool]]:
     with psycopg.connect(dsn) as connection:
         return connection.execute("SELECT attempts, finished_at IS NOT NULL FROM bridge.inbox").fetchall()
+
+
+def ended(dsn: str) -> bool:
+    with psycopg.connect(dsn) as connection:
+        return connection.execute("SELECT 1 FROM bridge.inbox WHERE ended_at IS NOT NULL").fetchone() is not None
 
 
 async def test_the_row_is_written_with_the_reply_and_not_before(shop: PostgresSettings, bridge_database: str) -> None:
@@ -81,6 +87,7 @@ async def test_a_rejection_is_dead_lettered_and_a_replay_runs(shop: PostgresSett
         queue.add(event)
         [(verb, _)] = await queue.outcomes(1)
         assert verb == "dead_letter"
+        await until(lambda: ended(bridge_database), "the inbox knows that the letter was taken")
         # A repeat runs, since nothing is looked up before, and is not stored; its replay is.
         queue.add(event)
         assert (await queue.outcomes(2))[1] == ("ack", None)
