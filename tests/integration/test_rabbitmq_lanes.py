@@ -171,3 +171,37 @@ async def test_processes_hand_lanes_over_until_each_has_its_share_and_no_event_i
         numbers = [number for _, number in came]
         assert numbers == sorted(numbers), key
         assert len(numbers) == len(set(numbers)), key
+
+
+async def test_a_lane_that_does_not_come_to_rest_goes_on_with_what_it_held_back(
+    rabbitmq: RabbitMQServer, unique: str, publish: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a key waits for another attempt."""
+    monkeypatch.setattr(queue_module, "SHARE_INTERVAL", 0.1)
+    monkeypatch.setattr(queue_module, "_REST_LIMIT", 1.0)
+    held, others = queue_of(rabbitmq, unique, 2), queue_of(rabbitmq, unique, 2)
+    await held.topology(apply=True)
+    # Of each lane a key to hold and another one.
+    keys: dict[int, list[str]] = defaultdict(list)
+    for n in range(40):
+        keys[lane_of(f"key-{n}".encode()) % 2].append(f"key-{n}")
+    await publish([make_event(topic="shop.x", key=keys[lane][0]) for lane in (0, 1)])
+    await held.open()
+    deliveries = aiter(held.deliveries())
+    in_hand = [await asyncio.wait_for(anext(deliveries), LIMIT) for _ in (0, 1)]
+    await others.open()
+    session = held._session
+    assert session is not None
+    consumers = list(session._consumers.values())
+    coming = asyncio.ensure_future(anext(deliveries))
+    await until(lambda: any(consumer._is_held for consumer in consumers), "a lane is asked to come to rest")
+    (lane,) = [number for number, consumer in enumerate(consumers) if consumer._is_held]
+    await publish([make_event(topic="shop.x", key=keys[lane][1])])
+    await until(lambda: consumers[lane].in_hand == 2, "it has come")
+    delivery = await asyncio.wait_for(coming, LIMIT)
+    assert isinstance(delivery.event, Event)
+    assert delivery.event.key == keys[lane][1]
+    for each in (*in_hand, delivery):
+        await each.ack()
+    await held.close()
+    await others.close()

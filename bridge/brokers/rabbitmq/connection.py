@@ -76,6 +76,7 @@ class Connection(asyncio.Protocol):
         self._heartbeat_seconds = 0
         self._beat_at = 0.0
         """When the last sign of life was due, by the loop's clock."""
+        self._was_late = False
         self._on_progress: Callable[[], None] = lambda: None
         self._on_room: Callable[[], None] = lambda: None
         self._on_lost: Callable[[Closure], None] = lambda closure: None
@@ -94,8 +95,12 @@ class Connection(asyncio.Protocol):
 
     @property
     def stood_still(self) -> bool:
-        """Whether this process has given no sign of life for so long that the broker may have ended the connection, and
-        has not read of that yet."""
+        """Whether this process has once given no sign of life for so long that the broker may have ended the
+        connection, which it reads of later: what is overdue happens before."""
+        return self._was_late or self._is_late
+
+    @property
+    def _is_late(self) -> bool:
         return self._heartbeat_seconds > 0 and self._loop.time() - self._beat_at > self._heartbeat_seconds
 
     @property
@@ -225,6 +230,7 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def _beat(self, seconds: int) -> None:
+        self._was_late = self._was_late or self._is_late
         self._beat_at = self._loop.time()
         self._silent_ticks = 0 if self._heard else self._silent_ticks + 1
         self._heard = False

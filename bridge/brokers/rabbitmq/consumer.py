@@ -6,13 +6,16 @@ before all else. So an ordered consumer gives nothing back by itself, and is nev
 """
 
 import asyncio
-from typing import Generic, cast
+from typing import Final, Generic, cast
 
 from pamqp import commands
 
 from bridge.brokers.order import D, InOrder
 from bridge.brokers.rabbitmq.acks import Acks
 from bridge.brokers.rabbitmq.connection import Connection
+
+_UNDISTURBED: Final = 60.0
+"""Seconds between two attempts to hand over a queue on which something runs for long, since meanwhile its keys wait."""
 
 
 class Consumer(Generic[D]):
@@ -25,7 +28,9 @@ class Consumer(Generic[D]):
         self.is_active = False
         """Whether it has delivered something: of the consumers of a queue with a single active one, it is that."""
         self._is_held = False
-        """Whether it hands out nothing for now."""
+        """Whether it hands out nothing, since it is about to be handed over."""
+        self.busy_until = 0.0
+        """Until when, by the loop's clock, it is not asked to come to rest: it did not when it was."""
         self._connection = connection
         self._prefetch = prefetch
         self._timeout = timeout
@@ -62,13 +67,14 @@ class Consumer(Generic[D]):
 
     async def come_to_rest(self, limit: float) -> bool:
         """Hands out nothing more, and waits until nothing runs; whether that was so within `limit` seconds. If not, it
-        goes on."""
+        goes on, undisturbed for some time."""
         self._is_held = True
         try:
             async with asyncio.timeout(limit):
                 await self._at_rest.wait()
         except TimeoutError:
             self._is_held = False
+            self.busy_until = asyncio.get_running_loop().time() + _UNDISTURBED
         return self._is_held
 
     def add(self, delivery: D) -> None:

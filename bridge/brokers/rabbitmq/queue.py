@@ -256,11 +256,17 @@ class Session:
                 _, processes = await counts_of(connection, self.topology.presence)
             active = [consumer for consumer in self._consumers.values() if consumer.is_active]
             surplus = len(active) - -(-len(self._consumers) // max(1, processes))
-            for consumer in sorted(active, key=lambda each: each.in_hand)[: max(0, surplus)]:
-                if not self.stopped and await consumer.come_to_rest(_REST_LIMIT):
+            now = asyncio.get_running_loop().time()
+            ready = sorted((each for each in active if each.busy_until <= now), key=lambda each: each.in_hand)
+            for consumer in ready[: max(0, surplus)]:
+                if self.stopped:
+                    return
+                if await consumer.come_to_rest(_REST_LIMIT):
                     async with answers(self._settings, _ANSWER_LIMIT):
                         await consumer.hand_over()
                     log.info("queue.lane_handed_over", queue=consumer.queue, processes=processes)
+                else:
+                    self._changed.set()  # what it held back meanwhile may go on
 
     def _sharing_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
