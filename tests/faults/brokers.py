@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import ClassVar
@@ -58,6 +59,8 @@ class Broker:
     def __init__(self, server: Server, url: str) -> None:
         self.server = server
         self.url = url
+        self.ordered = "ordered = true"
+        """What makes a worker ordered, in its settings."""
         self.place = f"faults-{os.getpid()}"
 
     def settings(self, sink: str, port: int) -> str:
@@ -96,6 +99,7 @@ class RabbitMQ(Broker):
     def __init__(self, server: RabbitMQServer) -> None:
         super().__init__(server, server.url)
         self._rabbitmq = server
+        self.ordered += "\nlanes = 4"
 
     def settings(self, sink: str, port: int) -> str:
         url = self._url_at(port)
@@ -145,7 +149,7 @@ class RabbitMQ(Broker):
     async def left(self, *, stopped: bool) -> list[str]:
         command = ("list_queues", "--silent", "--formatter", "json", "name", "messages")
         queues = json.loads(await asyncio.to_thread(self._rabbitmq.ctl, *command))
-        ours = [each for each in queues if each["name"] in WORKERS or each["name"].partition(".retry.")[0] in WORKERS]
+        ours = [each for each in queues if re.split(r"\.(?:retry|lane)", each["name"])[0] in WORKERS]
         return [f"{each['messages']} messages in queue {each['name']}" for each in ours if each["messages"]]
 
 

@@ -1,4 +1,5 @@
-"""The workers of the fault suite: `count` in its event loop, `ponder` in threads. What they do is the event's fate."""
+"""The workers of the fault suite: `count` in its event loop, `book` the same in order, `ponder` in threads. What they do is
+the event's fate."""
 
 import asyncio
 import os
@@ -30,6 +31,16 @@ class Place(Options):
 @handler("shop.order.*", options=Place)
 async def count(event: Event, place: Place) -> Result:
     """A coroutine."""
+    return await _work(event, place)
+
+
+@handler("shop.order.*", options=Place)
+async def book(event: Event, place: Place) -> Result:
+    """The same, in a worker that is ordered."""
+    return await _work(event, place)
+
+
+async def _work(event: Event, place: Place) -> Result:
     fate = _fate_of(event)
     if fate.ships:
         async with effect("ship") as shipment:

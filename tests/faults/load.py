@@ -19,9 +19,9 @@ from tests.faults.poison import POISON, Row
 SCHEMA = """
 create schema shop;
 create table shop.counter (name text primary key, n int not null default 0);
-create table shop.reply (worker text not null, event_id uuid not null);
+create table shop.reply (n bigserial, worker text not null, event_id uuid not null);
 create function shop.counted(event_id uuid, result jsonb) returns void language sql
-begin atomic insert into shop.reply values (result ->> 'by', event_id); end;
+begin atomic insert into shop.reply (worker, event_id) values (result ->> 'by', event_id); end;
 """
 PLACED, MOVED, PROBED = "shop.order.placed", "shop.order.moved", "shop.order.probed"
 """What workers take. The second goes to the queue that may be full."""

@@ -16,8 +16,10 @@ from bridge.brokers.contract import Letter
 from tests.faults.fates import MAX_ATTEMPTS, Fate
 from tests.faults.load import MOVED, PLACED, PROBED, Ledger
 
-WORKERS: Final = {"count": (PLACED, MOVED, PROBED), "ponder": (MOVED, PROBED)}
+WORKERS: Final = {"count": (PLACED, MOVED, PROBED), "ponder": (MOVED, PROBED), "book": (PLACED, PROBED)}
 """By name, the topics that each takes."""
+ORDERED: Final = "book"
+"""The one that handles the events of a key one after the other."""
 
 Task = tuple[str, str]
 """A worker and an event that it takes."""
@@ -60,6 +62,8 @@ class Outcomes:
     """Effects beyond one for an event, under the same key."""
     unnoted_letters: int = 0
     """Dead letters that the broker took in the moment in which their worker was killed, which the inbox still owes."""
+    overtaken: int = 0
+    """Replies of the ordered worker that came before one of an earlier event of their key."""
     wrong: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     """What is in hand or owed although the workers have stopped."""
@@ -70,6 +74,7 @@ def outcomes(dsn: str, ledger: Ledger, letters: Mapping[str, Sequence[Letter]], 
     wanted = tasks(ledger)
     found = Outcomes()
     _count_replies(dsn, wanted, found)
+    _look_at_order(dsn, ledger, found)
     in_letters = {(worker, str(letter.event_id)) for worker, each in letters.items() for letter in each}
     _count_letters(wanted, letters, found)
     _count_shipments(wanted, notes, found)
@@ -86,6 +91,20 @@ def _count_replies(dsn: str, wanted: Mapping[Task, Fate], found: Outcomes) -> No
     for task in handled | replies.keys():
         if replies[task] != (task in handled):
             found.wrong.append(f"{_named(task, wanted)}: {replies[task]} replies")
+
+
+def _look_at_order(dsn: str, ledger: Ledger, found: Outcomes) -> None:
+    with psycopg.connect(dsn, connect_timeout=5) as connection:
+        rows = connection.execute("select event_id::text from shop.reply where worker = %s order by n", (ORDERED,))
+        latest: dict[str, int] = {}
+        for (event_id,) in rows.fetchall():
+            event = ledger.committed.get(event_id)
+            if event is None:
+                continue
+            if event.number < latest.get(event.key, 0):
+                found.overtaken += 1
+                found.wrong.append(f"{ORDERED}: {event_id}, number {event.number} of {event.key}, was overtaken")
+            latest[event.key] = max(event.number, latest.get(event.key, 0))
 
 
 def _count_letters(wanted: Mapping[Task, Fate], letters: Mapping[str, Sequence[Letter]], found: Outcomes) -> None:

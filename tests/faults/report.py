@@ -137,6 +137,7 @@ class Report:
             f"{workers.replies} replies run of {workers.replies_wanted}, {workers.letters} events given up of "
             f"{workers.letters_wanted} ({workers.repeated_letters} letters repeated, {workers.unnoted_letters} not "
             f"noted), {workers.shipped} effects ({workers.shipped_again} again, under the same key), "
-            f"{len(workers.wrong)} wrong outcomes, {len(workers.left)} left in hand, health ok "
+            f"{workers.overtaken} out of order at the ordered worker, {len(workers.wrong)} wrong outcomes, "
+            f"{len(workers.left)} left in hand, health ok "
             f"{health.get('ok', 0)} times, failing {health.get('failing', 0)}, silent {health.get('silent', 0)}"
         )

@@ -1,4 +1,4 @@
-"""Everything that runs: servers, proxies before them, two bridges of one name, two processes of each of two workers,
+"""Everything that runs: servers, proxies before them, two bridges of one name, two processes of each of three workers,
 writers, the audits."""
 
 import asyncio
@@ -22,7 +22,7 @@ from tests.faults.brokers import SECOND, Broker
 from tests.faults.fates import MAX_ATTEMPTS, TIMEOUT
 from tests.faults.health import Watch
 from tests.faults.load import SCHEMA, Ledger, Writer
-from tests.faults.outcomes import WORKERS
+from tests.faults.outcomes import ORDERED, WORKERS
 from tests.support.daemons import Daemon, run_command
 from tests.support.proxy import Proxy
 from tests.support.servers import PostgresServer, free_port
@@ -63,6 +63,7 @@ retry_initial = "200ms"
 retry_max = "1s"
 reply = "shop.counted"
 listen = "127.0.0.1:{port}"
+{more}
 [workers.{worker}.options]
 worker = "{worker}"
 notes = "{notes}"
@@ -182,8 +183,8 @@ async def _keep_running(world: World, daemon: Daemon, stop: asyncio.Event) -> No
             world.wrong_ends.append(f"{daemon.folder.name}: {code} at its stop")
 
 
-def _workers(port: int, notes: Path) -> str:
-    """Their part of the settings; of a process that listens at this port."""
+def _workers(port: int, notes: Path, ordered: str) -> str:
+    """Their part of the settings; of a process that listens at this port. `ordered`: what makes a worker ordered."""
     return "".join(
         _WORKER.format(
             worker=worker,
@@ -192,6 +193,7 @@ def _workers(port: int, notes: Path) -> str:
             max_attempts=MAX_ATTEMPTS,
             port=port,
             notes=notes,
+            more=ordered if worker == ORDERED else "",
         )
         for worker, topics in WORKERS.items()
     )
@@ -240,7 +242,13 @@ async def running(
         (notes / "begun").mkdir(parents=True)
         (notes / "shipped").touch()
         workers = [
-            Daemon(folder / name, for_workers + _workers(port, notes), "run", name[:-2], module="workers.cli")
+            Daemon(
+                folder / name,
+                for_workers + _workers(port, notes, broker.ordered),
+                "run",
+                name[:-2],
+                module="workers.cli",
+            )
             for name, port in ports.items()
         ]
         declared = await asyncio.to_thread(run_command, "topology", "--apply", "--config", str(workers[0].config))
