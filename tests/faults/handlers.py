@@ -1,5 +1,6 @@
-"""The workers of the fault suite: `count` in its event loop, `book` the same in order, `ponder` in threads. What they do is
-the event's fate."""
+"""The workers of the fault suite: `count` in its event loop, `book` the same in order, `ponder` in threads.
+
+What they do is the event's fate."""
 
 import asyncio
 import os

@@ -12,8 +12,8 @@ from tests.faults.brokers import RabbitMQ
 from tests.faults.fates import FATES
 from tests.faults.handlers import FORGOTTEN
 from tests.faults.kinds import ALL, KINDS
-from tests.faults.load import MOVED, SCHEMA, Emitted, Ledger
-from tests.faults.outcomes import WORKERS, outcomes
+from tests.faults.load import MOVED, PLACED, SCHEMA, Emitted, Ledger
+from tests.faults.outcomes import ORDERED, outcomes
 from tests.faults.run import deck, play
 from tests.faults.world import POSTGRES
 from tests.support.servers import PostgresServer, RabbitMQServer
@@ -93,7 +93,7 @@ def _ledger(*fates: str) -> tuple[Ledger, list[str]]:
 def _reply(shop: str, event_id: str, *workers: str) -> None:
     with psycopg.connect(shop) as connection:
         connection.cursor().executemany(
-            "insert into shop.reply values (%s, %s)", [(worker, event_id) for worker in workers]
+            "insert into shop.reply (worker, event_id) values (%s, %s)", [(worker, event_id) for worker in workers]
         )
 
 
@@ -108,7 +108,7 @@ def test_the_audit_of_workers_finds_nothing_where_every_event_ended_as_it_must(s
     gave_up = [_letter(asks, "attempts_exhausted", 6), _letter(rejected, "rejected", 2)]
     gave_up.append(_letter(died, "attempts_exhausted", 6, "the worker's process died in each"))
     again = [*gave_up, gave_up[0]]
-    notes = _shipped(tmp_path, *[f"{worker} {handled} {worker}:{handled}:ship" for worker in ("count", *WORKERS)])
+    notes = _shipped(tmp_path, *[f"{worker} {handled} {worker}:{handled}:ship" for worker in ("count", "count", "ponder")])
     found = outcomes(shop, ledger, {"count": gave_up, "ponder": again}, notes)
     assert (found.wrong, found.left) == ([], [])
     assert (found.replies, found.letters, found.repeated_letters, found.shipped, found.shipped_again) == (2, 6, 1, 2, 1)
@@ -150,3 +150,17 @@ def test_the_audit_of_workers_finds_whatever_ended_otherwise(shop: str, tmp_path
             f"ponder: {rejected} (rejected): owed as rejected in the inbox after 1 attempts",
         ]
     )
+
+
+def test_the_audit_of_workers_finds_a_reply_of_the_ordered_worker_that_came_before_an_earlier_one_of_its_key(
+    shop: str, tmp_path: Path
+) -> None:
+    first, second, third, other = (str(uuid4()) for _ in range(4))
+    keys = {first: ("a", 1), second: ("a", 2), third: ("a", 3), other: ("b", 1)}
+    events = {event_id: Emitted(key, number, PLACED) for event_id, (key, number) in keys.items()}
+    for event_id in (second, third, other, first):
+        _reply(shop, event_id, ORDERED)
+    for event_id in (third, second, first, other):
+        _reply(shop, event_id, "count")
+    found = outcomes(shop, Ledger(events), {}, _shipped(tmp_path))
+    assert (found.wrong, found.overtaken) == ([f"{ORDERED}: {first}, number 1 of a, was overtaken"], 1)
