@@ -29,7 +29,7 @@ from tests.support.servers import PostgresServer, free_port
 
 KEYS = [f"key-{number}" for number in range(20)]
 WRITERS = 5
-POSTGRES = {"max_connections": "60"}
+POSTGRES = {"max_connections": "90"}
 """Settings of the server: few enough slots that they can be used up quickly."""
 _SETTINGS = """
 name = "faults"
