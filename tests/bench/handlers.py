@@ -5,7 +5,7 @@ import os
 import struct
 import time
 
-from workers import Event, handler
+from workers import Event, Retry, handler
 
 RECORD = struct.Struct("ddii")
 """When emit() ran and when the event arrived, in seconds since 1970; the client that emitted it, and its count."""
@@ -36,3 +36,14 @@ async def nothing(event: Event) -> None:
 async def ok(event: Event) -> dict[str, bool]:
     """The same, with a result for the reply."""
     return {"ok": True}
+
+
+FAILING = frozenset(f"key-{number}" for number in range(10))
+"""Keys whose events fail whenever they are tried."""
+
+
+@handler("bench.#")
+async def fail_some(event: Event) -> None:
+    """Nothing, but for the keys that fail."""
+    if event.key in FAILING:
+        raise Retry("this key fails")

@@ -19,6 +19,7 @@ ORDER = (
     "emit",
     "watch",
     "workers",
+    "ordered",
     "latency",
     "doorbell",
     "backlog",
