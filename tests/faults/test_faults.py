@@ -108,7 +108,9 @@ def test_the_audit_of_workers_finds_nothing_where_every_event_ended_as_it_must(s
     gave_up = [_letter(asks, "attempts_exhausted", 6), _letter(rejected, "rejected", 2)]
     gave_up.append(_letter(died, "attempts_exhausted", 6, "the worker's process died in each"))
     again = [*gave_up, gave_up[0]]
-    notes = _shipped(tmp_path, *[f"{worker} {handled} {worker}:{handled}:ship" for worker in ("count", "count", "ponder")])
+    notes = _shipped(
+        tmp_path, *[f"{worker} {handled} {worker}:{handled}:ship" for worker in ("count", "count", "ponder")]
+    )
     found = outcomes(shop, ledger, {"count": gave_up, "ponder": again}, notes)
     assert (found.wrong, found.left) == ([], [])
     assert (found.replies, found.letters, found.repeated_letters, found.shipped, found.shipped_again) == (2, 6, 1, 2, 1)
