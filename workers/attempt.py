@@ -38,8 +38,10 @@ log = structlog.get_logger()
 OUTAGE_BACKOFF: Final = wait_random_exponential(multiplier=0.1, max=10.0)
 """Seconds between two attempts to reach a server that is gone; drawn at random, since all workers lose it together."""
 
+FIRST_REFUSED_DELAY: Final = 1.0
 REFUSED_DELAY: Final = 60.0
-"""Seconds until a dead letter that the broker refused is offered to it again."""
+"""Least and most seconds until a dead letter that the broker refused is offered to it again: as long as it has refused
+them by then. In an ordered worker its key waits for that."""
 
 _LONGEST_TRACE: Final = 16_000
 """Characters of a traceback that travel with a dead letter; the end is kept, where the error is."""
@@ -70,7 +72,8 @@ class Attempts:
         self._waiting: set[asyncio.Task[object] | None] = set()
         """Tasks that wait for their turn, by the rate."""
         self._refusal: str | None = None
-        self._refused_at = -math.inf
+        self._refused_since = self._refused_until = -math.inf
+        """By when a letter that was refused has surely been offered again, if not by us by another process."""
         self._in_hand: set[str] = set()
         self._handlers = SharedLock()
         self._count = {outcome: DELIVERIES.labels(worker, outcome).inc for outcome in OUTCOMES}
@@ -79,8 +82,7 @@ class Attempts:
     @property
     def problems(self) -> tuple[str, ...]:
         """For `/health`: the outage of the database, and that the broker takes no dead letters."""
-        # After twice the delay a letter that was refused has been offered again, if not by us by another process.
-        refusal = self._refusal if time.monotonic() < self._refused_at + 2 * REFUSED_DELAY else None
+        refusal = self._refusal if time.monotonic() < self._refused_until else None
         return tuple(filter(None, (self.database.problem, refusal)))
 
     async def handle(self, delivery: Delivery, pause: Pause) -> None:
@@ -263,8 +265,9 @@ class Attempts:
             case "handled" | "repeated":
                 await delivery.ack()
             case "dead_lettered" if settle.failure is not None:
-                if not await self._dead_letter(delivery, settle.failure):
-                    return await self._again(delivery, REFUSED_DELAY)
+                refused_for = await self._dead_letter(delivery, settle.failure)
+                if refused_for is not None:
+                    return await self._again(delivery, refused_for)
             case "given_back" if not (self._settings.ordered and settle.delay):
                 await delivery.give_back()
             case _:
@@ -280,8 +283,8 @@ class Attempts:
         await delivery.retry(delay)
         return None
 
-    async def _dead_letter(self, delivery: Delivery, failure: Failure) -> bool:
-        """Offers it to the broker, and says whether it was taken. One that is refused comes again later, and no handler
+    async def _dead_letter(self, delivery: Delivery, failure: Failure) -> float | None:
+        """Offers it to the broker. None once it was taken; else after how many seconds to offer it again: no handler
         runs for that."""
         try:
             await delivery.dead_letter(failure)
@@ -289,15 +292,22 @@ class Attempts:
             raise
         except RefusedError as error:
             self._count["refused"]()
-            self._refusal = f"worker {self._worker}: the broker takes no dead letter: {error}"
-            self._refused_at = time.monotonic()
             log.warning("event.letter_refused", worker=self._worker, **names_of(delivery.event), reason=str(error))
-            return False
+            return self._refused(f"worker {self._worker}: the broker takes no dead letter: {error}")
         self._refusal = None
         event = delivery.event
         if isinstance(event, Event):
             await self.database.outlast(self._inbox.forget, event.inbox_id, event.replay)
-        return True
+        return None
+
+    def _refused(self, words: str) -> float:
+        now = time.monotonic()
+        if self._refusal is None or now > self._refused_until:
+            self._refused_since = now
+        self._refusal = words
+        delay = min(max(FIRST_REFUSED_DELAY, now - self._refused_since), REFUSED_DELAY)
+        self._refused_until = max(self._refused_until, now + 2 * delay)
+        return delay
 
 
 class TimedOutError(TimeoutError):

@@ -1,6 +1,8 @@
 """What a worker tells its broker, when, and what follows where the broker does not take it."""
 
 import asyncio
+import time
+from types import SimpleNamespace
 
 import psycopg
 import pytest
@@ -212,7 +214,7 @@ async def test_a_dead_letter_that_the_broker_refuses_is_offered_again_and_nothin
     with capture_logs() as lines:
         async with working(fail_once_each, shop, queue, max_attempts=1):
             queue.add(event)
-            assert await queue.outcomes(1) == [("retry", 60.0)]
+            assert await queue.outcomes(1) == [("retry", 1.0)]
             queue.add(event)
             _, (verb, failure) = await queue.outcomes(2)
             assert queue.opened == 1
@@ -225,6 +227,25 @@ async def test_a_dead_letter_that_the_broker_refuses_is_offered_again_and_nothin
     assert len(runs) == 2
     [refused] = [line for line in lines if line["event"] == "event.letter_refused"]
     assert "invoices.dead is full" in refused["reason"]
+
+
+async def test_dead_letters_are_offered_again_after_as_long_as_the_broker_has_refused_them(
+    shop: PostgresSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ordered worker holds a key for that: a short refusal must not cost a minute, nor a long one a flood."""
+    now = 1000.0
+    monkeypatch.setattr("workers.attempt.time", SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter))
+    queue = ScriptedQueue(failures={"dead_letter": [RefusedError("queue invoices.dead is full") for _ in range(99)]})
+    event, delays = make_event(payload=1), []
+    async with working(fail, shop, queue, max_attempts=1):
+        for count in range(1, 10):
+            queue.add(event)
+            [*_, (verb, delay)] = await queue.outcomes(count)
+            assert verb == "retry"
+            assert isinstance(delay, float)
+            delays.append(delay)
+            now += delay
+    assert delays == [1.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
 
 
 async def test_a_delay_is_kept_although_the_broker_brings_the_event_sooner_and_costs_no_attempt(
