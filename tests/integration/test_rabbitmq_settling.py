@@ -12,6 +12,7 @@ from aio_pika.abc import AbstractChannel
 from pydantic import SecretStr
 
 from bridge.brokers.contract import Delivery, Failure, Letter, Subscription, Verdict
+from bridge.brokers.rabbitmq.connection import Connection
 from bridge.brokers.rabbitmq.dead import RabbitMQDeadLetters
 from bridge.brokers.rabbitmq.queue import RabbitMQQueue
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
@@ -144,6 +145,25 @@ async def test_a_full_retry_queue_leaves_every_delivery_in_hand_and_closing_give
     await queue.close()
     again = await take(await opened(scene.queue(prefetch=50)), PREFETCH)
     assert await together(*(each.retry(0.1) for each in again)) == [None] * PREFETCH
+
+
+async def test_copies_of_the_same_moment_for_one_queue_are_written_as_one(
+    scene: Scene, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails together, as when a service is down that all call, costs what one that fails costs."""
+    await scene.publish(50)
+    deliveries = await take(await opened(scene.queue(prefetch=50)), 50)
+    written: list[bytes] = []
+    write = Connection.write
+
+    def spy(connection: Connection, data: bytes) -> None:
+        written.append(data)
+        write(connection, data)
+
+    monkeypatch.setattr(Connection, "write", spy)
+    assert set(await together(*(delivery.retry(60.0) for delivery in deliveries))) == {None}
+    # Beside them go the acknowledgements of what was copied.
+    assert [count for data in written if (count := data.count(b".retry.1m"))] == [50]
 
 
 async def test_a_deleted_retry_queue_is_told_and_nothing_is_lost(scene: Scene, opened: Any) -> None:

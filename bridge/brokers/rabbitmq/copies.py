@@ -5,6 +5,7 @@ An alarm of RabbitMQ blocks every connection that has published; what is acknowl
 
 import asyncio
 import struct
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 from uuid import uuid4
@@ -22,9 +23,13 @@ from bridge.brokers.rabbitmq.publisher import Publisher
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.topology import Needed, require
 from bridge.errors import BrokerUnavailableError, RefusedError, TopologyError
+from bridge.process.batching import Batcher
 
 _START_LIMIT: Final = 10.0
 """Seconds that all questions before the first copy may take, once connected."""
+
+_TOGETHER: Final = 1000
+"""Most copies that are published together."""
 
 _PERSISTENT: Final = 2
 """AMQP's delivery mode."""
@@ -102,7 +107,9 @@ class CopyEncoder:
 
 
 class Copies:
-    """Publishes copies, any number at a time. Once its connection is lost, it is of no more use."""
+    """Publishes copies, any number at a time: those that are asked for together, for one queue, together. A queue that
+    does not answer holds up no other. Once its connection is lost, it is of no more use.
+    """
 
     def __init__(self, settings: RabbitMQSettings, on_lost: Callable[[Closure], None] = lambda closure: None) -> None:
         """`on_lost` hears of the connection's end, whoever ends it."""
@@ -110,6 +117,10 @@ class Copies:
         self._on_lost = on_lost
         self._connection: Connection | None = None
         self._publisher: Publisher[Copy] | None = None
+        self._to: defaultdict[str, Batcher[Copy, Outcome]] = defaultdict(
+            lambda: Batcher(self._publish_together, _TOGETHER)
+        )
+        """By queue."""
 
     async def open(self, needed: Sequence[Needed] = ()) -> None:
         """Connects, and checks that what is `needed` exists.
@@ -136,13 +147,16 @@ class Copies:
         """
         connection = self._connected()
         nowhere = f"pgbridge.probe.{uuid4()}"
-        asked = asyncio.ensure_future(self._outcome(Copy(nowhere, nowhere, b"", commands.Basic.Properties())))
+        asked = asyncio.ensure_future(
+            self._publish_together([Copy(nowhere, nowhere, b"", commands.Basic.Properties())])
+        )
         blocked = asyncio.ensure_future(connection.blocking.wait())
         try:
             async with answers(self._settings, _START_LIMIT):
                 await asyncio.wait((asked, blocked), return_when=asyncio.FIRST_COMPLETED)
             if asked.done():
-                asked.result()
+                [outcome] = asked.result()
+                self._known(outcome, nowhere)
         finally:
             asked.cancel()
             blocked.cancel()
@@ -153,7 +167,7 @@ class Copies:
         Raises TopologyError when the queue is gone, RefusedError when it takes no more, BrokerUnavailableError or
         PrivilegeError when the connection is lost.
         """
-        match await self._outcome(copy):
+        match self._known(await self._to[copy.topic].ask(copy), copy.topic):
             case Never(code="unroutable"):
                 raise TopologyError(f"{rabbitmq_at(self._settings)} lacks queue {copy.topic}; {APPLY}")
             case Refused(reason=reason):
@@ -166,18 +180,20 @@ class Copies:
                     f"{rabbitmq_at(self._settings)} cannot take a message for queue {copy.topic}: {reason}"
                 )
 
-    async def _outcome(self, copy: Copy) -> Outcome:
-        """What the broker, whose connection lives, said. Raises BrokerUnavailableError or PrivilegeError."""
-        connection, publisher = self._connected(), self._publisher
-        if publisher is None:
+    async def _publish_together(self, copies: Sequence[Copy]) -> Sequence[Outcome]:
+        if self._publisher is None:
             raise BrokerUnavailableError(f"{rabbitmq_at(self._settings)} is not open for copies")
-        (outcome,) = await publisher.publish([copy])
+        return await self._publisher.publish(copies)
+
+    def _known(self, outcome: Outcome, queue: str) -> Confirmed | Never | Refused:
+        """What the broker said. Raises BrokerUnavailableError or PrivilegeError where the connection was lost before."""
         if isinstance(outcome, Confirmed | Never | Refused):
             return outcome
-        if connection.lost is not None:
-            raise error_of(self._settings, connection.lost)
+        lost = self._connected().lost
+        if lost is not None:
+            raise error_of(self._settings, lost)
         raise BrokerUnavailableError(
-            f"{rabbitmq_at(self._settings)} may not hold a message for queue {copy.topic}: {outcome.reason}"
+            f"{rabbitmq_at(self._settings)} may not hold a message for queue {queue}: {outcome.reason}"
         )
 
     def _connected(self) -> Connection:
