@@ -186,7 +186,7 @@ class Copies:
         return await self._publisher.publish(copies)
 
     def _known(self, outcome: Outcome, queue: str) -> Confirmed | Never | Refused:
-        """What the broker said. Raises BrokerUnavailableError or PrivilegeError where the connection was lost before."""
+        """What the broker said. Raises BrokerUnavailableError or PrivilegeError where the connection ended before."""
         if isinstance(outcome, Confirmed | Never | Refused):
             return outcome
         lost = self._connected().lost
