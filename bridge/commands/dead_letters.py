@@ -207,7 +207,7 @@ def _boxes(settings: Settings, choice: Choice) -> Mapping[str, DeadLetters]:
     boxes: dict[str, DeadLetters] = {}
     for name in wanted:
         sink = settings.sinks[settings.sink_of(name)]
-        box = broker_of(sink).dead_letters(sink, name)
+        box = broker_of(sink).dead_letters(sink, name, lanes=settings.workers[name].lanes)
         if box is not None:
             boxes[name] = box
     return boxes

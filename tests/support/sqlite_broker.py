@@ -275,7 +275,7 @@ class Sqlite:
     def queue(self, settings: SqliteSettings, subscription: Subscription, /) -> Queue:
         return SqliteQueue(settings, subscription)
 
-    def dead_letters(self, settings: SqliteSettings, worker: str, /) -> SqliteDeadLetters:
+    def dead_letters(self, settings: SqliteSettings, worker: str, /, *, lanes: int = 1) -> SqliteDeadLetters:
         return SqliteDeadLetters(settings, worker)
 
 

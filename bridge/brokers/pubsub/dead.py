@@ -1,8 +1,11 @@
 """Dead letters of a worker on Pub/Sub: how they are shown, replayed and discarded.
 
-They are in the topic ``<worker>.dead``, whose subscription of the same name keeps them for 31 days.
+They are in the topic ``<worker>.dead``, whose subscription of the same name keeps them for 31 days. They have no ordering
+key, since of a key the service would give no more letters while some are in hand; so all are taken, and then put in
+the order of their times.
 """
 
+import asyncio
 from typing import Any, Final
 
 from google.pubsub_v1 import types
@@ -23,6 +26,8 @@ PULL_LIMIT: Final = 1.0
 EMPTY_PULLS: Final = 2
 """Pulls without a new message after which there is none; the service may answer with fewer than it has."""
 _BATCH: Final = 100
+_EXTEND_INTERVAL: Final = MAX_LEASE / 4
+"""Seconds between two extensions of what is in hand while somebody decides."""
 
 _Message: Final = types.PubsubMessage.pb()
 _Modify: Final = types.ModifyAckDeadlineRequest.pb()
@@ -41,29 +46,28 @@ class PubSubDeadLetters:
         self._names = Names(settings, worker)
 
     async def walk(self, decide: Decide) -> None:
-        """See `contract.DeadLetters.walk`. Until the end, a letter is in hand, and nobody else can see it."""
+        """See `contract.DeadLetters.walk`. Until the end, every letter is in hand, and nobody else can see it."""
         connection = await connect(self._settings)
-        kept: dict[str, str] = {}
-        replayed: set[str] = set()
-        empty = 0
+        in_hand: dict[str, Any] = {}
         try:
+            empty = 0
             while empty < EMPTY_PULLS:
-                batch = await self._pull(connection)
-                fresh = [received for received in batch if received.message.message_id not in kept]
-                kept |= {received.message.message_id: received.ack_id for received in batch}
-                empty = 0 if fresh else empty + 1
-                for received in fresh:
-                    letter = self._letter(received.message)
-                    # One that was replayed may have been refused again by now: it is for the next walk.
-                    verdict = "keep" if letter.id in replayed else await decide(letter)
-                    if verdict == "replay":
-                        replayed.add(letter.id)
-                        await self._publish_again(connection, received.message)
-                    if verdict != "keep":
-                        await self._remove(connection, received.ack_id)
-                        del kept[received.message.message_id]
+                batch = {each.message.message_id: each for each in await self._pull(connection)}
+                empty = 0 if batch.keys() - in_hand.keys() else empty + 1
+                in_hand |= batch
+            extended = asyncio.get_running_loop().time()
+            for message_id, received in sorted(in_hand.items(), key=lambda item: _published_at(item[1].message)):
+                if asyncio.get_running_loop().time() - extended > _EXTEND_INTERVAL:
+                    await self._extend(connection, [each.ack_id for each in in_hand.values()], MAX_LEASE)
+                    extended = asyncio.get_running_loop().time()
+                verdict = await decide(self._letter(received.message))
+                if verdict == "replay":
+                    await self._publish_again(connection, received.message)
+                if verdict != "keep":
+                    await self._remove(connection, received.ack_id)
+                    del in_hand[message_id]
         finally:
-            await self._extend(connection, list(kept.values()), 0)
+            await self._extend(connection, [each.ack_id for each in in_hand.values()], 0)
             await connection.close()
 
     async def _pull(self, connection: Connection) -> Any:
@@ -109,3 +113,8 @@ class PubSubDeadLetters:
             part = ack_ids[start : start + _BATCH]
             request = _Modify(subscription=self._names.dead_subscription, ack_ids=part, ack_deadline_seconds=seconds)
             await connection.call(connection.modify_ack_deadline, request)
+
+
+def _published_at(message: Any) -> tuple[int, int]:
+    """By the service's clock, in seconds and nanoseconds."""
+    return (message.publish_time.seconds, message.publish_time.nanos)

@@ -11,18 +11,20 @@ from bridge.brokers.letters import PREFIX, letter_of
 from bridge.brokers.rabbitmq.client import LOST, open_client, refusals
 from bridge.brokers.rabbitmq.connection import answers
 from bridge.brokers.rabbitmq.copies import Copies, copy_of
+from bridge.brokers.rabbitmq.lanes import LANE
 from bridge.brokers.rabbitmq.message import Message, count_of, event_of
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
-from bridge.brokers.rabbitmq.topology import dead_queue
+from bridge.brokers.rabbitmq.topology import dead_queue, lane_queues
 from bridge.event import replay_mark
 
 
 class RabbitMQDeadLetters:
-    """See `contract.DeadLetters`. A replayed letter goes to its worker's queue alone."""
+    """See `contract.DeadLetters`. A replayed letter goes to its worker's queue alone, to that of its lane."""
 
-    def __init__(self, settings: RabbitMQSettings, worker: str) -> None:
+    def __init__(self, settings: RabbitMQSettings, worker: str, lanes: int = 1) -> None:
         self._settings = settings
         self._worker = worker
+        self._queues = lane_queues(worker, lanes)
 
     async def walk(self, decide: Decide) -> None:
         """See `contract.DeadLetters.walk`.
@@ -55,7 +57,7 @@ class RabbitMQDeadLetters:
                         await copies.open()
                     # A person waits, so not for as long as an alarm lasts.
                     async with answers(self._settings, self._settings.publish_timeout):
-                        await copies.publish(copy_of(taken, self._worker, replay_mark()))
+                        await copies.publish(copy_of(taken, self._queue_of(taken), replay_mark()))
                 if verdict != "keep":
                     with refusals(self._settings):
                         await message.ack()
@@ -64,6 +66,10 @@ class RabbitMQDeadLetters:
                 await copies.close()
             with contextlib.suppress(*LOST):
                 await connection.close()
+
+    def _queue_of(self, message: Message) -> str:
+        """Where its key is, so that what comes after a replay does not overtake it."""
+        return self._queues[count_of(message, LANE) % len(self._queues)]
 
     def _letter(self, message: Message) -> Letter:
         marks = {name: str(value) for name, value in message.headers.items() if name.startswith(PREFIX)}
