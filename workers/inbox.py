@@ -231,8 +231,8 @@ class Inbox:
             )
         else:
             given_up = await self._pool.rows(
-                "select bridge.inbox_give_up(%s, %s::uuid[], %s::bigint[], %s::int[], %s::int[], %s::double precision[],"
-                " %s::text[]::jsonb[])::text",
+                "select bridge.inbox_give_up(%s, %s::uuid[], %s::bigint[], %s::int[], %s::int[],"
+                " %s::double precision[], %s::text[]::jsonb[])::text",
                 *(self.worker, *columns),
             )
         ours = {event for (event,) in given_up}

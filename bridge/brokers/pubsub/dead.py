@@ -1,8 +1,8 @@
 """Dead letters of a worker on Pub/Sub: how they are shown, replayed and discarded.
 
-They are in the topic ``<worker>.dead``, whose subscription of the same name keeps them for 31 days. They have no ordering
-key, since of a key the service would give no more letters while some are in hand; so all are taken, and then put in
-the order of their times.
+They are in the topic ``<worker>.dead``, whose subscription of the same name keeps them for 31 days. They have no
+ordering key, since of a key the service would give no more letters while some are in hand; so all are taken, and then
+put in the order of their times.
 """
 
 import asyncio
