@@ -296,6 +296,8 @@ class Letter:
     headers: Mapping[str, str] = field(default_factory=dict)
     trace: str = ""
     """The worker's traceback, where there is one."""
+    inbox_id: str | None = None
+    """The UUID that a worker's inbox knows the event by; None for a letter of the outbox or of no event."""
 
 
 Verdict = Literal["keep", "replay", "discard"]
@@ -303,13 +305,17 @@ Verdict = Literal["keep", "replay", "discard"]
 
 Decide = Callable[[Letter], Awaitable[Verdict]]
 
+Order = Callable[[Letter], float]
+"""Gives a letter its place among the others; those of one place stay as they are."""
+
 
 class DeadLetters(Protocol):
     """What one worker gave up."""
 
-    async def walk(self, decide: Decide) -> None:
-        """Shows `decide` every letter that is there now, once; does what it says, and leaves the others. Those of a key
-        come in the order in which they were given up, and so do their replays.
+    async def walk(self, decide: Decide, order: Order | None = None) -> None:
+        """Shows `decide` every letter that is there now, once; does what it says, and leaves the others. With `order`
+        they come, and are replayed, in the order of what it gives for each, for which all are taken first; without,
+        in no certain order, since whoever looks may have changed it.
 
         A replayed letter is first confirmed in the worker's queue, and then removed: after a crash in between it may
         be in both. It carries a new `bridge.event.replay_mark()` each time: without one a worker takes the event for a

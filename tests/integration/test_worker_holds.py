@@ -1,4 +1,4 @@
-"""`on_dead_letter = "hold"`: a dead letter holds its key, on every broker, with the processes and commands of an operator."""
+"""`on_dead_letter = "hold"`: a dead letter holds its key; on every broker, with real processes and commands."""
 
 import asyncio
 import json
@@ -12,6 +12,9 @@ import pytest
 
 from bridge.brokers.contract import CONFIRMED, Failure, Sink
 from bridge.brokers.registry import broker_of
+from bridge.commands.dead_letters import Choice, find
+from bridge.errors import BrokerUnavailableError, PgbridgeError
+from bridge.event import Event
 from bridge.settings import PostgresSettings, load
 from tests.support.daemons import Daemon, run_command
 from tests.support.events import make_event
@@ -57,13 +60,16 @@ class Ledger:
         self._sink = sink
         self._replies = replies
         self._folder = folder
-        self._settings = worker_settings
-        self._operator = Daemon(folder / "operator", operator_settings).config
+        self.text = worker_settings
+        """The settings of processes."""
+        self.operator = Daemon(folder / "operator", operator_settings).config
+        """The settings file of the operator."""
+        self._settings = load(self.operator, environ={})
         self.processes: list[Daemon] = []
 
     async def start(self) -> Daemon:
         process = Daemon(
-            self._folder / f"process-{len(self.processes)}", self._settings, "run", self.name, module="workers.cli"
+            self._folder / f"process-{len(self.processes)}", self.text, "run", self.name, module="workers.cli"
         )
         self.processes.append(process)
         process.start()
@@ -83,7 +89,7 @@ class Ledger:
 
     async def command(self, *arguments: str, module: str = "bridge.cli", expect: int = 0) -> tuple[str, str]:
         done = await asyncio.to_thread(
-            run_command, *arguments, "--config", str(self._operator), module=module, timeout=120.0
+            run_command, *arguments, "--config", str(self.operator), module=module, timeout=120.0
         )
         assert done.returncode == expect, done.stdout + done.stderr
         return done.stdout, done.stderr
@@ -98,18 +104,17 @@ class Ledger:
         return said
 
     async def letters(self, *names: str) -> list[str]:
-        """The codes of these dead letters, once there are no others and they are in this order."""
-        named = {event_id: name for name, event_id in self.ids.items()}
-        codes: list[str] = []
+        """The codes of these dead letters, once there are no others."""
+        codes: dict[str | None, str] = {}
 
         async def are_there() -> bool:
-            out, _ = await self.command("dead", "list", "--worker", self.name, "--json")
-            found = json.loads(out)
-            codes[:] = [letter["code"] for letter in found]
-            return [named[letter["event_id"]] for letter in found] == list(names)
+            codes.clear()
+            found = await find(self._settings, Choice(workers=(self.name,)), fail)
+            codes.update({letter.event_id: letter.code for letter in found})
+            return sorted(map(str, codes)) == sorted(self.ids[name] for name in names)
 
         await until(are_there, f"the dead letters are {names}", limit=60)
-        return codes
+        return [codes[self.ids[name]] for name in names]
 
     async def replay(self, *names: str) -> None:
         """Those that are named, or all."""
@@ -124,6 +129,10 @@ class Ledger:
 
         await until(are_there, f"there are replies to {names}", limit=60)
         assert by_key(await asyncio.to_thread(self._replies)) == by_key(list(names))
+
+
+def fail(box: str, error: PgbridgeError) -> None:
+    raise error
 
 
 def by_key(names: list[str]) -> dict[str, list[str]]:
@@ -174,12 +183,11 @@ async def test_what_is_behind_a_dead_letter_of_its_key_waits_for_its_replay(
     [key] = await ledger.held()
     assert (key["key"], key["first event"], key["events"]) == ("a", ledger.ids["a2"], 4)
 
-    # A replay that is not the first goes aside again, behind the letters that are there.
+    # A replay that is not the first goes aside again; while the cause is not mended, so do they all.
     await ledger.replay("a4")
-    assert await ledger.letters("a2", "a3", "a5", "a4") == ["rejected", "held", "held", "held"]
-    # While the cause is not mended, so do they all.
+    assert await ledger.letters("a2", "a3", "a4", "a5") == ["rejected", "held", "held", "held"]
     await ledger.replay()
-    assert await ledger.letters("a2", "a3", "a5", "a4") == ["rejected", "held", "held", "held"]
+    assert await ledger.letters("a2", "a3", "a4", "a5") == ["rejected", "held", "held", "held"]
 
     ledger.refuse()
     await ledger.replay("a2")
@@ -188,8 +196,8 @@ async def test_what_is_behind_a_dead_letter_of_its_key_waits_for_its_replay(
     first.signal(signal.SIGTERM)
     await asyncio.to_thread(first.wait)
     await ledger.publish("a6")
-    await ledger.letters("a3", "a5", "a4", "a6")
-    await ledger.replay("a3", "a4")
+    assert await ledger.letters("a3", "a4", "a5", "a6") == ["held"] * 4
+    await ledger.replay("a4", "a3")
     await ledger.booked("a1", "a2", "a3", "a4", *others)
     await ledger.replay()
     await ledger.booked("a1", "a2", "a3", "a4", "a5", "a6", *others)
@@ -201,19 +209,16 @@ async def test_what_is_behind_a_dead_letter_of_its_key_waits_for_its_replay(
 
 
 async def test_many_letters_of_many_keys_are_replayed_in_the_order_of_each(ledger: Ledger) -> None:
-    """More than a broker gives at a time."""
+    """More than a broker gives at a time, and after a look, which may change how they lie there."""
     names = [f"{key}{n}" for n in range(1, 31) for key in "abcdefgh"]
     ledger.refuse(*(f"{key}1" for key in "abcdefgh"))
     await ledger.start()
     await ledger.publish(*names)
 
-    async def are_there() -> bool:
-        return sum(key["events"] for key in await ledger.held()) == len(names)
-
-    await until(are_there, "all of them are aside", limit=60)
+    await asyncio.to_thread(ledger.processes[0].wait_for, "event.dead_lettered", 60.0, count=len(names))
+    assert [key["events"] for key in await ledger.held()] == [30] * 8
+    await ledger.letters(*names)
     ledger.refuse()
-    process = ledger.processes[0]
-    await asyncio.to_thread(process.wait_for, "event.dead_lettered", 60.0, count=len(names))
     await ledger.replay()
     await ledger.booked(*names)
     assert await ledger.held() == []
@@ -238,13 +243,13 @@ async def test_a_process_that_is_killed_before_the_broker_has_its_letter_lets_no
 ) -> None:
     ledger.refuse("a1")
     async with Proxy(rabbitmq.host, rabbitmq.port) as proxy:
-        direct = ledger._settings
-        ledger._settings = direct.replace(f":{rabbitmq.port}", f":{proxy.port}")
-        assert ledger._settings != direct
+        direct = ledger.text
+        ledger.text = direct.replace(f":{rabbitmq.port}", f":{proxy.port}")
+        assert ledger.text != direct
         process = await ledger.start()
-        ledger._settings = direct
+        ledger.text = direct
         # What comes to the process passes, and nothing that it says.
-        proxy.rate_to_server = 0
+        proxy.delay_to_server = 300
         await ledger.publish("a1", "a2", "b1")
 
         async def is_stored() -> bool:
@@ -264,11 +269,8 @@ async def test_keys_and_single_events_are_released(ledger: Ledger, bridge_databa
     ledger.refuse("a1", "b1")
     await ledger.start()
     await ledger.publish("a1", "a2", "a3", "b1", "b2")
-
-    async def are_there() -> bool:
-        return [key["events"] for key in await ledger.held()] == [3, 2]
-
-    await until(are_there, "both keys are held")
+    await asyncio.to_thread(ledger.processes[0].wait_for, "event.dead_lettered", count=5)
+    assert [key["events"] for key in await ledger.held()] == [3, 2]
     out, _ = await ledger.command("held", ledger.name, module="workers.cli")
     assert [line.split()[0] for line in out.splitlines()] == ["key", "a", "b"]
     assert ledger.ids["a1"] in out
@@ -305,31 +307,34 @@ async def test_commands_say_what_is_wrong(ledger: Ledger) -> None:
         assert f"there is no worker 'nobody' in the settings; known: {ledger.name}" in said
     _, said = await ledger.command("release", ledger.name, "a", "--event", "a1", module="workers.cli", expect=2)
     assert "'a1' is not a valid UUID" in said
-    text = ledger._operator.read_text().replace('on_dead_letter = "hold"', "")
-    ledger._operator.write_text(text)
+    text = ledger.operator.read_text().replace('on_dead_letter = "hold"', "")
+    ledger.operator.write_text(text)
     for command in (["held", ledger.name], ["release", ledger.name, "a"]):
         _, said = await ledger.command(*command, module="workers.cli", expect=2)
         assert f'holds no keys: workers.{ledger.name}.on_dead_letter is "pass"' in said
 
 
-async def test_a_dead_letter_that_is_refused_holds_its_key_already(
-    shop: PostgresSettings, bridge_database: str
-) -> None:
-    """The broker need not have it: what it has not taken is in hand, and in the inbox."""
-    from bridge.errors import BrokerUnavailableError
-
-    async def reject(event: Any) -> Result:
+async def test_a_letter_that_the_broker_has_not_taken_yet_holds_its_key(shop: PostgresSettings) -> None:
+    async def reject(event: Event) -> Result:
         if event.json() == "a1":
             raise Reject("no")
         return {"of": event.json()}
 
     queue = ScriptedQueue(redelivers=True, failures={"dead_letter": [BrokerUnavailableError("gone")]})
     async with working(reject, shop, queue, ordered=True, on_dead_letter="hold") as queue:
-        first, second = [queue.add(make_event(payload=f"a{n}", key="a")) for n in (1, 2)]
-        found = await queue.outcomes(2)
-    assert {verb for verb, _ in found} <= {"dead_letter"}
-    assert await execute(bridge_database, "select count(*) from bridge.held") == [(2,)]
-    assert first.event != second.event
+        first = make_event(payload="a1", key="a")
+        queue.add(first)
+        await until(lambda: queue.opened == 2, "the connection is a new one")
+        queue.add(make_event(payload="a2", key="a"))
+        queue.add(make_event(payload="b1", key="b"))
+        found = await queue.outcomes(3)
+    became = {
+        delivery.event.json(): detail.code if isinstance(detail, Failure) else verb
+        for delivery, verb, detail in queue.settled
+        if isinstance(delivery.event, Event)
+    }
+    assert became == {"a1": "rejected", "a2": "held", "b1": "ack"}
+    assert len(found) == 3
 
 
 async def test_held_keys_are_counted_for_whoever_looks_and_are_no_fault(shop: PostgresSettings) -> None:

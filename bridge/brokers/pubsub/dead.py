@@ -1,17 +1,16 @@
 """Dead letters of a worker on Pub/Sub: how they are shown, replayed and discarded.
 
-They are in the topic ``<worker>.dead``, whose subscription of the same name keeps them for 31 days. They have no
-ordering key, since of a key the service would give no more letters while some are in hand; so all are taken, and then
-put in the order of their times.
+They are in the topic ``<worker>.dead``, whose subscription of the same name keeps them for 31 days.
 """
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from google.pubsub_v1 import types
 
-from bridge.brokers.contract import Decide, Letter
-from bridge.brokers.letters import ATTEMPTS, PREFIX, letter_of
+from bridge.brokers.contract import Decide, Letter, Order
+from bridge.brokers.letters import ATTEMPTS, PREFIX, in_order, letter_of
 from bridge.brokers.pubsub.connection import Connection, TimedOutError, connect
 from bridge.brokers.pubsub.message import CONTENT_TYPE, FOR_WORKER, NOT_THE_EVENTS, from_message
 from bridge.brokers.pubsub.settings import PubSubSettings
@@ -27,7 +26,7 @@ EMPTY_PULLS: Final = 2
 """Pulls without a new message after which there is none; the service may answer with fewer than it has."""
 _BATCH: Final = 100
 _EXTEND_INTERVAL: Final = MAX_LEASE / 4
-"""Seconds between two extensions of what is in hand while somebody decides."""
+"""Seconds after which what is in hand is kept in hand for longer, while somebody decides."""
 
 _Message: Final = types.PubsubMessage.pb()
 _Modify: Final = types.ModifyAckDeadlineRequest.pb()
@@ -45,30 +44,39 @@ class PubSubDeadLetters:
         self._worker = worker
         self._names = Names(settings, worker)
 
-    async def walk(self, decide: Decide) -> None:
-        """See `contract.DeadLetters.walk`. Until the end, every letter is in hand, and nobody else can see it."""
+    async def walk(self, decide: Decide, order: Order | None = None) -> None:
+        """See `contract.DeadLetters.walk`. Until the end, a letter is in hand, and nobody else can see it."""
         connection = await connect(self._settings)
-        in_hand: dict[str, Any] = {}
+        kept: dict[str, str] = {}
+        replayed: set[str] = set()
+        loop = asyncio.get_running_loop()
         try:
-            empty = 0
-            while empty < EMPTY_PULLS:
-                batch = {each.message.message_id: each for each in await self._pull(connection)}
-                empty = 0 if batch.keys() - in_hand.keys() else empty + 1
-                in_hand |= batch
-            extended = asyncio.get_running_loop().time()
-            for message_id, received in sorted(in_hand.items(), key=lambda item: _published_at(item[1].message)):
-                if asyncio.get_running_loop().time() - extended > _EXTEND_INTERVAL:
-                    await self._extend(connection, [each.ack_id for each in in_hand.values()], MAX_LEASE)
-                    extended = asyncio.get_running_loop().time()
-                verdict = await decide(self._letter(received.message))
+            extended = loop.time()
+            async for message, letter in in_order(self._letters(connection, kept), order):
+                # One that was replayed may have been refused again by now: it is for the next walk.
+                verdict = "keep" if letter.id in replayed else await decide(letter)
                 if verdict == "replay":
-                    await self._publish_again(connection, received.message)
+                    replayed.add(letter.id)
+                    await self._publish_again(connection, message)
                 if verdict != "keep":
-                    await self._remove(connection, received.ack_id)
-                    del in_hand[message_id]
+                    await self._remove(connection, kept.pop(message.message_id))
+                if loop.time() - extended > _EXTEND_INTERVAL:
+                    await self._extend(connection, list(kept.values()), MAX_LEASE)
+                    extended = loop.time()
         finally:
-            await self._extend(connection, [each.ack_id for each in in_hand.values()], 0)
+            await self._extend(connection, list(kept.values()), 0)
             await connection.close()
+
+    async def _letters(self, connection: Connection, kept: dict[str, str]) -> AsyncIterator[tuple[Any, Letter]]:
+        """Takes what is there in hand; `kept` has its ack ids by its message ids."""
+        empty = 0
+        while empty < EMPTY_PULLS:
+            batch = await self._pull(connection)
+            fresh = [received.message for received in batch if received.message.message_id not in kept]
+            kept |= {received.message.message_id: received.ack_id for received in batch}
+            empty = 0 if fresh else empty + 1
+            for message in fresh:
+                yield message, self._letter(message)
 
     async def _pull(self, connection: Connection) -> Any:
         request = types.PullRequest.pb()(
@@ -113,8 +121,3 @@ class PubSubDeadLetters:
             part = ack_ids[start : start + _BATCH]
             request = _Modify(subscription=self._names.dead_subscription, ack_ids=part, ack_deadline_seconds=seconds)
             await connection.call(connection.modify_ack_deadline, request)
-
-
-def _published_at(message: Any) -> tuple[int, int]:
-    """By the service's clock, in seconds and nanoseconds."""
-    return (message.publish_time.seconds, message.publish_time.nanos)
