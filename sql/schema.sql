@@ -2706,7 +2706,9 @@ declare
     durability constant text := current_setting('synchronous_commit');
     own constant bigint[] := former || token;
     old bridge.inbox;
+    replay text;
     first_of_key uuid;
+    held jsonb;
     is_new_replay boolean;
     is_aside boolean;
     any_aside boolean := false;
@@ -2718,6 +2720,7 @@ begin
     end if;
     for n in 1 .. cardinality(events) loop
         event := events[n];
+        replay := replays[n];
         select h.event_id into first_of_key from bridge.held h
         where h.line = hashtextextended(keys[n], 0) and h.worker = worker_name and h.key = keys[n]
         order by h.place limit 1;
@@ -2736,20 +2739,21 @@ begin
         state := 'failed';
         attempt := 0;
         seconds := null;
-        failure := jsonb_build_object(
+        failure := null;
+        held := jsonb_build_object(
             'code', 'held', 'reason', format('its key waits for the event %s: replay that one first', first_of_key),
             'trace', '');
         is_aside := false;
         if not exists (select from bridge.inbox i where i.worker = worker_name and i.event_id = event) then
             insert into bridge.inbox (worker, event_id, attempts, failure, replays)
-            values (worker_name, event, 0, failure, array_remove(array[replays[n]], null))
+            values (worker_name, event, attempt, held, array_remove(array[replay], null))
             on conflict do nothing;
             is_aside := found;
         end if;
         if not is_aside then
             select i.* into old from bridge.inbox i where i.worker = worker_name and i.event_id = event
             for no key update skip locked;
-            is_new_replay := replays[n] is not null and replays[n] <> all (old.replays);
+            is_new_replay := replay is not null and replay <> all (old.replays);
             if not found then
                 state := 'busy';
             elsif old.finished_at is not null or (old.ended_at is not null and not is_new_replay) then
@@ -2761,15 +2765,21 @@ begin
                 state := 'busy';
             else
                 is_aside := true;
-                attempt := case when is_new_replay then 0 else old.attempts end;
+                -- What has a claim of this process never ran: the answer to that was lost.
+                attempt := case
+                    when is_new_replay then 0
+                    when old.claim = any (own) then old.attempts - 1
+                    else old.attempts
+                end;
                 update bridge.inbox i set claim = null, attempts = attempt, due_at = null, ended_at = null,
-                    failure = inbox_claim_holding.failure,
-                    replays = case when is_new_replay then old.replays || replays[n] else old.replays end
+                    failure = held,
+                    replays = case when is_new_replay then old.replays || replay else old.replays end
                 where i.worker = worker_name and i.event_id = event;
             end if;
         end if;
         if is_aside then
             any_aside := true;
+            failure := held;
             insert into bridge.held (worker, event_id, key) values (worker_name, event, keys[n]) on conflict do nothing;
         end if;
         return next;
