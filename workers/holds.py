@@ -34,14 +34,18 @@ def held_keys(name: str, config: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(keys, indent=2)
     elif keys:
-        table(
-            [
-                {**key, "since": f"{key['since'].astimezone():%Y-%m-%d %H:%M:%S}", "events": str(key["events"])}
-                for key in keys
-            ]
-        )
+        table([_row(key) for key in keys])
     else:
         click.echo("No key is held.")
+
+
+def _row(key: dict[str, Any]) -> dict[str, str]:
+    return {
+        "key": key["key"],
+        "since": f"{key['since'].astimezone():%Y-%m-%d %H:%M:%S}",
+        "first event": key["first_event"],
+        "events": str(key["events"]),
+    }
 
 
 async def _held(settings: Settings, name: str) -> list[dict[str, Any]]:
@@ -49,7 +53,7 @@ async def _held(settings: Settings, name: str) -> list[dict[str, Any]]:
     async with connection:
         with database_errors():
             rows = await (await connection.execute(_HELD, [name])).fetchall()
-    return [dict(zip(("key", "since", "first event", "events"), row, strict=True)) for row in rows]
+    return [dict(zip(("key", "since", "first_event", "events"), row, strict=True)) for row in rows]
 
 
 @click.command()

@@ -181,7 +181,7 @@ async def test_what_is_behind_a_dead_letter_of_its_key_waits_for_its_replay(
     await ledger.booked("a1", *others)
     assert await ledger.letters("a2", "a3", "a4", "a5") == ["rejected", "held", "held", "held"]
     [key] = await ledger.held()
-    assert (key["key"], key["first event"], key["events"]) == ("a", ledger.ids["a2"], 4)
+    assert (key["key"], key["first_event"], key["events"]) == ("a", ledger.ids["a2"], 4)
 
     # A replay that is not the first goes aside again; while the cause is not mended, so do they all.
     await ledger.replay("a4")

@@ -176,7 +176,11 @@ SINKS = {
         ("workers.w.timeout", "20001d", "is longer than 20000d, which is the longest duration"),
         ("postgres.connect_timeout", "99999d", "is longer than 20000d"),
         ("outbox.retention", "999999999999d", "is longer than 20000d"),
-        ("workers.w.on_dead_letter", "hold", 'only an ordered worker can hold a key; set ordered = true, or say "pass"'),
+        (
+            "workers.w.on_dead_letter",
+            "hold",
+            'only an ordered worker can hold a key; set ordered = true, or say "pass"',
+        ),
         ("workers.w.on_dead_letter", "wait", "should be 'pass' or 'hold'"),
         ("workers.w.prefetch", "3", "3 is below concurrency (4), which would never be reached"),
         ("workers.w.prefetch", "65536", "less than or equal to 65535"),
