@@ -28,7 +28,7 @@ select key, min(since), (array_agg(event_id::text order by place))[1], count(*)
 def held_keys(name: str, config: Path | None, as_json: bool) -> None:
     """Lists the keys of the worker NAME that dead letters hold, the longest held first.
 
-    Replay the letters, in their order, to let a key go on: `pgbridge dead replay --worker NAME`.
+    Once the cause is mended, `pgbridge dead replay --worker NAME` replays the letters in the order of each key.
     """
     keys = run(_held(_settings_of(name, config), name))
     if as_json:
