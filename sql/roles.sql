@@ -77,14 +77,17 @@ to bridge_relay;
 
 grant execute on function
   bridge.inbox_claim(text, uuid[], text[], bigint, bigint[], double precision[], boolean),
+  bridge.inbox_claim_holding(text, uuid[], text[], text[], bigint, bigint[], double precision[], boolean),
   bridge.inbox_finish(text, uuid, bigint, int, jsonb),
   bridge.inbox_finish_unclaimed(text, uuid, jsonb),
   bridge.inbox_end(text, uuid[], bigint[], int[], jsonb[], text, text),
   bridge.inbox_give_up(text, uuid[], bigint[], int[], int[], double precision[], jsonb[]),
+  bridge.inbox_give_up_holding(text, uuid[], bigint[], int[], int[], double precision[], jsonb[], text[]),
   bridge.inbox_forget(text, uuid, text),
   bridge.inbox_effect_begin(text, uuid, bigint, int, text),
   bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb),
   bridge.inbox_prune(text, timestamptz, int),
+  bridge.held_keys(text),
   bridge.rate_take(text, int, double precision, double precision)
 to bridge_worker;
 
@@ -98,6 +101,7 @@ grant execute on function
   bridge.end_dead_letters(bigint[], text, text, text),
   bridge.refuse_dead_letter(bigint, text, text, int),
   bridge.audit_dead_letter(text, text, uuid, text, text, text, text, text),
+  bridge.release_held(text, text, uuid, text),
   bridge.position_at(timestamptz),
   bridge.set_position(text, text, bigint),
   bridge.forget_position(text, text),

@@ -136,13 +136,13 @@ class Attempts:
         async with self._handlers.shared():
             if is_new and not (self._settings.effects or self._settings.ordered):
                 return await self._claimed(event, Claim(self._worker, event.inbox_id, None, 1))
-            claim = await self.database.outlast(self._inbox.claim, event.inbox_id, event.replay)
+            claim = await self.database.outlast(self._inbox.claim, event.inbox_id, event.replay, event.key)
             if isinstance(claim, Claim):
                 return await self._claimed(event, claim)
         if claim.state == "alone":
             # Its last attempt died with its process. If it kills this one too, nothing else shall die with it.
             async with self._handlers.exclusive():
-                claim = await self.database.outlast(self._inbox.claim_alone, event.inbox_id, event.replay)
+                claim = await self.database.outlast(self._inbox.claim_alone, event.inbox_id, event.replay, event.key)
                 if isinstance(claim, Claim):
                     return await self._claimed(event, claim)
         return not_ours(claim)
@@ -182,7 +182,7 @@ class Attempts:
             return Settle("handled", duration=duration, attempt=claim.attempt)
         if claim.token is None:
             # A failure counts, and only a claim counts.
-            found = await self.database.outlast(self._inbox.claim, event.inbox_id, event.replay)
+            found = await self.database.outlast(self._inbox.claim, event.inbox_id, event.replay, event.key)
             if not isinstance(found, Claim):
                 return not_ours(found)
             claim = found

@@ -42,6 +42,7 @@ def subscription(name: str, settings: WorkerSettings, topics: Sequence[str]) -> 
         ack_wait=LEASE,
         start=settings.start,
         ordered=settings.ordered,
+        holds=settings.holds,
         lanes=settings.lanes,
     )
 
@@ -70,6 +71,7 @@ def make_inbox(name: str, settings: Settings) -> Inbox:
         reply=own.reply,
         reply_timeout=own.reply_timeout,
         backoff=retry_delays(own),
+        holds=own.holds,
     )
 
 

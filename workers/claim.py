@@ -21,6 +21,8 @@ class Claim:
     """Of the session with which it lives and dies; None for an event that runs without a claim."""
     attempt: int
     """Which run of the handler this is, from 1."""
+    key: str | None = None
+    """What it holds if it is given up for good; None for nothing."""
 
     @property
     def fence(self) -> tuple[str, str, int | None, int]:

@@ -9,8 +9,16 @@ from bridge.process.lazy import LazyGroup
 from pgbridge import require_ours
 
 COMMANDS: Final = {
+    "held": (
+        "workers.holds:held_keys",
+        "Lists the keys of the worker NAME that dead letters hold, the longest held first.",
+    ),
     "list": ("workers.commands:list_workers", "Lists the workers that the settings define."),
     "new": ("workers.new:new_worker", "Writes a new worker: a handler, a test that passes, and settings."),
+    "release": (
+        "workers.holds:release_key",
+        "Lets a held KEY of the worker NAME go on without the events that hold it.",
+    ),
     "run": ("workers.commands:run_worker", "Runs one process of the worker NAME until SIGTERM or SIGINT."),
     "try": (
         "workers.trial:try_worker",

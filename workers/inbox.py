@@ -1,10 +1,13 @@
-"""The ledger that makes a worker's database effects exactly-once; its SQL is in ``0005_inbox.sql`` and
-``0010_inbox_outcomes.sql`` to ``0012_together.sql``.
+"""The ledger that makes a worker's database effects exactly-once; its SQL is in ``0005_inbox.sql``,
+``0010_inbox_outcomes.sql`` to ``0012_together.sql``, and ``0014_holds.sql``.
 
 Claims carry the token of the process' session (``session.py``) and die with it, so after a crash another process takes
 over at once. A claim is made only while the token's lock is held, and finishing one checks that it is still ours.
 What is asked for at the same time, claims, ends and failures, shares a query: a query each was half of what a worker
 cost.
+
+The inbox of a worker that holds keys stores with a final failure that its key is held, in one transaction, so that
+nothing behind it can be claimed, whatever becomes of the process before the broker has the letter.
 """
 
 import json
@@ -30,14 +33,17 @@ from workers.session import ClaimSession
 
 _FUNCTIONS: Final = (
     "bridge.inbox_claim(text, uuid[], text[], bigint, bigint[], double precision[], boolean)",
+    "bridge.inbox_claim_holding(text, uuid[], text[], text[], bigint, bigint[], double precision[], boolean)",
     "bridge.inbox_finish(text, uuid, bigint, int, jsonb)",
     "bridge.inbox_finish_unclaimed(text, uuid, jsonb)",
     "bridge.inbox_end(text, uuid[], bigint[], int[], jsonb[], text, text)",
     "bridge.inbox_give_up(text, uuid[], bigint[], int[], int[], double precision[], jsonb[])",
+    "bridge.inbox_give_up_holding(text, uuid[], bigint[], int[], int[], double precision[], jsonb[], text[])",
     "bridge.inbox_forget(text, uuid, text)",
     "bridge.inbox_effect_begin(text, uuid, bigint, int, text)",
     "bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb)",
     "bridge.inbox_prune(text, timestamptz, int)",
+    "bridge.held_keys(text)",
     "bridge.rate_take(text, int, double precision, double precision)",
 )
 """All that is called."""
@@ -47,6 +53,14 @@ _LONGEST_MARK: Final = 100
 """Characters of a replay's mark that tell it from others; ours have 36."""
 _CLAIMING: Final = 2
 """Connections beside those on which replies run, so that slow ones keep no claim from being made."""
+
+
+class _Wanted(NamedTuple):
+    """An event that is to be claimed."""
+
+    event_id: str
+    replay: str | None
+    key: str | None
 
 
 class _GivenUp(NamedTuple):
@@ -71,14 +85,16 @@ class Inbox:
         reply: str | None = None,
         reply_timeout: float = 30.0,
         backoff: Sequence[float] = (1.0,),
+        holds: bool = False,
     ) -> None:
         """`reply_timeout` in seconds; `backoff` are the seconds before each attempt after the first, for one whose
-        last attempt died with its process."""
+        last attempt died with its process. `holds`: what is given up for good holds its key."""
         self.worker = worker
         application_name = f"pgbridge-worker {worker}"
         self._key = settings.key("dsn")
         self._reply_name = reply
         self._backoff = list(backoff) or [1.0]
+        self._holds = holds
         self._pool = Pool(settings, application_name, size=concurrency + _CLAIMING, limit=reply_timeout)
         self._session = ClaimSession(settings, application_name)
         self._claims = Batcher(self._claim_together, _TOGETHER)
@@ -115,48 +131,60 @@ class Inbox:
         except DatabaseUnavailableError:
             await self._session.renew(instead_of=token)
 
-    async def claim(self, event_id: str, replay: str | None = None) -> Claim | NotNow:
-        """Claims an event, which this process must not have in hand. `replay` is the mark of the one that brought it.
+    async def claim(self, event_id: str, replay: str | None = None, key: str | None = None) -> Claim | NotNow:
+        """Claims an event, which this process must not have in hand. `replay` is the mark of the one that brought it,
+        `key` the event's own. Where an inbox holds keys and another event holds this one, the answer is "failed".
 
         Raises DatabaseUnavailableError, or another PgbridgeError when PostgreSQL refuses.
         """
-        return await self._claims.ask((event_id, _mark(replay)))
+        return await self._claims.ask(self._wanted(event_id, replay, key))
 
-    async def claim_alone(self, event_id: str, replay: str | None = None) -> Claim | NotNow:
+    async def claim_alone(self, event_id: str, replay: str | None = None, key: str | None = None) -> Claim | NotNow:
         """The same for an event that `claim` said is to run alone, once nothing else runs."""
-        [claim] = await self._claim_together([(event_id, _mark(replay))], alone=True)
+        [claim] = await self._claim_together([self._wanted(event_id, replay, key)], alone=True)
         return claim
 
-    async def _claim_together(
-        self, events: Sequence[tuple[str, str | None]], *, alone: bool = False
-    ) -> Sequence[Claim | NotNow]:
+    def _wanted(self, event_id: str, replay: str | None, key: str | None) -> _Wanted:
+        return _Wanted(event_id, _mark(replay), storable(key) if self._holds and key else None)
+
+    async def _claim_together(self, events: Sequence[_Wanted], *, alone: bool = False) -> Sequence[Claim | NotNow]:
         # In one order in every process, so that no two wait for each other.
-        in_order = sorted(events, key=lambda event: event[0])
+        in_order = sorted(events, key=lambda event: event.event_id)
+        ids = [event.event_id for event in in_order]
+        replays = [event.replay for event in in_order]
         while True:
             token = self._session.token
-            rows = await self._pool.rows(
-                "select event::text, state, attempt, seconds, failure"
-                " from bridge.inbox_claim(%s, %s::uuid[], %s::text[], %s, %s::bigint[], %s::double precision[], %s)",
-                self.worker,
-                [event_id for event_id, _ in in_order],
-                [replay for _, replay in in_order],
-                token,
-                list(self._session.former),
-                self._backoff,
-                alone,
-            )
+            how = (token, list(self._session.former), self._backoff, alone)
+            if self._holds:
+                rows = await self._pool.rows(
+                    "select event::text, state, attempt, seconds, failure from bridge.inbox_claim_holding("
+                    "%s, %s::uuid[], %s::text[], %s::text[], %s, %s::bigint[], %s::double precision[], %s)",
+                    *(self.worker, ids, replays, [event.key for event in in_order], *how),
+                )
+            else:
+                rows = await self._pool.rows(
+                    "select event::text, state, attempt, seconds, failure from bridge.inbox_claim("
+                    "%s, %s::uuid[], %s::text[], %s, %s::bigint[], %s::double precision[], %s)",
+                    *(self.worker, ids, replays, *how),
+                )
             if rows[0][1] != "unheld":
                 break
             # Our session ended unnoticed, and its claims with it.
             await self._session.renew(instead_of=token)
-        claims = {event_id: self._standing(event_id, token, *how) for event_id, *how in rows}
-        return [claims[event_id] for event_id, _ in events]
+        standing = {event_id: how for event_id, *how in rows}
+        return [self._standing(event, token, *standing[event.event_id]) for event in events]
 
     def _standing(
-        self, event_id: str, token: int, state: Any, attempt: int, seconds: float | None, failure: dict[str, str] | None
+        self,
+        event: _Wanted,
+        token: int,
+        state: Any,
+        attempt: int,
+        seconds: float | None,
+        failure: dict[str, str] | None,
     ) -> Claim | NotNow:
         if state == "claimed":
-            return Claim(self.worker, event_id, token, attempt)
+            return Claim(self.worker, event.event_id, token, attempt, event.key)
         return NotNow(state, seconds or 0.0, None if failure is None else Failure(**failure, attempts=attempt))
 
     async def finish(self, claim: Claim, result: Result) -> Literal["finished", "repeated"]:
@@ -175,7 +203,8 @@ class Inbox:
         await self._given_up.ask(_GivenUp(claim, counted, delay))
 
     async def fail(self, claim: Claim, failure: Failure) -> None:
-        """Gives the event up: until `forget` it never runs again, and every claim says so.
+        """Gives the event up: until `forget` it never runs again, and every claim says so. Where the inbox holds keys,
+        it holds its own until a replay of it is finished.
 
         Raises ClaimLostError, also where an earlier call was committed and its answer lost, and as `release`.
         """
@@ -186,10 +215,7 @@ class Inbox:
 
     async def _give_up_together(self, ends: Sequence[_GivenUp]) -> Sequence[bool]:
         in_order = sorted(ends, key=lambda end: end.claim.event_id)
-        given_up = await self._pool.rows(
-            "select bridge.inbox_give_up(%s, %s::uuid[], %s::bigint[], %s::int[], %s::int[], %s::double precision[],"
-            " %s::text[]::jsonb[])::text",
-            self.worker,
+        columns = (
             [end.claim.event_id for end in in_order],
             [end.claim.token for end in in_order],
             [end.claim.attempt for end in in_order],
@@ -197,6 +223,18 @@ class Inbox:
             [end.delay for end in in_order],
             [end.failure for end in in_order],
         )
+        if self._holds:
+            given_up = await self._pool.rows(
+                "select bridge.inbox_give_up_holding(%s, %s::uuid[], %s::bigint[], %s::int[], %s::int[],"
+                " %s::double precision[], %s::text[]::jsonb[], %s::text[])::text",
+                *(self.worker, *columns, [end.claim.key for end in in_order]),
+            )
+        else:
+            given_up = await self._pool.rows(
+                "select bridge.inbox_give_up(%s, %s::uuid[], %s::bigint[], %s::int[], %s::int[],"
+                " %s::double precision[], %s::text[]::jsonb[])::text",
+                *(self.worker, *columns),
+            )
         ours = {event for (event,) in given_up}
         return [end.claim.event_id in ours for end in ends]
 
@@ -230,6 +268,11 @@ class Inbox:
     async def rows(self, query: LiteralString, *parameters: object) -> list[TupleRow]:
         """See `Pool.rows`; for what else a worker asks of its database."""
         return await self._pool.rows(query, *parameters)
+
+    async def held_keys(self) -> int:
+        """How many keys dead letters of this worker hold. Raises as `release`."""
+        count: int = await self._pool.value("select bridge.held_keys(%s)", self.worker)
+        return count
 
     async def prune(self, keep: timedelta, chunk: int = 1000) -> int:
         """Deletes what ended longer than `keep` ago, in chunks; returns how many events that were."""

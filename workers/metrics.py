@@ -39,6 +39,12 @@ QUEUE_DEPTH = Gauge(
     ["worker"],
     registry=REGISTRY,
 )
+HELD_KEYS = Gauge(
+    "pgbridge_worker_held_keys",
+    "Keys that dead letters hold, of a worker with on_dead_letter = hold",
+    ["worker"],
+    registry=REGISTRY,
+)
 DATABASE_UP = Gauge(
     "pgbridge_worker_database_up", "1 while PostgreSQL answers this worker", ["worker"], registry=REGISTRY
 )

@@ -5,7 +5,7 @@ from typing import Final, Literal
 
 import structlog
 
-from bridge.brokers.contract import Failure
+from bridge.brokers.contract import HELD, Failure
 from bridge.event import Event, Malformed
 from workers.claim import NotNow
 
@@ -59,7 +59,9 @@ def tell(worker: str, event: Event | Malformed, settle: Settle) -> None:
                 reason=settle.failure.reason,
             )
         case "dead_lettered" if settle.failure is not None:
-            log.error("event.dead_lettered", **fields, code=settle.failure.code, reason=settle.failure.reason)
+            # Nothing is wrong with what waits behind a dead letter of its key, and there may be much of it.
+            say = log.warning if settle.failure.code == HELD else log.error
+            say("event.dead_lettered", **fields, code=settle.failure.code, reason=settle.failure.reason)
         case "given_back":
             log.info("event.given_back", **fields)
         case outcome:

@@ -26,7 +26,7 @@ from bridge.settings import WorkerSettings
 from workers.attempt import OUTAGE_BACKOFF, Attempts
 from workers.handler import Run
 from workers.inbox import Inbox
-from workers.metrics import BROKER_UP, DATABASE_UP, IN_HAND, QUEUE_DEPTH
+from workers.metrics import BROKER_UP, DATABASE_UP, HELD_KEYS, IN_HAND, QUEUE_DEPTH
 from workers.session import HEARTBEAT
 
 log = structlog.get_logger()
@@ -35,7 +35,7 @@ LOOK_INTERVAL: Final = 10.0
 """Seconds between two looks for deliveries that nobody works on."""
 
 SAMPLE_INTERVAL: Final = 15.0
-"""Seconds between two looks at how much waits on the broker."""
+"""Seconds between two looks at how much waits on the broker, and how many keys are held."""
 
 PRUNE_INTERVAL: Final = 3600.0
 """Seconds between two prunings of the inbox."""
@@ -311,8 +311,13 @@ class Worker:
             await self._attempts.database.outlast(self._inbox.beat)
 
     async def _sample(self) -> None:
-        """Asks the broker, for whoever looks at the metrics, how much there is to do."""
+        """Asks, for whoever looks at the metrics, how much there is to do, and how much of it is held."""
         while self._settings.listen is not None:
+            if self._settings.holds and not self._attempts.database.lasts:
+                try:
+                    HELD_KEYS.labels(self._name).set(await self._inbox.held_keys())
+                except PgbridgeError as error:
+                    log.debug("inbox.held_unknown", worker=self._name, reason=str(error))
             queue = self._queue
             if queue is not None and not self._broker.lasts:
                 try:

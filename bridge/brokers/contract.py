@@ -37,8 +37,9 @@ class Broker(Protocol):
     def queue(self, settings: Any, subscription: "Subscription", /) -> "Queue":
         """The queue of one worker, not yet open. Raises SettingsError."""
 
-    def dead_letters(self, settings: Any, worker: str, /) -> "DeadLetters | None":
-        """What this worker gave up; None on a broker that keeps no dead letters."""
+    def dead_letters(self, settings: Any, worker: str, /, *, lanes: int = 1) -> "DeadLetters | None":
+        """What this worker gave up; None on a broker that keeps no dead letters. `lanes` as in `Subscription`, for a
+        broker that has any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +155,16 @@ class Sink(Protocol):
         """Disconnects. What is in flight becomes Unknown."""
 
 
+HELD: Final = "held"
+"""The code of a delivery that never ran, since an earlier event of its key is a dead letter and holds the key."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Why a delivery was not handled; it travels with a dead letter."""
 
     code: str
-    """``rejected``, ``malformed``, ``attempts_exhausted``, ``timeout``, ``error``."""
+    """``rejected``, ``malformed``, ``attempts_exhausted``, ``timeout``, ``error``, ``held``."""
     reason: str
     """One sentence."""
     trace: str = ""
@@ -221,6 +226,9 @@ class Subscription:
     across processes: no event overtakes one that another process had in hand, be that one crashed, paused, cut off or
     stopping. Other keys go on. Whoever takes from such a queue keeps in hand what is to be tried again, calls `retry`
     never and `give_back` only at a stop."""
+    holds: bool = False
+    """The dead letters of an ordered worker hold their key: nothing of the key is tried again before they are replayed,
+    so that their replays may stand in its line, as they must to run in its order."""
     lanes: int = 1
     """Queues over which the keys of an ordered worker are spread, where the broker gives one queue to one process at a
     time and so many processes are to work side by side. More than one is a SettingsError where that means nothing."""
@@ -288,6 +296,8 @@ class Letter:
     headers: Mapping[str, str] = field(default_factory=dict)
     trace: str = ""
     """The worker's traceback, where there is one."""
+    inbox_id: str | None = None
+    """The UUID that a worker's inbox knows the event by; None for a letter of the outbox or of no event."""
 
 
 Verdict = Literal["keep", "replay", "discard"]
@@ -295,12 +305,17 @@ Verdict = Literal["keep", "replay", "discard"]
 
 Decide = Callable[[Letter], Awaitable[Verdict]]
 
+Order = Callable[[Letter], float]
+"""Gives a letter its place among the others; those of one place stay as they are."""
+
 
 class DeadLetters(Protocol):
     """What one worker gave up."""
 
-    async def walk(self, decide: Decide) -> None:
-        """Shows `decide` every letter that is there now, once; does what it says, and leaves the others.
+    async def walk(self, decide: Decide, order: Order | None = None) -> None:
+        """Shows `decide` every letter that is there now, once; does what it says, and leaves the others. With `order`
+        they come, and are replayed, in the order of what it gives for each, for which all are taken first; without,
+        in no certain order, since whoever looks may have changed it.
 
         A replayed letter is first confirmed in the worker's queue, and then removed: after a crash in between it may
         be in both. It carries a new `bridge.event.replay_mark()` each time: without one a worker takes the event for a

@@ -4,11 +4,11 @@ A queue writes them with `letter_headers` when it moves a message to its worker'
 when the dead letters are shown. Both know only names and texts: how a broker holds headers is that broker's matter.
 """
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, TypeVar
 
-from bridge.brokers.contract import Failure, Letter
+from bridge.brokers.contract import Failure, Letter, Order
 from bridge.event import Event, Malformed
 
 PREFIX: Final = "x-pgbridge-"
@@ -69,7 +69,21 @@ def letter_of(
         created_at=known.time if known else None,
         headers=known.headers if known else {},
         trace=marks.get(f"{PREFIX}trace", ""),
+        inbox_id=known.inbox_id if known else None,
     )
+
+
+M = TypeVar("M")
+
+
+async def in_order(found: AsyncIterator[tuple[M, Letter]], order: Order | None) -> AsyncIterator[tuple[M, Letter]]:
+    """Messages with their letters as they are found; where there is an `order`, all of them first, and then in that."""
+    if order is None:
+        async for each in found:
+            yield each
+    else:
+        for each in sorted([each async for each in found], key=lambda each: order(each[1])):
+            yield each
 
 
 def _time(text: str | None) -> datetime | None:

@@ -248,7 +248,7 @@ class Memory:
     def queue(self, settings: MemorySettings, subscription: Subscription, /) -> MemoryQueue:
         return MemoryQueue(settings, subscription)
 
-    def dead_letters(self, settings: MemorySettings, worker: str, /) -> None:
+    def dead_letters(self, settings: MemorySettings, worker: str, /, *, lanes: int = 1) -> None:
         return None
 
 

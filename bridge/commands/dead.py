@@ -156,7 +156,8 @@ def show_letter(id_: str, config: Path | None, as_json: bool) -> None:
 def replay_letters(choice: Choice, everything: bool, rate: float | None, dry_run: bool, config: Path | None) -> None:
     """Publishes dead letters again under the same event ids, with the header `replayed`.
 
-    Letters of the outbox go to the sink that refused them, letters of a worker back to its queue.
+    Letters of the outbox go to the sink that refused them, letters of a worker back to its queue, those of a key in the
+    order in which they were given up.
     """
     _act(config, "replay", choice, everything, dry_run, rate=rate)
 
@@ -171,7 +172,10 @@ def replay_letters(choice: Choice, everything: bool, rate: float | None, dry_run
 @exit_codes
 @_choosing
 def discard_letters(choice: Choice, everything: bool, why: str, dry_run: bool, config: Path | None) -> None:
-    """Deletes dead letters for good; who did and why stays on record."""
+    """Deletes dead letters for good; who did and why stays on record.
+
+    A letter that holds its key still does so without it: `pgbridge-worker release NAME KEY --event ID` lets it go.
+    """
     _act(config, "discard", choice, everything, dry_run, why=why)
 
 

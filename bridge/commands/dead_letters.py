@@ -5,6 +5,7 @@
 
 import asyncio
 import getpass
+import math
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
-from bridge.brokers.contract import DeadLetters, Letter, Verdict
+from bridge.brokers.contract import DeadLetters, Letter, Order, Verdict
 from bridge.brokers.registry import broker_of
 from bridge.commands.dead_outbox import (
     OUTBOX,
@@ -183,10 +184,23 @@ async def replay_or_discard(
             count(letter, None)
             return action
 
-        for box in boxes.values():
-            await box.walk(decide)
+        for name, box in boxes.items():
+            holds = settings.workers[name].holds
+            await box.walk(decide, await _places(connection, name) if holds and action == "replay" else None)
     outcome.stopped = stop.is_set()
     return outcome
+
+
+async def _places(connection: Connection, worker: str) -> Order:
+    """The order in which the letters of a worker that holds keys may run; behind them, those that hold none."""
+    with database_errors():
+        held = await connection.execute("select event_id::text, place from bridge.held where worker = %s", [worker])
+        places: dict[str, int] = dict(await held.fetchall())
+
+    def place(letter: Letter) -> float:
+        return places.get(letter.inbox_id or "", math.inf)
+
+    return place
 
 
 async def _audit(connection: Connection, letter: Letter, action: str, person: str, why: str) -> None:
@@ -207,7 +221,7 @@ def _boxes(settings: Settings, choice: Choice) -> Mapping[str, DeadLetters]:
     boxes: dict[str, DeadLetters] = {}
     for name in wanted:
         sink = settings.sinks[settings.sink_of(name)]
-        box = broker_of(sink).dead_letters(sink, name)
+        box = broker_of(sink).dead_letters(sink, name, lanes=settings.workers[name].lanes)
         if box is not None:
             boxes[name] = box
     return boxes

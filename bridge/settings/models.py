@@ -365,6 +365,9 @@ class WorkerSettings(Model):
     ordered: bool = False
     """Events of one key one after the other, in the order of their commits, through failures and over all processes;
     keys side by side. An event that fails waits in the process and holds its key, and nothing else."""
+    on_dead_letter: Literal["pass", "hold"] = "pass"
+    """With `ordered`: what a dead letter means for its key. `pass`: the next event of the key runs. `hold`: every later
+    one is moved aside to the dead letters too, unrun, until the first has been replayed and handled."""
     lanes: int = Field(1, ge=1, le=64)
     """With `ordered` on RabbitMQ: over how many queues the keys are spread. A queue is with one process at a time, so
     as many processes can work side by side; more wait to take over. NATS has one process work, Pub/Sub any number."""
@@ -402,6 +405,17 @@ class WorkerSettings(Model):
         if self.lanes > 1 and not self.ordered:
             raise ValueError("lanes: only an ordered worker has any; set ordered = true, or leave it out")
         return self
+
+    @model_validator(mode="after")
+    def _keys_of_an_ordered_worker(self) -> Self:
+        if self.holds and not self.ordered:
+            raise ValueError('on_dead_letter: only an ordered worker can hold a key; set ordered = true, or say "pass"')
+        return self
+
+    @property
+    def holds(self) -> bool:
+        """Whether a dead letter holds its key."""
+        return self.on_dead_letter == "hold"
 
     @model_validator(mode="after")
     def _prefetch_feeds_every_handler(self) -> Self:

@@ -1,5 +1,5 @@
 -- Who may do what: each role what its process needs, everybody else nothing.
-select plan(50);
+select plan(57);
 create role pgbridge_test_nobody;
 create function pg_temp.attempt(who name, statement text) returns text language plpgsql as $$
 begin
@@ -70,10 +70,17 @@ select pg_temp.may_not('bridge_worker', 'update bridge.cursor set mark = 0');
 select pg_temp.may('bridge_worker', 'select from bridge.rate_take(''w'', 1, 1, 1)');
 select pg_temp.may_not('bridge_worker', 'delete from bridge.rates');
 select pg_temp.may_not('bridge_relay', 'select from bridge.rate_take(''w'', 1, 1, 1)');
+select pg_temp.may('bridge_worker', 'select from bridge.inbox_claim_holding(''w'', ''{}'', ''{}'', ''{}'', 1, ''{}'', ''{}'', false)');
+select pg_temp.may('bridge_worker', 'select bridge.held_keys(''w'')');
+select pg_temp.may_not('bridge_worker', 'delete from bridge.held');
+select pg_temp.may_not('bridge_worker', 'select bridge.release_held(''w'', ''k'', null, ''me'')');
 
 select pg_temp.may('bridge_operator', 'select from bridge.outbox, bridge.cursor, bridge.bell, bridge.dead_letter, bridge.migration, bridge.inbox');
 select pg_temp.may('bridge_operator', 'select bridge.end_dead_letters(''{1}'', ''discarded'', ''me'', ''why'')');
 select pg_temp.may('bridge_operator', 'select from bridge.status(), bridge.guards(), bridge.read_page(0, ''{}'', 1, 1, null, false)');
+select pg_temp.may('bridge_operator', 'select bridge.release_held(''w'', ''k'', null, ''me'')');
+select pg_temp.may('bridge_operator', 'select from bridge.held');
+select pg_temp.may_not('bridge_operator', 'delete from bridge.held');
 select pg_temp.may_not('bridge_operator', 'delete from bridge.dead_letter');
 select pg_temp.may_not('bridge_operator', 'delete from bridge.dead_letter_audit');
 select pg_temp.may_not('bridge_operator', 'update bridge.dead_letter_audit set person = ''x''');

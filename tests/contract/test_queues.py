@@ -12,7 +12,7 @@ from bridge.brokers.contract import Delivery, Failure, Letter, Queue, Verdict
 from bridge.errors import BrokerUnavailableError, TopologyError
 from bridge.event import Event, Malformed
 from tests.contract.queues import ACK_WAIT, HARNESSES, RETRY_DELAYS, QueueHarness
-from tests.support.events import make_event
+from tests.support.events import ids, make_event
 from tests.support.until import LIMIT, until
 
 FAILURE = Failure("error", "ValueError: kein Betrag für »A-1«\r\nzweite Zeile", "Traceback: \n  füür 🎉\n  ValueError")
@@ -215,6 +215,47 @@ async def test_each_replay_of_a_dead_letter_has_a_mark_of_its_own(harness: Queue
         await (await take(deliveries)).ack()
     assert None not in marks
     assert len(marks) == 3
+
+
+async def test_dead_letters_are_replayed_in_the_order_that_is_asked_for(harness: QueueHarness) -> None:
+    """Also once somebody has looked at them, which may change how they lie there."""
+    desk = harness.desk()
+    if desk is None:
+        pytest.skip("nobody can look at its dead letters")
+    events = [make_event(number, key="k") for number in range(120)]
+    await harness.publish(*events)
+    seen: list[str] = []
+
+    def place(letter: Letter) -> float:
+        return ids(events).index(str(letter.event_id))
+
+    async def keep(letter: Letter) -> Verdict:
+        seen.append(str(letter.event_id))
+        return "keep"
+
+    async def replay_half(letter: Letter) -> Verdict:
+        seen.append(str(letter.event_id))
+        return "replay" if len(seen) <= 60 else "keep"
+
+    async def all_are_there() -> bool:
+        seen.clear()
+        await desk.walk(keep)
+        return set(seen) == set(ids(events))
+
+    async with consuming(harness) as (_, deliveries):
+        for _ in events:
+            await (await take(deliveries)).dead_letter(FAILURE)
+        await until(all_are_there, "all letters are there")
+        seen.clear()
+        await desk.walk(replay_half, place)
+        assert seen == ids(events)
+        for event in events[:60]:
+            delivery = await take(deliveries)
+            assert event_in(delivery).id == event.id
+            await delivery.ack()
+        seen.clear()
+        await desk.walk(keep, place)
+        assert seen == ids(events[60:])
 
 
 async def test_a_long_trace_is_cut_at_its_begin(harness: QueueHarness) -> None:

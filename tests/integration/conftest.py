@@ -10,8 +10,9 @@ from pydantic import SecretStr
 
 from bridge.settings import PostgresSettings
 from tests.support.messages import Messages
+from tests.support.pubsub import PROJECT
 from tests.support.servers import RabbitMQServer
-from tests.support.shop import SHOP
+from tests.support.shop import SHOP, Replies
 
 
 @pytest.fixture
@@ -32,3 +33,23 @@ async def messages(rabbitmq: RabbitMQServer, unique: str) -> AsyncIterator[Messa
     await messages.open()
     yield messages
     await messages.connection.close()
+
+
+@pytest.fixture(params=["rabbitmq", "nats_server", "pubsub_emulator"])
+def place(request: pytest.FixtureRequest, unique: str) -> tuple[str, str]:
+    """The table of the sink, and what the worker needs there."""
+    server = request.getfixturevalue(request.param)
+    match request.param:
+        case "rabbitmq":
+            return (f'[sinks.e]\ntype = "rabbitmq"\nurl = "{server.url}"\nexchange = "{unique}"', "lanes = 4")
+        case "nats_server":
+            return (f'[sinks.e]\ntype = "nats"\nurl = "{server.url}"\nstream = "{unique}"', "")
+    table = f'[sinks.e]\ntype = "pubsub"\nproject = "{PROJECT}"\ntopic = "{unique}"\nemulator_host = "{server.address}"'
+    return (table, "")
+
+
+@pytest.fixture
+def replies(bridge_database: str) -> Iterator[Replies]:
+    found = Replies(bridge_database)
+    yield found
+    found.close()

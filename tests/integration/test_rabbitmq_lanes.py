@@ -10,8 +10,9 @@ import aio_pika
 import pytest
 from pydantic import SecretStr
 
-from bridge.brokers.contract import CONFIRMED, Subscription
+from bridge.brokers.contract import CONFIRMED, Failure, Letter, Subscription, Verdict
 from bridge.brokers.rabbitmq import queue as queue_module
+from bridge.brokers.rabbitmq.dead import RabbitMQDeadLetters
 from bridge.brokers.rabbitmq.lanes import LANES, lane_of
 from bridge.brokers.rabbitmq.queue import RabbitMQQueue
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
@@ -22,10 +23,15 @@ from tests.support.servers import RabbitMQServer
 from tests.support.until import LIMIT, until
 
 
-def queue_of(rabbitmq: RabbitMQServer, name: str, lanes: int, prefetch: int = 20) -> RabbitMQQueue:
-    settings = RabbitMQSettings(type="rabbitmq", url=SecretStr(rabbitmq.url), exchange=name, heartbeat=1.0)
-    wanted = Subscription(name, ["shop.#"], prefetch, [1.0], 3, 30.0, ordered=True, lanes=lanes)
-    return RabbitMQQueue(settings, wanted)
+def settings_of(rabbitmq: RabbitMQServer, name: str) -> RabbitMQSettings:
+    return RabbitMQSettings(type="rabbitmq", url=SecretStr(rabbitmq.url), exchange=name, heartbeat=1.0)
+
+
+def queue_of(
+    rabbitmq: RabbitMQServer, name: str, lanes: int, prefetch: int = 20, *, holds: bool = False
+) -> RabbitMQQueue:
+    wanted = Subscription(name, ["shop.#"], prefetch, [1.0], 3, 30.0, ordered=True, holds=holds, lanes=lanes)
+    return RabbitMQQueue(settings_of(rabbitmq, name), wanted)
 
 
 @pytest.fixture
@@ -205,3 +211,55 @@ async def test_a_lane_that_does_not_come_to_rest_goes_on_with_what_it_held_back(
         await each.ack()
     await held.close()
     await others.close()
+
+
+async def replay(letter: Letter) -> Verdict:
+    return "replay"
+
+
+async def test_a_replay_goes_to_the_lane_of_its_key(rabbitmq: RabbitMQServer, unique: str, publish: Any) -> None:
+    queue = queue_of(rabbitmq, unique, 4)
+    await queue.topology(apply=True)
+    await publish(of_keys(60, 2))
+    wanted = await counts(rabbitmq, *queues(unique, 4))
+    await queue.open()
+    deliveries = aiter(queue.deliveries())
+    for _ in range(120):
+        await (await asyncio.wait_for(anext(deliveries), LIMIT)).dead_letter(Failure("error", "it failed"))
+    await queue.close()
+    await until_counts(rabbitmq, unique, 4, [0] * 4)
+    await RabbitMQDeadLetters(settings_of(rabbitmq, unique), unique, 4).walk(replay)
+    await until_counts(rabbitmq, unique, 4, wanted)
+
+
+@pytest.mark.parametrize("holds", [True, False])
+async def test_replays_stand_in_the_line_of_their_key_where_dead_letters_hold_it(
+    rabbitmq: RabbitMQServer, unique: str, publish: Any, holds: bool
+) -> None:
+    queue = queue_of(rabbitmq, unique, 1, holds=holds)
+    await queue.topology(apply=True)
+    await publish([make_event(topic="shop.x", key="k", payload=n) for n in range(3)])
+    await queue.open()
+    deliveries = aiter(queue.deliveries())
+    for _ in range(2):
+        await (await asyncio.wait_for(anext(deliveries), LIMIT)).dead_letter(Failure("error", "it failed"))
+    last = await asyncio.wait_for(anext(deliveries), LIMIT)
+    await RabbitMQDeadLetters(settings_of(rabbitmq, unique), unique).walk(replay)
+
+    if holds:
+        await until(lambda: behind(queue) == 2, "both replays wait behind it")
+        assert queue.in_hand == 1
+    else:
+        await until(lambda: queue.in_hand == 3, "both replays may run beside it")
+    await last.ack()
+    for number in range(2):
+        delivery = await asyncio.wait_for(anext(deliveries), LIMIT)
+        assert isinstance(delivery.event, Event)
+        assert delivery.event.json() == number
+        await delivery.ack()
+    await queue.close()
+
+
+def behind(queue: RabbitMQQueue) -> int:
+    assert queue._session is not None
+    return sum(consumer._hand.behind for consumer in queue._session._consumers.values())

@@ -4,12 +4,7 @@ import asyncio
 import json
 import signal
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import psycopg
-import pytest
 
 from bridge.brokers.contract import CONFIRMED
 from bridge.brokers.registry import broker_of
@@ -17,7 +12,7 @@ from bridge.event import Event
 from bridge.settings import PostgresSettings, load
 from tests.support.daemons import Daemon, run_command
 from tests.support.events import make_event
-from tests.support.pubsub import PROJECT
+from tests.support.shop import Replies
 from tests.support.until import until
 
 KEYS = 15
@@ -39,40 +34,6 @@ reply = "shop.rendered"
 [observe]
 log_format = "json"
 """
-
-
-@pytest.fixture(params=["rabbitmq", "nats_server", "pubsub_emulator"])
-def place(request: pytest.FixtureRequest, unique: str) -> tuple[str, str]:
-    """The table of the sink, and what the worker needs there."""
-    server = request.getfixturevalue(request.param)
-    match request.param:
-        case "rabbitmq":
-            return (f'[sinks.e]\ntype = "rabbitmq"\nurl = "{server.url}"\nexchange = "{unique}"', "lanes = 4")
-        case "nats_server":
-            return (f'[sinks.e]\ntype = "nats"\nurl = "{server.url}"\nstream = "{unique}"', "")
-    table = f'[sinks.e]\ntype = "pubsub"\nproject = "{PROJECT}"\ntopic = "{unique}"\nemulator_host = "{server.address}"'
-    return (table, "")
-
-
-class Replies:
-    """What the reply function was called with, in its order."""
-
-    def __init__(self, dsn: str) -> None:
-        self._connection = psycopg.connect(dsn, autocommit=True)
-
-    def __call__(self) -> list[Any]:
-        found = self._connection.execute("SELECT payload::jsonb -> 'of' FROM bridge.outbox ORDER BY id").fetchall()
-        return [of for (of,) in found]
-
-    def close(self) -> None:
-        self._connection.close()
-
-
-@pytest.fixture
-def replies(bridge_database: str) -> Iterator[Replies]:
-    found = Replies(bridge_database)
-    yield found
-    found.close()
 
 
 async def test_replies_come_in_the_order_of_each_key(

@@ -1,6 +1,8 @@
 """A shop that takes the results of workers."""
 
-from typing import Final
+from typing import Any, Final
+
+import psycopg
 
 SHOP: Final = """
 CREATE SCHEMA shop;
@@ -17,3 +19,17 @@ END $$;
 GRANT USAGE ON SCHEMA shop TO bridge_worker;
 """
 """SQL: its table of invoices, and the reply function that fills it and emits an event."""
+
+
+class Replies:
+    """What the reply function was called with, in its order."""
+
+    def __init__(self, dsn: str) -> None:
+        self._connection = psycopg.connect(dsn, autocommit=True)
+
+    def __call__(self) -> list[Any]:
+        found = self._connection.execute("SELECT payload::jsonb -> 'of' FROM bridge.outbox ORDER BY id").fetchall()
+        return [of for (of,) in found]
+
+    def close(self) -> None:
+        self._connection.close()

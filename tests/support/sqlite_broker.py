@@ -20,6 +20,7 @@ from bridge.brokers.contract import (
     Letter,
     Never,
     NotSent,
+    Order,
     Outcome,
     Queue,
     Sink,
@@ -228,13 +229,17 @@ class SqliteDeadLetters:
         self._settings = settings
         self._worker = worker
 
-    async def walk(self, decide: Decide) -> None:
+    async def walk(self, decide: Decide, order: Order | None = None) -> None:
         connection = connect(self._settings)
         rows = connection.execute(
             "select id, attributes, payload, failure from message where worker = ? and state = 'dead'", (self._worker,)
         ).fetchall()
-        for row, written, payload, failure in rows:
-            match await decide(self._letter(event_of(written, payload), row, payload, json.loads(failure))):
+        found = [
+            (row, written, self._letter(event_of(written, payload), row, payload, json.loads(failure)))
+            for row, written, payload, failure in rows
+        ]
+        for row, written, letter in found if order is None else sorted(found, key=lambda each: order(each[2])):
+            match await decide(letter):
                 case "replay":
                     marked = json.dumps({**json.loads(written), **replay_mark()})
                     connection.execute(
@@ -275,7 +280,7 @@ class Sqlite:
     def queue(self, settings: SqliteSettings, subscription: Subscription, /) -> Queue:
         return SqliteQueue(settings, subscription)
 
-    def dead_letters(self, settings: SqliteSettings, worker: str, /) -> SqliteDeadLetters:
+    def dead_letters(self, settings: SqliteSettings, worker: str, /, *, lanes: int = 1) -> SqliteDeadLetters:
         return SqliteDeadLetters(settings, worker)
 
 

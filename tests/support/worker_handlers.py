@@ -1,10 +1,12 @@
 """Handlers that the worker processes of tests run."""
 
 import asyncio
+import json
 import random
+from pathlib import Path
 
 from bridge.event import Event
-from workers import Reject, handler
+from workers import Options, Reject, handler
 from workers.handler import Result
 
 
@@ -27,4 +29,18 @@ async def stumble(event: Event) -> Result:
     await asyncio.sleep(0.002)
     if random.random() < 0.2:
         raise ValueError("not this time")
+    return {"of": event.json()}
+
+
+class BookOptions(Options):
+    refused: Path
+    """A file: a list of the payloads that are rejected, as long as they stand there."""
+
+
+@handler("shop.order.placed", options=BookOptions)
+async def book(event: Event, options: BookOptions) -> Result:
+    """Rejects what its file names, so that a test can mend the cause."""
+    await asyncio.sleep(0.002)
+    if event.json() in json.loads(options.refused.read_text()):
+        raise Reject("there is no such account")
     return {"of": event.json()}

@@ -27,7 +27,7 @@ async def working(
     """A worker that runs until the block ends, and then must stop in order."""
     settings = settings_of(**values)
     queue = queue or ScriptedQueue()
-    inbox = Inbox("invoices", shop, concurrency=settings.concurrency, reply="shop.rendered")
+    inbox = Inbox("invoices", shop, concurrency=settings.concurrency, reply="shop.rendered", holds=settings.holds)
     worker = Worker("invoices", settings, run, lambda: queue, inbox)
     stop = asyncio.Event()
     task = asyncio.create_task(worker.run(stop))

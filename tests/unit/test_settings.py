@@ -176,6 +176,12 @@ SINKS = {
         ("workers.w.timeout", "20001d", "is longer than 20000d, which is the longest duration"),
         ("postgres.connect_timeout", "99999d", "is longer than 20000d"),
         ("outbox.retention", "999999999999d", "is longer than 20000d"),
+        (
+            "workers.w.on_dead_letter",
+            "hold",
+            'only an ordered worker can hold a key; set ordered = true, or say "pass"',
+        ),
+        ("workers.w.on_dead_letter", "wait", "should be 'pass' or 'hold'"),
         ("workers.w.prefetch", "3", "3 is below concurrency (4), which would never be reached"),
         ("workers.w.prefetch", "65536", "less than or equal to 65535"),
         ("workers.on_nats.prefetch", "10001", "10001 is above 10000, the most that a sink of type nats gives"),

@@ -28,7 +28,7 @@ class Nats:
 
         return (OrderedNatsQueue if subscription.ordered else NatsQueue)(settings, subscription)
 
-    def dead_letters(self, settings: NatsSettings, worker: str, /) -> DeadLetters:
+    def dead_letters(self, settings: NatsSettings, worker: str, /, *, lanes: int = 1) -> DeadLetters:
         from bridge.brokers.nats.dead import NatsDeadLetters
 
         return NatsDeadLetters(settings, worker)

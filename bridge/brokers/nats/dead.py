@@ -1,6 +1,7 @@
 """The dead letters of a worker on NATS: the stream ``<worker>_dead``, read by a consumer that settles nothing."""
 
 import json
+from collections.abc import AsyncIterator
 from typing import Final
 from urllib.parse import unquote
 
@@ -9,8 +10,8 @@ from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import NotFoundError
 
-from bridge.brokers.contract import Decide, Letter, Verdict
-from bridge.brokers.letters import PREFIX, letter_of
+from bridge.brokers.contract import Decide, Letter, Order, Verdict
+from bridge.brokers.letters import PREFIX, in_order, letter_of
 from bridge.brokers.nats.connection import REQUEST_TIMEOUT, Connection, connect
 from bridge.brokers.nats.message import ID_HEADER, event_of, quote_headers, unquote_headers
 from bridge.brokers.nats.settings import NatsSettings
@@ -37,30 +38,34 @@ class NatsDeadLetters:
         self._worker = worker
         self._stream = dead_stream(worker)
 
-    async def walk(self, decide: Decide) -> None:
+    async def walk(self, decide: Decide, order: Order | None = None) -> None:
         """See `contract.DeadLetters.walk`."""
         connection = await connect(self._settings)
         try:
-            jetstream = connection.jetstream()
-            async with connection.asking():
-                try:
-                    state = (await jetstream.stream_info(self._stream)).state
-                except NotFoundError:
-                    raise TopologyError(
-                        f"{self._settings.key('url')}: NATS at {connection.address} has no stream {self._stream}. "
-                        "Run `pgbridge topology --apply`"
-                    ) from None
-            first = state.first_seq
-            while state.messages and first <= state.last_seq:
-                # What lies behind the last one came meanwhile, perhaps from a replay of ours.
-                messages = [each for each in await self._read(connection, first) if _sequence(each) <= state.last_seq]
-                if not messages:
-                    return
-                for message in messages:
-                    await self._act(connection, message, await decide(self._letter(message)))
-                first = _sequence(messages[-1]) + 1
+            async for message, letter in in_order(self._letters(connection), order):
+                await self._act(connection, message, await decide(letter))
         finally:
             await connection.close()
+
+    async def _letters(self, connection: Connection) -> AsyncIterator[tuple[Msg, Letter]]:
+        """Reads what is in the stream."""
+        async with connection.asking():
+            try:
+                state = (await connection.jetstream().stream_info(self._stream)).state
+            except NotFoundError:
+                raise TopologyError(
+                    f"{self._settings.key('url')}: NATS at {connection.address} has no stream {self._stream}. "
+                    "Run `pgbridge topology --apply`"
+                ) from None
+        first = state.first_seq
+        while state.messages and first <= state.last_seq:
+            # What lies behind the last one came meanwhile, perhaps from a replay of ours.
+            messages = [each for each in await self._read(connection, first) if _sequence(each) <= state.last_seq]
+            if not messages:
+                return
+            for message in messages:
+                yield message, self._letter(message)
+            first = _sequence(messages[-1]) + 1
 
     async def _read(self, connection: Connection, first: int) -> list[Msg]:
         """The next letters, from this sequence number on; none where there are no more.

@@ -27,7 +27,7 @@ class PubSub:
 
         return PubSubQueue(settings, subscription)
 
-    def dead_letters(self, settings: PubSubSettings, worker: str, /) -> DeadLetters:
+    def dead_letters(self, settings: PubSubSettings, worker: str, /, *, lanes: int = 1) -> DeadLetters:
         from bridge.brokers.pubsub.dead import PubSubDeadLetters
 
         return PubSubDeadLetters(settings, worker)

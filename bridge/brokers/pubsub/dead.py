@@ -3,12 +3,14 @@
 They are in the topic ``<worker>.dead``, whose subscription of the same name keeps them for 31 days.
 """
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from google.pubsub_v1 import types
 
-from bridge.brokers.contract import Decide, Letter
-from bridge.brokers.letters import ATTEMPTS, PREFIX, letter_of
+from bridge.brokers.contract import Decide, Letter, Order
+from bridge.brokers.letters import ATTEMPTS, PREFIX, in_order, letter_of
 from bridge.brokers.pubsub.connection import Connection, TimedOutError, connect
 from bridge.brokers.pubsub.message import CONTENT_TYPE, FOR_WORKER, NOT_THE_EVENTS, from_message
 from bridge.brokers.pubsub.settings import PubSubSettings
@@ -23,6 +25,8 @@ PULL_LIMIT: Final = 1.0
 EMPTY_PULLS: Final = 2
 """Pulls without a new message after which there is none; the service may answer with fewer than it has."""
 _BATCH: Final = 100
+_EXTEND_INTERVAL: Final = MAX_LEASE / 4
+"""Seconds after which what is in hand is kept in hand for longer, while somebody decides."""
 
 _Message: Final = types.PubsubMessage.pb()
 _Modify: Final = types.ModifyAckDeadlineRequest.pb()
@@ -40,31 +44,39 @@ class PubSubDeadLetters:
         self._worker = worker
         self._names = Names(settings, worker)
 
-    async def walk(self, decide: Decide) -> None:
+    async def walk(self, decide: Decide, order: Order | None = None) -> None:
         """See `contract.DeadLetters.walk`. Until the end, a letter is in hand, and nobody else can see it."""
         connection = await connect(self._settings)
         kept: dict[str, str] = {}
         replayed: set[str] = set()
-        empty = 0
+        loop = asyncio.get_running_loop()
         try:
-            while empty < EMPTY_PULLS:
-                batch = await self._pull(connection)
-                fresh = [received for received in batch if received.message.message_id not in kept]
-                kept |= {received.message.message_id: received.ack_id for received in batch}
-                empty = 0 if fresh else empty + 1
-                for received in fresh:
-                    letter = self._letter(received.message)
-                    # One that was replayed may have been refused again by now: it is for the next walk.
-                    verdict = "keep" if letter.id in replayed else await decide(letter)
-                    if verdict == "replay":
-                        replayed.add(letter.id)
-                        await self._publish_again(connection, received.message)
-                    if verdict != "keep":
-                        await self._remove(connection, received.ack_id)
-                        del kept[received.message.message_id]
+            extended = loop.time()
+            async for message, letter in in_order(self._letters(connection, kept), order):
+                # One that was replayed may have been refused again by now: it is for the next walk.
+                verdict = "keep" if letter.id in replayed else await decide(letter)
+                if verdict == "replay":
+                    replayed.add(letter.id)
+                    await self._publish_again(connection, message)
+                if verdict != "keep":
+                    await self._remove(connection, kept.pop(message.message_id))
+                if loop.time() - extended > _EXTEND_INTERVAL:
+                    await self._extend(connection, list(kept.values()), MAX_LEASE)
+                    extended = loop.time()
         finally:
             await self._extend(connection, list(kept.values()), 0)
             await connection.close()
+
+    async def _letters(self, connection: Connection, kept: dict[str, str]) -> AsyncIterator[tuple[Any, Letter]]:
+        """Takes what is there in hand; `kept` has its ack ids by its message ids."""
+        empty = 0
+        while empty < EMPTY_PULLS:
+            batch = await self._pull(connection)
+            fresh = [received.message for received in batch if received.message.message_id not in kept]
+            kept |= {received.message.message_id: received.ack_id for received in batch}
+            empty = 0 if fresh else empty + 1
+            for message in fresh:
+                yield message, self._letter(message)
 
     async def _pull(self, connection: Connection) -> Any:
         request = types.PullRequest.pb()(

@@ -31,10 +31,10 @@ class RabbitMQ:
 
         return RabbitMQQueue(settings, subscription)
 
-    def dead_letters(self, settings: RabbitMQSettings, worker: str, /) -> DeadLetters:
+    def dead_letters(self, settings: RabbitMQSettings, worker: str, /, *, lanes: int = 1) -> DeadLetters:
         from bridge.brokers.rabbitmq.dead import RabbitMQDeadLetters
 
-        return RabbitMQDeadLetters(settings, worker)
+        return RabbitMQDeadLetters(settings, worker, lanes)
 
 
 BROKER: Final[Broker] = RabbitMQ()

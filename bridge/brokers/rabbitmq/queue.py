@@ -67,7 +67,7 @@ class RabbitMQDelivery:
     __slots__ = ("_session", "attempt", "consumer", "event", "key", "message")
 
     def __init__(
-        self, session: "Session", consumer: "Consumer[RabbitMQDelivery]", message: Message, *, ordered: bool
+        self, session: "Session", consumer: "Consumer[RabbitMQDelivery]", message: Message, wanted: Subscription
     ) -> None:
         self._session = session
         self.consumer = consumer
@@ -78,8 +78,9 @@ class RabbitMQDelivery:
         """See `contract.Delivery.attempt`, and above for what was given back."""
         self.key = ""
         """In whose line it stands; empty for none."""
-        # A replay comes late, and must not wait behind what it may hold up.
-        if ordered and isinstance(self.event, Event) and self.event.replay is None:
+        # A replay comes late, and must not wait behind what it may hold up; where dead letters hold their key, there is
+        # nothing of the kind.
+        if wanted.ordered and isinstance(self.event, Event) and (wanted.holds or self.event.replay is None):
             self.key = self.event.key or ""
 
     async def ack(self) -> None:
@@ -156,7 +157,7 @@ class Session:
         message = Message(tag, exchange, routing_key, header, body)
         consumer = self._consumers[channel]
         consumer.is_active = True
-        delivery = RabbitMQDelivery(self, consumer, message, ordered=self._subscription.ordered)
+        delivery = RabbitMQDelivery(self, consumer, message, self._subscription)
         if isinstance(delivery.event, Malformed) or self._subscribed(message):
             consumer.add(delivery)
             self._changed.set()

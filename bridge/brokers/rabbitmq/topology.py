@@ -99,7 +99,7 @@ class WorkerTopology:
     @property
     def queues(self) -> list[str]:
         """Those that are consumed. The first is the worker's own, and takes what has no lane."""
-        return [self.worker, *(f"{self.worker}.lane{number}" for number in range(2, self.lanes + 1))]
+        return lane_queues(self.worker, self.lanes)
 
     @property
     def presence(self) -> str:
@@ -239,6 +239,11 @@ class Binding:
             )
             for arguments in matches
         ]
+
+
+def lane_queues(worker: str, lanes: int) -> list[str]:
+    """The queues that a worker consumes. Lane n is in number n modulo `lanes`."""
+    return [worker, *(f"{worker}.lane{number}" for number in range(2, lanes + 1))]
 
 
 def dead_queue(worker: str) -> str:
