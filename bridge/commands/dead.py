@@ -156,8 +156,8 @@ def show_letter(id_: str, config: Path | None, as_json: bool) -> None:
 def replay_letters(choice: Choice, everything: bool, rate: float | None, dry_run: bool, config: Path | None) -> None:
     """Publishes dead letters again under the same event ids, with the header `replayed`.
 
-    Letters of the outbox go to the sink that refused them, letters of a worker back to its queue, those of a key in the
-    order in which they were given up.
+    Letters of the outbox go to the sink that refused them, letters of a worker back to its queue; those of a worker
+    with on_dead_letter = "hold" in the order of each key.
     """
     _act(config, "replay", choice, everything, dry_run, rate=rate)
 
