@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import psycopg
 import pytest
 from structlog.testing import capture_logs
+from tenacity import wait_fixed
 
 from bridge.brokers.contract import Failure
 from bridge.errors import BrokerUnavailableError, RefusedError, TopologyError
@@ -111,7 +112,11 @@ async def test_a_delivery_that_cannot_be_settled_ends_the_connection_and_comes_a
     assert [line["event"] for line in lines].count(kind) == 1
 
 
-async def test_health_tells_what_could_not_be_settled_until_the_broker_is_back(shop: PostgresSettings) -> None:
+async def test_health_tells_what_could_not_be_settled_until_the_broker_is_back(
+    shop: PostgresSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The first pause is drawn at random from nothing to a tenth of a second: too short to be sure to look in it.
+    monkeypatch.setattr("workers.worker.OUTAGE_BACKOFF", wait_fixed(0.5))
     queue = ScriptedQueue(redelivers=True)
     inbox = Inbox("invoices", shop, concurrency=4, reply="shop.rendered")
     worker = Worker("invoices", settings_of(), echo, lambda: queue, inbox)
