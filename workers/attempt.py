@@ -72,8 +72,8 @@ class Attempts:
         self._waiting: set[asyncio.Task[object] | None] = set()
         """Tasks that wait for their turn, by the rate."""
         self._refusal: str | None = None
-        self._refused_since = self._refused_until = -math.inf
-        """By when a letter that was refused has surely been offered again, if not by us by another process."""
+        self._refused_since = self._refused_at = -math.inf
+        """The first and the last refusal of those that go on."""
         self._in_hand: set[str] = set()
         self._handlers = SharedLock()
         self._count = {outcome: DELIVERIES.labels(worker, outcome).inc for outcome in OUTCOMES}
@@ -82,8 +82,13 @@ class Attempts:
     @property
     def problems(self) -> tuple[str, ...]:
         """For `/health`: the outage of the database, and that the broker takes no dead letters."""
-        refusal = self._refusal if time.monotonic() < self._refused_until else None
-        return tuple(filter(None, (self.database.problem, refusal)))
+        return tuple(filter(None, (self.database.problem, self._refusal if self._is_refused else None)))
+
+    @property
+    def _is_refused(self) -> bool:
+        """After twice the longest delay a letter that was refused has been offered again, if not by us by another
+        process."""
+        return self._refusal is not None and time.monotonic() < self._refused_at + 2 * REFUSED_DELAY
 
     async def handle(self, delivery: Delivery, pause: Pause) -> None:
         """Handles one delivery to its end, and settles it. Cancelling it gives the delivery back, without counting an
@@ -265,9 +270,9 @@ class Attempts:
             case "handled" | "repeated":
                 await delivery.ack()
             case "dead_lettered" if settle.failure is not None:
-                refused_for = await self._dead_letter(delivery, settle.failure)
-                if refused_for is not None:
-                    return await self._again(delivery, refused_for)
+                offer_after = await self._dead_letter(delivery, settle.failure)
+                if offer_after is not None:
+                    return await self._again(delivery, offer_after)
             case "given_back" if not (self._settings.ordered and settle.delay):
                 await delivery.give_back()
             case _:
@@ -301,13 +306,12 @@ class Attempts:
         return None
 
     def _refused(self, words: str) -> float:
+        """Notes a refusal for `/health`, and says after how many seconds to offer the letter again."""
         now = time.monotonic()
-        if self._refusal is None or now > self._refused_until:
+        if not self._is_refused:
             self._refused_since = now
-        self._refusal = words
-        delay = min(max(FIRST_REFUSED_DELAY, now - self._refused_since), REFUSED_DELAY)
-        self._refused_until = max(self._refused_until, now + 2 * delay)
-        return delay
+        self._refusal, self._refused_at = words, now
+        return min(max(FIRST_REFUSED_DELAY, now - self._refused_since), REFUSED_DELAY)
 
 
 class TimedOutError(TimeoutError):

@@ -1,4 +1,4 @@
-"""The handlers of the latency rows, which notes when an event reached it, and of the workers rows, which do nothing."""
+"""The handlers of the latency rows, which note when an event came, and of the others, which do nothing or fail."""
 
 import atexit
 import os
