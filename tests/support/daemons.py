@@ -36,10 +36,14 @@ class Daemon:
             self.process = subprocess.Popen(self.command, stderr=log, stdout=log, env=_environment())
 
     def lines(self) -> list[dict[str, Any]]:
-        """What was logged since the last start."""
+        """What was logged since the last start.
+
+        Without a last line that has no end yet: Linux shows a write to a reader page by page.
+        """
         with self.log.open("rb") as log:
             log.seek(self._read_from)
-            return [json.loads(line) for line in log.read().decode().splitlines() if line.startswith("{")]
+            whole, _, _ = log.read().rpartition(b"\n")
+        return [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
 
     def wait_for(self, action: str, timeout: float = 30.0, *, count: int = 1) -> dict[str, Any]:
         """The `count`th log line with this action since the start. Raises AssertionError when none comes."""
