@@ -11,7 +11,7 @@ nothing behind it can be claimed, whatever becomes of the process before the bro
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, LiteralString, NamedTuple
 
@@ -95,9 +95,11 @@ class Inbox:
         self._reply_name = reply
         self._backoff = list(backoff) or [1.0]
         self._holds = holds
+        self._concurrency = concurrency
+        self._is_full: Callable[[], bool] = lambda: False
         self._pool = Pool(settings, application_name, size=concurrency + _CLAIMING, limit=reply_timeout)
         self._session = ClaimSession(settings, application_name)
-        self._claims = Batcher(self._claim_together, _TOGETHER)
+        self._claims = Batcher(self._claim_together, _TOGETHER, enough=self._enough)
         self._given_up = Batcher(self._give_up_together, _TOGETHER)
         self._ends = Ends(worker, settings, self._pool, application_name, reply=reply, reply_timeout=reply_timeout)
 
@@ -118,6 +120,15 @@ class Inbox:
         await self._ends.close()
         await self._pool.close()
         await self._session.close()
+
+    def gather_claims(self, is_full: Callable[[], bool]) -> None:
+        """While `is_full`, which is while as much runs as may, and events wait for that anyway, a claim of few waits a
+        moment for more. Without it, events that fall out of step, as a retry does, stay so, and end in queries of a few
+        events each: with ten failing keys a worker's query had 12 instead of 32, for a third more processor time."""
+        self._is_full = is_full
+
+    def _enough(self) -> int:
+        return self._concurrency // 2 if self._is_full() else 1
 
     async def beat(self) -> None:
         """Shows PostgreSQL that this process lives, and learns whether PostgreSQL does. To be called every

@@ -67,6 +67,7 @@ class Worker:
         self._broker = Outage("queue", OUTAGE_BACKOFF, worker=name)
         self._stopping = asyncio.Event()
         self._slots = asyncio.Semaphore(settings.concurrency)
+        inbox.gather_claims(self._slots.locked)
         self._running: set[asyncio.Task[None]] = set()
         self._paused: set[asyncio.Task[object] | None] = set()
         """Of those, the ones that wait for another attempt, and meanwhile have no slot."""

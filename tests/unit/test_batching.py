@@ -88,3 +88,28 @@ async def test_a_stop_while_asking_leaves_nobody_waiting() -> None:
     assert all(isinstance(answer, asyncio.CancelledError) for answer in answers)
     with pytest.raises(asyncio.CancelledError):
         await asking
+
+
+async def test_few_wait_for_company_until_there_are_enough() -> None:
+    server = Server()
+    server.open.set()
+    enough = 1
+    batcher = Batcher(server.double, 5, enough=lambda: enough)
+    batcher._took = 60.0
+    enough = 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bridge.process.batching._LONGEST_WAIT", 60.0)
+        tasks = await begun(batcher, 1, 2)
+        assert server.asked == []
+        tasks += await begun(batcher, 3, 4)
+        assert await asyncio.gather(*tasks) == [2, 4, 6, 8]
+    assert server.asked == [[1, 2, 3, 4]]
+
+
+async def test_few_go_without_company_after_a_moment() -> None:
+    server = Server()
+    server.open.set()
+    batcher = Batcher(server.double, 5, enough=lambda: 3)
+    for number in (1, 2):
+        assert await asyncio.gather(*await begun(batcher, number)) == [2 * number]
+    assert server.asked == [[1], [2]]
