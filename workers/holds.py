@@ -12,7 +12,7 @@ from bridge.errors import UsageError
 from bridge.postgres.connection import connect, database_errors
 from bridge.process.tasks import run
 from bridge.process.terminal import config_option, exit_codes, json_option, print_json, table
-from bridge.settings import Settings, load
+from bridge.settings import Settings, WorkerSettings, load
 
 _HELD = """
 select key, min(since), (array_agg(event_id::text order by place))[1], count(*)
@@ -30,7 +30,11 @@ def held_keys(name: str, config: Path | None, as_json: bool) -> None:
 
     Once the cause is mended, `pgbridge dead replay --worker NAME` replays the letters in the order of each key.
     """
-    keys = run(_held(_settings_of(name, config), name))
+    settings = load(config)
+    wanted = settings.worker(name)
+    keys = run(_held(settings, name))
+    if not keys:
+        _require_holds(name, wanted)
     if as_json:
         print_json(keys, indent=2)
     elif keys:
@@ -68,15 +72,18 @@ def release_key(name: str, key: str, event: UUID | None, config: Path | None) ->
     Their dead letters stay until they are replayed or discarded; a replay then runs at once, whatever the key has done
     by then. With --event the others still hold the key, and the next of them may be replayed.
     """
-    released = run(_release(_settings_of(name, config), name, key, event))
+    settings = load(config)
+    wanted = settings.worker(name)
+    released = run(_release(settings, name, key, event))
     if released:
         click.echo(f"{released} released.", err=True)
-    elif event is None:
+        return
+    _require_holds(name, wanted)
+    if event is None:
         raise UsageError(f"the key {key!r} is not held; `pgbridge-worker held {name}` shows those that are")
-    else:
-        raise UsageError(
-            f"the event {event} does not hold the key {key!r}; `pgbridge dead list --worker {name}` shows dead letters"
-        )
+    raise UsageError(
+        f"the event {event} does not hold the key {key!r}; `pgbridge dead list --worker {name}` shows dead letters"
+    )
 
 
 async def _release(settings: Settings, name: str, key: str, event: UUID | None) -> int:
@@ -89,12 +96,10 @@ async def _release(settings: Settings, name: str, key: str, event: UUID | None) 
     return int(released)
 
 
-def _settings_of(name: str, config: Path | None) -> Settings:
-    """Raises UsageError for a worker that there is not, or that holds no keys."""
-    settings = load(config)
-    if not settings.worker(name).holds:
+def _require_holds(name: str, settings: WorkerSettings) -> None:
+    """Raises UsageError for a worker that holds no keys. One that did before may have left some."""
+    if not settings.holds:
         raise UsageError(
             f'the worker {name!r} holds no keys: workers.{name}.on_dead_letter is "pass". With "hold" (and ordered = '
             "true) a dead letter holds its key"
         )
-    return settings

@@ -349,3 +349,15 @@ async def test_held_keys_are_counted_for_whoever_looks_and_are_no_fault(shop: Po
             await until(lambda: figure("held_keys", "invoices") == 2, "they are counted")
     finally:
         await other.close()
+
+
+@pytest.mark.parametrize("place", ["rabbitmq"], indirect=True)
+async def test_what_a_worker_left_held_is_listed_and_released_after_it_has_ceased_to_hold(ledger: Ledger) -> None:
+    ledger.refuse("a1")
+    await ledger.start()
+    await ledger.publish("a1", "a2")
+    await asyncio.to_thread(ledger.processes[0].wait_for, "event.dead_lettered", count=2)
+    ledger.operator.write_text(ledger.operator.read_text().replace('on_dead_letter = "hold"', ""))
+    assert [(key["key"], key["events"]) for key in await ledger.held()] == [("a", 2)]
+    assert "2 released." in await ledger.release("a")
+    assert "holds no keys" in await ledger.release("a", expect=2)
