@@ -134,6 +134,10 @@ async def _play(game: _Game, cards: Sequence[Kind]) -> None:
 
 async def _inflict(game: _Game, kind: Kind, number: int, *, alone: bool) -> None:
     world = game.world
+    if kind.is_aside:
+        # The bridge may still come back from the fault before: what that one's probe showed may have been on the way
+        # just before it struck.
+        await _recovered(world, kind, number)
     began = time.monotonic()
     world.watch.faults.add(kind.name)
     probing = asyncio.create_task(_recovered(world, kind, number))
