@@ -183,11 +183,11 @@ async def _value(connection: AsyncConnection[TupleRow], statement: str, *values:
     return str(row[0])
 
 
-async def probe(dsn: str, ledger: Ledger, number: int) -> str:
-    """Commits one event as soon as the database takes it, and returns its id."""
+async def probe(dsn: str, ledger: Ledger, key: str) -> str:
+    """Commits one event, the only one of its key, as soon as the database takes it, and returns its id."""
 
     async def work(connection: AsyncConnection[TupleRow]) -> dict[str, Emitted]:
-        event = Emitted(f"probe-{number}", 1, PROBED)
+        event = Emitted(key, 1, PROBED)
         return {await _emit(connection, event): event}
 
     return (await commit_surely(dsn, ledger, work))[0]

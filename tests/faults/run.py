@@ -75,7 +75,7 @@ async def play(
     began = time.monotonic()
     async with running(postgres, broker, folder, seed) as (world, end_load):
         game = _Game(world, began + (seconds or float("inf")), say)
-        first = await probe(world.dsn, world.ledger, 0)
+        first = await probe(world.dsn, world.ledger, "probe")
         for audit in world.audits:
             if audit.takes(PROBED):
                 assert not await audit.seen({first}, 60), "no event arrived before the first fault"
@@ -137,10 +137,10 @@ async def _inflict(game: _Game, kind: Kind, number: int, *, alone: bool) -> None
     if kind.is_aside:
         # The bridge may still come back from the fault before: what that one's probe showed may have been on the way
         # just before it struck.
-        await _recovered(world, kind, number)
+        await _recovered(world, kind, f"probe-before-{number}")
     began = time.monotonic()
     world.watch.faults.add(kind.name)
-    probing = asyncio.create_task(_recovered(world, kind, number))
+    probing = asyncio.create_task(_recovered(world, kind, f"probe-{number}"))
     try:
         await kind.do(world)
     except BaseException:
@@ -158,10 +158,10 @@ async def _inflict(game: _Game, kind: Kind, number: int, *, alone: bool) -> None
         print(f"{number:4}  {kind.name:<34} {took:6.2f} s   {len(world.ledger.committed)} committed", flush=True)
 
 
-async def _recovered(world: World, kind: Kind, number: int) -> float:
+async def _recovered(world: World, kind: Kind, key: str) -> float:
     """When an event that was committed after the fault has arrived; for a worker, when its reply has run."""
     await asyncio.sleep(0.05)
-    event_id = await probe(world.dsn, world.ledger, number)
+    event_id = await probe(world.dsn, world.ledger, key)
     missing = await world.audits[0].seen({event_id}, _RECOVERY_LIMIT)
     assert not missing, f"after {kind.name}, no event arrived within {_RECOVERY_LIMIT:g} s; {world.wrong_ends}"
     if kind.target.startswith("worker"):
