@@ -1,7 +1,7 @@
 """A worker process' connections to PostgreSQL, for statements of one round trip each.
 
 They are most of what a worker does, so a connection keeps its cursor, and arrays are written here: with a new cursor,
-and psycopg writing each element, a claim of four events took twice the processor time.
+and psycopg writing each element, a claim of four events took 1.4 times the processor time.
 """
 
 from collections.abc import Iterable
