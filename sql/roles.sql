@@ -80,6 +80,7 @@ grant execute on function
   bridge.inbox_claim_holding(text, uuid[], text[], text[], bigint, bigint[], double precision[], boolean),
   bridge.inbox_finish(text, uuid, bigint, int, jsonb),
   bridge.inbox_finish_unclaimed(text, uuid, jsonb),
+  bridge.inbox_finish_together(text, uuid[], bigint[], int[], jsonb[]),
   bridge.inbox_end(text, uuid[], bigint[], int[], jsonb[], text, text),
   bridge.inbox_give_up(text, uuid[], bigint[], int[], int[], double precision[], jsonb[]),
   bridge.inbox_give_up_holding(text, uuid[], bigint[], int[], int[], double precision[], jsonb[], text[]),

@@ -1,12 +1,12 @@
 """The end of what a worker ran: its result and its reply, in one transaction.
 
-Ends that are ready together share a transaction, each in a savepoint of its own, so that a reply that raises undoes no
-other. What is slow must not hold up others: replies that take long run alone, each on a connection of its own, and a
+Ends that are ready together share a transaction, with a reply each in a savepoint of its own, so that one that raises
+undoes no other. What is slow must not hold up others: replies that take long run alone, each on a connection of its own, and a
 transaction that is shared has little time; whatever did not end well in it is tried again alone.
 """
 
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import psycopg
 import structlog
@@ -15,6 +15,7 @@ from psycopg import sql
 from bridge.process.batching import Batcher
 from bridge.settings import PostgresSettings
 from workers.claim import Claim, ClaimLostError
+from workers.line import Line
 from workers.pool import Pool
 from workers.result import ReplyError
 
@@ -36,9 +37,9 @@ _CONFLICTS: Final = 5
 """Tries of a transaction that conflicts with another one."""
 
 _TOGETHER: Final = (
-    "with ends as materialized (select event::text, state from bridge.inbox_end("
-    "%s, %s::uuid[], %s::bigint[], %s::int[], %s::text[]::jsonb[], %s, %s))"
-    " select event, state, extract(epoch from clock_timestamp() - statement_timestamp())::float8 from ends"
+    "with ends as materialized (select event, state from bridge.inbox_end("
+    "$1, $2, $3, $4, $5::text[]::jsonb[], $6, $7))"
+    " select event, state, extract(epoch from clock_timestamp() - statement_timestamp()) from ends"
 )
 
 State = Literal["finished", "lost", "repeated", "busy", "alone"]
@@ -66,17 +67,17 @@ class Ends:
         self._reply_timeout = reply_timeout
         self._reply_names = (None, None) if reply is None else tuple(reply.split(".", 1))
         self._alone = _alone(reply)
-        self._shared = Pool(settings, application_name, size=1, limit=min(_TOGETHER_LIMIT, reply_timeout))
+        self._shared = Line(settings, application_name, limit=min(_TOGETHER_LIMIT, reply_timeout))
         self._batcher = Batcher(self._end_together, TOGETHER)
         self._seconds = 0.0
         """How long a reply takes, in the mean."""
 
     async def open(self) -> None:
-        """See `Pool.open`."""
+        """See `Line.open`."""
         await self._shared.open()
 
     async def close(self) -> None:
-        """See `Pool.close`."""
+        """See `Line.close`."""
         await self._shared.close()
 
     async def end(self, claim: Claim, outcome: str | None) -> Literal["finished", "repeated"]:
@@ -118,8 +119,8 @@ class Ends:
             # One of them cannot be read as JSON, or the commit was refused; which one, each will hear alone.
             log.debug("inbox.ends_apart", worker=self._worker, events=len(ends), reason=said(error))
         else:
-            self._took(rows[0][2] / len(ends))
-            states: dict[str, State] = {event: state for event, state, _ in rows}
+            self._took(float(rows[0][2] or 0.0) / len(ends))
+            states: dict[Any, Any] = {event: state for event, state, _ in rows}
             return [states[claim.event_id] for claim, _ in ends]
         return ["alone"] * len(ends)
 

@@ -1,5 +1,5 @@
 """The ledger that makes a worker's database effects exactly-once; its SQL is in ``0005_inbox.sql``,
-``0010_inbox_outcomes.sql`` to ``0012_together.sql``, and ``0014_holds.sql``.
+``0010_inbox_outcomes.sql`` to ``0012_together.sql``, ``0014_holds.sql`` and ``0015_ends.sql``.
 
 Claims carry the token of the process' session (``session.py``) and die with it, so after a crash another process takes
 over at once. A claim is made only while the token's lock is held, and finishing one checks that it is still ours.
@@ -27,6 +27,7 @@ from workers.claim import Claim, ClaimLostError, NotNow
 from workers.effects import Effect
 from workers.ends import Ends, said
 from workers.handler import Result
+from workers.line import Line
 from workers.pool import Pool
 from workers.result import json_text, outcome_text, storable
 from workers.session import ClaimSession
@@ -36,6 +37,7 @@ _FUNCTIONS: Final = (
     "bridge.inbox_claim_holding(text, uuid[], text[], text[], bigint, bigint[], double precision[], boolean)",
     "bridge.inbox_finish(text, uuid, bigint, int, jsonb)",
     "bridge.inbox_finish_unclaimed(text, uuid, jsonb)",
+    "bridge.inbox_finish_together(text, uuid[], bigint[], int[], jsonb[])",
     "bridge.inbox_end(text, uuid[], bigint[], int[], jsonb[], text, text)",
     "bridge.inbox_give_up(text, uuid[], bigint[], int[], int[], double precision[], jsonb[])",
     "bridge.inbox_give_up_holding(text, uuid[], bigint[], int[], int[], double precision[], jsonb[], text[])",
@@ -51,8 +53,8 @@ _TOGETHER: Final = 100
 """Most events in one query."""
 _LONGEST_MARK: Final = 100
 """Characters of a replay's mark that tell it from others; ours have 36."""
-_CLAIMING: Final = 2
-"""Connections beside those on which replies run, so that slow ones keep no claim from being made."""
+_OTHERS: Final = 1
+"""Connections beside those on which replies run, so that slow ones keep no claim from being given up."""
 
 
 class _Wanted(NamedTuple):
@@ -97,7 +99,8 @@ class Inbox:
         self._holds = holds
         self._concurrency = concurrency
         self._is_full: Callable[[], bool] = lambda: False
-        self._pool = Pool(settings, application_name, size=concurrency + _CLAIMING, limit=reply_timeout)
+        self._pool = Pool(settings, application_name, size=concurrency + _OTHERS, limit=reply_timeout)
+        self._line = Line(settings, application_name, limit=reply_timeout)
         self._session = ClaimSession(settings, application_name)
         self._claims = Batcher(self._claim_together, _TOGETHER, enough=self._enough)
         self._given_up = Batcher(self._give_up_together, _TOGETHER)
@@ -110,6 +113,7 @@ class Inbox:
         """
         await self._session.renew(instead_of=self._session.token)
         await self._pool.open()
+        await self._line.open()
         await self._ends.open()
         await self._check_privileges()
         if self._reply_name is not None:
@@ -118,6 +122,7 @@ class Inbox:
     async def close(self) -> None:
         """Ends the sessions; claims that are still open become free for other processes."""
         await self._ends.close()
+        await self._line.close()
         await self._pool.close()
         await self._session.close()
 
@@ -167,15 +172,15 @@ class Inbox:
             token = self._session.token
             how = (token, list(self._session.former), self._backoff, alone)
             if self._holds:
-                rows = await self._pool.rows(
-                    "select event::text, state, attempt, seconds, failure from bridge.inbox_claim_holding("
-                    "%s, %s::uuid[], %s::text[], %s::text[], %s, %s::bigint[], %s::double precision[], %s)",
+                rows = await self._line.rows(
+                    "select event, state, attempt, seconds, failure from bridge.inbox_claim_holding("
+                    "$1, $2, $3, $4, $5, $6, $7, $8)",
                     *(self.worker, ids, replays, [event.key for event in in_order], *how),
                 )
             else:
-                rows = await self._pool.rows(
-                    "select event::text, state, attempt, seconds, failure from bridge.inbox_claim("
-                    "%s, %s::uuid[], %s::text[], %s, %s::bigint[], %s::double precision[], %s)",
+                rows = await self._line.rows(
+                    "select event, state, attempt, seconds, failure from bridge.inbox_claim("
+                    "$1, $2, $3, $4, $5, $6, $7)",
                     *(self.worker, ids, replays, *how),
                 )
             if rows[0][1] != "unheld":
@@ -190,13 +195,15 @@ class Inbox:
         event: _Wanted,
         token: int,
         state: Any,
-        attempt: int,
-        seconds: float | None,
-        failure: dict[str, str] | None,
+        attempt: str | None,
+        seconds: str | None,
+        failure: str | None,
     ) -> Claim | NotNow:
+        attempts = int(attempt or 0)
         if state == "claimed":
-            return Claim(self.worker, event.event_id, token, attempt, event.key)
-        return NotNow(state, seconds or 0.0, None if failure is None else Failure(**failure, attempts=attempt))
+            return Claim(self.worker, event.event_id, token, attempts, event.key)
+        told = None if failure is None else Failure(**json.loads(failure), attempts=attempts)
+        return NotNow(state, float(seconds or 0.0), told)
 
     async def finish(self, claim: Claim, result: Result) -> Literal["finished", "repeated"]:
         """Records the result and hands it to the reply function, in one transaction.

@@ -1,7 +1,8 @@
-"""A worker process' connections to PostgreSQL, for statements of one round trip each.
+"""A worker process' connections to PostgreSQL, for statements of one round trip each: slow replies, effects, failures.
+What every event needs has a connection of its own, see ``line.py``.
 
-They are most of what a worker does, so a connection keeps its cursor, and arrays are written here: with a new cursor,
-and psycopg writing each element, a claim of four events took 1.4 times the processor time.
+A connection keeps its cursor, and arrays are written here: with a new cursor, and psycopg writing each element, a
+statement for four events took 1.4 times the processor time.
 """
 
 from collections.abc import Iterable
@@ -24,7 +25,7 @@ from bridge.postgres.connection import (
 )
 from bridge.settings import PostgresSettings
 
-_ANSWER_GRACE: Final = 10.0
+ANSWER_GRACE: Final = 10.0
 """Seconds of silence, beyond the time that a statement may take, after which its connection counts as dead."""
 
 
@@ -88,11 +89,11 @@ class Pool:
             async with self._pool.connection() as connection:
                 cursor = connection.its_cursor
                 try:
-                    with silence_limited(connection, self.key, self._limit + _ANSWER_GRACE):
+                    with silence_limited(connection, self.key, self._limit + ANSWER_GRACE):
                         await cursor.execute(query, values, prepare=True)
                         return await cursor.fetchall()
                 except psycopg.Error as error:
-                    if connection.closed or _ended_session(error):
+                    if connection.closed or ended_session(error):
                         raise translated(error, self.key) from error
                     raise
         except PoolTimeout as error:
@@ -112,7 +113,7 @@ def _element(value: str | float | None) -> str:
     return "NULL" if value is None else repr(value)
 
 
-def _ended_session(error: psycopg.Error) -> bool:
+def ended_session(error: psycopg.Error) -> bool:
     """Whether the server ended the session with it, though the end may not have been read yet; or takes no writes."""
     fatal = error.diag.severity_nonlocalized in ("FATAL", "PANIC")
     return fatal or isinstance(error, psycopg.errors.ReadOnlySqlTransaction)

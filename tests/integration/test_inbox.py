@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import psycopg
 import pytest
+import structlog
 from psycopg.rows import dict_row
 from pydantic import SecretStr
 
@@ -367,6 +369,24 @@ async def test_a_token_behind_a_pooler_is_refused(shop: PostgresSettings, monkey
     with pytest.raises(RefusedError, match="connection pooler"):
         await session.renew(instead_of=0)
     assert session.token == 0
+
+
+@pytest.mark.parametrize("reply", ["shop.rendered", None])
+async def test_what_ends_together_is_one_transaction(
+    shop: PostgresSettings, bridge_database: str, reply: str | None
+) -> None:
+    """What cannot be stored together is tried again alone, so a mistake in the query of all would go unseen."""
+    with structlog.testing.capture_logs() as logged:
+        async with opened(shop, reply) as inbox:
+            claims = await asyncio.gather(*(claimed(inbox, str(uuid.uuid4())) for _ in range(20)))
+            lost = replace(claims[7], attempt=9)
+            ends = [inbox.finish(claim, {"path": "a.pdf"}) for claim in (*claims[:7], lost, *claims[8:])]
+            ended = await asyncio.gather(*ends, return_exceptions=True)
+    assert [end for end in ended if not isinstance(end, ClaimLostError)] == ["finished"] * 19
+    assert logged == []
+    if reply is None:  # with one, each has a savepoint of its own
+        finished = "SELECT count(DISTINCT xmin::text) AS together FROM bridge.inbox WHERE finished_at IS NOT NULL"
+        assert rows(bridge_database, finished) == [{"together": 1}]
 
 
 async def test_of_ends_that_share_a_query_only_the_refused_one_fails(
