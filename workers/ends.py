@@ -1,8 +1,8 @@
 """The end of what a worker ran: its result and its reply, in one transaction.
 
 Ends that are ready together share a transaction, with a reply each in a savepoint of its own, so that one that raises
-undoes no other. What is slow must not hold up others: replies that take long run alone, each on a connection of its own, and a
-transaction that is shared has little time; whatever did not end well in it is tried again alone.
+undoes no other. What is slow must not hold up others: replies that take long run alone, each on a connection of its
+own, and a transaction that is shared has little time; whatever did not end well in it is tried again alone.
 """
 
 from collections.abc import Sequence
