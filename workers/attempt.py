@@ -24,7 +24,7 @@ from bridge.process.outage import Outage
 from bridge.settings import WorkerSettings
 from workers.claim import Claim, ClaimLostError
 from workers.claimed_effects import Effects, OutageError
-from workers.effects import current_effects
+from workers.effects import EffectUnknown, current_effects
 from workers.handler import Reject, Result, Retry, Run
 from workers.inbox import Inbox
 from workers.metrics import ATTEMPT_SECONDS, DELIVERIES, OUTCOMES
@@ -32,6 +32,7 @@ from workers.rate import Rate
 from workers.result import ReplyError
 from workers.settle import BUSY_DELAY, Settle, names_of, not_ours, tell
 from workers.shared_lock import SharedLock
+from workers.threads import worker_loop
 
 log = structlog.get_logger()
 
@@ -42,6 +43,9 @@ FIRST_REFUSED_DELAY: Final = 1.0
 REFUSED_DELAY: Final = 60.0
 """Least and most seconds until a dead letter that the broker refused is offered to it again: as long as it has refused
 them by then. In an ordered worker its key waits for that."""
+
+_FINAL: Final = ("rejected", "unknown_effect")
+"""Codes of failures after which no other attempt would help."""
 
 _LONGEST_TRACE: Final = 16_000
 """Characters of a traceback that travel with a dead letter; the end is kept, where the error is."""
@@ -192,7 +196,7 @@ class Attempts:
                 return not_ours(found)
             claim = found
         failure = replace(ended.failure, attempts=min(claim.attempt, self._settings.max_attempts))
-        if failure.code == "rejected" or claim.attempt >= self._settings.max_attempts:
+        if failure.code in _FINAL or claim.attempt >= self._settings.max_attempts:
             await self.database.outlast(self._inbox.fail, claim, failure)
             return Settle("dead_lettered", failure=failure, duration=duration, attempt=claim.attempt)
         delay = ended.after if ended.after is not None else backoff(self._settings, claim.attempt)
@@ -221,6 +225,8 @@ class Attempts:
             raise
         except Reject as error:
             return _Failed(_failure("rejected", str(error) or "the handler gave no reason"))
+        except EffectUnknown as error:
+            return _Failed(_failure("unknown_effect", str(error)))
         except Retry as error:
             reason = str(error) or "the handler asked for another attempt"
             return _Failed(_failure("attempts_exhausted", reason), error.after)
@@ -243,6 +249,7 @@ class Attempts:
         An attempt is over when its handler has ended, and not when it was told to: no two may run side by side. It runs
         in a task of its own, since what it does with tasks may leave its task looking cancelled (Python 3.11).
         """
+        worker_loop.set(asyncio.get_running_loop())
         running = asyncio.ensure_future(run(event))
         try:
             in_time, _ = await asyncio.wait([running], timeout=limit)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bridge.process.outage import Outage
 from workers.claim import Claim
-from workers.effects import Effect
+from workers.effects import Effect, Recorded
 from workers.inbox import Inbox
 
 
@@ -27,7 +27,7 @@ class Effects:
     gave_up_in_outage: bool = False
     """Whether the handler's time was up while it waited for the database."""
 
-    async def begin_effect(self, operation: str) -> Effect:
+    async def begin_effect(self, operation: str) -> Effect[Recorded]:
         """See `effects.EffectStore`. Raises RuntimeError where the settings say that there is none."""
         if not self.declared:
             raise RuntimeError(
@@ -37,7 +37,12 @@ class Effects:
         with self._waiting():
             return await self.database.outlast(self.inbox.begin_effect, self.claim, operation)
 
-    async def end_effect(self, effect: Effect) -> None:
+    async def begin_effect_again(self, effect: Effect[Recorded]) -> Effect[Recorded]:
+        """See `effects.EffectStore`."""
+        with self._waiting():
+            return await self.database.outlast(self.inbox.begin_effect_again, self.claim, effect)
+
+    async def end_effect(self, effect: Effect[Recorded]) -> None:
         """See `effects.EffectStore`."""
         with self._waiting():
             await self.database.outlast(self.inbox.end_effect, self.claim, effect)

@@ -1,5 +1,5 @@
 """The ledger that makes a worker's database effects exactly-once; its SQL is in ``0005_inbox.sql``,
-``0010_inbox_outcomes.sql`` to ``0012_together.sql``, ``0014_holds.sql`` and ``0015_ends.sql``.
+``0010_inbox_outcomes.sql`` to ``0012_together.sql``, ``0014_holds.sql`` to ``0016_effects.sql``.
 
 Claims carry the token of the process' session (``session.py``) and die with it, so after a crash another process takes
 over at once. A claim is made only while the token's lock is held, and finishing one checks that it is still ours.
@@ -15,22 +15,23 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, LiteralString, NamedTuple
 
-import psycopg
+import structlog
 from psycopg.rows import TupleRow
 
 from bridge.brokers.contract import Failure
 from bridge.errors import DatabaseUnavailableError, PrivilegeError, SchemaError
-from bridge.postgres.connection import translated
 from bridge.process.batching import Batcher
 from bridge.settings import PostgresSettings
 from workers.claim import Claim, ClaimLostError, NotNow
-from workers.effects import Effect
-from workers.ends import Ends, said
+from workers.effects import Effect, Recorded
+from workers.ends import Ends
 from workers.handler import Result
 from workers.line import Line
 from workers.pool import Pool
-from workers.result import json_text, outcome_text, storable
+from workers.result import outcome_text, recordable, storable
 from workers.session import ClaimSession
+
+log = structlog.get_logger()
 
 _FUNCTIONS: Final = (
     "bridge.inbox_claim(text, uuid[], text[], bigint, bigint[], double precision[], boolean)",
@@ -43,6 +44,7 @@ _FUNCTIONS: Final = (
     "bridge.inbox_give_up_holding(text, uuid[], bigint[], int[], int[], double precision[], jsonb[], text[])",
     "bridge.inbox_forget(text, uuid, text)",
     "bridge.inbox_effect_begin(text, uuid, bigint, int, text)",
+    "bridge.inbox_effect_again(text, uuid, bigint, int, text, text)",
     "bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb)",
     "bridge.inbox_prune(text, timestamptz, int)",
     "bridge.held_keys(text)",
@@ -261,26 +263,25 @@ class Inbox:
         afresh. `replay` as for the `claim` that led to it. Raises as `release`."""
         await self._pool.value("select bridge.inbox_forget(%s, %s, %s)", self.worker, event_id, _mark(replay))
 
-    async def begin_effect(self, claim: Claim, operation: str) -> Effect:
+    async def begin_effect(self, claim: Claim, operation: str) -> Effect[Recorded]:
         """See `effects.EffectStore`. Raises ClaimLostError, and as `release`."""
-        entry = await self._pool.value("select bridge.inbox_effect_begin(%s, %s, %s, %s, %s)", *claim.fence, operation)
-        if entry is None:
-            raise ClaimLostError
-        return Effect(
-            operation, entry["idempotency_key"], datetime.fromisoformat(entry["started_at"]), entry.get("result")
-        )
+        query: LiteralString = "select bridge.inbox_effect_begin(%s, %s, %s, %s, %s)"
+        return _effect(operation, await self._pool.value(query, *claim.fence, operation))
 
-    async def end_effect(self, claim: Claim, effect: Effect) -> None:
-        """See `effects.EffectStore`. Raises ClaimLostError, ValueError for a result that jsonb cannot hold, and as
-        `release`."""
-        query = "select bridge.inbox_effect_end(%s, %s, %s, %s, %s, %s::jsonb)"
-        try:
-            [(ours,)] = await self._pool.statement(query, *claim.fence, effect.operation, json_text(effect.result))
-        except psycopg.DataError as error:
-            raise ValueError(f"effect {effect.operation}: PostgreSQL refuses its result: {said(error)}") from error
-        except psycopg.Error as error:
-            raise translated(error, self._key) from error
-        if not ours:
+    async def begin_effect_again(self, claim: Claim, effect: Effect[Recorded]) -> Effect[Recorded]:
+        """See `effects.EffectStore`. Raises ClaimLostError, and as `release`."""
+        query: LiteralString = "select bridge.inbox_effect_again(%s, %s, %s, %s, %s, %s)"
+        entry = await self._pool.value(query, *claim.fence, effect.operation, effect.idempotency_key)
+        return _effect(effect.operation, entry)
+
+    async def end_effect(self, claim: Claim, effect: Effect[Recorded]) -> None:
+        """See `effects.EffectStore`. A result that jsonb does not take is recorded as nearly as it does, and said in
+        the log. Raises ClaimLostError, and as `release`."""
+        text, changed = recordable(effect.result or {})
+        if changed:
+            log.warning("effect.result_changed", worker=self.worker, key=effect.idempotency_key, reason=changed)
+        query: LiteralString = "select bridge.inbox_effect_end(%s, %s, %s, %s, %s, %s::jsonb)"
+        if not await self._pool.value(query, *claim.fence, effect.operation, text):
             raise ClaimLostError
 
     async def rows(self, query: LiteralString, *parameters: object) -> list[TupleRow]:
@@ -335,6 +336,13 @@ class Inbox:
                 f"workers.{self.worker}.reply: this role may not call {reply}. "
                 f"GRANT USAGE ON SCHEMA {schema} and GRANT EXECUTE ON FUNCTION {reply}(uuid, jsonb) to it"
             )
+
+
+def _effect(operation: str, entry: Any) -> Effect[Recorded]:
+    if entry is None:
+        raise ClaimLostError
+    started_at = datetime.fromisoformat(entry["started_at"])
+    return Effect(operation, entry["idempotency_key"], started_at, entry.get("result"), timedelta(seconds=entry["age"]))
 
 
 def _mark(replay: str | None) -> str | None:

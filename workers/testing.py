@@ -14,7 +14,7 @@ No broker, no database, and no plugin of pytest is needed.
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -23,9 +23,9 @@ from uuid import uuid4
 from bridge.event import Event
 from bridge.process import tasks
 from workers.attempt import Attempts
-from workers.effects import Effect, current_effects
+from workers.effects import Effect, Recorded, current_effects
 from workers.handler import Handler, Options, Run
-from workers.result import json_text, outcome_text
+from workers.result import outcome_text, recorded
 
 
 def make_event(
@@ -65,21 +65,22 @@ class MemoryLedger:
 
     worker: str = "test"
     """The worker's name, with which idempotency keys begin."""
-    effects: dict[str, Effect] = field(default_factory=dict)
+    effects: dict[str, Effect[Recorded]] = field(default_factory=dict)
     """By idempotency key, ``<worker>:<event's inbox_id>:<operation>``, what was begun, in this order; `result` is None
-    for what was not ended."""
+    for what was not ended. An effect that began again has the key ``<worker>:<event's inbox_id>:<operation>:2``, and
+    those before stay."""
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    """The clock by which effects age."""
 
     def of(self, event: Event) -> "EventEffects":
         """The effects of one event. An `EffectStore`, as `workers.effects.current_effects` takes it."""
         return EventEffects(self, event)
 
     def results(self, event: Event) -> dict[str, Mapping[str, Any] | None]:
-        """By operation, what the effects of an event gave; None for one that was begun and not ended."""
-        return {
-            effect.operation: effect.result
-            for key, effect in self.effects.items()
-            if key == self.key(event, effect.operation)
-        }
+        """By operation, what the effects of an event gave; None for one that was begun and not ended. Of one that began
+        again, it is what the last one gave."""
+        begun = f"{self.worker}:{event.inbox_id}:"
+        return {effect.operation: effect.result for key, effect in self.effects.items() if key.startswith(begun)}
 
     def key(self, event: Event, operation: str) -> str:
         """The idempotency key of an effect, as the inbox makes it."""
@@ -93,16 +94,31 @@ class EventEffects:
     ledger: MemoryLedger
     event: Event
 
-    async def begin_effect(self, operation: str) -> Effect:
+    async def begin_effect(self, operation: str) -> Effect[Recorded]:
         """See `workers.effects.EffectStore`."""
-        key = self.ledger.key(self.event, operation)
-        known = self.ledger.effects.setdefault(key, Effect(operation, key, datetime.now(UTC)))
-        # What is on record must not change with what the handler holds.
-        return Effect(operation, key, known.started_at, _stored(known.result))
+        first = self.ledger.key(self.event, operation)
+        [*_, key] = [first, *self._again(first)]
+        return self._begin(operation, key)
 
-    async def end_effect(self, effect: Effect) -> None:
-        """See `workers.effects.EffectStore`. Raises TypeError and ValueError where the result has no form in JSON."""
-        self.ledger.effects[effect.idempotency_key].result = _stored(effect.result)
+    async def begin_effect_again(self, effect: Effect[Recorded]) -> Effect[Recorded]:
+        """See `workers.effects.EffectStore`."""
+        first = self.ledger.key(self.event, effect.operation)
+        return self._begin(effect.operation, f"{first}:{2 + len(self._again(first))}")
+
+    async def end_effect(self, effect: Effect[Recorded]) -> None:
+        """See `workers.effects.EffectStore`. Raises ValueError where the result would not come back as it is."""
+        self.ledger.effects[effect.idempotency_key].result = recorded(effect.result or {})
+
+    def _again(self, first: str) -> list[str]:
+        """The keys of what began again, in this order."""
+        return [key for key in self.ledger.effects if key.rpartition(":")[0] == first]
+
+    def _begin(self, operation: str, key: str) -> Effect[Recorded]:
+        now = self.ledger.now()
+        known = self.ledger.effects.setdefault(key, Effect(operation, key, now))
+        # What is on record must not change with what the handler holds.
+        result = None if known.result is None else recorded(known.result)
+        return Effect(operation, key, known.started_at, result, now - known.started_at)
 
 
 def run(
@@ -157,8 +173,3 @@ async def attempt(bound: Run, event: Event, ledger: MemoryLedger, limit: float |
         current_effects.reset(token)
     text = outcome_text(result)
     return None if text is None else json.loads(text)
-
-
-def _stored(result: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """As it comes back from the database."""
-    return None if result is None else json.loads(json_text(result))

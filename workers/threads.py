@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_loop: ContextVar[asyncio.AbstractEventLoop] = ContextVar("pgbridge_loop")
-"""In a handler's thread, the loop of the worker."""
+worker_loop: ContextVar[asyncio.AbstractEventLoop] = ContextVar("pgbridge_loop")
+"""In a handler, and in threads that it starts with its context as `asyncio.to_thread` does, the loop of the worker."""
 
 
 async def in_thread(function: Callable[..., T], *args: Any) -> T:
@@ -26,7 +26,6 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
     context = copy_context()
-    context.run(_loop.set, loop)
 
     def tell(set_outcome: Callable[[Any], None], outcome: object) -> None:
         # The loop is closed where the worker has stopped without us.
@@ -57,9 +56,16 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
 
 
 def await_in_loop(coroutine: Coroutine[Any, Any, T]) -> T:
-    """For a handler in a thread: awaits something in the worker's loop. Raises RuntimeError elsewhere."""
-    loop = _loop.get(None)
-    if loop is None:
+    """In a thread of a handler: awaits something in the worker's loop. Raises RuntimeError elsewhere."""
+    loop = worker_loop.get(None)
+    if loop is None or loop is _running_loop():
         coroutine.close()
-        raise RuntimeError("only a handler that is no coroutine may do this; in a coroutine write `async with`")
+        raise RuntimeError("only a thread of a handler may do this; in a coroutine write `async with`")
     return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
+from unittest.mock import ANY
 
 import psycopg
 import pytest
 import structlog
 from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
 from pydantic import SecretStr
 
 from bridge.brokers.contract import Failure
@@ -276,7 +278,8 @@ async def test_an_effect_keeps_its_key_its_start_and_its_result_over_attempts(
 
         claim = await claimed(inbox, event_id)
         second = await inbox.begin_effect(claim, "charge")
-        assert second == first
+        assert replace(second, age=first.age) == first
+        assert second.age > first.age
         second.result = {"id": "ch_1"}
         await inbox.end_effect(claim, second)
         await inbox.begin_effect(claim, "receipt")
@@ -285,6 +288,63 @@ async def test_an_effect_keeps_its_key_its_start_and_its_result_over_attempts(
         claim = await claimed(inbox, event_id)
         assert (await inbox.begin_effect(claim, "charge")).result == {"id": "ch_1"}
         assert (await inbox.begin_effect(claim, "receipt")).result is None
+
+
+async def test_an_effect_that_begins_again_does_so_once_for_each_refusal(
+    shop: PostgresSettings, bridge_database: str, event_id: str
+) -> None:
+    """The answer to the first call may be lost, and then the call is made again."""
+    async with opened(shop) as inbox:
+        claim = await claimed(inbox, event_id)
+        refused = await inbox.begin_effect(claim, "charge")
+        assert await inbox.begin_effect_again(claim, refused) == replace(refused, age=ANY)  # nothing was refused
+        refused.result = {"declined": True}
+        await inbox.end_effect(claim, refused)
+        again = await inbox.begin_effect_again(claim, refused)
+        assert (again.idempotency_key, again.result) == (f"invoices:{event_id}:charge:2", None)
+        assert again.started_at > refused.started_at
+        assert await inbox.begin_effect_again(claim, refused) == replace(again, age=ANY)
+        [row] = rows(bridge_database, "SELECT effects -> 'charge' -> 'refused' AS refused FROM bridge.inbox")
+        assert [each["idempotency_key"] for each in row["refused"]] == [refused.idempotency_key]
+        assert [each["result"] for each in row["refused"]] == [{"declined": True}]
+        with pytest.raises(ClaimLostError):
+            await inbox.begin_effect_again(replace(claim, attempt=9), again)
+
+
+@pytest.mark.parametrize("outcome", [{"id": "ch_1"}, None])
+async def test_who_finds_out_what_became_of_an_effect_puts_that_on_record(
+    shop: PostgresSettings, bridge_database: str, event_id: str, outcome: dict[str, str] | None
+) -> None:
+    def settle(key: str, outcome: object) -> bool:
+        query = "SELECT bridge.settle_effect('invoices', %s, %s, %s) AS settled"
+        [row] = rows(bridge_database, query, event_id, key, None if outcome is None else Jsonb(outcome))
+        return bool(row["settled"])
+
+    async with opened(shop) as inbox:
+        claim = await claimed(inbox, event_id)
+        effect = await inbox.begin_effect(claim, "charge")
+        assert not settle(effect.idempotency_key, outcome)  # it is being handled
+        await inbox.release(claim, counted=1)
+        assert not settle("another", outcome)
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match="and not a JSON string"):
+            settle(effect.idempotency_key, "ch_1")
+        assert settle(effect.idempotency_key, outcome)
+        assert not settle(effect.idempotency_key, {"id": "another"})  # it has an outcome
+
+        found = await inbox.begin_effect(await claimed(inbox, event_id), "charge")
+        key = effect.idempotency_key + ("" if outcome else ":2")
+        assert (found.idempotency_key, found.result) == (key, outcome)
+
+
+async def test_an_effect_of_a_process_that_died_can_be_settled(
+    shop: PostgresSettings, bridge_database: str, event_id: str
+) -> None:
+    async with opened(shop) as inbox:
+        effect = await inbox.begin_effect(await claimed(inbox, event_id), "charge")
+        query = "SELECT bridge.settle_effect('invoices', %s, %s, '{}') AS settled"
+        assert rows(bridge_database, query, event_id, effect.idempotency_key) == [{"settled": False}]
+        end_sessions(bridge_database)
+        assert rows(bridge_database, query, event_id, effect.idempotency_key) == [{"settled": True}]
 
 
 async def test_pruning_takes_old_finished_events_in_chunks_and_leaves_the_rest(

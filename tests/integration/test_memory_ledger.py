@@ -2,7 +2,7 @@
 
 from bridge.settings import PostgresSettings
 from workers.claim import Claim
-from workers.effects import Effect, EffectStore
+from workers.effects import Effect, EffectStore, Recorded
 from workers.inbox import Inbox
 from workers.testing import MemoryLedger, make_event
 
@@ -13,15 +13,19 @@ class _Claimed:
     def __init__(self, inbox: Inbox, claim: Claim) -> None:
         self._inbox, self._claim = inbox, claim
 
-    async def begin_effect(self, operation: str) -> Effect:
+    async def begin_effect(self, operation: str) -> Effect[Recorded]:
         return await self._inbox.begin_effect(self._claim, operation)
 
-    async def end_effect(self, effect: Effect) -> None:
+    async def begin_effect_again(self, effect: Effect[Recorded]) -> Effect[Recorded]:
+        return await self._inbox.begin_effect_again(self._claim, effect)
+
+    async def end_effect(self, effect: Effect[Recorded]) -> None:
         await self._inbox.end_effect(self._claim, effect)
 
 
 async def _story(store: EffectStore) -> list[tuple[str, object]]:
-    """Two attempts: what the second one finds of an effect that was ended, and of one that was not."""
+    """Two attempts: what the second one finds of an effect that was ended, and of one that was not; and then two times
+    the first again."""
     told: list[tuple[str, object]] = []
     charge = await store.begin_effect("charge")
     told.append((charge.idempotency_key, charge.result))
@@ -32,6 +36,14 @@ async def _story(store: EffectStore) -> list[tuple[str, object]]:
         found = await store.begin_effect(operation)
         told.append((found.idempotency_key, found.result))
         told.append((operation, found.started_at == {"charge": charge, "mail": begun}[operation].started_at))
+    for n in range(2):
+        again = await store.begin_effect_again(await store.begin_effect("charge"))
+        told.append((again.idempotency_key, again.result))
+        told.append(("charge", again.started_at > charge.started_at))
+        again.result = {"id": f"ch_{n}"}
+        await store.end_effect(again)
+        found = await store.begin_effect("charge")
+        told.append((found.idempotency_key, found.result))
     return told
 
 

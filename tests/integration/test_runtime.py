@@ -1,6 +1,8 @@
 """The runtime over a queue that the test scripts, with the inbox on a real PostgreSQL: what becomes of an event."""
 
 import asyncio
+from datetime import timedelta
+from decimal import Decimal
 from types import MappingProxyType
 from typing import Any
 
@@ -248,6 +250,70 @@ async def test_an_effect_in_a_handler_is_recorded_in_the_inbox(shop: PostgresSet
         queue.add(event)
         assert [verb for verb, _ in await queue.outcomes(2)] == ["retry", "ack"]
     assert charged == [f"invoices:{event.id}:charge"]
+
+
+async def test_an_effect_whose_outcome_nobody_knows_any_more_is_a_dead_letter_until_somebody_says(
+    shop: PostgresSettings, bridge_database: str
+) -> None:
+    """A new attempt under a key that the other side has forgotten would charge twice, and one under a new key, too."""
+    asked: list[str] = []
+
+    async def charge(event: Event) -> Result:
+        async with effect("charge", max_age=timedelta(hours=23)) as charge:
+            if charge.result is None:
+                asked.append(charge.idempotency_key)
+                raise ConnectionError("no answer")
+        return {"charge": charge.result["id"]}
+
+    event = make_event(payload=1)
+    key = f"invoices:{event.id}:charge"
+    async with working(charge, shop, retry_initial="10ms", max_attempts=5) as queue:
+        queue.add(event)
+        assert [verb for verb, _ in await queue.outcomes(1)] == ["retry"]
+        with psycopg.connect(bridge_database) as admin:
+            admin.execute(
+                "UPDATE bridge.inbox SET effects ="
+                " jsonb_set(effects, '{charge,started_at}', to_jsonb(clock_timestamp() - interval '1 day'))"
+            )
+        queue.add(event)
+        [_, (verb, failure)] = await queue.outcomes(2)
+        assert verb == "dead_letter"
+        assert isinstance(failure, Failure)
+        assert (failure.code, failure.attempts) == ("unknown_effect", 2)
+        assert f"was begun 1 day, 0:00:00 ago under the key {key}, no result is on record" in failure.reason
+        with psycopg.connect(bridge_database) as admin:
+            settle = "SELECT bridge.settle_effect('invoices', %s, %s, %s)"
+            assert admin.execute(settle, [event.id, key, '{"id": "ch_1"}']).fetchone() == (True,)
+        queue.add(event._replace(headers={"replayed": "once"}))
+        [*_, (verb, _)] = await queue.outcomes(3)
+        assert verb == "ack"
+    assert asked == [key]
+    assert replies(bridge_database) == [{"charge": "ch_1"}]
+
+
+async def test_a_result_that_jsonb_does_not_take_is_kept_as_nearly_as_it_does(shop: PostgresSettings) -> None:
+    """It is known only once the effect has happened, and then another attempt must not bring it about again."""
+    charged: list[str] = []
+
+    async def charge(event: Event) -> Result:
+        async with effect("charge") as charge:
+            if charge.result is None:
+                charged.append(charge.idempotency_key)
+                charge.result = {"id": "ch_1", "amount": Decimal("9.90"), "memo": "a\0b"}
+                raise ConnectionError("after the charge")
+        return dict(charge.result)
+
+    with capture_logs() as lines:
+        async with working(charge, shop, retry_initial="10ms") as queue:
+            event = make_event(payload=1)
+            queue.add(event)
+            await queue.outcomes(1)
+            queue.add(event)
+            assert [verb for verb, _ in await queue.outcomes(2)] == ["retry", "ack"]
+    assert len(charged) == 1
+    [warned] = [line for line in lines if line["event"] == "effect.result_changed"]
+    assert (warned["key"], warned["log_level"]) == (charged[0], "warning")
+    assert "9.90" not in str(warned)
 
 
 async def test_a_log_line_names_event_topic_and_attempt_and_never_the_payload(shop: PostgresSettings) -> None:

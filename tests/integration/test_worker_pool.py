@@ -9,6 +9,17 @@ from hypothesis import strategies as st
 
 from bridge.settings import PostgresSettings
 from workers.pool import Pool
+from workers.result import recordable
+
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.decimals()
+    | st.binary()
+    | st.text(st.characters(codec=None, exclude_categories=()))
+)
 
 TEXTS = st.lists(st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\0")), max_size=20)
 
@@ -25,6 +36,13 @@ async def pool(shop: PostgresSettings) -> AsyncIterator[Pool]:
 @given(TEXTS)
 async def test_arrays_of_any_text_arrive_as_they_are(pool: Pool, texts: list[str | None]) -> None:
     assert await pool.value("select %s::text[]", texts) == texts
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@given(st.recursive(VALUES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20))
+async def test_whatever_an_effect_gave_jsonb_takes_what_is_kept_of_it(pool: Pool, value: object) -> None:
+    text, _ = recordable({"value": value})
+    assert await pool.value("select jsonb_typeof(%s::jsonb)", text) == "object"
 
 
 async def test_arrays_of_numbers_arrive_as_they_are(pool: Pool) -> None:

@@ -15,10 +15,10 @@ from pydantic import BaseModel, Field
 from bridge.errors import SettingsError
 from bridge.settings import WorkerSettings
 from tests.support.events import make_event
-from workers import Event, Options, Reject, effect, handler
+from workers import Event, Options, Reject, handler
 from workers.attempt import backoff, retry_delays
 from workers.build import subscription
-from workers.testing import MemoryLedger, arun
+from workers.testing import arun
 
 EVENT = make_event(topic="shop.order.placed")
 
@@ -234,36 +234,6 @@ def test_a_function_that_does_not_take_its_payload_is_refused_when_it_is_marked(
     with pytest.raises(TypeError, match="must take the event, its payload and the worker's options"):
         handler("a", payload=Order, options=Greeting)(wrong)  # type: ignore[arg-type]
     handler("a", payload=Order)(wrong)  # type: ignore[arg-type]  # only a checker of types sees this
-
-
-async def test_the_result_of_an_effect_spares_the_next_attempt_the_call() -> None:
-    calls = []
-
-    @handler("a")
-    async def charge(event: Event) -> None:
-        async with effect("charge") as charge:
-            if charge.result is None:
-                calls.append(charge.idempotency_key)
-                charge.result = {"status": "paid"}
-
-    ledger = MemoryLedger("shop")
-    for _ in range(2):
-        await arun(charge, EVENT, ledger=ledger)
-        assert ledger.results(EVENT) == {"charge": {"status": "paid"}}
-    assert calls == [f"shop:{EVENT.id}:charge"]
-
-
-async def test_an_effect_whose_code_raises_has_no_result() -> None:
-    @handler("a")
-    async def charge_and_fail(event: Event) -> None:
-        async with effect("charge") as charge:
-            charge.result = {"status": "unknown"}
-            raise ConnectionError
-
-    ledger = MemoryLedger()
-    with pytest.raises(ConnectionError):
-        await arun(charge_and_fail, EVENT, ledger=ledger)
-    assert ledger.results(EVENT) == {"charge": None}
 
 
 def _settings(**values: Any) -> WorkerSettings:
