@@ -3013,38 +3013,44 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
 $$;
 
 -- The record of an effect that begins again, now and under a fresh key; `refused` has what was before, oldest first.
-create function bridge.effect_again(worker_name text, event uuid, operation text, entry jsonb) returns jsonb
+create function bridge.effect_again(worker_name text, event uuid, operation text, entry jsonb, given jsonb) returns jsonb
 language sql volatile set search_path = pg_catalog, pg_temp as $$
     select jsonb_build_object(
         'idempotency_key', pg_catalog.format('%s:%s:%s:%s', worker_name, event, operation,
             2 + jsonb_array_length(coalesce(entry -> 'refused', '[]'))),
         'started_at', clock_timestamp(),
         'refused', coalesce(entry -> 'refused', '[]') || jsonb_build_array(entry - 'refused'))
+        || case when given is null then '{}' else jsonb_build_object('given', given) end
 $$;
 
+drop function bridge.inbox_effect_begin(text, uuid, bigint, integer, text);
+
 -- Records that an outside effect is about to happen, before it happens. Returns what is on record of it:
--- {"idempotency_key", "started_at", "age" in seconds, "result" once it is known, "refused" once it began again}; null when
--- the claim is no longer ours. A second attempt gets the record of the first, so its key and its start never change.
-create or replace function bridge.inbox_effect_begin(
-    worker_name text, event uuid, token bigint, attempt integer, operation text)
+-- {"idempotency_key", "started_at", "age" in seconds, "given" if anything was, "result" once it is known, "refused" once it
+-- began again}; null when the claim is no longer ours. A second attempt gets the record of the first, so its key, its start
+-- and what was given never change.
+create function bridge.inbox_effect_begin(
+    worker_name text, event uuid, token bigint, attempt integer, operation text, given jsonb default null)
 returns jsonb
 language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp set enable_seqscan = off as $$
 declare
     entry jsonb;
 begin
-    update bridge.inbox i set effects = jsonb_build_object(operation, jsonb_build_object(
+    update bridge.inbox i set effects = i.effects || jsonb_build_object(operation, jsonb_build_object(
             'idempotency_key', worker_name || ':' || event::text || ':' || operation,
-            'started_at', clock_timestamp())) || i.effects
+            'started_at', clock_timestamp())
+            || case when given is null then '{}' else jsonb_build_object('given', given) end
+            || coalesce(i.effects -> operation, '{}'))
     where i.worker = worker_name and i.event_id = event and i.claim = token and i.attempts = attempt
       and i.finished_at is null
     returning i.effects -> operation into entry;
     return bridge.effect_entry(entry);
 end $$;
 
--- Begins an effect again whose result is a refusal for good. `key` is the one that was refused: asked twice, as when the
--- first answer was lost, it returns what the first call made. Else as inbox_effect_begin().
+-- Begins an effect again whose result is a refusal for good, now with what is given. `key` is the one that was refused: asked
+-- twice, as when the first answer was lost, it returns what the first call made. Else as inbox_effect_begin().
 create function bridge.inbox_effect_again(
-    worker_name text, event uuid, token bigint, attempt integer, operation text, key text)
+    worker_name text, event uuid, token bigint, attempt integer, operation text, key text, given jsonb default null)
 returns jsonb
 language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp set enable_seqscan = off as $$
 declare
@@ -3053,7 +3059,7 @@ begin
     update bridge.inbox i set effects = case
         when i.effects -> operation ->> 'idempotency_key' = key and i.effects -> operation ? 'result'
         then jsonb_set(i.effects, array[operation], bridge.effect_again(
-            worker_name, event, operation, i.effects -> operation))
+            worker_name, event, operation, i.effects -> operation, given))
         else i.effects end
     where i.worker = worker_name and i.event_id = event and i.claim = token and i.attempts = attempt
       and i.finished_at is null and i.effects ? operation
@@ -3087,7 +3093,7 @@ begin
     end if;
     update bridge.inbox i set effects = case
         when outcome is null
-        then jsonb_set(i.effects, array[operation], bridge.effect_again(worker_name, event, operation, entry))
+        then jsonb_set(i.effects, array[operation], bridge.effect_again(worker_name, event, operation, entry, null))
         else jsonb_set(i.effects, array[operation, 'result'], outcome) end
     where i.worker = worker_name and i.event_id = event;
     return true;
@@ -3185,8 +3191,8 @@ grant execute on function
   bridge.inbox_give_up(text, uuid[], bigint[], int[], int[], double precision[], jsonb[]),
   bridge.inbox_give_up_holding(text, uuid[], bigint[], int[], int[], double precision[], jsonb[], text[]),
   bridge.inbox_forget(text, uuid, text),
-  bridge.inbox_effect_begin(text, uuid, bigint, int, text),
-  bridge.inbox_effect_again(text, uuid, bigint, int, text, text),
+  bridge.inbox_effect_begin(text, uuid, bigint, int, text, jsonb),
+  bridge.inbox_effect_again(text, uuid, bigint, int, text, text, jsonb),
   bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb),
   bridge.inbox_prune(text, timestamptz, int),
   bridge.held_keys(text),

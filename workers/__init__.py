@@ -23,7 +23,7 @@ import pgbridge
 
 try:
     from bridge.event import Event
-    from workers.effects import Effect, EffectUnknown, effect
+    from workers.effects import Effect, EffectChanged, EffectUnknown, effect
     from workers.handler import Handler, Options, Reject, Retry, handler
 except ImportError as error:
     other = pgbridge.found_instead("bridge")
@@ -33,4 +33,15 @@ except ImportError as error:
         pgbridge.require_ours("pgbridge-worker")
     raise ImportError(pgbridge.in_the_way("bridge", other)) from error
 
-__all__ = ["Effect", "EffectUnknown", "Event", "Handler", "Options", "Reject", "Retry", "effect", "handler"]
+__all__ = [
+    "Effect",
+    "EffectChanged",
+    "EffectUnknown",
+    "Event",
+    "Handler",
+    "Options",
+    "Reject",
+    "Retry",
+    "effect",
+    "handler",
+]

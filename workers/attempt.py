@@ -24,7 +24,7 @@ from bridge.process.outage import Outage
 from bridge.settings import WorkerSettings
 from workers.claim import Claim, ClaimLostError
 from workers.claimed_effects import Effects, OutageError
-from workers.effects import EffectUnknown, current_effects
+from workers.effects import EffectChanged, EffectUnknown, current_effects
 from workers.handler import Reject, Result, Retry, Run
 from workers.inbox import Inbox
 from workers.metrics import ATTEMPT_SECONDS, DELIVERIES, OUTCOMES
@@ -44,7 +44,7 @@ REFUSED_DELAY: Final = 60.0
 """Least and most seconds until a dead letter that the broker refused is offered to it again: as long as it has refused
 them by then. In an ordered worker its key waits for that."""
 
-_FINAL: Final = ("rejected", "unknown_effect")
+_FINAL: Final = ("rejected", "unknown_effect", "changed_effect")
 """Codes of failures after which no other attempt would help."""
 
 _LONGEST_TRACE: Final = 16_000
@@ -227,6 +227,8 @@ class Attempts:
             return _Failed(_failure("rejected", str(error) or "the handler gave no reason"))
         except EffectUnknown as error:
             return _Failed(_failure("unknown_effect", str(error)))
+        except EffectChanged as error:
+            return _Failed(_failure("changed_effect", str(error)))
         except Retry as error:
             reason = str(error) or "the handler asked for another attempt"
             return _Failed(_failure("attempts_exhausted", reason), error.after)

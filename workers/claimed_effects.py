@@ -27,7 +27,7 @@ class Effects:
     gave_up_in_outage: bool = False
     """Whether the handler's time was up while it waited for the database."""
 
-    async def begin_effect(self, operation: str) -> Effect[Recorded]:
+    async def begin_effect(self, operation: str, given: Recorded | None) -> Effect[Recorded]:
         """See `effects.EffectStore`. Raises RuntimeError where the settings say that there is none."""
         if not self.declared:
             raise RuntimeError(
@@ -35,12 +35,12 @@ class Effects:
                 "once; remove that setting"
             )
         with self._waiting():
-            return await self.database.outlast(self.inbox.begin_effect, self.claim, operation)
+            return await self.database.outlast(self.inbox.begin_effect, self.claim, operation, given)
 
-    async def begin_effect_again(self, effect: Effect[Recorded]) -> Effect[Recorded]:
+    async def begin_effect_again(self, effect: Effect[Recorded], given: Recorded | None) -> Effect[Recorded]:
         """See `effects.EffectStore`."""
         with self._waiting():
-            return await self.database.outlast(self.inbox.begin_effect_again, self.claim, effect)
+            return await self.database.outlast(self.inbox.begin_effect_again, self.claim, effect, given)
 
     async def end_effect(self, effect: Effect[Recorded]) -> None:
         """See `effects.EffectStore`."""

@@ -15,6 +15,7 @@ from which on nobody knows what became of it, unless somebody finds out and puts
 """
 
 import asyncio
+import json
 import re
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -27,6 +28,7 @@ from pydantic.errors import PydanticInvalidForJsonSchema
 from typing_extensions import TypeVar
 
 from workers.handler import explain
+from workers.result import recorded
 from workers.threads import await_in_loop
 
 Recorded = Mapping[str, Any]
@@ -53,6 +55,11 @@ class EffectUnknown(Exception):  # noqa: N818 - no error of the code: nobody kno
     may bring it about twice. Its event is a dead letter, with the code ``unknown_effect``."""
 
 
+class EffectChanged(Exception):  # noqa: N818
+    """An effect was begun, no result is on record, and what it is given now is not what it was given then, so that
+    repeating it is another effect under the same key. Its event is a dead letter, with the code ``changed_effect``."""
+
+
 @dataclass(slots=True)
 class Effect(Generic[R]):
     """One outside effect of the event in hand."""
@@ -66,15 +73,17 @@ class Effect(Generic[R]):
     the model that was named."""
     age: timedelta = timedelta(0)
     """How long ago it was begun when this attempt asked, by the database's clock: the age of the key."""
+    given: Recorded | None = None
+    """What it was begun with, where anything was named."""
 
 
 class EffectStore(Protocol):
     """Where effects are recorded: a claim in the inbox, or a test's dictionary."""
 
-    async def begin_effect(self, operation: str) -> Effect[Recorded]:
-        """Records that the effect is about to happen; returns what is on record."""
+    async def begin_effect(self, operation: str, given: Recorded | None) -> Effect[Recorded]:
+        """Records that the effect is about to happen, and what it is given; returns what is on record."""
 
-    async def begin_effect_again(self, effect: Effect[Recorded]) -> Effect[Recorded]:
+    async def begin_effect_again(self, effect: Effect[Recorded], given: Recorded | None) -> Effect[Recorded]:
         """Gives an effect that has a result a fresh key, keeping the result with those that were refused; returns what
         is on record then."""
 
@@ -98,6 +107,7 @@ class effect(Generic[R]):  # noqa: N801 - authors write it like `open`
         self: "effect[Recorded]",
         operation: str,
         *,
+        given: Mapping[str, Any] | None = None,
         max_age: timedelta | None = None,
         again: Callable[[Recorded], bool] | None = None,
     ) -> None: ...
@@ -106,6 +116,7 @@ class effect(Generic[R]):  # noqa: N801 - authors write it like `open`
         self: "effect[M]",
         operation: str,
         *,
+        given: Mapping[str, Any] | None = None,
         result: type[M],
         max_age: timedelta | None = None,
         again: Callable[[M], bool] | None = None,
@@ -114,16 +125,20 @@ class effect(Generic[R]):  # noqa: N801 - authors write it like `open`
         self,
         operation: str,
         *,
+        given: Mapping[str, Any] | None = None,
         result: type[Any] | None = None,
         max_age: timedelta | None = None,
         again: Callable[[Any], bool] | None = None,
     ) -> None:
-        """`max_age`: for how long the other side knows the key; an effect begun before that without a result raises
-        EffectUnknown. `again`: whether a result on record, of an earlier attempt, is a refusal for good, after which
-        the effect begins again under a fresh key, ``<worker>:<event id>:<operation>:2``. `result`: a model of the
-        result, which is looked at before the effect: one that has no form in JSON is a TypeError.
+        """`given`: the parameters of the effect, a JSON object; where an attempt before began it with others, and has
+        no result, it raises EffectChanged, with both. `max_age`: for how long the other side knows the key; an effect
+        begun before that without a result raises EffectUnknown. `again`: whether a result on record, of an earlier
+        attempt, is a refusal for good, after which the effect begins again under a fresh key,
+        ``<worker>:<event id>:<operation>:2``. `result`: a model of the result, which is looked at before the effect:
+        one that has no form in JSON is a TypeError.
 
-        Raises ValueError for an operation that ends as fresh keys do, and for a `max_age` that is not positive.
+        Raises ValueError for an operation that ends as fresh keys do, for what is given and has no form in JSON, and
+        for a `max_age` that is not positive.
         """
         if not operation or _FRESH.fullmatch(operation):
             raise ValueError(f"effect({operation!r}): name an operation that does not end in a colon and a number")
@@ -133,30 +148,40 @@ class effect(Generic[R]):  # noqa: N801 - authors write it like `open`
         self._model: type[BaseModel] | None = result
         if self._model is not None:
             _require_json(self._model)
+        self._given = None if given is None else recorded(given, f"effect({operation!r}): given")
         self._max_age = max_age
         self._again = again
 
     async def __aenter__(self) -> Effect[R]:
         self._store = current_effects.get()
-        on_record = await self._store.begin_effect(self._operation)
+        on_record = await self._store.begin_effect(self._operation, self._given)
         self._effect = self._opened(on_record)
         if self._effect.result is not None and self._again is not None and self._again(self._effect.result):
-            self._effect = self._opened(await self._store.begin_effect_again(on_record))
+            self._effect = self._opened(await self._store.begin_effect_again(on_record, self._given))
         self._known = self._effect.result
-        begun = self._effect
+        if self._known is None:
+            self._require_repeatable(self._effect)
+        return self._effect
+
+    def _require_repeatable(self, begun: Effect[R]) -> None:
+        """Raises where what may have been begun before must not happen now."""
         if len(begun.idempotency_key) > _LONGEST_KEY:
             raise ValueError(
                 f"effect({self._operation!r}): its key has {len(begun.idempotency_key)} characters, and services take "
                 f"{_LONGEST_KEY}; shorten the operation or the worker's name"
             )
-        if self._known is None and self._max_age is not None and begun.age > self._max_age:
+        about = f"the effect {self._operation} was begun {_words(begun.age)} ago under the key {begun.idempotency_key}"
+        if self._max_age is not None and begun.age > self._max_age:
             raise EffectUnknown(
-                f"the effect {self._operation} was begun {_words(begun.age)} ago under the key "
-                f"{begun.idempotency_key}, no result is on record, and the other side may have forgotten the key "
+                f"{about}, no result is on record, and the other side may have forgotten the key "
                 f"(max_age: {_words(self._max_age)}). Find out what became of it, put that on record with "
                 "bridge.settle_effect(), and replay the event"
             )
-        return begun
+        if self._given is not None and begun.given is not None and self._given != begun.given:
+            raise EffectChanged(
+                f"{about}, no result is on record, and it was given something else: "
+                f"{_differences(begun.given, self._given)}"
+            )
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         effect = self._effect
@@ -185,7 +210,14 @@ class effect(Generic[R]):  # noqa: N801 - authors write it like `open`
                 raise ValueError(
                     f"effect({self._operation!r}): what is on record does not fit its model: {what}"
                 ) from None
-        return Effect(self._operation, on_record.idempotency_key, on_record.started_at, result, on_record.age)
+        return Effect(
+            self._operation,
+            on_record.idempotency_key,
+            on_record.started_at,
+            result,
+            on_record.age,
+            on_record.given,
+        )
 
 
 def _require_json(model: type[BaseModel]) -> None:
@@ -204,6 +236,11 @@ def _plain(result: BaseModel) -> Recorded:
         return result.model_dump(mode="json")
     except ValueError:
         return result.model_dump()
+
+
+def _differences(then: Recorded, now: Recorded) -> str:
+    names = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    return "; ".join(f"{name} {json.dumps(then.get(name))} then, {json.dumps(now.get(name))} now" for name in names)
 
 
 def _words(span: timedelta) -> str:

@@ -43,8 +43,8 @@ _FUNCTIONS: Final = (
     "bridge.inbox_give_up(text, uuid[], bigint[], int[], int[], double precision[], jsonb[])",
     "bridge.inbox_give_up_holding(text, uuid[], bigint[], int[], int[], double precision[], jsonb[], text[])",
     "bridge.inbox_forget(text, uuid, text)",
-    "bridge.inbox_effect_begin(text, uuid, bigint, int, text)",
-    "bridge.inbox_effect_again(text, uuid, bigint, int, text, text)",
+    "bridge.inbox_effect_begin(text, uuid, bigint, int, text, jsonb)",
+    "bridge.inbox_effect_again(text, uuid, bigint, int, text, text, jsonb)",
     "bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb)",
     "bridge.inbox_prune(text, timestamptz, int)",
     "bridge.held_keys(text)",
@@ -263,16 +263,18 @@ class Inbox:
         afresh. `replay` as for the `claim` that led to it. Raises as `release`."""
         await self._pool.value("select bridge.inbox_forget(%s, %s, %s)", self.worker, event_id, _mark(replay))
 
-    async def begin_effect(self, claim: Claim, operation: str) -> Effect[Recorded]:
+    async def begin_effect(self, claim: Claim, operation: str, given: Recorded | None) -> Effect[Recorded]:
         """See `effects.EffectStore`. Raises ClaimLostError, and as `release`."""
-        query: LiteralString = "select bridge.inbox_effect_begin(%s, %s, %s, %s, %s)"
-        return _effect(operation, await self._pool.value(query, *claim.fence, operation))
+        query: LiteralString = "select bridge.inbox_effect_begin(%s, %s, %s, %s, %s, %s)"
+        return _effect(operation, await self._pool.value(query, *claim.fence, operation, _text(given)))
 
-    async def begin_effect_again(self, claim: Claim, effect: Effect[Recorded]) -> Effect[Recorded]:
+    async def begin_effect_again(
+        self, claim: Claim, effect: Effect[Recorded], given: Recorded | None
+    ) -> Effect[Recorded]:
         """See `effects.EffectStore`. Raises ClaimLostError, and as `release`."""
-        query: LiteralString = "select bridge.inbox_effect_again(%s, %s, %s, %s, %s, %s)"
-        entry = await self._pool.value(query, *claim.fence, effect.operation, effect.idempotency_key)
-        return _effect(effect.operation, entry)
+        query: LiteralString = "select bridge.inbox_effect_again(%s, %s, %s, %s, %s, %s, %s)"
+        names = (effect.operation, effect.idempotency_key)
+        return _effect(effect.operation, await self._pool.value(query, *claim.fence, *names, _text(given)))
 
     async def end_effect(self, claim: Claim, effect: Effect[Recorded]) -> None:
         """See `effects.EffectStore`. A result that jsonb does not take is recorded as nearly as it does, and said in
@@ -338,11 +340,21 @@ class Inbox:
             )
 
 
+def _text(given: Recorded | None) -> str | None:
+    return None if given is None else json.dumps(given)
+
+
 def _effect(operation: str, entry: Any) -> Effect[Recorded]:
     if entry is None:
         raise ClaimLostError
-    started_at = datetime.fromisoformat(entry["started_at"])
-    return Effect(operation, entry["idempotency_key"], started_at, entry.get("result"), timedelta(seconds=entry["age"]))
+    return Effect(
+        operation,
+        entry["idempotency_key"],
+        datetime.fromisoformat(entry["started_at"]),
+        entry.get("result"),
+        timedelta(seconds=entry["age"]),
+        entry.get("given"),
+    )
 
 
 def _mark(replay: str | None) -> str | None:

@@ -64,11 +64,12 @@ def recordable(result: Mapping[str, Any]) -> tuple[str, str]:
     return text, reason
 
 
-def recorded(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The result of an effect as it comes back. Raises ValueError where it would not be what it was."""
-    text, reason = recordable(result)
+def recorded(value: Mapping[str, Any], what: str = "the effect's result") -> dict[str, Any]:
+    """The result of an effect as it comes back. Raises ValueError, which names `what`, where it would not be what it
+    was."""
+    text, reason = recordable(value)
     if reason:
-        raise ValueError(f"the effect's result: {reason}")
+        raise ValueError(f"{what}: {reason}")
     return dict(json.loads(text))
 
 

@@ -94,16 +94,16 @@ class EventEffects:
     ledger: MemoryLedger
     event: Event
 
-    async def begin_effect(self, operation: str) -> Effect[Recorded]:
+    async def begin_effect(self, operation: str, given: Recorded | None = None) -> Effect[Recorded]:
         """See `workers.effects.EffectStore`."""
         first = self.ledger.key(self.event, operation)
         [*_, key] = [first, *self._again(first)]
-        return self._begin(operation, key)
+        return self._begin(operation, key, given)
 
-    async def begin_effect_again(self, effect: Effect[Recorded]) -> Effect[Recorded]:
+    async def begin_effect_again(self, effect: Effect[Recorded], given: Recorded | None = None) -> Effect[Recorded]:
         """See `workers.effects.EffectStore`."""
         first = self.ledger.key(self.event, effect.operation)
-        return self._begin(effect.operation, f"{first}:{2 + len(self._again(first))}")
+        return self._begin(effect.operation, f"{first}:{2 + len(self._again(first))}", given)
 
     async def end_effect(self, effect: Effect[Recorded]) -> None:
         """See `workers.effects.EffectStore`. Raises ValueError where the result would not come back as it is."""
@@ -113,12 +113,13 @@ class EventEffects:
         """The keys of what began again, in this order."""
         return [key for key in self.ledger.effects if key.rpartition(":")[0] == first]
 
-    def _begin(self, operation: str, key: str) -> Effect[Recorded]:
+    def _begin(self, operation: str, key: str, given: Recorded | None) -> Effect[Recorded]:
         now = self.ledger.now()
         known = self.ledger.effects.setdefault(key, Effect(operation, key, now))
+        known.given = given if known.given is None else known.given
         # What is on record must not change with what the handler holds.
         result = None if known.result is None else recorded(known.result)
-        return Effect(operation, key, known.started_at, result, now - known.started_at)
+        return Effect(operation, key, known.started_at, result, now - known.started_at, known.given)
 
 
 def run(

@@ -164,7 +164,8 @@ class Failure:
     """Why a delivery was not handled; it travels with a dead letter."""
 
     code: str
-    """``rejected``, ``unknown_effect``, ``malformed``, ``attempts_exhausted``, ``timeout``, ``error``, ``held``."""
+    """``rejected``, ``unknown_effect``, ``changed_effect``, ``malformed``, ``attempts_exhausted``, ``timeout``,
+    ``error``, ``held``."""
     reason: str
     """One sentence."""
     trace: str = ""

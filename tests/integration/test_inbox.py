@@ -136,7 +136,7 @@ async def test_the_claim_of_an_ended_session_is_taken_over_at_once_and_fenced(
         with pytest.raises(ClaimLostError):
             await inbox.finish(lost, {"by": "the first"})
         with pytest.raises(ClaimLostError):
-            await inbox.begin_effect(lost, "charge")
+            await inbox.begin_effect(lost, "charge", None)
         await inbox.release(lost, counted=0)
         await other.finish(taken, {"by": "the second"})
     assert rows(bridge_database, "SELECT result FROM shop.invoice") == [{"result": {"by": "the second"}}]
@@ -271,23 +271,23 @@ async def test_an_effect_keeps_its_key_its_start_and_its_result_over_attempts(
 ) -> None:
     async with opened(shop) as inbox:
         claim = await claimed(inbox, event_id)
-        first = await inbox.begin_effect(claim, "charge")
+        first = await inbox.begin_effect(claim, "charge", None)
         assert first.idempotency_key == f"invoices:{event_id}:charge"
         assert first.result is None
         await inbox.release(claim, counted=claim.attempt)
 
         claim = await claimed(inbox, event_id)
-        second = await inbox.begin_effect(claim, "charge")
+        second = await inbox.begin_effect(claim, "charge", None)
         assert replace(second, age=first.age) == first
         assert second.age > first.age
         second.result = {"id": "ch_1"}
         await inbox.end_effect(claim, second)
-        await inbox.begin_effect(claim, "receipt")
+        await inbox.begin_effect(claim, "receipt", None)
         await inbox.release(claim, counted=claim.attempt)
 
         claim = await claimed(inbox, event_id)
-        assert (await inbox.begin_effect(claim, "charge")).result == {"id": "ch_1"}
-        assert (await inbox.begin_effect(claim, "receipt")).result is None
+        assert (await inbox.begin_effect(claim, "charge", None)).result == {"id": "ch_1"}
+        assert (await inbox.begin_effect(claim, "receipt", None)).result is None
 
 
 async def test_an_effect_that_begins_again_does_so_once_for_each_refusal(
@@ -296,19 +296,19 @@ async def test_an_effect_that_begins_again_does_so_once_for_each_refusal(
     """The answer to the first call may be lost, and then the call is made again."""
     async with opened(shop) as inbox:
         claim = await claimed(inbox, event_id)
-        refused = await inbox.begin_effect(claim, "charge")
-        assert await inbox.begin_effect_again(claim, refused) == replace(refused, age=ANY)  # nothing was refused
+        refused = await inbox.begin_effect(claim, "charge", None)
+        assert await inbox.begin_effect_again(claim, refused, None) == replace(refused, age=ANY)  # nothing was refused
         refused.result = {"declined": True}
         await inbox.end_effect(claim, refused)
-        again = await inbox.begin_effect_again(claim, refused)
+        again = await inbox.begin_effect_again(claim, refused, None)
         assert (again.idempotency_key, again.result) == (f"invoices:{event_id}:charge:2", None)
         assert again.started_at > refused.started_at
-        assert await inbox.begin_effect_again(claim, refused) == replace(again, age=ANY)
+        assert await inbox.begin_effect_again(claim, refused, None) == replace(again, age=ANY)
         [row] = rows(bridge_database, "SELECT effects -> 'charge' -> 'refused' AS refused FROM bridge.inbox")
         assert [each["idempotency_key"] for each in row["refused"]] == [refused.idempotency_key]
         assert [each["result"] for each in row["refused"]] == [{"declined": True}]
         with pytest.raises(ClaimLostError):
-            await inbox.begin_effect_again(replace(claim, attempt=9), again)
+            await inbox.begin_effect_again(replace(claim, attempt=9), again, None)
 
 
 @pytest.mark.parametrize("outcome", [{"id": "ch_1"}, None])
@@ -322,7 +322,7 @@ async def test_who_finds_out_what_became_of_an_effect_puts_that_on_record(
 
     async with opened(shop) as inbox:
         claim = await claimed(inbox, event_id)
-        effect = await inbox.begin_effect(claim, "charge")
+        effect = await inbox.begin_effect(claim, "charge", None)
         assert not settle(effect.idempotency_key, outcome)  # it is being handled
         await inbox.release(claim, counted=1)
         assert not settle("another", outcome)
@@ -331,7 +331,7 @@ async def test_who_finds_out_what_became_of_an_effect_puts_that_on_record(
         assert settle(effect.idempotency_key, outcome)
         assert not settle(effect.idempotency_key, {"id": "another"})  # it has an outcome
 
-        found = await inbox.begin_effect(await claimed(inbox, event_id), "charge")
+        found = await inbox.begin_effect(await claimed(inbox, event_id), "charge", None)
         key = effect.idempotency_key + ("" if outcome else ":2")
         assert (found.idempotency_key, found.result) == (key, outcome)
 
@@ -340,7 +340,7 @@ async def test_an_effect_of_a_process_that_died_can_be_settled(
     shop: PostgresSettings, bridge_database: str, event_id: str
 ) -> None:
     async with opened(shop) as inbox:
-        effect = await inbox.begin_effect(await claimed(inbox, event_id), "charge")
+        effect = await inbox.begin_effect(await claimed(inbox, event_id), "charge", None)
         query = "SELECT bridge.settle_effect('invoices', %s, %s, '{}') AS settled"
         assert rows(bridge_database, query, event_id, effect.idempotency_key) == [{"settled": False}]
         end_sessions(bridge_database)

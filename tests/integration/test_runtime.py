@@ -291,6 +291,27 @@ async def test_an_effect_whose_outcome_nobody_knows_any_more_is_a_dead_letter_un
     assert replies(bridge_database) == [{"charge": "ch_1"}]
 
 
+async def test_an_effect_that_would_be_another_under_the_same_key_is_a_dead_letter_with_both(
+    shop: PostgresSettings,
+) -> None:
+    prices = iter([1999, 2999])
+
+    async def charge(event: Event) -> Result:
+        async with effect("charge", given={"amount": next(prices), "currency": "eur"}):
+            raise ConnectionError("no answer")
+
+    event = make_event(payload=1)
+    async with working(charge, shop, retry_initial="10ms", max_attempts=5) as queue:
+        for n in (1, 2):
+            queue.add(event)
+            outcomes = await queue.outcomes(n)
+    [(first, _), (verb, failure)] = outcomes
+    assert (first, verb) == ("retry", "dead_letter")
+    assert isinstance(failure, Failure)
+    assert failure.code == "changed_effect"
+    assert failure.reason.endswith("and it was given something else: amount 1999 then, 2999 now")
+
+
 async def test_a_result_that_jsonb_does_not_take_is_kept_as_nearly_as_it_does(shop: PostgresSettings) -> None:
     """It is known only once the effect has happened, and then another attempt must not bring it about again."""
     charged: list[str] = []

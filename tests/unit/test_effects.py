@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from workers import EffectUnknown, Event, effect, handler
+from workers import EffectChanged, EffectUnknown, Event, effect, handler
 from workers.result import LARGEST_RECORD, recordable
 from workers.testing import MemoryLedger, arun, make_event, run
 
@@ -109,6 +109,36 @@ async def test_an_effect_that_was_begun_too_long_ago_is_unknown_unless_it_has_a_
     ledger.effects[ledger.key(EVENT, "charge")].result = {"id": "found by hand"}
     await arun(charge, EVENT, ledger=ledger)
     assert len(ages) == 3
+
+
+async def test_what_is_given_must_be_what_was_given_when_it_was_begun() -> None:
+    amounts = iter([10, 10, 20, 20, 20])
+    answers: list[dict[str, str]] = []
+
+    @handler("a")
+    async def charge(event: Event) -> None:
+        given = {"amount": next(amounts), "to": ("x", None)}
+        async with effect("charge", given=given, again=lambda result: result == {"status": "declined"}) as charge:
+            if answers and charge.result is None:
+                charge.result = answers.pop()
+
+    ledger = MemoryLedger()
+    for _ in range(2):
+        await arun(charge, EVENT, ledger=ledger)
+    with pytest.raises(EffectChanged, match=r"charge was begun 0:00:00 ago .*something else: amount 10 then, 20 now$"):
+        await arun(charge, EVENT, ledger=ledger)
+
+    # Once there is a result it is the result; and what begins again is given something new.
+    [begun] = ledger.effects.values()
+    begun.result = {"status": "declined"}
+    answers.append({"status": "paid"})
+    for _ in range(2):
+        await arun(charge, EVENT, ledger=ledger)
+    assert [each.given for each in ledger.effects.values()] == [
+        {"amount": amount, "to": ["x", None]} for amount in (10, 20)
+    ]
+    with pytest.raises(ValueError, match=r"effect\('charge'\): given: it has no form in JSON"):
+        effect("charge", given={"amount": Decimal(1)})
 
 
 async def test_what_was_refused_for_good_begins_again_under_a_fresh_key() -> None:
