@@ -14,7 +14,7 @@ The way of one message, continued from `bridge`:
 4. Then the delivery is acknowledged; or, after a failure, tried again later; or dead-lettered.
 
 ``loading.py`` finds the handler that the settings name, ``testing.py`` runs handlers in tests, and ``cli.py`` is the
-command ``pgbridge-worker``. ``invoices/`` is a worker that ships.
+command ``pgbridge-worker``. ``invoices/`` and ``payments/`` are workers that ship.
 """
 
 import sys

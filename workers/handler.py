@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, Concatenate, Protocol, TypeVar, cast, overload
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from bridge.errors import SettingsError
 from bridge.event import Event
+from bridge.settings.models import Model
 from workers.payload import read_json
 from workers.threads import in_thread
 
@@ -36,10 +37,9 @@ class Reject(Exception):  # noqa: N818
     """This event can never be handled: dead-letter it at once, with this reason."""
 
 
-class Options(BaseModel):
-    """Base of a handler's own settings, ``[workers.<name>.options]``. Frozen; an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+class Options(Model):
+    """Base of a handler's own settings, ``[workers.<name>.options]``. Frozen; an unknown key is an error. A field `x`
+    of the type SecretStr may be given as ``x_file``, the path of a file that holds it."""
 
 
 P_contra = TypeVar("P_contra", bound=BaseModel, contravariant=True)
