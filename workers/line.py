@@ -69,7 +69,7 @@ class Line:
                 with silence_limited(wire.connection, self.key, self._limit + ANSWER_GRACE):
                     return await wire.ask(query, texts)
             except psycopg.Error as error:
-                if wire.is_lost or ended_session(error):
+                if wire.is_lost or wire.connection.closed or ended_session(error):
                     await self.close()
                     raise translated(error, self.key) from error
                 raise
@@ -108,7 +108,8 @@ class _Wire:
         self._loop.add_reader(self._socket, self._readable)
 
     async def close(self) -> None:
-        self._unwatch()
+        """Whoever still waits for an answer gets an error."""
+        self._lost(psycopg.OperationalError("the connection was closed"))
         await self.connection.close()
 
     async def ask(self, query: LiteralString, texts: Sequence[bytes | None]) -> list[list[Text]]:
@@ -166,15 +167,12 @@ class _Wire:
         self._result = None
 
     def _lost(self, error: psycopg.Error) -> None:
-        self._unwatch()
-        self.is_lost = True
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(error)
-
-    def _unwatch(self) -> None:
         if not self.is_lost:
             self._loop.remove_reader(self._socket)
             self._loop.remove_writer(self._socket)
+        self.is_lost = True
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)
 
 
 def _text(value: Value) -> bytes | None:

@@ -147,6 +147,28 @@ async def test_a_server_that_does_not_answer_is_given_up_and_asked_again(
         os.kill(pid, signal.SIGCONT)
 
 
+async def test_who_waits_while_it_is_closed_is_told(line: Line) -> None:
+    asked = asyncio.create_task(line.rows("select pg_sleep(60)"))
+    wire = line._wire
+    assert wire is not None
+    await until(lambda: wire.connection.info.transaction_status.name == "ACTIVE", "it is on its way")
+    await line.close()
+    with pytest.raises(DatabaseUnavailableError):
+        async with asyncio.timeout(5):
+            await asked
+
+
+async def test_a_connection_that_libpq_gave_up_by_itself_is_replaced(line: Line) -> None:
+    """Without a socket nothing is heard of it any more."""
+    pid = await backend(line)
+    wire = line._wire
+    assert wire is not None
+    wire.connection.pgconn.finish()
+    with pytest.raises(DatabaseUnavailableError):
+        await line.rows("select 1")
+    assert await backend(line) != pid
+
+
 async def test_nothing_that_was_lost_is_watched_any_more(
     line: Line, end_session: Callable[[int], None], shop: PostgresSettings
 ) -> None:
