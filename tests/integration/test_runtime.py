@@ -15,7 +15,7 @@ from bridge.event import Event, Malformed
 from bridge.settings import PostgresSettings
 from tests.support.events import make_event
 from tests.support.scripted_queue import ScriptedQueue
-from tests.support.until import until
+from tests.support.until import rows_become, until
 from tests.support.working import echo, fail, figure, replies, settings_of, working
 from workers.effects import effect
 from workers.handler import Reject, Result, Retry
@@ -281,6 +281,8 @@ async def test_an_effect_whose_outcome_nobody_knows_any_more_is_a_dead_letter_un
         assert isinstance(failure, Failure)
         assert (failure.code, failure.attempts) == ("unknown_effect", 2)
         assert f"was begun 1 day, 0:00:00 ago under the key {key}, no result is on record" in failure.reason
+        # A claim that finds the row locked, as it is while this is noted, is told to come back later.
+        await rows_become(bridge_database, "SELECT ended_at IS NOT NULL FROM bridge.inbox", [(True,)])
         with psycopg.connect(bridge_database) as admin:
             settle = "SELECT bridge.settle_effect('invoices', %s, %s, %s)"
             assert admin.execute(settle, [event.id, key, '{"id": "ch_1"}']).fetchone() == (True,)
