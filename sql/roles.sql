@@ -90,7 +90,13 @@ grant execute on function
   bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb),
   bridge.inbox_prune(text, timestamptz, int),
   bridge.held_keys(text),
-  bridge.rate_take(text, int, double precision, double precision)
+  bridge.rate_take(text, int, double precision, double precision),
+  -- `pgbridge-worker reconcile` and `listen`
+  bridge.open_effects(text, timestamptz),
+  bridge.settle_effect(text, uuid, text, jsonb, text),
+  bridge.audit_dead_letter(text, text, uuid, text, text, text, text, text),
+  bridge.receive_notice(text, text, text, text, text),
+  bridge.prune_notices(text, timestamptz, int)
 to bridge_worker;
 
 -- bridge_operator: people. ---------------------------------------------------------------------------------
@@ -104,7 +110,8 @@ grant execute on function
   bridge.refuse_dead_letter(bigint, text, text, int),
   bridge.audit_dead_letter(text, text, uuid, text, text, text, text, text),
   bridge.release_held(text, text, uuid, text),
-  bridge.settle_effect(text, uuid, text, jsonb),
+  bridge.open_effects(text, timestamptz),
+  bridge.settle_effect(text, uuid, text, jsonb, text),
   bridge.position_at(timestamptz),
   bridge.set_position(text, text, bigint),
   bridge.forget_position(text, text),

@@ -15,6 +15,10 @@ COMMANDS: Final = {
     ),
     "list": ("workers.commands:list_workers", "Lists the workers that the settings define."),
     "new": ("workers.new:new_worker", "Writes a new worker: a handler, a test that passes, and settings."),
+    "reconcile": (
+        "workers.payments.reconcile:reconcile",
+        "Asks Stripe what became of payments of the worker NAME that were begun and have no outcome.",
+    ),
     "release": (
         "workers.holds:release_key",
         "Lets a held KEY of the worker NAME go on without the events that hold it.",

@@ -10,11 +10,15 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
-from bridge.errors import SettingsError
+from bridge.errors import SettingsError, UsageError
+from bridge.process.extras import how_to_install
+from bridge.settings import Settings
 from pgbridge import OURS
-from workers.handler import Handler
+from workers.handler import Handler, Options
+
+OptionsT = TypeVar("OptionsT", bound=Options)
 
 _HOME: Final = Path(__file__).resolve().parent.parent
 """The folder that our own packages are in."""
@@ -52,6 +56,19 @@ def load_handler(place: str, worker: str, path: Sequence[Path] = ()) -> Handler:
     if not isinstance(found, Handler):
         raise SettingsError(f"{key}: {module_name} has no @handler named {attribute}")
     return found
+
+
+def load_options(settings: Settings, worker: str, model: type[OptionsT]) -> OptionsT:
+    """The options of a worker whose handler takes those of this model. Raises UsageError where it does not, or there is
+    no such worker, and SettingsError as `load_handler` and for options that are wrong."""
+    own = settings.worker(worker)
+    options = load_handler(own.handler, worker, own.path).options_of(own.options, worker)
+    if not isinstance(options, model):
+        raise UsageError(
+            f"this is for workers whose handler takes {model.__name__}, and {own.handler}, of the worker {worker!r}, "
+            "does not"
+        )
+    return options
 
 
 def packages_like_ours(folders: Sequence[Path]) -> Iterator[Path]:
@@ -104,6 +121,8 @@ def _why(error: Exception, module_name: str, worker: str) -> str:
         if isinstance(error, ModuleNotFoundError):
             return f"{error}. `{package}` is pgbridge's own package; yours needs another name"
         return f"{error} ({_line_of(error)})"
+    if how := how_to_install(missing):
+        return f"{error}. It comes with: {how}"
     if module_name == missing or module_name.startswith(f"{missing}."):
         here = Path.cwd()
         if (here / package).is_dir() or (here / f"{package}.py").is_file():

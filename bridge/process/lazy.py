@@ -5,6 +5,8 @@ from importlib import import_module
 
 import click
 
+from bridge.process.extras import how_to_install
+
 
 class LazyGroup(click.Group):
     """Knows its commands by name; `--help` of the group imports none of them, which would take most of a second."""
@@ -21,7 +23,13 @@ class LazyGroup(click.Group):
         if cmd_name not in self._lazy:
             return None
         module, _, attribute = self._lazy[cmd_name][0].partition(":")
-        command: click.Command = getattr(import_module(module), attribute)
+        try:
+            command: click.Command = getattr(import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            how = how_to_install(error.name or "")
+            if how is None:
+                raise
+            raise click.UsageError(f"`{cmd_name}` needs the package {error.name}: {how}") from error
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -67,7 +67,7 @@ async def perform(event: Event, operation: Operation, options: PaymentOptions) -
     )
     async with begun as payment:
         if payment.result is None:
-            payment.result = await _account(options).perform(
+            payment.result = await account(options).perform(
                 operation, payment.idempotency_key, event.id, payment.started_at
             )
     if payment.result.status == NOT_EXECUTED:
@@ -81,7 +81,8 @@ _accounts: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str, flo
 """By event loop, since connections live in one."""
 
 
-def _account(options: PaymentOptions) -> StripeAccount:
+def account(options: PaymentOptions) -> StripeAccount:
+    """The account of these options, with the connections that this event loop has to it."""
     ours = _accounts.setdefault(asyncio.get_running_loop(), {})
     which = (options.api_key.get_secret_value(), options.api_base, options.timeout)
     if which not in ours:

@@ -6,11 +6,12 @@ may be cancelled in the middle of a charge. What Stripe documents ("Error codes"
 same key may be made again; or it will never, since the request is wrong.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 import stripe
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from workers.handler import Reject, Retry
 from workers.payments.outcome import NOT_EXECUTED, Outcome, of_intent, of_refund
@@ -28,6 +29,14 @@ _LIMITED: Final = 5.0
 """Seconds to wait for an object that another request holds, and for a limit of rates, unless Stripe says how long."""
 
 _PAGE: Final = 100
+
+_PATIENTLY: Final = AsyncRetrying(
+    retry=retry_if_exception_type((stripe.RateLimitError, stripe.APIConnectionError)),
+    wait=wait_exponential_jitter(initial=1.0, max=5.0),
+    stop=stop_after_attempt(4),
+    reraise=True,
+)
+"""For what only looks. A handler's attempt, which has a time, looks for one payment, which takes a page or two."""
 
 
 class StripeAccount:
@@ -75,22 +84,43 @@ class StripeAccount:
         """What the key brought about, as Stripe's lists have it; None where nothing. Raises stripe.StripeError."""
         match operation:
             case Charge():
-                since = int((begun - _CLOCKS).timestamp())
-                given: Any = {"created": {"gte": since}, "limit": _PAGE}
-                async for intent in _all(await self._client.v1.payment_intents.list_async(given)):
-                    if (intent["metadata"] or {}).get(KEY) == key:
-                        return of_intent(operation, intent)
+                return (await self.find_charges({key: operation}, begun)).get(key)
             case Refund():
-                given = {"payment_intent": operation.payment_intent, "limit": _PAGE}
-                async for refund in _all(await self._client.v1.refunds.list_async(given)):
+                given = {"payment_intent": operation.payment_intent}
+                async for refund in _all(self._client.v1.refunds.list_async, given):
                     if (refund["metadata"] or {}).get(KEY) == key:
                         return of_refund(operation, refund)
             case Capture() | Cancel():
-                intent = (await self._client.v1.payment_intents.retrieve_async(operation.payment_intent)).to_dict()
+                intent = await self.intent(operation.payment_intent)
                 done = ("succeeded",) if isinstance(operation, Capture) else ("canceled",)
                 if intent["status"] in done:
                     return of_intent(operation, intent)
         return None
+
+    async def find_charges(
+        self, charges: Mapping[str, Charge], since: datetime, until: datetime | None = None
+    ) -> dict[str, Outcome]:
+        """What these brought about, by their keys, of what was made between those times: the newest are looked at
+        first, and it ends where all are found. Raises stripe.StripeError."""
+        found: dict[str, Outcome] = {}
+        created = {"gte": int((since - _CLOCKS).timestamp())}
+        if until is not None:
+            created["lte"] = int((until + _CLOCKS).timestamp())
+        async for intent in _all(self._client.v1.payment_intents.list_async, {"created": created}):
+            key = (intent["metadata"] or {}).get(KEY, "")
+            if key in charges:
+                found[key] = of_intent(charges[key], intent)
+                if len(found) == len(charges):
+                    break
+        return found
+
+    async def intent(self, id: str) -> Mapping[str, Any]:
+        """A PaymentIntent as it is now. Raises stripe.StripeError."""
+        return (await self._client.v1.payment_intents.retrieve_async(id)).to_dict()
+
+    async def refund(self, id: str) -> Mapping[str, Any]:
+        """A refund as it is now. Raises stripe.StripeError."""
+        return (await self._client.v1.refunds.retrieve_async(id)).to_dict()
 
     async def _call(self, operation: Operation, parameters: Any, key: str) -> Outcome:
         intents, options = self._client.v1.payment_intents, stripe.RequestOptions(idempotency_key=key)
@@ -111,7 +141,7 @@ class StripeAccount:
         """What an object's state forbids is an outcome, which tells the state; what is wrong in the request is not."""
         if isinstance(operation, Charge) or _code(error) not in _STATES:
             raise Reject(_said(error)) from error
-        intent = (await self._client.v1.payment_intents.retrieve_async(operation.payment_intent)).to_dict()
+        intent = await self.intent(operation.payment_intent)
         return of_intent(operation, intent, _code(error)).model_copy(update={"amount": 0})
 
 
@@ -138,9 +168,18 @@ def _not_executed(operation: Operation) -> Outcome:
     return Outcome(operation=operation.operation, status=NOT_EXECUTED, amount=0, code="api_error")
 
 
-async def _all(page: Any) -> AsyncIterator[Mapping[str, Any]]:
-    async for each in page.auto_paging_iter():
-        yield each.to_dict()
+async def _all(
+    list_page: Callable[[Any], Awaitable[Any]], given: Mapping[str, Any]
+) -> AsyncIterator[Mapping[str, Any]]:
+    """All that a list has. A page is asked for again where Stripe says that it is too much, or does not answer."""
+    after: dict[str, str] = {}
+    while True:
+        page: Any = await _PATIENTLY.copy()(list_page, {**given, **after, "limit": _PAGE})
+        for each in page.data:
+            yield each.to_dict()
+        if not page.has_more:
+            return
+        after = {"starting_after": page.data[-1].id}
 
 
 def _after(error: stripe.StripeError, otherwise: float | None) -> float | None:
