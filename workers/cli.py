@@ -14,6 +14,10 @@ COMMANDS: Final = {
         "Lists the keys of the worker NAME that dead letters hold, the longest held first.",
     ),
     "list": ("workers.commands:list_workers", "Lists the workers that the settings define."),
+    "listen": (
+        "workers.payments.listen:listen",
+        "Receives Stripe's webhooks for the worker NAME until SIGTERM or SIGINT, and records them as events.",
+    ),
     "new": ("workers.new:new_worker", "Writes a new worker: a handler, a test that passes, and settings."),
     "reconcile": (
         "workers.payments.reconcile:reconcile",

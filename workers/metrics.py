@@ -51,3 +51,9 @@ DATABASE_UP = Gauge(
 BROKER_UP = Gauge(
     "pgbridge_worker_broker_up", "1 while the connection to the broker works", ["worker"], registry=REGISTRY
 )
+NOTICES = Counter(
+    "pgbridge_listener_notices_total",
+    "Webhooks of other systems by what became of them: received, repeated, refused, failed",
+    ["worker", "outcome"],
+    registry=REGISTRY,
+)

@@ -15,7 +15,7 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 from prometheus_client import REGISTRY, CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
-from bridge.errors import SettingsError, UnavailableError
+from bridge.errors import PgbridgeError, SettingsError, UnavailableError
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -61,8 +61,7 @@ def serving(
             handler_class=_Silent,
         )
     except OSError as error:
-        kind = UnavailableError if error.errno in _PASSES else SettingsError
-        raise kind(f"{key}: cannot listen at {listen}: {error.strerror or error}") from error
+        raise cannot_listen(key, listen, error) from error
     thread = Thread(target=server.serve_forever, name="health", daemon=True)
     thread.start()
     try:
@@ -71,6 +70,12 @@ def serving(
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def cannot_listen(key: str, listen: str, error: OSError) -> PgbridgeError:
+    """Our error where the address that `key` sets cannot be listened at; UnavailableError where it may be later."""
+    kind = UnavailableError if error.errno in _PASSES else SettingsError
+    return kind(f"{key}: cannot listen at {listen}: {error.strerror or error}")
 
 
 def _application(

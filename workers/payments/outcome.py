@@ -5,7 +5,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from workers.payments.request import Operation
+Name = Literal["charge", "capture", "cancel", "refund"]
 
 NOT_EXECUTED: Final = "not_executed"
 """The status where Stripe broke down over it and nothing of it happened."""
@@ -16,7 +16,7 @@ class Outcome(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    operation: Literal["charge", "capture", "cancel", "refund"]
+    operation: Name
     status: str
     """Stripe's, of the PaymentIntent (``succeeded``, ``requires_capture``, ``processing``, ``requires_action``,
     ``requires_payment_method`` after a card was declined, ``canceled``) or of the refund; ``not_executed`` where Stripe
@@ -33,13 +33,13 @@ class Outcome(BaseModel):
 
 
 def of_intent(
-    operation: Operation, intent: Mapping[str, Any], code: str | None = None, decline_code: str | None = None
+    operation: Name, intent: Mapping[str, Any], code: str | None = None, decline_code: str | None = None
 ) -> Outcome:
     """`intent` is a PaymentIntent, as JSON has it."""
     reserved, received = intent["amount_capturable"], intent["amount_received"]
     error = intent.get("last_payment_error") or {}
     return Outcome(
-        operation=operation.operation,
+        operation=operation,
         status=intent["status"],
         payment_intent=intent["id"],
         amount=received or reserved or 0,
@@ -49,10 +49,10 @@ def of_intent(
     )
 
 
-def of_refund(operation: Operation, refund: Mapping[str, Any]) -> Outcome:
+def of_refund(refund: Mapping[str, Any]) -> Outcome:
     """`refund` is a refund, as JSON has it."""
     return Outcome(
-        operation=operation.operation,
+        operation="refund",
         status=refund["status"],
         payment_intent=refund["payment_intent"],
         refund=refund["id"],

@@ -35,10 +35,10 @@ from bridge.process.terminal import (
 )
 from bridge.settings import Settings, load
 from workers.loading import load_options
-from workers.payments import KEY_AGE, PaymentOptions, account
+from workers.payments import KEY_AGE, PaymentOptions
 from workers.payments.outcome import Outcome
 from workers.payments.request import Charge, Operation, Request
-from workers.payments.stripe_account import StripeAccount
+from workers.payments.stripe_account import StripeAccount, account_of
 
 _CERTAIN: Final = KEY_AGE + timedelta(hours=1)
 """Age from which on no attempt can still be calling Stripe: what is not there then never happened."""
@@ -131,7 +131,7 @@ class Reconciliation:
                 rows = await (await connection.execute(_OPEN, [self._name, since])).fetchall()
             opened = [OpenEffect(*row) for row in rows]
             with _stripe_errors():
-                findings = await find_out(account(self._options), opened)
+                findings = await find_out(account_of(self._options), opened)
             for finding in findings:
                 await self._settle(connection, finding)
             await self._replay(connection, {each.event: each for each in findings if self._is_to_run(each)})

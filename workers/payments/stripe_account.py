@@ -6,14 +6,17 @@ may be cancelled in the middle of a charge. What Stripe documents ("Error codes"
 same key may be made again; or it will never, since the request is wrong.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import stripe
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from workers.handler import Reject, Retry
+from workers.payments.options import PaymentOptions
 from workers.payments.outcome import NOT_EXECUTED, Outcome, of_intent, of_refund
 from workers.payments.request import Cancel, Capture, Charge, Operation, Refund
 
@@ -89,12 +92,12 @@ class StripeAccount:
                 given = {"payment_intent": operation.payment_intent}
                 async for refund in _all(self._client.v1.refunds.list_async, given):
                     if (refund["metadata"] or {}).get(KEY) == key:
-                        return of_refund(operation, refund)
+                        return of_refund(refund)
             case Capture() | Cancel():
                 intent = await self.intent(operation.payment_intent)
                 done = ("succeeded",) if isinstance(operation, Capture) else ("canceled",)
                 if intent["status"] in done:
-                    return of_intent(operation, intent)
+                    return of_intent(operation.operation, intent)
         return None
 
     async def find_charges(
@@ -109,7 +112,7 @@ class StripeAccount:
         async for intent in _all(self._client.v1.payment_intents.list_async, {"created": created}):
             key = (intent["metadata"] or {}).get(KEY, "")
             if key in charges:
-                found[key] = of_intent(charges[key], intent)
+                found[key] = of_intent("charge", intent)
                 if len(found) == len(charges):
                     break
         return found
@@ -126,23 +129,23 @@ class StripeAccount:
         intents, options = self._client.v1.payment_intents, stripe.RequestOptions(idempotency_key=key)
         match operation:
             case Charge():
-                return of_intent(operation, (await intents.create_async(parameters, options)).to_dict())
+                return of_intent(operation.operation, (await intents.create_async(parameters, options)).to_dict())
             case Capture():
                 captured = await intents.capture_async(operation.payment_intent, parameters, options)
-                return of_intent(operation, captured.to_dict())
+                return of_intent(operation.operation, captured.to_dict())
             case Cancel():
                 del parameters["metadata"]  # Stripe takes none here
                 canceled = await intents.cancel_async(operation.payment_intent, parameters, options)
-                return of_intent(operation, canceled.to_dict())
+                return of_intent(operation.operation, canceled.to_dict())
             case Refund():
-                return of_refund(operation, (await self._client.v1.refunds.create_async(parameters, options)).to_dict())
+                return of_refund((await self._client.v1.refunds.create_async(parameters, options)).to_dict())
 
     async def _refused(self, operation: Operation, error: stripe.InvalidRequestError) -> Outcome:
         """What an object's state forbids is an outcome, which tells the state; what is wrong in the request is not."""
         if isinstance(operation, Charge) or _code(error) not in _STATES:
             raise Reject(_said(error)) from error
         intent = await self.intent(operation.payment_intent)
-        return of_intent(operation, intent, _code(error)).model_copy(update={"amount": 0})
+        return of_intent(operation.operation, intent, _code(error)).model_copy(update={"amount": 0})
 
 
 _STATES: Final = (
@@ -161,7 +164,7 @@ def _declined(operation: Operation, error: stripe.CardError) -> Outcome:
         return Outcome(
             operation=operation.operation, status="requires_payment_method", amount=0, code=error.code or "card_error"
         )
-    return of_intent(operation, intent.to_dict(), error.code, getattr(error.error, "decline_code", None))
+    return of_intent(operation.operation, intent.to_dict(), error.code, getattr(error.error, "decline_code", None))
 
 
 def _not_executed(operation: Operation) -> Outcome:
@@ -203,3 +206,19 @@ def _said(error: stripe.StripeError) -> str:
 
 def _listed(parameters: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value!r}" for name, value in sorted(parameters.items()) if name != "metadata")
+
+
+_accounts: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str, float], StripeAccount]] = (
+    WeakKeyDictionary()
+)
+"""By event loop, since connections live in one."""
+
+
+def account_of(options: PaymentOptions) -> StripeAccount:
+    """The account of these options, with the connections that this event loop has to it."""
+    ours = _accounts.setdefault(asyncio.get_running_loop(), {})
+    which = (options.api_key.get_secret_value(), options.api_base, options.timeout)
+    if which not in ours:
+        key, base, timeout = which
+        ours[which] = StripeAccount(key, base=base, timeout=timeout)
+    return ours[which]

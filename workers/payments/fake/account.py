@@ -35,8 +35,10 @@ _CANCELABLE: Final = ("requires_payment_method", "requires_confirmation", "requi
 class Account:
     """Thread-safe. Every method gives a copy, as an answer would."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], happened: Callable[[str, Object], None]) -> None:
+        """`happened` is told of each change, by the type of Stripe's event, with the object as it is then."""
         self._clock = clock
+        self._happened = happened
         self._objects: dict[str, dict[str, Object]] = {"payment_intents": {}, "refunds": {}}
         self._number = itertools.count(1)
         self._lock = threading.RLock()
@@ -78,6 +80,7 @@ class Account:
                 "cancellation_reason": None,
             }
             self._objects["payment_intents"][intent["id"]] = intent
+            self._tell("created", intent)
             if _true(given, "confirm"):
                 self._confirm(intent, off_session=_true(given, "off_session"))
             return copy.deepcopy(intent)
@@ -91,11 +94,14 @@ class Account:
             self._decline(intent, "authentication_required", "This payment needs the customer.", None)
         if method == _AUTHENTICATED:
             intent["status"], intent["next_action"] = "requires_action", {"type": "use_stripe_sdk"}
+            self._tell("requires_action", intent)
         elif method == _ASYNCHRONOUS:
             intent["status"] = "processing"
+            self._tell("processing", intent)
         elif intent["capture_method"] == "manual":
             intent["status"], intent["amount_capturable"] = "requires_capture", intent["amount"]
             intent["latest_charge"] = self._id("ch")
+            self._tell("amount_capturable_updated", intent)
         else:
             self._receive(intent, intent["amount"])
 
@@ -103,6 +109,7 @@ class Account:
         error = {"type": "card_error", "code": code, "message": message, "decline_code": decline_code}
         intent["status"], intent["last_payment_error"] = "requires_payment_method", error
         intent["payment_method"] = None
+        self._tell("payment_failed", intent)
         raise StripeRefusal(
             402,
             "card_error",
@@ -117,6 +124,10 @@ class Account:
         intent |= {"status": "succeeded", "amount_received": amount, "amount_capturable": 0}
         intent["latest_charge"] = intent["latest_charge"] or self._id("ch")
         self._moved(intent, amount)
+        self._tell("succeeded", intent)
+
+    def _tell(self, what: str, intent: Object) -> None:
+        self._happened(f"payment_intent.{what}", copy.deepcopy(intent))
 
     def _moved(self, intent: Object, amount: int) -> None:
         metadata = dict(intent["metadata"])
@@ -142,6 +153,7 @@ class Account:
                 raise self._state(intent, "canceled")
             intent |= {"status": "canceled", "amount_capturable": 0, "canceled_at": int(self._clock())}
             intent["cancellation_reason"] = given.get("cancellation_reason")
+            self._tell("canceled", intent)
             return copy.deepcopy(intent)
 
     def settle(self, id: str, *, succeeded: bool) -> Object:
@@ -156,6 +168,7 @@ class Account:
             else:
                 intent["status"], intent["payment_method"] = "requires_payment_method", None
                 intent["last_payment_error"] = {"type": "card_error", "code": "payment_intent_authentication_failure"}
+                self._tell("payment_failed", intent)
             return copy.deepcopy(intent)
 
     def refund(self, given: Mapping[str, Any]) -> Object:
@@ -181,6 +194,7 @@ class Account:
             }
             self._objects["refunds"][refund["id"]] = refund
             self._moved(intent, -amount)
+            self._happened("refund.created", copy.deepcopy(refund))
             return copy.deepcopy(refund)
 
     def get(self, kind: str, id: str) -> Object:

@@ -2,7 +2,8 @@
 
 ``POST /_fake/faults`` takes a JSON list of faults (see ``faults.Fault``), ``GET /_fake/ledger`` tells whenever money
 moved, ``POST /_fake/settle`` with ``{"payment_intent": ..., "succeeded": true}`` ends what waits for bank or customer,
-and ``POST /_fake/clock`` with ``{"seconds": ...}`` moves the clock on, so that keys are forgotten.
+``POST /_fake/clock`` with ``{"seconds": ...}`` moves the clock on, so that keys are forgotten, and
+``POST /_fake/webhooks`` with ``{"url": ..., "secret": ..., "copies": 1}`` has it send webhooks from then on.
 """
 
 import base64
@@ -20,6 +21,7 @@ from workers.payments.fake.account import Account
 from workers.payments.fake.errors import StripeRefusal
 from workers.payments.fake.faults import KINDS, Fault, Faults, Kind
 from workers.payments.fake.idempotency import Answer, Idempotency
+from workers.payments.fake.webhooks import Webhooks
 
 KEPT: Final = 24 * 3600.0
 """Seconds for which keys are kept: at least so long, says Stripe."""
@@ -41,7 +43,8 @@ class FakeStripe:
         """What the header `Authorization` must be one of."""
         self.faults = Faults()
         self._ahead = 0.0
-        self.account = Account(self.now)
+        self.webhooks = Webhooks(self.now)
+        self.account = Account(self.now, self.webhooks.happened)
         self._layer = Idempotency(self.now, keep)
         self._http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), name="fake-stripe", daemon=True)
@@ -66,6 +69,7 @@ class FakeStripe:
     def __exit__(self, *_: object) -> None:
         self._http.shutdown()
         self._http.server_close()
+        self.webhooks.close()
 
     def serve(self) -> None:
         """Serves in this thread, until it is interrupted."""
@@ -119,6 +123,8 @@ class FakeStripe:
                 self.faults.replace(faults)
             case "settle":
                 return self.account.settle(body["payment_intent"], succeeded=body["succeeded"])
+            case "webhooks":
+                self.webhooks.send_to(body["url"], body["secret"], copies=body.get("copies", 1))
             case "clock":
                 self.advance(body["seconds"])
             case "ledger":
