@@ -134,7 +134,7 @@ async def test_what_timed_out_after_the_effect_is_settled_and_its_reply_runs_onc
     await payments.until_dead(20)
     await payments.until_replied(180)
     shown = await payments.reconcile("--dry-run")
-    assert Counter(each["done"] for each in shown) == {"would be settled; would be replayed": 20}
+    assert Counter(each["done"] for each in shown) == {"to be settled, then replayed": 20}
     assert len(await asyncio.to_thread(replies, payments.database)) == 180
 
     payments.fake.faults.replace([])
@@ -162,9 +162,7 @@ async def test_what_never_happened_may_begin_again_only_once_nothing_can_be_on_i
     await payments.until_dead(2)
 
     found = await payments.reconcile()
-    assert [(each["verdict"], each["done"]) for each in found] == [
-        ("not_yet", "nothing at Stripe yet; its key may be used again")
-    ] * 2
+    assert [(each["verdict"], each["done"]) for each in found] == [("not_yet", "its key is still good")] * 2
     payments.move_back(hours=25)
     found = await payments.reconcile()
     assert [(each["verdict"], each["done"]) for each in found] == [("never", "settled, not replayed")] * 2
@@ -185,7 +183,7 @@ async def test_what_never_happened_happens_now_where_that_is_asked_for(payments:
     await payments.request(requested(2))
     await payments.until_dead(2)
     assert {each["done"] for each in await payments.reconcile("--again", "--dry-run")} == {
-        "nothing at Stripe yet; its key may be used again; would be replayed"
+        "its key is still good, then replayed"
     }
     payments.move_back(hours=25)
     assert {each["done"] for each in await payments.reconcile("--again")} == {"settled, replayed"}
@@ -225,9 +223,7 @@ async def test_what_no_command_can_find_out_is_left_and_told(payments: Payments)
     await payments.until_dead(1)
     payments.sql("UPDATE bridge.inbox SET effects = effects #- '{charge,given}'")
     found = await payments.reconcile(code=1)
-    assert [(each["verdict"], each["done"]) for each in found] == [
-        ("unknown", "not one of pay()'s effects: look for it yourself")
-    ]
+    assert [(each["verdict"], each["done"]) for each in found] == [("unknown", "not of pay(): look yourself")]
     done = await asyncio.to_thread(payments.run)
     assert "1 left that only a person can find out" in done.stderr
 

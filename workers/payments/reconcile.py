@@ -62,7 +62,7 @@ class OpenEffect(NamedTuple):
 
 _LEFT: Final = {
     "running": "being handled",
-    "not_yet": "nothing at Stripe yet; its key may be used again",
+    "not_yet": "its key is still good",
 }
 
 
@@ -142,7 +142,7 @@ class Reconciliation:
             finding.done = finding.done or _LEFT[finding.verdict]
             return
         if self._dry_run:
-            finding.done = "would be settled"
+            finding.done = "to be settled"
             return
         outcome = None if finding.outcome is None else finding.outcome.model_dump_json()
         parameters = [self._name, finding.event, finding.key, outcome, self._person]
@@ -165,9 +165,7 @@ class Reconciliation:
             return
         if own.holds or self._dry_run:
             for finding in findings.values():
-                finding.done += (
-                    "; would be replayed" if self._dry_run else f"; pgbridge dead replay --worker {self._name}"
-                )
+                finding.done += ", then replayed" if self._dry_run else f"; pgbridge dead replay --worker {self._name}"
             return
         sink = self._settings.sinks[self._settings.sink_of(self._name)]
         box = broker_of(sink).dead_letters(sink, self._name, lanes=own.lanes)
@@ -200,7 +198,7 @@ async def find_out(account: StripeAccount, opened: Sequence[OpenEffect]) -> list
         if effect.state == "running":
             finding.verdict = "running"
         elif (operation := _operation(effect)) is None:
-            finding.done = "not one of pay()'s effects: look for it yourself"
+            finding.done = "not of pay(): look yourself"
         else:
             operations[effect.key] = operation
     outcomes = await _outcomes(account, [each for each in opened if each.key in operations], operations)
