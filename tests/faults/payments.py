@@ -1,4 +1,4 @@
-"""`python -m tests.faults.payments`: payments on RabbitMQ while workers and PostgreSQL are killed, and Stripe is silent.
+"""`python -m tests.faults.payments`: payments while workers and PostgreSQL are killed, and Stripe is silent.
 
 The fake's ledger must show each payment charged once, and each reply must have run once.
 """
