@@ -10,6 +10,8 @@
 --   shop.order.placed       bridge.emit() in a trigger       an order reached the state 'placed'
 --   shop.invoice.requested  bridge.emit() in a function      the worker `invoices` is to make a PDF
 --   shop.invoice.rendered   bridge.emit() in a reply         the PDF stands, and its row says so
+--   shop.payment.requested  bridge.emit() in a function      the worker `payments` is to charge the customer
+--   shop.payment.done       bridge.emit() in a reply         what became of it: paid, declined, ...
 --   shop.stock.updated      bridge.watch() of a table        a quantity changed, by whatever statement
 --   Low Stock               plain pg_notify()                a quantity fell below its reorder level
 
@@ -24,8 +26,10 @@ create table shop.customers (
   name    text not null,
   address text[] not null default '{}',
   email   text,
-  tax_id  text
+  tax_id  text,
+  payment_method text not null default 'pm_card_visa'
 );
+comment on column shop.customers.payment_method is 'Stripe''s id of the card that the customer has left with us; by default one for tests.';
 
 -- Money is numeric, never float: 0.1 + 0.2 must be 0.3 on an invoice.
 create table shop.products (
@@ -80,6 +84,19 @@ create table shop.invoices (
 );
 comment on column shop.invoices.request is 'The event that asked for the PDF; the worker''s reply names it.';
 
+create table shop.payments (
+  number         text primary key references shop.orders (number),
+  request        uuid not null unique,
+  status         text,
+  payment_intent text,
+  amount         bigint,
+  code           text,
+  done_at        timestamptz
+);
+comment on column shop.payments.request is 'The event that asked for the charge; the worker''s reply names it.';
+comment on column shop.payments.status is 'Stripe''s, such as succeeded or requires_payment_method; null until it is known.';
+comment on column shop.payments.amount is 'That moved, in cents.';
+
 -- Placing an order ----------------------------------------------------------------------------------------------------
 -- Everything in here commits or rolls back together, the events included: no invoice is rendered for an order that
 -- was rolled back, and none is forgotten for one that was committed.
@@ -132,6 +149,7 @@ begin
   where o.id = placed.id;
 
   perform request_invoice(placed.id);
+  perform request_payment(placed.id);
   return placed.number;
 end
 $$;
@@ -163,6 +181,23 @@ as $$
       'total', o.total::text
     ),
     -- The key: events with one key arrive in the order of their commits. So all events of one order have its number.
+    o.number
+  )
+  from orders as o join customers as c on c.id = o.customer_id
+  where o.id = of_order
+$$;
+
+-- A charge is asked for in the same way. The worker takes amounts in the currency's minor unit.
+create function shop.request_payment(of_order bigint) returns void
+  language sql
+  set search_path = shop, pg_temp
+as $$
+  insert into payments (number, request)
+  select o.number, bridge.emit(
+    'shop.payment.requested',
+    jsonb_build_object(
+      'amount', (o.total * 100)::bigint, 'currency', lower(o.currency), 'payment_method', c.payment_method,
+      'description', 'Order ' || o.number, 'metadata', jsonb_build_object('order', o.number)),
     o.number
   )
   from orders as o join customers as c on c.id = o.customer_id
@@ -251,6 +286,31 @@ begin
 end
 $$;
 
+-- The same for payments. Stripe decided: a declined card is no error of the worker's, and what follows is up to the shop.
+create function shop.payment_done(event_id uuid, result jsonb) returns void
+  language plpgsql security definer
+  set search_path = shop, pg_temp
+as $$
+declare
+  stored shop.payments;
+begin
+  update payments as p
+  set status = result ->> 'status', payment_intent = result ->> 'payment_intent', amount = (result ->> 'amount')::bigint,
+      code = result ->> 'code', done_at = clock_timestamp()
+  where p.request = event_id
+  returning * into stored;
+  if not found then
+    raise exception 'no payment was requested by event %', event_id
+      using errcode = 'no_data_found', hint = 'shop.request_payment() stores the event''s id.';
+  end if;
+  perform bridge.emit(
+    'shop.payment.done',
+    jsonb_build_object('number', stored.number, 'status', stored.status, 'amount', stored.amount, 'code', stored.code),
+    stored.number
+  );
+end
+$$;
+
 -- Privileges -----------------------------------------------------------------------------------------------------------
 -- Who sells may place orders and nothing else. bridge_emitter is what lets the functions above, which run with the
 -- caller's rights, call bridge.emit(). Workers may call the reply.
@@ -265,13 +325,14 @@ $$;
 
 revoke all on all routines in schema shop from public;
 grant usage on schema shop to shop_seller, bridge_worker;
-grant execute on function shop.place_order(uuid, bigint, jsonb), shop.request_invoice(bigint), shop.restock(integer)
+grant execute on function shop.place_order(uuid, bigint, jsonb), shop.request_invoice(bigint), shop.request_payment(bigint),
+  shop.restock(integer)
   to shop_seller;
 grant select on shop.customers, shop.products, shop.stock, shop.orders, shop.order_lines to shop_seller;
-grant insert on shop.orders, shop.order_lines, shop.invoices to shop_seller;
+grant insert on shop.orders, shop.order_lines, shop.invoices, shop.payments to shop_seller;
 grant update (state, net, tax, total) on shop.orders to shop_seller;
 grant update (quantity) on shop.stock to shop_seller;
-grant execute on function shop.invoice_rendered(uuid, jsonb) to bridge_worker;
+grant execute on function shop.invoice_rendered(uuid, jsonb), shop.payment_done(uuid, jsonb) to bridge_worker;
 
 -- What is sold, and to whom -----------------------------------------------------------------------------------------
 

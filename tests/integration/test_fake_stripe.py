@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -265,3 +266,19 @@ async def test_twenty_at_once_under_one_key_are_one_charge(fake: FakeStripe) -> 
     assert {intent.id for intent in paid} == {fake.account.charges[0]["payment_intent"]}
     conflicts = [answer for answer in answers if isinstance(answer, BaseException)]
     assert {getattr(conflict, "http_status", conflict) for conflict in conflicts} <= {409}
+
+
+def test_a_request_whose_client_died_in_the_middle_of_it_is_not_executed(
+    fake: FakeStripe, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = b"amount=1999&currency=eur&payment_method=pm_card_visa&confirm=true"
+    head = (
+        "POST /v1/payment_intents HTTP/1.1\r\nHost: x\r\nIdempotency-Key: cut\r\n"
+        f"Authorization: Bearer {fake.secret_key}\r\nContent-Length: {len(whole)}\r\n\r\n"
+    ).encode()
+    with socket.create_connection(("127.0.0.1", int(fake.url.rpartition(":")[2]))) as dying:
+        dying.sendall(head + whole[:-1])  # without its end it says `confirm=tru`
+        dying.shutdown(socket.SHUT_WR)
+        assert dying.recv(1000) == b""
+    assert fake.account.list("payment_intents", {})["data"] == []
+    assert capfd.readouterr().err == ""

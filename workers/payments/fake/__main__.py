@@ -1,6 +1,7 @@
 """Serves until it is interrupted."""
 
 import argparse
+import signal
 
 from workers.payments.fake.server import FakeStripe
 
@@ -10,6 +11,7 @@ parser.add_argument("--key", default="sk_test_fake", help="the API key that it t
 arguments = parser.parse_args()
 fake = FakeStripe(arguments.port, secret_key=arguments.key)
 print(f"{fake.url} takes the key {fake.secret_key}", flush=True)
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 try:
     fake.serve()
 except KeyboardInterrupt:

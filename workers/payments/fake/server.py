@@ -10,6 +10,7 @@ import base64
 import json
 import re
 import select
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -46,7 +47,7 @@ class FakeStripe:
         self.webhooks = Webhooks(self.now)
         self.account = Account(self.now, self.webhooks.happened)
         self._layer = Idempotency(self.now, keep)
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
+        self._http = _Server(("127.0.0.1", port), _handler(self))
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), name="fake-stripe", daemon=True)
 
     @property
@@ -134,6 +135,13 @@ class FakeStripe:
         return {}
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that are killed end connections as they like; whatever else is wrong is shown."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def form(text: str) -> dict[str, Any]:
     """What Stripe's SDK sends: ``metadata[order]=7`` is a hash, ``expand[0]=x`` one with the keys of an array.
 
@@ -178,7 +186,11 @@ def _handler(stripe: FakeStripe) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
                 self._send(413, {"error": {"type": "invalid_request_error", "message": "The body is too large"}})
                 return
-            body = self.rfile.read(length).decode(errors="replace")
+            raw = self.rfile.read(length)
+            if len(raw) < length:  # its client is gone; what is left of a request may be a request, too
+                self.close_connection = True
+                return
+            body = raw.decode(errors="replace")
             if self.path.startswith("/_fake/"):
                 self._own(self.path, body)
                 return
