@@ -209,6 +209,10 @@ def _reconcile(world: _World, report: Report) -> None:
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
     report.settled = sum(each["verdict"] == "happened" for each in json.loads(done.stdout))
+    # What died with its process at its last attempt, before it had begun anything, or after its result was on record.
+    done = run_command("dead", "replay", "--worker", "payments", "--config", world.config)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
 
 
 def _count(world: _World, events: Sequence[Event], report: Report) -> None:
