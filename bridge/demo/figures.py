@@ -19,6 +19,10 @@ class Figures:
     """Events in the log."""
     invoices: int = 0
     """Invoices whose PDF the worker has reported."""
+    payments: int = 0
+    """Orders that are paid, as the worker has reported."""
+    deliveries: int = 0
+    """Webhooks of which it is on record that the partner took them."""
     unpublished: int = 0
     """Dead letters of the bridge."""
     p50: float | None = None
@@ -30,6 +34,8 @@ _FIGURES: Final = """
 select (select count(*) from shop.orders) as orders,
        (select count(*) from bridge.outbox) as events,
        (select count(*) from shop.invoices where rendered_at is not null) as invoices,
+       (select count(*) from shop.payments where status = 'succeeded') as payments,
+       (select count(*) from bridge.webhook_delivery where state = 'done') as deliveries,
        (select count(*) from bridge.dead_letter) as unpublished,
        latency[1] as p50, latency[2] as p99
 from (
@@ -82,6 +88,11 @@ class FiguresReader:
         async with (await self._connected()).cursor(row_factory=dict_row) as cursor:
             await cursor.execute("select number, path, bytes, sha256 from shop.invoices order by number")
             return [row["number"] for row in await cursor.fetchall() if not _stands(row)]
+
+    async def owed(self) -> dict[str, int]:
+        """By order, its total in cents. Raises psycopg.OperationalError during an outage."""
+        found = await (await self._connected()).execute("select number, (total * 100)::bigint from shop.orders")
+        return dict(await found.fetchall())
 
     async def close(self) -> None:
         """Disconnects; the next call connects again."""

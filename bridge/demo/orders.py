@@ -107,7 +107,7 @@ class Kills:
         self._checkout = checkout
 
     async def run(self) -> None:
-        """Returns after the last kill, when the database is back; bridge and worker are brought back by others."""
+        """Returns after the last kill, when the database is back; the processes are brought back by others."""
         victims = list(self._victims() * -(-self._checkout.orders // ORDERS_A_ROUND))
         choose = random.SystemRandom()
         choose.shuffle(victims)
@@ -125,4 +125,5 @@ class Kills:
             world.postgres.kill()
             world.postgres.start()
 
-        return ("bridge", world.bridge.kill), ("worker", world.worker.kill), ("database", crash_database)
+        killed = (world.bridge, *world.workers, world.sender)
+        return *((service.name, service.kill) for service in killed), ("database", crash_database)

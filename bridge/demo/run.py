@@ -29,6 +29,9 @@ STALL_LIMIT: Final = 90.0
 QUIET: Final = 1.0
 """Seconds for which everything must have arrived before the demo ends: a plain notification may still follow."""
 
+WORKS_AN_ORDER: Final = 3
+"""An invoice, a payment, a webhook."""
+
 _REFRESH: Final = 0.25
 _INTERRUPTED: Final = 128 + signal.SIGINT
 
@@ -54,7 +57,7 @@ def run(broker: str, orders: int, rate: float, kill: bool, as_json: bool, folder
         with _folder(folder) as place:
             world = World(place, broker)
             state.broker = world.broker.title
-            screen.say(f"Starting PostgreSQL, {state.broker}, the bridge and a worker in {place} ...")
+            screen.say(f"Starting PostgreSQL, {state.broker}, the bridge and its workers in {place} ...")
             with world:
                 verdict = asyncio.run(_flow(world, orders, rate, kill, screen, state))
     except KeyboardInterrupt:
@@ -63,7 +66,7 @@ def run(broker: str, orders: int, rate: float, kill: bool, as_json: bool, folder
     for line in verdict.lines():
         screen.say(line)
     if folder is not None:
-        screen.say(f"Kept in {folder}: bridge.toml, invoices/, bridge.log, worker.log and the servers' data.")
+        screen.say(f"Kept in {folder}: bridge.toml, invoices/, a log of each process, and the servers' data.")
     if as_json:
         print(json.dumps({**verdict.as_json(), "broker": broker}), flush=True)
     return 0 if verdict.good else 1
@@ -95,8 +98,9 @@ async def _flow(world: World, orders: int, rate: float, kill: bool, screen: Scre
     try:
         with one_error():
             async with world.broker.audited(arrivals):
-                async with background(*(service.run() for service in world.services)):
-                    for service in world.services:
+                processes = (world.stripe, *world.services)
+                async with background(*(service.run() for service in processes)):
+                    for service in processes:
                         await service.ready()
                     with screen.shown():
                         state.started = time.monotonic()
@@ -111,6 +115,8 @@ async def _flow(world: World, orders: int, rate: float, kill: bool, screen: Scre
                 return await count(
                     reader,
                     arrivals,
+                    world.partner.received,
+                    await asyncio.to_thread(world.charges),
                     broker=world.broker.title,
                     wanted=orders,
                     refused=_refused(world),
@@ -150,7 +156,8 @@ async def _until_quiet(state: State, reader: FiguresReader, arrivals: Arrivals) 
         if now != seen:
             seen, moved_at = now, time.monotonic()
         still = time.monotonic() - moved_at
-        handled = figures.invoices + state.refused >= figures.orders >= state.orders
+        worked = figures.invoices + figures.payments + figures.deliveries
+        handled = worked + state.refused >= WORKS_AN_ORDER * figures.orders and figures.orders >= state.orders
         if still >= QUIET and handled and await _all_arrived(reader, arrivals, figures.unpublished):
             return moved_at - state.started
         if still >= STALL_LIMIT:
@@ -166,7 +173,7 @@ async def _all_arrived(reader: FiguresReader, arrivals: Arrivals, unpublished: i
 
 
 def _refused(world: World) -> int:
-    return world.worker.text().count('"action": "event.dead_lettered"')
+    return sum(worker.text().count('"action": "event.dead_lettered"') for worker in world.workers)
 
 
 def _stop(service: Service) -> str | None:

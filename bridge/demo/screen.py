@@ -33,7 +33,7 @@ class State:
     messages: int = 0
     duplicates: int = 0
     refused: int = 0
-    """Dead letters of the worker."""
+    """Dead letters of the workers."""
     processes: dict[str, tuple[bool, int]] = field(default_factory=dict)
     """By name: whether it runs, and how often it was started."""
     kills: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class State:
 
     @property
     def dead_letters(self) -> int:
-        """Of the bridge and of the worker."""
+        """Of the bridge and of the workers."""
         return self.figures.unpublished + self.refused
 
     @property
@@ -92,8 +92,8 @@ class Screen:
         killed = f"  killed {', '.join(state.kills)}" if state.kills else ""
         return (
             f"orders {figures.orders}/{state.orders}  events {figures.events}  messages {state.messages}  "
-            f"invoices {figures.invoices}  dead letters {state.dead_letters}  on the way {state.on_the_way}  "
-            f"p50 {milliseconds(figures.p50)}  p99 {milliseconds(figures.p99)}{killed}"
+            f"invoices {figures.invoices}  payments {figures.payments}  webhooks {figures.deliveries}  "
+            f"dead letters {state.dead_letters}  on the way {state.on_the_way}  p50 {milliseconds(figures.p50)}  p99 {milliseconds(figures.p99)}{killed}"
         )
 
     def _picture(self) -> RenderableType:
@@ -106,6 +106,8 @@ class Screen:
         table.add_row("Events in the log", f"{figures.events:,}", "committed together with the orders")
         table.add_row("Messages", f"{state.messages:,}", self._road())
         table.add_row("Invoices (PDF)", f"{figures.invoices:,}/{state.orders:,}", self._bar(figures.invoices))
+        table.add_row("Payments", f"{figures.payments:,}/{state.orders:,}", self._bar(figures.payments))
+        table.add_row("Webhooks", f"{figures.deliveries:,}/{state.orders:,}", self._bar(figures.deliveries))
         dead = Text(f"{state.dead_letters:,}", style="red bold" if state.dead_letters else "")
         table.add_row("Dead letters", dead)
         p99 = f"median, p99 {milliseconds(figures.p99)}, commit to reply"

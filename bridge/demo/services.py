@@ -1,4 +1,4 @@
-"""The bridge and the worker as processes of their own, brought back when they end, as systemd would."""
+"""The bridge and the workers as processes of their own, brought back when they end, as systemd would."""
 
 import asyncio
 import os

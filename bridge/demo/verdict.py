@@ -1,5 +1,6 @@
 """The final count: what was committed beside what arrived, and what was asked for beside what is there."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,14 @@ class Verdict:
     """Committed, and never seen at the broker."""
     missing_pdfs: tuple[str, ...]
     """Invoices that were asked for, and whose file is missing or not as the database says."""
+    wrongly_charged: tuple[str, ...]
+    """Orders that were not charged once, with their total."""
+    charges: int
+    """How often money moved."""
+    deliveries: int
+    """Different webhooks that the partner got."""
+    missing_deliveries: int
+    """Webhooks that are on record as taken, or should be, and that the partner never got."""
     warnings: tuple[int, int]
     """Plain notifications: sent, heard."""
     seconds: float
@@ -32,13 +41,14 @@ class Verdict:
 
     @property
     def lost(self) -> int:
-        return self.missing_events + len(self.missing_pdfs)
+        return self.missing_events + len(self.missing_pdfs) + self.missing_deliveries
 
     @property
     def good(self) -> bool:
-        """Whether nothing is lost and every order has its invoice."""
-        whole = self.figures.orders == self.figures.invoices == self.wanted
-        return self.lost == 0 and whole and not self.dead_letters and not self.faults
+        """Whether nothing is lost, and every order has its invoice and was charged once."""
+        figures = self.figures
+        whole = figures.orders == figures.invoices == figures.payments == self.wanted
+        return self.lost == 0 and whole and not (self.wrongly_charged or self.dead_letters or self.faults)
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -49,6 +59,9 @@ class Verdict:
             "events": self.figures.events,
             "messages": self.messages,
             "invoices": self.figures.invoices,
+            "payments": self.figures.payments,
+            "charges": self.charges,
+            "deliveries": self.deliveries,
             "dead_letters": self.dead_letters,
             "lost": self.lost,
             "duplicates": self.duplicates,
@@ -64,6 +77,8 @@ class Verdict:
         lines = [
             f"{figures.orders:,} orders became {figures.events:,} events, {self.messages:,} messages on {self.broker} "
             f"and {figures.invoices:,} invoices in {self.seconds:.1f} s.",
+            f"{figures.payments:,} of them were paid by {self.charges:,} charges, and a partner got {self.deliveries:,} "
+            "webhooks.",
             f"Lost {self.lost}, repeated {self.duplicates}, dead letters {self.dead_letters}. "
             f"From commit to stored reply: p50 {milliseconds(figures.p50)}, p99 {milliseconds(figures.p99)}.",
         ]
@@ -85,6 +100,11 @@ class Verdict:
         if self.missing_pdfs:
             some = ", ".join(self.missing_pdfs[:5])
             found.append(f"{len(self.missing_pdfs)} invoices have no PDF that matches size and SHA-256: {some}")
+        if self.wrongly_charged:
+            some = ", ".join(self.wrongly_charged[:5])
+            found.append(f"{len(self.wrongly_charged)} orders were not charged once with their total: {some}")
+        if self.missing_deliveries:
+            found.append(f"{self.missing_deliveries} webhooks never reached the partner")
         if self.figures.orders != self.wanted:
             found.append(f"{self.figures.orders} orders are in the table, {self.wanted} were placed")
         if self.dead_letters:
@@ -95,6 +115,8 @@ class Verdict:
 async def count(
     reader: FiguresReader,
     arrivals: Arrivals,
+    received: Mapping[str, int],
+    charges: Sequence[Mapping[str, Any]],
     *,
     broker: str,
     wanted: int,
@@ -103,7 +125,8 @@ async def count(
     kills: tuple[str, ...],
     faults: tuple[str, ...],
 ) -> Verdict:
-    """Counts, once nothing runs any more but database and broker. `refused`: dead letters of the worker.
+    """Counts, once nothing runs any more but database, broker and who is outside: `received` are the partner's webhooks
+    by their ids, `charges` Stripe's. `refused`: dead letters of the workers.
 
     Raises psycopg.OperationalError when the database is down.
     """
@@ -118,11 +141,22 @@ async def count(
         dead_letters=figures.unpublished + refused,
         missing_events=len(events - arrivals.counts.keys()),
         missing_pdfs=tuple(await reader.invoices_without_pdf()),
+        wrongly_charged=tuple(_wrongly_charged(await reader.owed(), charges)),
+        charges=len(charges),
+        deliveries=len(received),
+        missing_deliveries=max(0, figures.orders - len(received)),
         warnings=await reader.warnings(),
         seconds=seconds,
         kills=kills,
         faults=faults,
     )
+
+
+def _wrongly_charged(owed: Mapping[str, int], charges: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    paid: dict[str, list[int]] = {number: [] for number in owed}
+    for charge in charges:
+        paid.setdefault(charge["metadata"].get("order", "of no order"), []).append(charge["amount"])
+    return (number for number, amounts in sorted(paid.items()) if amounts != [owed.get(number)])
 
 
 def _rounded(value: float | None) -> float | None:

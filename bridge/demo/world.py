@@ -1,24 +1,29 @@
-"""The demo's world: a folder, a database with the shop, a broker, and the processes between them."""
+"""The demo's world: a folder, a database with the shop, a broker, the processes between them, and who is outside."""
 
 import json
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import psycopg
 from psycopg import sql
 
 from bridge.demo.brokers import make_broker, require
-from bridge.demo.servers import PostgresServer
+from bridge.demo.partner import Partner
+from bridge.demo.servers import PostgresServer, free_port
+from bridge.demo.servers.process import LOOPBACK
 from bridge.demo.services import Service, inherited_environment
 from bridge.errors import PgbridgeError
 from bridge.postgres.schema import migrate, sql_folder
 
 DATABASE: Final = "shop"
+
+WORKERS: Final = ("invoices", "payments", "webhooks")
 
 LOGINS: Final[Mapping[str, str]] = {
     "shop_bridge": "bridge_relay",
@@ -57,6 +62,30 @@ retry_initial = "200ms"
 [workers.invoices.options]
 path = {invoices}
 
+[workers.payments]
+handler = "workers.payments:pay"
+reply = "shop.payment_done"
+timeout = "5s"
+retry_initial = "200ms"
+
+[workers.payments.options]
+api_key = "sk_test_fake"
+# A Stripe that moves no money; leave this out for Stripe's own.
+api_base = "{stripe}"
+timeout = "2s"
+
+[workers.webhooks]
+handler = "workers.webhooks:fan_out"
+subscribe = ["shop.order.placed"]
+reply = "bridge.webhook_fan_out"
+effects = false
+timeout = "5s"
+retry_initial = "200ms"
+
+[workers.webhooks.options]
+# The partner's endpoint is on this machine, where webhooks never go unless that is allowed.
+allow = ["127.0.0.0/8"]
+
 [observe]
 log_format = "json"
 """
@@ -67,7 +96,8 @@ class World:
 
     def __init__(self, folder: Path, broker: str) -> None:
         """`folder` exists, is empty, and may be entered by others. Raises MissingProgramError."""
-        require("typst", "demo")
+        for module in ("typst", "stripe", "httpx", "httpcore", "cryptography"):
+            require(module, "demo")
         self.folder = folder
         self.config = folder / "bridge.toml"
         self.invoices = folder / "invoices"
@@ -77,18 +107,31 @@ class World:
         self.bridge = Service(
             "bridge", ["bridge.cli", "run", *config], ready='"action": "bridge.started"', folder=folder
         )
-        self.worker = Service(
-            "worker",
-            ["workers.cli", "run", "invoices", *config],
-            ready='"action": "worker.started"',
-            folder=folder,
+        self.workers = [
+            Service(name, ["workers.cli", "run", name, *config], ready='"action": "worker.started"', folder=folder)
+            for name in WORKERS
+        ]
+        self.sender = Service(
+            "sender", ["workers.cli", "deliver", "webhooks", *config], ready='"action": "webhook.started"', folder=folder
+        )
+        self.partner = Partner()
+        port = free_port()
+        self.stripe_url = f"http://{LOOPBACK}:{port}"
+        self.stripe = Service(
+            "stripe", ["workers.payments.fake", "--port", str(port)], ready="takes the key", folder=folder
         )
         self._stack = ExitStack()
 
     @property
-    def services(self) -> tuple[Service, Service]:
-        """In the order in which they are stopped: the worker's last replies are still carried."""
-        return self.worker, self.bridge
+    def services(self) -> tuple[Service, ...]:
+        """In the order in which they are stopped: the workers' last replies are still carried."""
+        return *self.workers, self.sender, self.bridge
+
+    def charges(self) -> list[dict[str, Any]]:
+        """Whenever money moved, as Stripe has it: ``amount``, and ``metadata`` with the order's number."""
+        with urllib.request.urlopen(f"{self.stripe_url}/_fake/ledger", timeout=10) as answer:  # noqa: S310 - on loopback
+            found: list[dict[str, Any]] = json.load(answer)["charges"]
+            return found
 
     def dsn(self, user: str = "postgres") -> str:
         """The shop's database, as the superuser or one of LOGINS."""
@@ -98,7 +141,8 @@ class World:
         with self._stack:
             self._stack.enter_context(self.postgres)
             self._stack.enter_context(self.broker.server)
-            for service in self.services:
+            self._stack.enter_context(self.partner)
+            for service in (self.stripe, *self.services):
                 self._stack.callback(service.kill)
             self._install_shop()
             self._write_settings()
@@ -120,6 +164,11 @@ class World:
                 connection.execute(
                     sql.SQL("create role {} login in role {}").format(sql.Identifier(login), sql.Identifier(group))
                 )
+            asked = connection.execute(
+                "select signing_secret from bridge.add_endpoint(%s, '{shop.order.placed}', 'a partner')",
+                [self.partner.url],
+            )
+            [(self.partner.secret,)] = asked.fetchall()
 
     def _write_settings(self) -> None:
         self.invoices.mkdir()
@@ -129,6 +178,7 @@ class World:
                 worker_dsn=json.dumps(self.dsn("shop_worker")),
                 sink=self.broker.sink,
                 invoices=json.dumps(str(self.invoices), ensure_ascii=False),
+                stripe=self.stripe_url,
             ),
             encoding="utf-8",
         )
