@@ -79,7 +79,12 @@ class Handler:
         return await self.function(event, *options)
 
     def configured(self, options: Mapping[str, Any] | Options, worker: str) -> Run:
-        """The function with its options bound: a table, or an instance of their model.
+        """The function with its options bound: a table, or an instance of their model. Raises as `read_options`."""
+        bound = self.read_options(options, worker)
+        return self.function if bound is None else partial(_with_options, self.function, bound)
+
+    def read_options(self, options: Mapping[str, Any] | Options, worker: str) -> Options | None:
+        """The options as their model has them; None for a handler that takes none.
 
         Raises SettingsError, one line a mistake, each naming its key.
         """
@@ -88,12 +93,11 @@ class Handler:
             if options:
                 keys = "\n".join(f"{prefix}.{key}: unknown key; this handler takes no options" for key in dict(options))
                 raise SettingsError(keys)
-            return self.function
+            return None
         try:
-            bound = self.options.model_validate(options)
+            return self.options.model_validate(options)
         except ValidationError as error:
             raise SettingsError(explain(error, self.options, prefix)) from None
-        return partial(_with_options, self.function, bound)
 
 
 async def _with_options(function: Callable[..., Awaitable[Result]], options: Options, event: Event) -> Result:
