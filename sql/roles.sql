@@ -92,7 +92,7 @@ grant execute on function
   bridge.held_keys(text),
   bridge.rate_take(text, int, double precision, double precision),
   bridge.webhook_fan_out(uuid, jsonb),
-  bridge.webhook_claim(int, bigint, double precision),
+  bridge.webhook_claim(int, bigint, double precision, bigint[]),
   bridge.webhook_next(),
   bridge.webhook_record(bigint[], int[], int[], double precision[], text[], text[], double precision[], double precision[]),
   bridge.webhook_backlog(),

@@ -544,9 +544,9 @@ language sql stable set search_path = pg_catalog, bridge, pg_temp as $$
 $$;
 
 -- Claims at most `room` deliveries that are due, of about `bytes_room` bytes, for `lease` seconds: what has no outcome by
--- then is due again. Each endpoint has at most its concurrency in flight, over all processes, and one probe after its
+-- then is due again, but not for the process that still has it `in_hand`, as after an outage. Each endpoint has at most its concurrency in flight, over all processes, and one probe after its
 -- circuit breaker was open. Where more is due than there is room, the next request goes to whoever has the fewest.
-create function bridge.webhook_claim(room integer, bytes_room bigint, lease double precision)
+create function bridge.webhook_claim(room integer, bytes_room bigint, lease double precision, in_hand bigint[])
 returns table (
     delivery bigint, attempt integer, event uuid, endpoint bigint, url text, secrets text[], body text)
 language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp set enable_seqscan = off
@@ -578,7 +578,7 @@ begin
                      order by d.due_at, d.id limit greatest(w.free, 1))
                     union all
                     (select 1 from bridge.webhook_delivery d where d.state = 'sending' and d.endpoint = w.endpoint
-                         and d.due_at <= moment
+                         and d.due_at <= moment and d.id <> all (webhook_claim.in_hand)
                      order by d.due_at, d.id limit greatest(w.free, 1))) as each
             ) as found
             cross join lateral generate_series(1, case when w.disabled then 1 else least(w.free, found.due)::integer end) as n
@@ -619,6 +619,7 @@ begin
             from (
                 (select d.id, d.state, d.due_at, d.event_id from bridge.webhook_delivery d
                  where d.state = 'sending' and d.endpoint = e.id and d.due_at <= moment
+                     and d.id <> all (webhook_claim.in_hand)
                  order by d.due_at, d.id limit free)
                 union all
                 (select d.id, d.state, d.due_at, d.event_id from bridge.webhook_delivery d
@@ -653,7 +654,7 @@ begin
     end loop;
 end $$;
 
-comment on function bridge.webhook_claim(integer, bigint, double precision) is
+comment on function bridge.webhook_claim(integer, bigint, double precision, bigint[]) is
     'Claims deliveries that are due for one process; (delivery, attempt) is the token with which it records the outcome.';
 
 -- Seconds until something is due that may be sent; null where nothing waits. What waits only for a request to end, which

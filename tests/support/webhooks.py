@@ -36,12 +36,12 @@ class Webhooks:
     def rows(self, query: str, *parameters: object) -> list[tuple[Any, ...]]:
         return self.connection.execute(query.encode(), parameters).fetchall()
 
-    def add(self, topics: str = "{#}", **fields: object) -> int:
+    def add(self, topics: str = "{#}", url: str = "https://example.com/hook", **fields: object) -> int:
         """A new endpoint's id."""
         named = "".join(f", {name} => %({name})s" for name in fields)
         cursor = self.connection.execute(
-            f"select endpoint from bridge.add_endpoint('https://example.com/hook', %(topics)s{named})".encode(),
-            {"topics": topics, **fields},
+            f"select endpoint from bridge.add_endpoint(%(url)s, %(topics)s{named})".encode(),
+            {"url": url, "topics": topics, **fields},
         )
         [(endpoint,)] = cursor.fetchall()
         return int(endpoint)
@@ -57,9 +57,12 @@ class Webhooks:
             )
         return events
 
-    def claim(self, room: int = 100, lease: float = 60.0, bytes_room: int = 10**9) -> list[Claim]:
+    def claim(
+        self, room: int = 100, lease: float = 60.0, bytes_room: int = 10**9, in_hand: Sequence[Claim] = ()
+    ) -> list[Claim]:
         found = self.rows(
-            "select delivery, attempt, endpoint from bridge.webhook_claim(%s, %s, %s)", room, bytes_room, lease
+            "select delivery, attempt, endpoint from bridge.webhook_claim(%s, %s, %s, %s::bigint[])",
+            *(room, bytes_room, lease, [claim.delivery for claim in in_hand]),
         )
         return [Claim(*row) for row in found]
 
@@ -88,7 +91,7 @@ class Webhooks:
                 list(schedule),
             ],
         ).fetchall()
-        states = dict(found)
+        states: dict[int, str] = dict(found)
         return [states[claim.delivery] for claim in claims]
 
     def fail(self, times: int, status: int = 500, **how: Any) -> None:

@@ -15,7 +15,7 @@ from workers.pool import Pool
 from workers.result import storable
 
 _FUNCTIONS: Final = (
-    "bridge.webhook_claim(int, bigint, double precision)",
+    "bridge.webhook_claim(int, bigint, double precision, bigint[])",
     "bridge.webhook_next()",
     "bridge.webhook_record(bigint[], int[], int[], double precision[], text[], text[], double precision[],"
     " double precision[])",
@@ -106,11 +106,13 @@ class Deliveries:
         """Ends the sessions."""
         await self._pool.close()
 
-    async def claim(self, room: int, bytes_room: int) -> Sequence[Claimed]:
-        """At most so many deliveries, of about so many bytes. Raises as `Pool.rows`."""
+    async def claim(self, room: int, bytes_room: int, in_hand: Sequence[int]) -> Sequence[Claimed]:
+        """At most so many deliveries, of about so many bytes; none of those that the process has `in_hand`, whatever
+        became of their leases. Raises as `Pool.rows`."""
         rows = await self._pool.rows(
-            "select delivery, attempt, event::text, endpoint, url, secrets, body from bridge.webhook_claim(%s, %s, %s)",
-            *(room, bytes_room, self._lease),
+            "select delivery, attempt, event::text, endpoint, url, secrets, body"
+            " from bridge.webhook_claim(%s, %s, %s, %s::bigint[])",
+            *(room, bytes_room, self._lease, list(in_hand)),
         )
         return [Claimed._make((*claim, body.encode())) for *claim, body in rows]
 

@@ -99,13 +99,9 @@ class Sender:
         self._deadline = math.inf
         """When the process should be gone, by the loop's clock; never before a stop."""
         self._started = False
-        self._sending: dict[asyncio.Task[None], float] = {}
-        """When each began, the oldest first."""
+        self._sending: dict[asyncio.Task[None], tuple[int, float]] = {}
+        """By task, its delivery and when it began, the oldest first."""
         self._bytes = 0
-        self._unrecorded = 0
-        """Of those, the ones that have their answer."""
-        self._behind = False
-        """Some of these have it since the database was away."""
         self._changed = asyncio.Event()
         """Something was recorded, so there may be room again; or the process stops."""
         self._turned_at = time.monotonic()
@@ -182,14 +178,12 @@ class Sender:
             self._changed.clear()
             room = self._options.concurrency - len(self._sending)
             bytes_room = _MOST_BYTES - self._bytes
-            # What was answered while the database was away is recorded first: its lease may have ended, and another
-            # claim would send it again.
-            self._behind = self._unrecorded > 0 and (self._behind or self._database.lasts)
-            if room <= 0 or bytes_room <= 0 or self._behind:
+            if room <= 0 or bytes_room <= 0:
                 await self._rest(POLL_INTERVAL)
                 continue
             try:
-                claimed = await self._deliveries.claim(room, bytes_room)
+                in_hand = [delivery for delivery, _ in self._sending.values()]
+                claimed = await self._deliveries.claim(room, bytes_room, in_hand)
                 seconds = 0.0 if claimed else await self._deliveries.next_due()
             except PgbridgeError as error:
                 self._database.lost(error)
@@ -210,14 +204,15 @@ class Sender:
         """Requests that do not end, although they have a time-out: a mistake of ours, which takes their room."""
         if self._database.lasts or not self._sending:
             return None
-        seconds = time.monotonic() - next(iter(self._sending.values()))
+        _, begun = next(iter(self._sending.values()))
+        seconds = time.monotonic() - begun
         if seconds < self._options.timeout + _STALLED:
             return None
         return f"webhooks {self._worker}: a request has not ended for {seconds:.0f} s"
 
     def _start(self, claimed: Claimed) -> None:
         task = asyncio.create_task(self._send(claimed))
-        self._sending[task] = time.monotonic()
+        self._sending[task] = (claimed.delivery, time.monotonic())
         self._bytes += len(claimed.body)
         task.add_done_callback(partial(self._ended, claimed))
 
@@ -231,11 +226,7 @@ class Sender:
 
     async def _send(self, claimed: Claimed) -> None:
         outcome = await self._post(claimed)
-        self._unrecorded += 1
-        try:
-            recorded = await self._database.outlast(self._deliveries.record, outcome)
-        finally:
-            self._unrecorded -= 1
+        recorded = await self._database.outlast(self._deliveries.record, outcome)
         self._tell(claimed, outcome, recorded)
 
     async def _post(self, claimed: Claimed) -> Outcome:
@@ -333,7 +324,7 @@ def _names(claimed: Claimed) -> dict[str, object]:
         "endpoint": claimed.endpoint,
         "delivery": claimed.delivery,
         "attempt": claimed.attempt,
-        "event": claimed.event_id,
+        "event_id": claimed.event_id,
     }
 
 
