@@ -182,7 +182,7 @@ class WebhookReceiver:
     def _answer(self, connection: socket.socket, request: Received, earlier: int) -> bool:
         """Whether the connection goes on. Raises OSError where the client has left."""
         address = urlsplit(request.path)
-        asked = dict(parse_qsl(address.query))
+        asked = dict(parse_qsl(address.query, keep_blank_values=True))
         match address.path.split("/")[1:]:
             case ["status", number]:
                 extra = {"Retry-After": asked["retry-after"]} if "retry-after" in asked else {}
