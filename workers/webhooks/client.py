@@ -39,8 +39,10 @@ _MOST_SAID: Final = 200
 _NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _VALUE: Final = re.compile(r"([!-~]([ \t!-~]*[!-~])?)?")
 _OURS: Final = frozenset(
-    ("connection", "content-length", "expect", "host", "keep-alive", "proxy-authorization")
-    + ("te", "trailer", "transfer-encoding", "upgrade")
+    (
+        *("connection", "content-length", "expect", "host", "keep-alive", "proxy-authorization"),
+        *("te", "trailer", "transfer-encoding", "upgrade"),
+    )
 )
 """Headers that are the client's to send."""
 
