@@ -3220,6 +3220,21 @@ create table bridge.webhook_attempt (
 comment on table bridge.webhook_attempt is
     'What came of each request; the answer''s beginning as text. Without a duration: its process never said.';
 
+-- Whether this is the name of a host, or an address as URLs have it. A last label that is a number makes an address of the
+-- whole, and what some programs read in other forms of those is no business of ours.
+create function bridge.is_host(host text) returns boolean
+language plpgsql immutable set search_path = pg_catalog, bridge, pg_temp as $$
+begin
+    if host ~ '^\[.*\]$' then
+        return host ~ '^\[[0-9a-fA-F:.]+\]$' and family(substring(host from 2 for length(host) - 2)::inet) = 6;
+    elsif host ~ '(^|\.)(\d+|0[xX][0-9a-fA-F]*)\.?$' then
+        return host ~ '^((0|[1-9]\d{0,2})\.){3}(0|[1-9]\d{0,2})$' and host::inet is not null;
+    end if;
+    return length(host) <= 253 and host ~ '^([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?(\.(?!$)|\.?$))+$';
+exception when data_exception then
+    return false;
+end $$;
+
 -- Raises what is wrong with an address. Whether it may be connected to is looked at when that is done: a name may lead
 -- somewhere else by then.
 create function bridge.check_webhook_url(url text) returns void
@@ -3245,11 +3260,11 @@ begin
     elsif url ~ '#' then
         raise exception 'the URL of a webhook has a fragment, which is never sent: %', shown
             using errcode = 'invalid_parameter_value', hint = 'Leave out the # and what is behind it, or write %23.';
-    elsif url !~ '^[!-~]*$' then
-        raise exception 'the URL of a webhook has characters in it that are not visible ASCII: %', shown
+    elsif url !~ '^[!-~]*$' or url ~ '\\' then
+        raise exception 'the URL of a webhook has a backslash in it, or what is not visible ASCII: %', shown
             using errcode = 'invalid_parameter_value',
                   hint = 'Percent-encode them, and write the name of a host as it is in DNS (xn--...).';
-    elsif authority !~ '^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?)(:\d{1,5})?$' then
+    elsif not bridge.is_host(regexp_replace(authority, ':\d{1,5}$', '')) then
         raise exception 'the URL of a webhook has no proper host: %', shown
             using errcode = 'invalid_parameter_value',
                   hint = 'Write a name or an address, [..] around that of IPv6, and a port if it is not the usual one.';

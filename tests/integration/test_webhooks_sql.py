@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from tests.support.webhooks import SCHEDULE, Claim, Webhooks
+from workers.webhooks.url import UrlRefused, parse
 
 
 @pytest.fixture
@@ -65,6 +66,52 @@ def test_both_secrets_sign_until_the_old_one_expires(hooks: Webhooks) -> None:
     assert hooks.one("select secrets from bridge.webhook_claim(1, 1000, 60, '{}')") == [new, old]
     hooks.rows("update bridge.webhook_secret set expires_at = clock_timestamp() where secret = %s returning 1", old)
     assert hooks.one("select secrets from bridge.webhook_claim(1, 1000, 60, '{}')") == [new]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("https://example.com", "http://example.com.:8080/a?b", "https://x?y", "https://under_score.example"),
+        *("https://[2001:db8::1]:1/x", "https://[::ffff:10.0.0.1]", "https://192.0.2.1", 'https://a-b.example/%zz"<>'),
+        *("https://1.2.3", "https://0x7f.1", "https://a..b", "https://[1:2]", "https://a:", "https://a:0", "https://"),
+        *(
+            "https://127.0.0.01",
+            "https://256.1.1.1",
+            "https://[fe80::1%25eth0]",
+            "https://a/b#c",
+            "https://a@b",
+            "https://-a",
+        ),
+        *(
+            "ftp://a",
+            "https://a\\b",
+            "https://ü.example",
+            "https://a.b..",
+            "https://[::1",
+            "https://a:65536",
+            "https://a.",
+        ),
+        *(
+            f"https://{'x' * 63}.example",
+            f"https://{'x' * 64}.example",
+            f"https://{'x.' * 126}y",
+            f"https://{'x.' * 127}y",
+        ),
+    ],
+)
+def test_a_url_is_taken_where_the_sender_can_read_it(hooks: Webhooks, url: str) -> None:
+    """Else every delivery to it would fail."""
+    try:
+        parse(url)
+        readable = True
+    except UrlRefused:
+        readable = False
+    try:
+        hooks.rows("select bridge.check_webhook_url(%s)", url)
+        taken = True
+    except psycopg.errors.InvalidParameterValue:
+        taken = False
+    assert taken == readable
 
 
 # Claims. --------------------------------------------------------------------------------------------------
