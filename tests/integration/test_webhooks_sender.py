@@ -81,11 +81,13 @@ class CountedDeliveries(Deliveries):
 
     async def claim(self, room: int, bytes_room: int, in_hand: Sequence[int]) -> Sequence[Claimed]:
         self.looks += 1
-        if self.waited_at is not None:
-            seconds, at = self.waited_at
-            self.rests.append((seconds, asyncio.get_running_loop().time() - at))
-            self.waited_at = None
-        return await super().claim(room, bytes_room, in_hand)
+        waited_at, self.waited_at = self.waited_at, None
+        now = asyncio.get_running_loop().time()
+        claimed = await super().claim(room, bytes_room, in_hand)
+        if claimed and waited_at is not None:
+            seconds, at = waited_at
+            self.rests.append((seconds, now - at))
+        return claimed
 
     async def next_due(self) -> float | None:
         seconds = await super().next_due()
@@ -95,7 +97,7 @@ class CountedDeliveries(Deliveries):
 
     @functools.cached_property
     def rests(self) -> list[tuple[float, float]]:
-        """Seconds until something was due, and those after which it was looked for."""
+        """Seconds until something was due, and those after which it was found."""
         return []
 
 
