@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import statistics
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -349,7 +350,7 @@ async def test_while_nothing_can_be_sent_it_sleeps_and_wakes_for_what_comes(
 async def test_what_is_due_in_a_moment_is_looked_for_then_and_not_at_the_next_poll(
     shop: PostgresSettings, hooks: Webhooks, endpoints: Endpoints
 ) -> None:
-    endpoint = hooks.add(rate=20.0)
+    endpoint = hooks.add(rate=20.0, concurrency=1)
     hooks.emit(20)
     sender, deliveries = sender_of(shop, endpoints)
     stop = asyncio.Event()
@@ -357,10 +358,10 @@ async def test_what_is_due_in_a_moment_is_looked_for_then_and_not_at_the_next_po
     await until(lambda: hooks.states(endpoint) == {"done": 20}, "all are sent")
     stop.set()
     await asyncio.wait_for(task, 10)
-    # By its rate the next request may begin every 50 ms. The machine may be slow, but not each time.
+    # By its rate the next request may begin every 50 ms. The machine may be slow, but not most times.
     rested = [rested for seconds, rested in deliveries.rests if seconds <= 0.05]
     assert len(rested) > 3
-    assert min(rested) < 0.15
+    assert statistics.median(rested) < 0.15
 
 
 async def test_a_mistake_of_ours_costs_an_attempt_and_no_other_delivery(
