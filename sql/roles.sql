@@ -96,12 +96,20 @@ grant execute on function
   bridge.settle_effect(text, uuid, text, jsonb, text),
   bridge.audit_dead_letter(text, text, uuid, text, text, text, text, text),
   bridge.receive_notice(text, text, text, text, text),
-  bridge.prune_notices(text, timestamptz, int)
+  bridge.prune_notices(text, timestamptz, int),
+  -- `workers.webhooks` and `pgbridge-worker deliver`
+  bridge.webhook_fan_out(uuid, jsonb),
+  bridge.webhook_claim(int, bigint, double precision, bigint[]),
+  bridge.webhook_next(),
+  bridge.webhook_record(bigint[], int[], int[], double precision[], text[], text[], double precision[], double precision[]),
+  bridge.webhook_backlog(),
+  bridge.webhook_prune(timestamptz, int)
 to bridge_worker;
 
 -- bridge_operator: people. ---------------------------------------------------------------------------------
 
 grant select on all tables in schema bridge to bridge_operator;
+revoke all on bridge.webhook_secret from bridge_operator; -- shown once, to whoever adds an endpoint or rotates
 grant select on sequence bridge.outbox_id_seq to bridge_operator;
 grant insert on bridge.dead_letter to bridge_operator; -- what a replay finds refused
 -- Dead letters leave only through functions that write down who took them away.
@@ -112,6 +120,15 @@ grant execute on function
   bridge.release_held(text, text, uuid, text),
   bridge.open_effects(text, timestamptz),
   bridge.settle_effect(text, uuid, text, jsonb, text),
+  bridge.add_endpoint(text, text[], text, int, double precision, text),
+  bridge.change_endpoint(bigint, text, text[], text, int, double precision),
+  bridge.rotate_secret(bigint, interval, text),
+  bridge.disable_endpoint(bigint, text),
+  bridge.enable_endpoint(bigint),
+  bridge.recover_endpoint(bigint, timestamptz),
+  bridge.remove_endpoint(bigint),
+  bridge.resend_delivery(bigint),
+  bridge.endpoint_deliveries(bigint, int),
   bridge.position_at(timestamptz),
   bridge.set_position(text, text, bigint),
   bridge.forget_position(text, text),

@@ -9,6 +9,10 @@ from bridge.process.lazy import LazyGroup
 from pgbridge import require_ours
 
 COMMANDS: Final = {
+    "deliver": (
+        "workers.webhooks.commands:deliver",
+        "Sends the webhooks of the worker NAME until SIGTERM or SIGINT.",
+    ),
     "held": (
         "workers.holds:held_keys",
         "Lists the keys of the worker NAME that dead letters hold, the longest held first.",
@@ -31,6 +35,10 @@ COMMANDS: Final = {
     "try": (
         "workers.trial:try_worker",
         "Runs the handler of the worker NAME on a payload, without broker and database.",
+    ),
+    "webhooks": (
+        "workers.webhooks.endpoints:webhooks",
+        "Adds, shows and mends the endpoints that webhooks are sent to.",
     ),
 }
 """By name: where the command is, and the line that `pgbridge-worker --help` shows for it."""

@@ -117,7 +117,8 @@ class Inbox:
         await self._pool.open()
         await self._line.open()
         await self._ends.open()
-        await self._check_privileges()
+        # All at the start, since most of these are first called when something goes wrong.
+        await self._pool.require(_FUNCTIONS)
         if self._reply_name is not None:
             await self._check_reply(self._reply_name)
 
@@ -304,20 +305,6 @@ class Inbox:
             total += deleted
             if deleted < chunk:
                 return total
-
-    async def _check_privileges(self) -> None:
-        """All at the start, since most of these functions are first called when something goes wrong."""
-        missing = [
-            function
-            for (function,) in await self._pool.rows(
-                "select f from unnest(%s::text[]) as f where not has_function_privilege(f, 'execute')", list(_FUNCTIONS)
-            )
-        ]
-        if missing:
-            [(user,)] = await self._pool.rows("select current_user")
-            raise PrivilegeError(
-                f"{self._key}: the role {user!r} may not call {', '.join(missing)}. Run: grant bridge_worker to {user}"
-            )
 
     async def _check_reply(self, reply: str) -> None:
         schema, name = reply.split(".", 1)

@@ -5,7 +5,7 @@ A connection keeps its cursor, and arrays are written here: with a new cursor, a
 statement for four events took 1.4 times the processor time.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, Final, LiteralString
 
@@ -14,7 +14,7 @@ from psycopg import sql
 from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from bridge.errors import DatabaseUnavailableError
+from bridge.errors import DatabaseUnavailableError, PrivilegeError
 from bridge.postgres.connection import (
     Connection,
     connection_parameters,
@@ -77,6 +77,17 @@ class Pool:
         """Raises DatabaseUnavailableError, or another PgbridgeError when PostgreSQL refuses."""
         with database_errors(self.key):
             return await self.statement(query, *parameters)
+
+    async def require(self, functions: Sequence[str]) -> None:
+        """Raises PrivilegeError where the role may not call one of these, SchemaError where it does not exist; and as
+        `rows`."""
+        query: LiteralString = "select f from unnest(%s::text[]) as f where not has_function_privilege(f, 'execute')"
+        missing = [function for (function,) in await self.rows(query, list(functions))]
+        if missing:
+            user = await self.value("select current_user")
+            raise PrivilegeError(
+                f"{self.key}: the role {user!r} may not call {', '.join(missing)}. Run: grant bridge_worker to {user}"
+            )
 
     async def statement(self, query: LiteralString | sql.Composed, *parameters: object) -> list[TupleRow]:
         """Lists among the parameters are arrays, see `array_text`.

@@ -112,7 +112,10 @@ class World:
             for name in WORKERS
         ]
         self.sender = Service(
-            "sender", ["workers.cli", "deliver", "webhooks", *config], ready='"action": "webhook.started"', folder=folder
+            "sender",
+            ["workers.cli", "deliver", "webhooks", *config],
+            ready='"action": "webhook.started"',
+            folder=folder,
         )
         self.partner = Partner()
         port = free_port()

@@ -91,6 +91,12 @@ def table(rows: Sequence[Mapping[str, str]]) -> None:
     Console(width=None if sys.stdout.isatty() else 10_000, markup=False).print(shown)
 
 
+def visible(text: str) -> str:
+    """Text that somebody else wrote, with control characters, which could do something to a terminal, written out.
+    Lines stay lines."""
+    return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)
+
+
 def age(seconds: float | None) -> str:
     """A length of time in its two largest units; a dash for None."""
     if seconds is None:

@@ -3,7 +3,8 @@
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, Self
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -130,9 +131,16 @@ class Model(BaseModel):
             return data
         data = dict(data)
         for name, field in cls.model_fields.items():
-            if field.annotation is SecretStr:
+            if _is_secret(field.annotation):
                 _read_secret_file(data, name)
         return data
+
+
+def _is_secret(annotation: Any) -> bool:
+    """Whether a field holds a secret, or may hold one (``Secret | None``)."""
+    if annotation is SecretStr:
+        return True
+    return get_origin(annotation) in (UnionType, Union, Annotated) and any(map(_is_secret, get_args(annotation)))
 
 
 def _read_secret_file(table: dict[str, Any], name: str) -> None:

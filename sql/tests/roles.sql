@@ -1,5 +1,5 @@
 -- Who may do what: each role what its process needs, everybody else nothing.
-select plan(57);
+select plan(80);
 create role pgbridge_test_nobody;
 create function pg_temp.attempt(who name, statement text) returns text language plpgsql as $$
 begin
@@ -75,6 +75,20 @@ select pg_temp.may('bridge_worker', 'select bridge.held_keys(''w'')');
 select pg_temp.may_not('bridge_worker', 'delete from bridge.held');
 select pg_temp.may_not('bridge_worker', 'select bridge.release_held(''w'', ''k'', null, ''me'')');
 
+insert into bridge.webhook_endpoint (url, topics, likes) values ('https://example.com', '{none}', '{none}');
+select pg_temp.may('bridge_worker', 'select bridge.webhook_fan_out(gen_random_uuid(), ''{"topic": "t", "body": "b"}'')');
+select pg_temp.may('bridge_worker', 'select from bridge.webhook_claim(1, 1, 1, ''{}'')');
+select pg_temp.may('bridge_worker', 'select from bridge.webhook_next(), bridge.webhook_backlog(), bridge.webhook_prune(now(), 1)');
+select pg_temp.may('bridge_worker', 'select from bridge.webhook_record(''{}'', ''{}'', ''{}'', ''{}'', ''{}'', ''{}'', ''{}'', ''{}'')');
+select pg_temp.may_not('bridge_worker', 'select from bridge.' || t) from unnest(array['webhook_secret', 'webhook_endpoint', 'webhook_message', 'webhook_delivery']) t;
+select pg_temp.may_not('bridge_worker', 'select bridge.add_endpoint(''https://example.com'', ''{t}'')');
+select pg_temp.may_not(who, 'select from bridge.webhook_claim(1, 1, 1, ''{}'')') from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_operator']::name[]) who;
+select pg_temp.may('bridge_operator', 'select from bridge.webhook_endpoint, bridge.webhook_endpoints, bridge.webhook_message, bridge.webhook_delivery, bridge.webhook_attempt');
+select pg_temp.may_not('bridge_operator', 'select from bridge.webhook_secret');
+select pg_temp.may_not('bridge_operator', 'update bridge.webhook_endpoint set url = ''x''');
+select pg_temp.may('bridge_operator', 'select bridge.add_endpoint(''https://example.com'', ''{t}'')');
+select pg_temp.may('bridge_operator', 'select bridge.' || call || ' from (select max(id) as id from bridge.webhook_endpoint) e') from unnest(array['change_endpoint(id, concurrency => 2)',
+  'rotate_secret(id)', 'disable_endpoint(id)', 'enable_endpoint(id)', 'recover_endpoint(id, now())', 'endpoint_deliveries(id)', 'remove_endpoint(id)']) call;
 select pg_temp.may('bridge_operator', 'select from bridge.outbox, bridge.cursor, bridge.bell, bridge.dead_letter, bridge.migration, bridge.inbox');
 select pg_temp.may('bridge_operator', 'select bridge.end_dead_letters(''{1}'', ''discarded'', ''me'', ''why'')');
 select pg_temp.may('bridge_operator', 'select from bridge.status(), bridge.guards(), bridge.read_page(0, ''{}'', 1, 1, null, false)');

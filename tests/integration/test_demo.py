@@ -233,7 +233,12 @@ def test_an_order_that_is_sent_again_is_placed_once(seller: Connection[TupleRow]
     assert place(seller, '[{"sku": "CUP", "quantity": 2}]') == first
     with psycopg.connect(bridge_database) as admin:
         topics = admin.execute("select topic from bridge.outbox order by id").fetchall()
-    assert [row[0] for row in topics] == ["shop.stock.updated", "shop.order.placed", "shop.invoice.requested", "shop.payment.requested"]
+    assert [row[0] for row in topics] == [
+        "shop.stock.updated",
+        "shop.order.placed",
+        "shop.invoice.requested",
+        "shop.payment.requested",
+    ]
 
 
 def test_tax_is_rounded_once_per_rate_on_the_sum_of_its_lines(seller: Connection[TupleRow]) -> None:
