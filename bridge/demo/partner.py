@@ -64,10 +64,12 @@ def _handler(partner: Partner) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = self.rfile.read(min(length, _LARGEST))
-            told = [self.headers.get(f"webhook-{name}", "") for name in ("id", "timestamp", "signature")]
-            good = len(body) == length and partner.signed(*told, body)
+            id, timestamp, signature = (
+                self.headers.get(f"webhook-{name}", "") for name in ("id", "timestamp", "signature")
+            )
+            good = len(body) == length and partner.signed(id, timestamp, signature, body)
             if good:
-                partner.received[told[0]] += 1
+                partner.received[id] += 1
             else:
                 partner.refused += 1
             self.send_response(204 if good else 401)

@@ -93,7 +93,8 @@ class Screen:
         return (
             f"orders {figures.orders}/{state.orders}  events {figures.events}  messages {state.messages}  "
             f"invoices {figures.invoices}  payments {figures.payments}  webhooks {figures.deliveries}  "
-            f"dead letters {state.dead_letters}  on the way {state.on_the_way}  p50 {milliseconds(figures.p50)}  p99 {milliseconds(figures.p99)}{killed}"
+            f"dead letters {state.dead_letters}  on the way {state.on_the_way}  "
+            f"p50 {milliseconds(figures.p50)}  p99 {milliseconds(figures.p99)}{killed}"
         )
 
     def _picture(self) -> RenderableType:

@@ -77,8 +77,7 @@ class Verdict:
         lines = [
             f"{figures.orders:,} orders became {figures.events:,} events, {self.messages:,} messages on {self.broker} "
             f"and {figures.invoices:,} invoices in {self.seconds:.1f} s.",
-            f"{figures.payments:,} of them were paid by {self.charges:,} charges, and a partner got {self.deliveries:,} "
-            "webhooks.",
+            f"{self.charges:,} charges paid {figures.payments:,} of them; a partner got {self.deliveries:,} webhooks.",
             f"Lost {self.lost}, repeated {self.duplicates}, dead letters {self.dead_letters}. "
             f"From commit to stored reply: p50 {milliseconds(figures.p50)}, p99 {milliseconds(figures.p99)}.",
         ]
