@@ -543,6 +543,16 @@ async def test_with_tls_as_without(secure: WebhookReceiver, certificate: Certifi
             await until(lambda: secure.open == 0, "the connection is closed")
 
 
+async def test_an_answer_that_breaks_in_its_middle_is_not_asked_for_again(
+    secure: WebhookReceiver, certificate: Certificate
+) -> None:
+    async with client_of(ca_file=certificate.file) as client:
+        assert (await post(client, secure.url())).status == 200
+        answer = await post(client, secure.url("/broken-tls"))
+    assert answer.error.startswith("TLS: ")
+    assert len(secure.requests) == 2
+
+
 async def test_nothing_is_left_for_the_garbage_collector(receiver: WebhookReceiver) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ResourceWarning)
