@@ -168,8 +168,8 @@ class WebhookReceiver:
 
     def _read(self, reader: BinaryIO, number: int) -> Received | None:
         first = reader.readline().decode("latin-1").split(" ")
-        if len(first) != 3:
-            return None
+        if len(first) != 3 or not first[2].startswith("HTTP/"):
+            return None  # the end, or what is not HTTP, as TLS to a receiver without
         headers = {}
         while line := reader.readline().decode("latin-1").strip():
             name, _, value = line.partition(":")
