@@ -30,7 +30,7 @@ _TRIED: Final = 4
 
 _MOST_RECEIVED: Final = 64 * 1024
 _READ: Final = 16 * 1024
-"""Bytes of one answer, and of one read. The body is left earlier; headers and interim answers (1xx) would never end, and
+"""Bytes of one answer, and of one read. A body is left earlier, but headers and interim answers (1xx) need have no end;
 each interim answer costs some 50 µs, in which the loop does nothing else."""
 
 
