@@ -359,8 +359,8 @@ async def test_what_is_due_in_a_moment_is_looked_for_then_and_not_at_the_next_po
     stop.set()
     await asyncio.wait_for(task, 10)
     # By its rate the next request may begin every 50 ms. The machine may be slow, but not most times.
-    rested = [rested for seconds, rested in deliveries.rests if seconds <= 0.05]
-    assert len(rested) > 3
+    rested = [rested for seconds, rested in deliveries.rests if 0 < seconds <= 0.05]
+    assert rested
     assert statistics.median(rested) < 0.15
 
 

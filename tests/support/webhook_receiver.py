@@ -17,10 +17,12 @@ with WebhookReceiver() as receiver:
 ``/late``                               it ends when the second request on it has come
 ``/garbage``                            what is not HTTP
 ``/raw?hex=<...>``                      these bytes
+``/broken-tls``                         the beginning of an answer, and then what is not TLS
 =====================================  ==================================================================
 """
 
 import contextlib
+import os
 import select
 import socket
 import ssl
@@ -166,8 +168,8 @@ class WebhookReceiver:
 
     def _read(self, reader: BinaryIO, number: int) -> Received | None:
         first = reader.readline().decode("latin-1").split(" ")
-        if len(first) != 3:
-            return None
+        if len(first) != 3 or not first[2].startswith("HTTP/"):
+            return None  # the end, or what is not HTTP, as TLS to a receiver without
         headers = {}
         while line := reader.readline().decode("latin-1").strip():
             name, _, value = line.partition(":")
@@ -229,6 +231,10 @@ class WebhookReceiver:
                 self._send(connection, b"220 mail.example.com ESMTP\r\n")
             case ["raw"]:
                 self._send(connection, bytes.fromhex(asked["hex"]))
+            case ["broken-tls"]:
+                self._send(connection, b"HTTP/1.1 200 O")
+                with socket.socket(fileno=os.dup(connection.fileno())) as plain:
+                    self._send(plain, b"what is not TLS")
             case _:
                 self._send(connection, _head(404, 0))
                 return True
