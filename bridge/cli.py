@@ -12,7 +12,10 @@ COMMANDS: Final = {
     "check": ("bridge.commands.check:check", "Checks settings, database, privileges, brokers, topology and workers."),
     "cursor": ("bridge.commands.cursor:cursor", "Shows, moves and removes the positions of sinks in the log."),
     "dead": ("bridge.commands.dead:dead", "Shows, replays and discards dead letters."),
-    "demo": ("bridge.commands.demo:demo", "Runs the embedded world: a shop from orders to invoices, live."),
+    "demo": (
+        "bridge.commands.demo:demo",
+        "Runs the embedded world: a shop from orders to invoices and payments, live.",
+    ),
     "emit": ("bridge.commands.events:emit", "Sends one event to TOPIC and prints its id."),
     "migrate": ("bridge.commands.migrate:migrate", "Installs the schema `bridge`, or upgrades it."),
     "replay": ("bridge.commands.replay:replay", "Publishes part of the log again, in order."),

@@ -10,6 +10,7 @@ from bridge.brokers.registry import broker_of
 from bridge.errors import SettingsError
 from bridge.settings import Settings, WorkerSettings
 from workers.attempt import retry_delays
+from workers.handler import Handler
 from workers.inbox import Inbox
 from workers.loading import load_handler
 from workers.settle import BUSY_DELAY
@@ -75,12 +76,21 @@ def make_inbox(name: str, settings: Settings) -> Inbox:
     )
 
 
+def require_reply(name: str, settings: WorkerSettings, handler: Handler) -> None:
+    """Raises SettingsError where nothing would come of what the handler returns."""
+    if handler.needs_reply and settings.reply is None:
+        raise SettingsError(
+            f"workers.{name}.reply: is missing; {settings.handler} does nothing but return what the reply is to take"
+        )
+
+
 def build(name: str, settings: Settings) -> Worker:
     """The worker `name`, ready to run. Raises UsageError for an unknown name, SettingsError for wrong settings."""
     own = settings.worker(name)
     handler = load_handler(own.handler, name, own.path)
     sink = settings.sinks[settings.sink_of(name)]
     run = handler.configured(own.options, name)
+    require_reply(name, own, handler)
     broker = broker_of(sink)
     wanted = subscription(name, own, handler.topics)
     kept = timedelta(seconds=2 * settings.outbox.retention) if settings.outbox else _REMEMBERED

@@ -5,7 +5,7 @@ from functools import partial
 
 from bridge.brokers.registry import broker_of
 from bridge.settings import Settings
-from workers.build import make_inbox, subscription
+from workers.build import make_inbox, require_reply, subscription
 from workers.loading import load_handler
 
 
@@ -19,6 +19,7 @@ async def _look(name: str, settings: Settings) -> str:
     own = settings.workers[name]
     handler = load_handler(own.handler, name, own.path)
     handler.configured(own.options, name)
+    require_reply(name, own, handler)
     wanted = subscription(name, own, handler.topics)
     inbox = make_inbox(name, settings)
     try:

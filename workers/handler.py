@@ -74,6 +74,7 @@ class Handler:
     function: Callable[Concatenate[Event, ...], Awaitable[Result]]
     topics: tuple[str, ...]
     options: type[Options] | None = None
+    needs_reply: bool = False
 
     async def __call__(self, event: Event, *options: Options) -> Result:
         return await self.function(event, *options)
@@ -105,24 +106,34 @@ async def _with_options(function: Callable[..., Awaitable[Result]], options: Opt
 
 
 @overload
-def handler(*topics: str) -> Callable[[Callable[[Event], Result | Awaitable[Result]]], Handler]: ...
-@overload
-def handler(*topics: str, options: type[O_contra]) -> Callable[[FunctionWithOptions[O_contra]], Handler]: ...
-@overload
-def handler(*topics: str, payload: type[P_contra]) -> Callable[[FunctionWithPayload[P_contra]], Handler]: ...
+def handler(
+    *topics: str, needs_reply: bool = False
+) -> Callable[[Callable[[Event], Result | Awaitable[Result]]], Handler]: ...
 @overload
 def handler(
-    *topics: str, payload: type[P_contra], options: type[O_contra]
+    *topics: str, options: type[O_contra], needs_reply: bool = False
+) -> Callable[[FunctionWithOptions[O_contra]], Handler]: ...
+@overload
+def handler(
+    *topics: str, payload: type[P_contra], needs_reply: bool = False
+) -> Callable[[FunctionWithPayload[P_contra]], Handler]: ...
+@overload
+def handler(
+    *topics: str, payload: type[P_contra], options: type[O_contra], needs_reply: bool = False
 ) -> Callable[[FunctionWithBoth[P_contra, O_contra]], Handler]: ...
 def handler(
-    *topics: str, payload: type[BaseModel] | None = None, options: type[Options] | None = None
+    *topics: str,
+    payload: type[BaseModel] | None = None,
+    options: type[Options] | None = None,
+    needs_reply: bool = False,
 ) -> Callable[[Any], Handler]:
     """Marks a function as a handler. `topics` are patterns: ``*`` one word, ``#`` any number of words.
 
     A worker subscribes to these, unless its settings name others. With `payload`, a model of the event's payload, the
     function takes an instance of it after the event; a payload that does not fit is rejected with the names of its
     wrong fields. With `options`, a model of the worker's ``[workers.<name>.options]``, the function takes an instance
-    of it as its last argument.
+    of it as its last argument. `needs_reply`: what it returns is all that comes of it, so a worker without a `reply`
+    does not start.
 
     ``async def`` runs in the worker's event loop, and must not block it; ``def`` runs in a thread of its own, as many
     at once as the worker's `concurrency`.
@@ -137,7 +148,9 @@ def handler(
         called = function if inspect.iscoroutinefunction(function) else _threaded(function)
         if payload is not None:
             called = _reading(called, payload)
-        return Handler(cast("Callable[Concatenate[Event, ...], Awaitable[Result]]", called), topics, options)
+        return Handler(
+            cast("Callable[Concatenate[Event, ...], Awaitable[Result]]", called), topics, options, needs_reply
+        )
 
     return mark
 

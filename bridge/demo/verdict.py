@@ -102,6 +102,8 @@ class Verdict:
         if self.wrongly_charged:
             some = ", ".join(self.wrongly_charged[:5])
             found.append(f"{len(self.wrongly_charged)} orders were not charged once with their total: {some}")
+        if self.figures.payments != self.figures.orders:
+            found.append(f"{self.figures.payments} of {self.figures.orders} orders are paid, as far as the shop knows")
         if self.missing_deliveries:
             found.append(f"{self.missing_deliveries} webhooks never reached the partner")
         if self.figures.orders != self.wanted:
@@ -140,7 +142,7 @@ async def count(
         dead_letters=figures.unpublished + refused,
         missing_events=len(events - arrivals.counts.keys()),
         missing_pdfs=tuple(await reader.invoices_without_pdf()),
-        wrongly_charged=tuple(_wrongly_charged(await reader.owed(), charges)),
+        wrongly_charged=tuple(wrongly_charged(await reader.owed(), charges)),
         charges=len(charges),
         deliveries=len(received),
         missing_deliveries=max(0, figures.orders - len(received)),
@@ -151,7 +153,8 @@ async def count(
     )
 
 
-def _wrongly_charged(owed: Mapping[str, int], charges: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def wrongly_charged(owed: Mapping[str, int], charges: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The orders that were not charged once with what is owed, in cents by order; and those that nobody placed."""
     paid: dict[str, list[int]] = {number: [] for number in owed}
     for charge in charges:
         paid.setdefault(charge["metadata"].get("order", "of no order"), []).append(charge["amount"])

@@ -1,7 +1,10 @@
 """A group of commands that loads a command's module only when the command is called or asked for its help."""
 
+import io
+import sys
 from collections.abc import Mapping
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -15,6 +18,10 @@ class LazyGroup(click.Group):
         """`lazy`: by name, the place of the command, ``package.module:attribute``, and its one line of help."""
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # what click.Group takes, passed on as it is
         self._lazy = lazy
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        buffer_output()
+        return super().main(*args, **kwargs)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self._lazy)
@@ -35,3 +42,15 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_line) for name, (_, help_line) in self._lazy.items()])
+
+
+def buffer_output() -> None:
+    """Gives standard output a buffer where Python was told to go without one (PYTHONUNBUFFERED, as containers have it).
+
+    Without one, what an interrupted write leaves over is dropped without a word: JSON for programs ended in the middle.
+    Commands flush what they print, so it comes as soon as before.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and isinstance(sys.stdout.buffer, io.RawIOBase):
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(sys.stdout.detach()), sys.stdout.encoding, sys.stdout.errors, write_through=True
+        )

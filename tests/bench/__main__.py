@@ -9,13 +9,13 @@ from pathlib import Path
 
 import click
 
-from tests.bench import brokers, latency, ordered, relay, scale, sql, trouble, workers
+from tests.bench import brokers, latency, ordered, relay, scale, sql, trouble, webhooks, workers
 from tests.bench.registry import ORDER, measure, selected
 from tests.bench.results import Row, table, write_json
 from tests.bench.rounds import say
 from tests.bench.world import World
 
-REGISTERED = (relay, brokers, sql, workers, ordered, latency, scale, trouble)
+REGISTERED = (relay, brokers, sql, workers, ordered, latency, scale, trouble, webhooks)
 """Importing these modules registers their themes."""
 
 OUTPUT = Path("build/bench.json")

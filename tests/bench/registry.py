@@ -27,6 +27,7 @@ ORDER = (
     "payload",
     "topics",
     "trouble",
+    "webhooks",
 )
 """As the table shows them."""
 

@@ -11,6 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
 from psycopg import Connection
@@ -20,11 +21,13 @@ from pypdf import PdfReader
 
 from bridge.demo.brokers import Arrivals
 from bridge.demo.figures import Figures
+from bridge.demo.partner import Partner
 from bridge.demo.servers.guard import tree
-from bridge.demo.verdict import Verdict
+from bridge.demo.verdict import Verdict, wrongly_charged
 from bridge.postgres.schema import sql_folder
 from tests.support.servers import MissingProgramError, RabbitMQServer
 from tests.support.until import until
+from workers.webhooks.signature import new_secret, sign
 
 LIMIT = 170.0
 ORDERS = 60
@@ -56,10 +59,10 @@ def test_every_order_becomes_messages_and_an_invoice_and_nothing_is_lost(
 ) -> None:
     assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout)
-    assert told["orders"] == told["invoices"] == ORDERS
+    assert told["orders"] == told["invoices"] == told["payments"] == told["charges"] == told["deliveries"] == ORDERS
     assert (told["lost"], told["dead_letters"], told["kills"]) == (0, 0, 0)
-    # Each order: placed, requested, rendered, and at least one change of stock.
-    assert told["events"] >= 4 * ORDERS
+    # Each order: placed, invoice and payment requested, rendered and done, and at least one change of stock.
+    assert told["events"] >= 6 * ORDERS
     assert told["messages"] == told["events"]
     assert told["notifications"]["sent"] == told["notifications"]["heard"]
     assert 0 < told["latency_ms"]["p50"] <= told["latency_ms"]["p99"]
@@ -95,11 +98,13 @@ def test_the_pdfs_carry_number_customer_and_a_total_that_adds_up(
 CUSTOMERS = ("Straßenbäckerei Müller & Söhne GmbH", "Ελαιώνας Α.Ε.", "Книгарня «Схід»", "Łódzka Herbaciarnia")
 
 
-def test_logs_of_bridge_and_worker_are_json_lines_in_the_folder(
-    run: subprocess.CompletedProcess[str], kept: Path
-) -> None:
+def test_logs_of_all_processes_are_json_lines_in_the_folder(run: subprocess.CompletedProcess[str], kept: Path) -> None:
     assert run.returncode == 0, run.stderr
-    for name, last in (("bridge", "bridge.stopped"), ("worker", "worker.stopped")):
+    for name, last in (
+        ("bridge", "bridge.stopped"),
+        *((worker, "worker.stopped") for worker in ("invoices", "payments", "webhooks")),
+        ("sender", "webhook.stopped"),
+    ):
         lines = [json.loads(line) for line in (kept / f"{name}.log").read_text().splitlines()]
         assert lines[-1]["action"] == last
 
@@ -113,7 +118,7 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.rabbitmq
-def test_kills_of_bridge_worker_and_database_lose_nothing(server_folder: Path) -> None:
+def test_kills_of_all_processes_and_the_database_lose_nothing(server_folder: Path) -> None:
     try:
         RabbitMQServer(server_folder)
     except MissingProgramError as error:
@@ -123,7 +128,8 @@ def test_kills_of_bridge_worker_and_database_lose_nothing(server_folder: Path) -
     ended = demo("--broker", "rabbitmq", "--orders", "150", "--rate", "30", "--kill", "--json")
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout)
-    assert (told["kills"], told["lost"], told["invoices"], told["dead_letters"]) == (3, 0, 150, 0)
+    assert (told["kills"], told["lost"], told["invoices"], told["dead_letters"]) == (6, 0, 150, 0)
+    assert told["charges"] == told["deliveries"] == 150
     assert told["messages"] == told["events"]
 
 
@@ -145,8 +151,8 @@ async def test_everything_that_was_started_ends_with_the_demo(
             if b"/200  events" in line:
                 break
         started = [pid for pid in tree(process.pid) if pid != process.pid]
-        # PostgreSQL, the broker, the bridge, the worker, and their guards.
-        assert len(started) >= 8
+        # PostgreSQL, the broker, the bridge, three workers, the sender, Stripe, and their guards.
+        assert len(started) >= 16
         process.send_signal(signum)
         said = process.stdout.read()
         assert process.wait(60) == code, said
@@ -164,12 +170,16 @@ def verdict(**changes: Any) -> Verdict:
     good: dict[str, Any] = {
         "broker": "NATS JetStream",
         "wanted": 2,
-        "figures": Figures(orders=2, events=9, invoices=2, unpublished=0, p50=12.0, p99=30.0),
+        "figures": Figures(orders=2, events=9, invoices=2, payments=2, unpublished=0, p50=12.0, p99=30.0),
         "messages": 9,
         "duplicates": 0,
         "dead_letters": 0,
         "missing_events": 0,
         "missing_pdfs": (),
+        "wrongly_charged": (),
+        "charges": 2,
+        "deliveries": 2,
+        "missing_deliveries": 0,
         "warnings": (1, 1),
         "seconds": 1.0,
         "kills": (),
@@ -189,7 +199,14 @@ def test_a_run_without_loss_is_good() -> None:
     [
         ({"missing_events": 2}, "2 events were committed and never arrived", 2),
         ({"missing_pdfs": ("2026-100001",)}, "1 invoices have no PDF that matches size and SHA-256: 2026-100001", 1),
-        ({"figures": Figures(orders=1, events=5, invoices=1)}, "1 orders are in the table, 2 were placed", 0),
+        (
+            {"figures": Figures(orders=1, events=5, invoices=1, payments=1)},
+            "1 orders are in the table, 2 were placed",
+            0,
+        ),
+        ({"figures": Figures(orders=2, invoices=2, payments=1)}, "1 of 2 orders are paid", 0),
+        ({"wrongly_charged": ("2026-100001",)}, "1 orders were not charged once with their total: 2026-100001", 0),
+        ({"missing_deliveries": 1}, "1 webhooks never reached the partner", 1),
         ({"dead_letters": 1}, "1 dead letters", 0),
         ({"faults": ("nothing moved for 90 s",)}, "nothing moved for 90 s", 0),
     ],
@@ -199,6 +216,23 @@ def test_whatever_is_missing_fails_the_run_and_is_told(changes: dict[str, Any], 
     assert not bad.good
     assert bad.lost == lost
     assert any(said in line for line in bad.lines())
+
+
+def test_an_order_that_is_charged_twice_never_or_with_another_amount_is_found() -> None:
+    owed = {"1": 100, "2": 200, "3": 300, "4": 400}
+    charges = [("1", 100), ("2", 200), ("2", 200), ("3", 299), ("5", 1)]
+    told = [{"amount": amount, "metadata": {"order": order}} for order, amount in charges]
+    assert list(wrongly_charged(owed, told)) == ["2", "3", "4", "5"]
+
+
+def test_a_webhook_that_nobody_signed_is_not_counted() -> None:
+    with Partner() as partner:
+        partner.secret = secret = new_secret()
+        for signed_with, status in ((secret, 204), (new_secret(), 401)):
+            signature = sign([signed_with], "evt", 1_795_967_713, b"{}")
+            headers = {"webhook-id": "evt", "webhook-timestamp": "1795967713", "webhook-signature": signature}
+            assert httpx.post(partner.url, content=b"{}", headers=headers).status_code == status
+        assert (partner.received, partner.refused) == ({"evt": 1}, 1)
 
 
 def test_an_event_that_arrives_twice_is_one_message_and_one_duplicate() -> None:

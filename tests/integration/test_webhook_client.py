@@ -351,6 +351,17 @@ async def test_an_endpoint_that_left_a_kept_connection_gets_the_post_on_a_new_on
     assert [request.path for request in receiver.requests] == ["/leave"] * 3 + ["/late"] * 5
 
 
+async def test_connections_that_an_endpoint_has_no_use_for_are_closed_by_the_next_post(
+    receiver: WebhookReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.webhooks.client._IDLE", 0.0)
+    with WebhookReceiver() as other:
+        async with client_of() as webhooks:
+            assert (await post(webhooks, receiver.url())).status == 200
+            assert (await post(webhooks, other.url())).status == 200
+            await until(lambda: receiver.open == 0, "the idle connection is closed")
+
+
 async def test_several_kept_connections_that_all_ended_are_no_failure(receiver: WebhookReceiver) -> None:
     async with client_of() as client:
         answers = await asyncio.gather(*(post(client, receiver.url("/late")) for _ in range(5)))

@@ -47,7 +47,7 @@ def test_an_endpoint_is_added_and_its_secret_shown_once(command: Command, hooks:
     shown = json.loads(
         command(
             *("add", "https://example.com/x", "--topic", "shop.#", "--topic", "x.*", "--description", "theirs"),
-            *("--concurrency", 2, "--rate", 0.5, "--json"),
+            *("--concurrency", 2, "--rate", "30/m", "--json"),
         ).stdout
     )
     assert shown["secret"] == hooks.one("select secret from bridge.webhook_secret")
@@ -131,7 +131,7 @@ def test_an_endpoint_is_disabled_enabled_recovered_and_removed(command: Command,
     assert "already" in command("disable", endpoint).stderr
     assert hooks.states(endpoint) == {"skipped": 3}
     assert "disabled: they moved" in command("list").stdout
-    command("change", endpoint, "--url", "https://new.example", "--rate", "5")
+    command("change", endpoint, "--url", "https://new.example", "--rate", "5/s")
     command("change", endpoint, "--rate", "none", "--topic", "a.#")
     changed = hooks.endpoint(endpoint)
     assert (changed.url, changed.rate, changed.topics) == ("https://new.example", None, ["a.#"])
@@ -153,10 +153,10 @@ def test_an_endpoint_is_disabled_enabled_recovered_and_removed(command: Command,
         (("add", "https://me:hush@example.com", "--topic", "#"), "a user or a password"),
         (("add", "https://example.com", "--topic", "shop*"), "whole words"),
         (("add", "https://example.com"), "--topic"),
-        (("add", "https://example.com", "--topic", "#", "--rate", "fast"), "is not a number of deliveries"),
-        (("add", "https://example.com", "--topic", "#", "--rate", "0"), "requests a second"),
+        (("add", "https://example.com", "--topic", "#", "--rate", "fast"), "is not a rate"),
+        (("add", "https://example.com", "--topic", "#", "--rate", "0/s"), "is zero"),
         (("change", 1), "nothing is to be changed"),
-        (("change", 1, "--rate", "5"), "webhooks list"),
+        (("change", 1, "--rate", "5/s"), "webhooks list"),
         (("show", 1), "webhooks list"),
         (("delivery", 1), "webhooks show"),
         (("resend", 1), "webhooks show"),

@@ -17,7 +17,7 @@ from bridge.settings import WorkerSettings
 from tests.support.events import make_event
 from workers import Event, Options, Reject, handler
 from workers.attempt import backoff, retry_delays
-from workers.build import subscription
+from workers.build import require_reply, subscription
 from workers.testing import arun
 
 EVENT = make_event(topic="shop.order.placed")
@@ -261,3 +261,15 @@ def test_a_backoff_rounds_up_to_the_rung_of_its_attempt(
 def test_a_worker_subscribes_to_its_handlers_topics_unless_the_settings_name_others() -> None:
     assert subscription("w", _settings(), plain.topics).topics == ["a.b", "a.c"]
     assert subscription("w", _settings(subscribe=["x.#"]), plain.topics).topics == ["x.#"]
+
+
+@handler(needs_reply=True)
+async def store(event: Event) -> dict[str, Any]:
+    return {"of": event.id}
+
+
+def test_a_handler_that_only_returns_something_does_not_start_where_nothing_takes_it() -> None:
+    with pytest.raises(SettingsError, match=r"workers\.w\.reply: is missing"):
+        require_reply("w", _settings(), store)
+    require_reply("w", _settings(reply="shop.done"), store)
+    require_reply("w", _settings(), plain)

@@ -31,7 +31,7 @@ from workers.webhooks.options import WebhookOptions
 __all__ = ["WebhookOptions", "fan_out", "message_body"]
 
 
-@handler(options=WebhookOptions)
+@handler(options=WebhookOptions, needs_reply=True)
 async def fan_out(event: Event, options: WebhookOptions) -> Result:
     """The message that goes to every endpoint which wants the event. Its id is the event's `inbox_id`."""
     return {

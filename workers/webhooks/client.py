@@ -10,7 +10,8 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -104,18 +105,18 @@ class WebhookClient:
         rule, resolve = AddressRule(allow), resolve or self._lookups
         https = CheckedNetwork(rule, resolve, timeout=timeout, proxy=self._proxy, proxy_resolves=proxy_resolves)
         self._http = CheckedNetwork(rule, resolve, timeout=timeout, only_allowed=True, proxy_resolves=proxy_resolves)
-        self._pools = {
-            "https": _pool(https, connections, context=_context(ca_file)),
-            "http": _pool(ProxyNetwork(self._proxy) if self._proxy else self._http, connections, proxy=self._proxy),
-        }
+        self._https = _Network(https, context=_context(ca_file))
+        self._plain = _Network(ProxyNetwork(self._proxy) if self._proxy else self._http, proxy=self._proxy)
+        self._origins: OrderedDict[tuple[str, str, int], _Origin] = OrderedDict()
+        """Those that have connections, or had some a moment ago; the last one used is the last."""
 
     def __repr__(self) -> str:
         return f"WebhookClient(timeout={self._timeout:g}, proxy={self._proxy!r})"
 
     async def aclose(self) -> None:
         """Closes the connections."""
-        for pool in self._pools.values():
-            await pool.aclose()
+        for origin in self._origins.values():
+            await origin.pool.aclose()
         self._lookups.close()
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Answer:
@@ -129,17 +130,50 @@ class WebhookClient:
             there = parse(url)
         except UrlRefused as error:
             return Answer(None, error=str(error), refused=True)
-        async with self._slots:
-            return await self._exchange(there, body, sent)
+        async with self._slots, self._pool_of(there) as pool:
+            return await self._exchange(pool, there, body, sent)
 
-    async def _exchange(self, there: Url, body: bytes, headers: list[tuple[bytes, bytes]]) -> Answer:
+    @contextlib.asynccontextmanager
+    async def _pool_of(self, there: Url) -> AsyncIterator[httpcore.AsyncConnectionPool]:
+        """The origin's own. httpcore looks at every connection of a pool for every request, which in one pool for all
+        took most of the time; what one origin has is a few."""
+        key = (there.scheme, there.host, there.port)
+        origin = self._origins.get(key)
+        if origin is None:
+            network = self._https if there.scheme == "https" else self._plain
+            origin = self._origins[key] = _Origin(_pool(network))
+        origin.posts += 1
+        try:
+            yield origin.pool
+        finally:
+            origin.posts -= 1
+            origin.used_at = time.monotonic()
+            self._origins.move_to_end(key)
+            await self._leave_idle()
+
+    async def _leave_idle(self) -> None:
+        """Closes what was not used for so long that its connections are of no use."""
+        before = time.monotonic() - _IDLE
+        while self._origins:
+            key, oldest = next(iter(self._origins.items()))
+            if oldest.posts:
+                self._origins.move_to_end(key)
+                return
+            if oldest.used_at > before:
+                return
+            del self._origins[key]
+            await oldest.pool.aclose()
+
+    async def _exchange(
+        self, pool: httpcore.AsyncConnectionPool, there: Url, body: bytes, headers: list[tuple[bytes, bytes]]
+    ) -> Answer:
         begun = time.monotonic()
         response: httpcore.Response | None = None
         received = bytearray()
         error, refused = "", False
         try:
             async with asyncio.timeout(self._timeout):
-                response = await self._send(there, body, headers)
+                response = await self._send(pool, there, body, headers)
                 async for part in response.aiter_stream():
                     received += part
                     if len(received) > MOST_OF_ANSWER:
@@ -161,7 +195,9 @@ class WebhookClient:
             return Answer(None, duration=duration, error=error, refused=refused)
         return Answer(response.status, bytes(received[:MOST_OF_ANSWER]), _retry_after(response), duration)
 
-    async def _send(self, there: Url, body: bytes, headers: list[tuple[bytes, bytes]]) -> httpcore.Response:
+    async def _send(
+        self, pool: httpcore.AsyncConnectionPool, there: Url, body: bytes, headers: list[tuple[bytes, bytes]]
+    ) -> httpcore.Response:
         host = there.host
         if there.scheme == "http" and self._proxy is not None:
             # The proxy gets the whole URL, with an address that was checked in the place of the name.
@@ -174,28 +210,40 @@ class WebhookClient:
         )
         while True:
             try:
-                return await self._pools[there.scheme].handle_async_request(request)
+                return await pool.handle_async_request(request)
             except ConnectionEnded as error:
                 # It closes one kept connection each time, and a new one is never a reused one.
                 if not error.reused:
                     raise
 
 
-def _pool(
-    network: httpcore.AsyncNetworkBackend,
-    connections: int,
-    *,
-    context: ssl.SSLContext | None = None,
-    proxy: Proxy | None = None,
-) -> httpcore.AsyncConnectionPool:
+@dataclass(frozen=True, slots=True)
+class _Network:
+    """How origins of a scheme are reached."""
+
+    backend: httpcore.AsyncNetworkBackend
+    context: ssl.SSLContext | None = None
+    proxy: Proxy | None = None
+
+
+@dataclass(slots=True)
+class _Origin:
+    pool: httpcore.AsyncConnectionPool
+    posts: int = 0
+    """That are on their way."""
+    used_at: float = 0.0
+
+
+def _pool(network: _Network) -> httpcore.AsyncConnectionPool:
+    proxy = network.proxy
     return httpcore.AsyncConnectionPool(
-        ssl_context=context,
+        ssl_context=network.context,
         proxy=httpcore.Proxy(proxy.url, headers=proxy.headers) if proxy is not None else None,
         max_connections=None,  # the client's slots bound them, and a pool's own queue would count as an endpoint's time
-        max_keepalive_connections=connections,
+        max_keepalive_connections=None,
         keepalive_expiry=_IDLE,
         retries=0,
-        network_backend=network,
+        network_backend=network.backend,
     )
 
 

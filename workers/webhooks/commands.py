@@ -34,7 +34,7 @@ def deliver(name: str, config: Path | None) -> None:
 
 
 async def _deliver(name: str, settings: Settings) -> None:
-    options = _options(name, settings)
+    options = load_options(settings, name, WebhookOptions)
     client = _client(name, options)
     deliveries = Deliveries(
         settings.workers_postgres, name, lease=options.timeout + LEASE_BEYOND_TIMEOUT, schedule=options.schedule
@@ -47,18 +47,6 @@ async def _deliver(name: str, settings: Settings) -> None:
             await sender.run(stop)
     finally:
         await client.aclose()
-
-
-def _options(name: str, settings: Settings) -> WebhookOptions:
-    """How the webhooks of a worker are sent. Raises UsageError for a worker that has none, SettingsError for wrong
-    settings."""
-    options = load_options(settings, name, WebhookOptions)
-    if settings.workers[name].reply is None:
-        raise SettingsError(
-            f'workers.{name}.reply: is missing, so nothing would ever be stored to be sent; write reply = "'
-            'bridge.webhook_fan_out"'
-        )
-    return options
 
 
 def _client(name: str, options: WebhookOptions) -> WebhookClient:

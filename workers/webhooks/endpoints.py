@@ -23,7 +23,7 @@ from bridge.process.terminal import (
     visible,
 )
 from bridge.settings import load
-from bridge.settings.models import parse_duration
+from bridge.settings.models import parse_duration, parse_rate
 from workers.webhooks.signature import new_key_pair
 
 _ENDPOINTS: Final = """
@@ -61,7 +61,7 @@ _OF_THE_CALLER: Final = (
 
 
 class Rate(click.ParamType[float]):
-    """Deliveries a second: a number, as ``0.5``, or ``none``, which is infinite."""
+    """As in the settings, ``10/s`` or ``100/m``, in deliveries a second; or ``none``, which is infinite."""
 
     name = "rate"
 
@@ -69,9 +69,9 @@ class Rate(click.ParamType[float]):
         if value == "none":
             return float("inf")
         try:
-            return float(value)
-        except ValueError:
-            self.fail(f'{value!r} is not a number of deliveries a second, as 0.5 or 20; "none" is no limit', param, ctx)
+            return value if isinstance(value, float) else parse_rate(value)
+        except ValueError as error:
+            self.fail(f'{value!r} {error}; "none" is no limit', param, ctx)
 
 
 class Duration(click.ParamType[timedelta]):
@@ -111,7 +111,7 @@ def webhooks() -> None:
 )  # fmt: skip
 @click.option("--description", default="", help="For people.")
 @click.option("--concurrency", type=int, default=4, show_default=True, help="Most requests at once.")
-@click.option("--rate", type=Rate(), help="Most requests a second; default: no limit.")
+@click.option("--rate", type=Rate(), help="Such as 10/s or 100/m; default: no limit.")
 @_asymmetric_option
 @config_option
 @json_option
@@ -152,7 +152,7 @@ def _for_the_receiver(secret: str, public: str | None) -> dict[str, str]:
 @click.option("--topic", "topics", multiple=True, metavar="PATTERN", help="What it gets, instead of what it got.")
 @click.option("--description", help="For people.")
 @click.option("--concurrency", type=int, help="Most requests at once.")
-@click.option("--rate", type=Rate(), help='Most requests a second; "none": no limit.')
+@click.option("--rate", type=Rate(), help='Such as 10/s or 100/m; "none": no limit.')
 @config_option
 @exit_codes
 def change_endpoint(
