@@ -1,5 +1,5 @@
--- What money needs beside effects: what was begun outside and has no outcome can be listed, who settled it is on record, and
--- what the other side reports by itself becomes an event once, however often it is told.
+-- What money needs beside effects: what was begun outside and has no outcome can be listed and is never forgotten, who settled
+-- it is on record, and what the other side reports by itself becomes an event once, however often it is told.
 
 -- Effects of a worker that were begun, of events that came since then, and have no result, the oldest first. `key` is the
 -- idempotency key, `age` in seconds. `state` is
@@ -71,6 +71,26 @@ begin
 end $$;
 comment on function bridge.settle_effect(text, uuid, text, jsonb, text) is
     'Puts on record what became of an outside effect whose outcome is unknown, before its event is replayed, and who said so.';
+
+-- Deletes at most `chunk` events of a worker that were finished, or whose dead letters were taken, before `before`, and
+-- returns how many those were. What is still to be done stays, and so does what was given up after it had begun something
+-- outside: it is the evidence of that, without which a replay would begin it again.
+create or replace function bridge.inbox_prune(worker_name text, before timestamptz, chunk integer default 1000)
+returns integer
+language plpgsql security definer set search_path = pg_catalog, bridge, pg_temp as $$
+declare
+    deleted integer;
+begin
+    delete from bridge.inbox i using (
+        select o.event_id from bridge.inbox o
+        where o.worker = worker_name and o.started_at < before and coalesce(o.finished_at, o.ended_at) < before
+          and (o.finished_at is not null or o.effects = '{}')
+          and not exists (select from bridge.held h where h.event_id = o.event_id and h.worker = worker_name)
+        order by o.started_at limit chunk for update skip locked) as old
+    where i.worker = worker_name and i.event_id = old.event_id;
+    get diagnostics deleted = row_count;
+    return deleted;
+end $$;
 
 -- What other systems have reported to us, so that a report that comes again is none. -----------------------------------
 

@@ -1,5 +1,5 @@
 -- Effects without an outcome, who settles them, and reports of other systems.
-select plan(17);
+select plan(19);
 
 insert into bridge.inbox (worker, event_id, effects, started_at, ended_at, finished_at) values
   ('pay', '00000000-0000-0000-0000-000000000001', '{"charge": {"idempotency_key": "k1", "started_at": "2026-01-01T10:00Z", "given": {"amount": 1}}}', now(), now(), null),
@@ -28,6 +28,15 @@ select is((select effects #- '{charge,refused}' from bridge.inbox where worker =
 select is_empty($$ select from bridge.open_effects('pay', now() - interval '7 days') $$, 'nothing is open any more');
 select ok(not bridge.settle_effect('pay', '00000000-0000-0000-0000-000000000002', 'pay:00000000-0000-0000-0000-000000000002:charge:2', '{}'),
   'what has not begun cannot be settled');
+
+insert into bridge.inbox (worker, event_id, effects, started_at, ended_at, finished_at) values
+  ('old', '00000000-0000-0000-0000-000000000001', '{"charge": {"idempotency_key": "k", "started_at": "2026-01-01T09:00Z"}}', '2026-01-01', '2026-01-01', null),
+  ('old', '00000000-0000-0000-0000-000000000002', '{"charge": {"idempotency_key": "k", "started_at": "2026-01-01T09:00Z", "result": {}}}', '2026-01-01', '2026-01-01', null),
+  ('old', '00000000-0000-0000-0000-000000000003', '{"charge": {"idempotency_key": "k", "started_at": "2026-01-01T09:00Z", "result": {}}}', '2026-01-01', null, '2026-01-01'),
+  ('old', '00000000-0000-0000-0000-000000000004', '{}', '2026-01-01', '2026-01-01', null);
+select is(bridge.inbox_prune('old', now()), 2, 'what was finished is pruned, and what began nothing');
+select results_eq($$ select right(event_id::text, 1) from bridge.inbox where worker = 'old' order by 1 $$,
+  $$ values ('1'), ('2') $$, 'what was given up after it had begun something outside never is');
 
 select isnt(bridge.receive_notice('pay', 'evt_1', 'stripe.payment_intent.succeeded', '{"id":  "evt_1"}', 'pi_1'), null, 'a report becomes an event');
 select is(bridge.receive_notice('pay', 'evt_1', 'stripe.payment_intent.succeeded', '{"id":  "evt_1"}', 'pi_1'), null, 'once');
