@@ -10,9 +10,8 @@ from bridge.brokers.registry import broker_of
 from bridge.errors import SettingsError
 from bridge.settings import Settings, WorkerSettings
 from workers.attempt import retry_delays
-from workers.handler import Handler
 from workers.inbox import Inbox
-from workers.loading import load_handler
+from workers.loading import load_handler, require_reply
 from workers.settle import BUSY_DELAY
 from workers.worker import Worker
 
@@ -74,14 +73,6 @@ def make_inbox(name: str, settings: Settings) -> Inbox:
         backoff=retry_delays(own),
         holds=own.holds,
     )
-
-
-def require_reply(name: str, settings: WorkerSettings, handler: Handler) -> None:
-    """Raises SettingsError where nothing would come of what the handler returns."""
-    if handler.needs_reply and settings.reply is None:
-        raise SettingsError(
-            f"workers.{name}.reply: is missing; {settings.handler} does nothing but return what the reply is to take"
-        )
 
 
 def build(name: str, settings: Settings) -> Worker:

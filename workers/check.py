@@ -5,8 +5,8 @@ from functools import partial
 
 from bridge.brokers.registry import broker_of
 from bridge.settings import Settings
-from workers.build import make_inbox, require_reply, subscription
-from workers.loading import load_handler
+from workers.build import make_inbox, subscription
+from workers.loading import load_handler, require_reply
 
 
 def checks(settings: Settings) -> Mapping[str, Callable[[], Awaitable[str]]]:

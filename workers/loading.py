@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 
 from bridge.errors import SettingsError, UsageError
 from bridge.process.extras import how_to_install
-from bridge.settings import Settings
+from bridge.settings import Settings, WorkerSettings
 from pgbridge import OURS
 from workers.handler import Handler, Options
 
@@ -60,15 +60,25 @@ def load_handler(place: str, worker: str, path: Sequence[Path] = ()) -> Handler:
 
 def load_options(settings: Settings, worker: str, model: type[OptionsT]) -> OptionsT:
     """The options of a worker whose handler takes those of this model. Raises UsageError where it does not, or there is
-    no such worker, and SettingsError as `load_handler` and for options that are wrong."""
+    no such worker, and SettingsError as `load_handler` and `require_reply`, and for options that are wrong."""
     own = settings.worker(worker)
-    options = load_handler(own.handler, worker, own.path).options_of(own.options, worker)
+    handler = load_handler(own.handler, worker, own.path)
+    options = handler.options_of(own.options, worker)
     if not isinstance(options, model):
         raise UsageError(
             f"this is for workers whose handler takes {model.__name__}, and {own.handler}, of the worker {worker!r}, "
             "does not"
         )
+    require_reply(worker, own, handler)
     return options
+
+
+def require_reply(name: str, settings: WorkerSettings, handler: Handler) -> None:
+    """Raises SettingsError where nothing would come of what the handler returns."""
+    if handler.needs_reply and settings.reply is None:
+        raise SettingsError(
+            f"workers.{name}.reply: is missing; {settings.handler} does nothing but return what the reply is to take"
+        )
 
 
 def packages_like_ours(folders: Sequence[Path]) -> Iterator[Path]:

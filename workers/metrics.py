@@ -51,10 +51,3 @@ DATABASE_UP = Gauge(
 BROKER_UP = Gauge(
     "pgbridge_worker_broker_up", "1 while the connection to the broker works", ["worker"], registry=REGISTRY
 )
-NOTICE_OUTCOMES: Final = ("received", "repeated", "refused", "failed")
-NOTICES = Counter(
-    "pgbridge_listener_notices_total",
-    "Webhooks of other systems by what became of them",
-    ["worker", "outcome"],
-    registry=REGISTRY,
-)

@@ -139,26 +139,26 @@ async def test_the_same_webhook_twenty_times_at_once_is_one_event(listening: Lis
     assert len(listening.recorded()) == 1
 
 
-@pytest.mark.parametrize(
-    ("body", "header", "why"),
-    [
-        (signed(SIGNED)[0], None, "there is no header Stripe-Signature"),
-        (*signed(SIGNED, secret="whsec_of_somebody_else"), "the signature is not good"),
-        (signed(SIGNED)[0] + b" ", signed(SIGNED)[1], "the signature is not good"),
-        (*signed(SIGNED, ago=400), "the signature is not good: Timestamp outside the tolerance zone"),
-        (signed(SIGNED)[0], "t=now,v1=00", "the signature is not good"),
-        (signed(SIGNED)[0], "", "the signature is not good"),
-        (*signed(b"[1]"), "the body is signed, but is not an event"),
-        (*signed(b'{"id": 1}'), "the body is signed, but is not an event"),
-        (*signed(b"{"), "the body is signed, but is not an event"),
-        (b"\xff", "t=1,v1=00", "the body is not UTF-8"),
-    ],
-    ids=["unsigned", "forged", "changed", "old", "nonsense", "empty", "list", "other", "broken", "binary"],
-)
-def test_what_stripe_did_not_sign_just_now_is_no_notice(body: bytes, header: str | None, why: str) -> None:
+def test_what_stripe_did_not_sign_just_now_is_no_notice() -> None:
+    body, header = signed(SIGNED)
     options = ListenOptions(address="127.0.0.1:1", secret=SecretStr(SECRET))
-    with pytest.raises(ValueError, match=why):
-        read_notice(body, header, options)
+    assert read_notice(body, header, options).id == "evt_1"
+    not_good = "the signature is not good"
+    no_event = "the body is signed, but is not an event"
+    for told, claimed, why in [
+        (body, None, "there is no header Stripe-Signature"),
+        (*signed(SIGNED, secret="whsec_of_somebody_else"), not_good),
+        (body + b" ", header, not_good),
+        (*signed(SIGNED, ago=400), f"{not_good}: Timestamp outside the tolerance zone"),
+        (body, "t=now,v1=00", not_good),
+        (body, "", not_good),
+        (*signed(b"[1]"), no_event),
+        (*signed(b'{"id": 1}'), no_event),
+        (*signed(b"{"), no_event),
+        (b"\xff", "t=1,v1=00", "the body is not UTF-8"),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            read_notice(told, claimed, options)
 
 
 def test_what_stripe_did_not_send_is_refused_and_recorded_nowhere(listening: Listening) -> None:

@@ -268,7 +268,9 @@ async def test_a_process_that_is_killed_before_the_broker_has_its_letter_lets_no
 async def test_keys_and_single_events_are_released(ledger: Ledger, bridge_database: str) -> None:
     ledger.refuse("a1", "b1")
     await ledger.start()
-    await ledger.publish("a1", "a2", "a3", "b1", "b2")
+    await ledger.publish("a1", "a2", "a3")
+    await asyncio.to_thread(ledger.processes[0].wait_for, "event.dead_lettered", count=3)
+    await ledger.publish("b1", "b2")
     await asyncio.to_thread(ledger.processes[0].wait_for, "event.dead_lettered", count=5)
     assert [key["events"] for key in await ledger.held()] == [3, 2]
     out, _ = await ledger.command("held", ledger.name, module="workers.cli")

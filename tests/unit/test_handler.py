@@ -17,7 +17,8 @@ from bridge.settings import WorkerSettings
 from tests.support.events import make_event
 from workers import Event, Options, Reject, handler
 from workers.attempt import backoff, retry_delays
-from workers.build import require_reply, subscription
+from workers.build import subscription
+from workers.loading import require_reply
 from workers.testing import arun
 
 EVENT = make_event(topic="shop.order.placed")

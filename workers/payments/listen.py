@@ -29,7 +29,7 @@ from bridge.process.terminal import config_option, exit_codes
 from bridge.settings import Settings, load
 from workers.handler import explain
 from workers.loading import load_options
-from workers.metrics import NOTICE_OUTCOMES, NOTICES, REGISTRY
+from workers.payments.metrics import NOTICES, OUTCOMES, REGISTRY
 from workers.payments.options import ListenOptions, PaymentOptions
 from workers.pool import Pool
 
@@ -98,7 +98,7 @@ class Listener:
         self._pool = Pool(settings.workers_postgres, f"pgbridge-listen {name}", size=_CONNECTIONS, limit=_LIMIT)
         self._database = Outage("postgres", wait_exponential_jitter(initial=0.2, max=5.0), worker=name)
         self._role = "starting"
-        for outcome in NOTICE_OUTCOMES:
+        for outcome in OUTCOMES:
             NOTICES.labels(name, outcome)
 
     async def run(self) -> None:
