@@ -2,13 +2,18 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from bridge.process.outage import Outage
 from workers.claim import Claim
 from workers.effects import Effect, Recorded
 from workers.inbox import Inbox
+
+_LONG: Final = 0.5
+"""Seconds that no statement of ours takes on a database that works."""
 
 
 class OutageError(Exception):
@@ -49,8 +54,11 @@ class Effects:
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
+        began = time.monotonic()
         try:
             yield
         except asyncio.CancelledError:
-            self.gave_up_in_outage = self.database.lasts
+            # An outage is known only once something has failed, and a wait for a connection may last longer than the
+            # handler may run.
+            self.gave_up_in_outage = self.database.lasts or time.monotonic() - began > _LONG
             raise

@@ -205,7 +205,8 @@ class Inbox:
         attempts = int(attempt or 0)
         if state == "claimed":
             return Claim(self.worker, event.event_id, token, attempts, event.key)
-        told = None if failure is None else Failure(**json.loads(failure), attempts=attempts)
+        # Where it does not tell its attempts, as older versions did not, they are those of the claim.
+        told = None if failure is None else Failure(**{"attempts": attempts, **json.loads(failure)})
         return NotNow(state, float(seconds or 0.0), told)
 
     async def finish(self, claim: Claim, result: Result) -> Literal["finished", "repeated"]:
@@ -230,7 +231,8 @@ class Inbox:
         Raises ClaimLostError, also where an earlier call was committed and its answer lost, and as `release`.
         """
         told = {"code": failure.code, "reason": failure.reason, "trace": failure.trace}
-        text = json.dumps({name: storable(value) for name, value in told.items()})
+        attempts = {"attempts": failure.attempts} if failure.attempts else {}
+        text = json.dumps({name: storable(value) for name, value in told.items()} | attempts)
         if not await self._given_up.ask(_GivenUp(claim, failure=text)):
             raise ClaimLostError
 

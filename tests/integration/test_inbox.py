@@ -365,6 +365,21 @@ async def test_pruning_takes_old_finished_events_in_chunks_and_leaves_the_rest(
     assert rows(bridge_database, "SELECT count(*) AS n FROM bridge.inbox") == [{"n": 6}]
 
 
+async def test_a_dead_letter_that_is_owed_tells_the_attempts_that_ran_and_not_the_claim_that_gave_up(
+    shop: PostgresSettings,
+) -> None:
+    """The claim after the last attempt, which died with its process, runs nothing and counts as none."""
+    event_id = str(uuid.uuid4())
+    async with opened(shop, None) as inbox:
+        claim = await claimed(inbox, event_id)
+        await inbox.release(claim, counted=6)
+        last = await claimed(inbox, event_id)
+        assert last.attempt == 7
+        given_up = Failure("attempts_exhausted", "the process died in each", attempts=6)
+        await inbox.fail(last, given_up)
+        assert await inbox.claim(event_id) == NotNow("failed", failure=given_up)
+
+
 async def test_a_replay_starts_afresh_although_nobody_heard_that_the_dead_letter_was_taken(
     shop: PostgresSettings, bridge_database: str
 ) -> None:

@@ -2,14 +2,18 @@
 
 import asyncio
 import time
+import uuid
+from typing import cast
 
 import pytest
 from psycopg.conninfo import make_conninfo
 from pydantic import SecretStr
 from structlog.testing import capture_logs
+from tenacity import wait_fixed
 
 from bridge.errors import BrokerUnavailableError, DatabaseUnavailableError, LoginError
 from bridge.event import Event
+from bridge.process.outage import Outage
 from bridge.settings import PostgresSettings
 from tests.support.events import make_event
 from tests.support.proxy import Proxy
@@ -17,6 +21,8 @@ from tests.support.scripted_queue import ScriptedQueue
 from tests.support.servers import PostgresServer
 from tests.support.until import until
 from tests.support.working import echo, replies, settings_of, working
+from workers.claim import Claim
+from workers.claimed_effects import Effects
 from workers.effects import effect
 from workers.handler import Result
 from workers.inbox import Inbox
@@ -133,6 +139,30 @@ async def test_a_stop_ends_in_time_although_the_database_is_silent(
             await until(lambda: bool(queue._in_hand))
             stopping = time.monotonic()
         assert time.monotonic() - stopping < 4
+
+
+async def test_a_wait_for_the_database_is_no_fault_of_the_handler_before_the_outage_is_known() -> None:
+    """Where the pool has no connection at that moment, the handler's time is up before the pool has given up."""
+
+    class Waiting:
+        """An inbox that gets no connection."""
+
+        async def begin_effect(self, *_: object) -> None:
+            await asyncio.Event().wait()
+
+    claim = Claim("payments", str(uuid.uuid4()), 1, 1)
+    effects = Effects(cast("Inbox", Waiting()), claim, Outage("database", wait_fixed(0.1)), declared=True)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1.0):
+            await effects.begin_effect("charge", None)
+    assert effects.gave_up_in_outage
+
+    # One that had nearly used up its time has itself to blame.
+    quick = Effects(cast("Inbox", Waiting()), claim, Outage("database", wait_fixed(0.1)), declared=True)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await quick.begin_effect("charge", None)
+    assert not quick.gave_up_in_outage
 
 
 async def test_a_handler_whose_time_is_up_while_it_waits_for_the_database_has_lost_no_attempt(
