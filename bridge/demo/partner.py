@@ -26,7 +26,7 @@ class Partner:
         """How often each webhook came, by its id."""
         self.refused = 0
         """Webhooks that nobody signed."""
-        self._http = ThreadingHTTPServer((LOOPBACK, free_port()), _handler(self))
+        self._http = _Server((LOOPBACK, free_port()), _handler(self))
         self._thread = threading.Thread(target=self._http.serve_forever, name="partner", daemon=True)
 
     @property
@@ -54,6 +54,11 @@ class Partner:
         wanted = hmac.new(key, f"{id}.{timestamp}.".encode() + body, hashlib.sha256).digest()
         good = f"v1,{base64.b64encode(wanted).decode()}"
         return any(hmac.compare_digest(good, each) for each in signatures.split())
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    """Connections that may wait to be accepted; the library's 5 are too few for a sender."""
 
 
 def _handler(partner: Partner) -> type[BaseHTTPRequestHandler]:

@@ -136,6 +136,9 @@ class FakeStripe:
 
 
 class _Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    """Connections that may wait to be accepted; with the 5 of the library some of twenty at once were reset."""
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that are killed end connections as they like; whatever else is wrong is shown."""
         if not isinstance(sys.exception(), ConnectionError):
