@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psycopg
 
-from bridge.brokers.contract import CONFIRMED
+from bridge.brokers.contract import CONFIRMED, Sink
 from bridge.brokers.registry import broker_of
 from bridge.event import Event
 from bridge.postgres.schema import migrate
@@ -168,9 +168,9 @@ async def _play(world: _World, report: Report, kills: int, database_kills: int) 
     _count(world, events, report)
 
 
-async def _publish(sink: object, events: Sequence[Event], deliveries: int) -> None:
+async def _publish(sink: Sink, events: Sequence[Event], deliveries: int) -> None:
     for _ in range(deliveries if events else 0):
-        outcomes = await sink.publish(events)  # type: ignore[attr-defined]
+        outcomes = await sink.publish(events)
         if list(outcomes) != [CONFIRMED] * len(events):
             raise RuntimeError(f"not confirmed: {outcomes}")
 

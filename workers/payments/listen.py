@@ -84,6 +84,8 @@ def listen(name: str, config: Path | None) -> None:
 
 
 class Answer(NamedTuple):
+    """What a request is told."""
+
     status: int
     what: str
     """For the people who read Stripe's dashboard."""
