@@ -1,20 +1,22 @@
 """Reading `bridge.outbox` page by page for one reader. Who leads, and what is stored when, is outbox.py's concern."""
 
 import asyncio
+import operator
+import re
 import time
 from collections.abc import Collection, Sequence
 from typing import Any, Final, NamedTuple
 
 import psycopg
 from psycopg.rows import TupleRow
-from psycopg.types.multirange import Multirange
-from psycopg.types.range import Range
+from psycopg.types.string import ByteaBinaryLoader
 
 from bridge.errors import DatabaseUnavailableError, NoAnswerError, SchemaError
 from bridge.event import Event, read_headers
 from bridge.postgres.connection import DSN_KEY, Connection, answered
-from bridge.sources.gaps import Gaps, Ranges
+from bridge.sources.gaps import MANY, Gaps, Ranges, Snapshot, all_joined
 
+_RANGE: Final = re.compile(r"\[(\d+),(\d+)\)")
 _SLOW: Final = 0.03
 """Seconds; a page of the usual size takes a third of that from a database nearby."""
 _GROWTH: Final = 4
@@ -24,6 +26,10 @@ _REST: Final = 3
 _SHORTEST_REST, _LONGEST_REST = 0.001, 0.005
 _LONG_REST: Final = 9
 """Times the duration of the last read, for a reader in no hurry: it leaves nine tenths of the session to the others."""
+_GAPS_AT_ONCE: Final = 5000
+"""Old gaps that one page looks into at most, each with an index scan: some ten milliseconds."""
+_LOOKED_EVERYWHERE, _SUSPECT_ENDED = 1, -1
+"""What `bridge.read_page` says of its look; anything else: there was no room."""
 
 
 class Position(NamedTuple):
@@ -31,6 +37,9 @@ class Position(NamedTuple):
 
     mark: int
     gaps: Ranges
+    """The recent ones."""
+    old_gaps: tuple[Ranges, ...] = ()
+    """In parts; one that has not changed since another position is the same object."""
 
 
 class Reader(NamedTuple):
@@ -82,7 +91,7 @@ class Look(NamedTuple):
     position: Position
     """Behind them."""
     xmin: int
-    """Of the snapshot that looked; 0, which closes none, if the page had no room to look into every gap."""
+    """Of the snapshot that looked; 0 unless it has looked at all there was to look at."""
     rows: int
     """The rows that were seen, taken or not."""
 
@@ -102,6 +111,8 @@ class LogReader:
     ) -> None:
         """A reader with a `pause` is in no hurry: it rests so many seconds when there is no full page to read."""
         self._connection = connection
+        # A payload comes as the bytes that it is on the wire.
+        connection.adapters.register_loader("varchar", ByteaBinaryLoader)
         # Events name where they come from: the database and the bridge.
         self._source = f"/{connection.info.dbname}/{name}"
         self._name = name
@@ -112,6 +123,8 @@ class LogReader:
         self._page_bytes = page_bytes if isinstance(page_bytes, PageBytes) else PageBytes(page_bytes)
         self._mark = 0
         self._gaps = Gaps()
+        self._stored_old: tuple[Ranges, ...] | None = None
+        """The parts of the old gaps that are stored apart; None: not known."""
         self._pause = pause
         self.rest = 0.0
         """Seconds to let pass before the next read while events are coming."""
@@ -121,39 +134,66 @@ class LogReader:
     def start(self, position: Position, horizon: int | None) -> None:
         """Goes on at a position; `horizon` is a transaction id taken after its gaps were found."""
         self._mark = position.mark
-        self._gaps = Gaps(position.gaps, horizon)
+        self._gaps = Gaps(all_joined([position.gaps, *position.old_gaps]), horizon)
+        self._stored_old = None
 
     async def read(self, most: int | None = None) -> Look:
-        """Looks once, at `most` rows at most."""
-        async with self._turn:
-            began = time.monotonic()
-            size = self._page_size if most is None else max(1, min(self._page_size, most))
-            page_bytes = self._page_bytes.now
-            place = (self._mark, multirange(self._gaps.all()), size, page_bytes, self._patterns, self._inverted)
-            try:
-                rows = await fetch_all(
-                    self._connection, "select * from bridge.read_page(%s, %s, %s, %s, %s, %s)", place
-                )
-            except NoAnswerError:
-                self._page_bytes.halve()
-                raise
-            summary = rows.pop()
-            xmin: int = summary[0]
-            ids = [row[0] for row in rows]
-            if summary[-1]:
-                ids = sorted(ids + summary[-1])
-            events = self._events(rows)
-            self._mark = self._gaps.saw(self._mark, ids)
-            self._gaps.looked(xmin)
-            full_of_rows = len(ids) >= size
-            full_of_bytes = not full_of_rows and sum([event.weight for event in events]) >= page_bytes
-            if full_of_bytes:
-                self._page_bytes.grow()
-            took = time.monotonic() - began
-            self._page_size = self._next_size(full_of_rows, took)
-            full = full_of_rows or full_of_bytes or not xmin
-            self.rest = self._next_rest(full, took)
-            return Look(events, Position(self._mark, self._gaps.all()), xmin, len(ids))
+        """Looks until there are rows, `most` of them at most, or nothing is left to look at."""
+        while True:
+            async with self._turn:
+                look = await self._look(most)
+            if look.rows or look.xmin:
+                return look
+
+    async def _look(self, most: int | None) -> Look:
+        """One page, of one snapshot."""
+        began = time.monotonic()
+        size = self._page_size if most is None else max(1, min(self._page_size, most))
+        page_bytes = self._page_bytes.now
+        due = self._gaps.due(_GAPS_AT_ONCE)
+        suspects = "{" + ",".join(map(str, self._gaps.suspects)) + "}"
+        place = (
+            self._mark, multirange(due.ranges), due.whole, suspects, size, page_bytes, self._patterns, self._inverted,
+        )  # fmt: skip
+        try:
+            rows = await fetch_all(
+                self._connection, "select * from bridge.read_page(%s, %s, %s, %s, %s, %s, %s, %s)", place
+            )
+        except NoAnswerError:
+            self._page_bytes.halve()
+            raise
+        looked, text, *_, passed = rows.pop()
+        snapshot = Snapshot.read(text)
+        if looked == _SUSPECT_ENDED:
+            self._gaps.ended(snapshot)
+            return Look([], self._position, 0, 0)
+        ids = [row[0] for row in rows]
+        if passed:
+            ids = sorted(ids + passed)
+        events = self._events(rows)
+        self._mark = self._gaps.saw(self._mark, ids)
+        everywhere = looked == _LOOKED_EVERYWHERE
+        if not everywhere:
+            self._gaps.looked(snapshot, below=ids[-1] + 1)
+        elif not due.whole:
+            self._gaps.looked(snapshot, below=due.ranges[-1][1])
+        else:
+            self._gaps.looked(snapshot)
+        if self._gaps.many_fresh:
+            self._gaps.set_horizon(await take_horizon(self._connection))
+        full_of_rows = len(ids) >= size
+        full_of_bytes = not full_of_rows and sum([event.weight for event in events]) >= page_bytes
+        if full_of_bytes:
+            self._page_bytes.grow()
+        took = time.monotonic() - began
+        self._page_size = self._next_size(full_of_rows, took)
+        complete = everywhere and due.whole
+        self.rest = self._next_rest(full_of_rows or full_of_bytes or not complete, took)
+        return Look(events, self._position, snapshot.xmin if complete else 0, len(ids))
+
+    @property
+    def _position(self) -> Position:
+        return Position(self._mark, self._gaps.recent, self._gaps.old)
 
     def _next_size(self, full: bool, seconds: float) -> int:
         """Over a long way each page costs two round trips, so while it is full and slow, the next one is larger."""
@@ -189,11 +229,23 @@ class LogReader:
         ids = None
         if held is not None:
             ids = [id_ for id_ in held if id_ <= position.mark]
+        # Small parts come and go; the large ones are written only when they change.
+        large = tuple([part for part in position.old_gaps if len(part) >= MANY])
+        small = [part for part in position.old_gaps if len(part) < MANY]
+        stored = self._stored_old
+        unchanged = stored is not None and len(stored) == len(large) and all(map(operator.is_, stored, large))
         async with self._turn:
             rows = await fetch_all(
                 self._connection,
-                "select bridge.store_cursor(%s, %s, %s, %s, %s)",
-                (self._name, self._sink, position.mark, multirange(position.gaps), ids),
+                "select bridge.store_cursor(%s, %s, %s, %s, %s, %s)",
+                (
+                    self._name,
+                    self._sink,
+                    position.mark,
+                    multirange(all_joined([position.gaps, *small])),
+                    None if unchanged else multirange(all_joined(large)),
+                    ids,
+                ),
             )
             ((horizon,),) = rows
             if horizon is None:
@@ -201,6 +253,7 @@ class LogReader:
                     f"{DSN_KEY}: somebody removed the position of the sink {self._sink!r} of the bridge "
                     f"{self._name!r} from bridge.cursor while it was in use"
                 )
+            self._stored_old = large
             self._gaps.set_horizon(horizon)
 
     async def close_gaps(self) -> None:
@@ -226,6 +279,11 @@ async def fetch_all(connection: Connection, query: str, values: tuple[Any, ...])
         return await cursor.fetchall()
 
 
-def multirange(ranges: Ranges) -> Multirange[int]:
-    """As the SQL functions take it."""
-    return Multirange([Range(low, high) for low, high in ranges])
+def multirange(ranges: Ranges) -> str:
+    """As the SQL functions take it: the text takes a tenth of the time of psycopg's Multirange."""
+    return "{" + ",".join([f"[{low},{high})" for low, high in ranges]) + "}"
+
+
+def read_multirange(text: str) -> Ranges:
+    """From PostgreSQL's text of a multirange."""
+    return tuple([(int(low), int(high)) for low, high in _RANGE.findall(text)])

@@ -21,7 +21,7 @@ from bridge.postgres.connection import DSN_KEY, Connection, answered, connect
 from bridge.settings import OutboxSettings, PostgresSettings
 from bridge.sources import DeadLetter, Page
 from bridge.sources.doorbell import Doorbell
-from bridge.sources.log import LogReader, PageBytes, Position, Reader, fetch_all, take_horizon
+from bridge.sources.log import LogReader, PageBytes, Position, Reader, fetch_all, read_multirange, take_horizon
 
 log = structlog.get_logger()
 
@@ -105,10 +105,10 @@ class OutboxSource:
         self.begins_held = 0
         """Events that the last leader held for this sink."""
 
-    def start(self, mark: int, gaps: Sequence[Any], horizon: int, held: int) -> None:
+    def start(self, mark: int, gaps: str, horizon: int, held: int) -> None:
         """Goes on where `bridge.begin_reading` says."""
         self.begins_held = held
-        self._log.start(Position(mark, tuple((gap.lower, gap.upper) for gap in gaps)), horizon)
+        self._log.start(Position(mark, read_multirange(gaps)), horizon)
 
     async def read(self, most: int) -> Page:
         """The next page; sleeps until the doorbell rings while there is none. Raises DatabaseUnavailableError."""

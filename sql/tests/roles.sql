@@ -91,7 +91,7 @@ select pg_temp.may('bridge_operator', 'select bridge.' || call || ' from (select
   'rotate_secret(id)', 'disable_endpoint(id)', 'enable_endpoint(id)', 'recover_endpoint(id, now())', 'endpoint_deliveries(id)', 'remove_endpoint(id)']) call;
 select pg_temp.may('bridge_operator', 'select from bridge.outbox, bridge.cursor, bridge.bell, bridge.dead_letter, bridge.migration, bridge.inbox');
 select pg_temp.may('bridge_operator', 'select bridge.end_dead_letters(''{1}'', ''discarded'', ''me'', ''why'')');
-select pg_temp.may('bridge_operator', 'select from bridge.status(), bridge.guards(), bridge.read_page(0, ''{}'', 1, 1, null, false)');
+select pg_temp.may('bridge_operator', 'select from bridge.status(), bridge.guards(), bridge.read_page(0, ''{}'', true, ''{}'', 1, 1, null, false)');
 select pg_temp.may('bridge_operator', 'select bridge.release_held(''w'', ''k'', null, ''me'')');
 select pg_temp.may('bridge_operator', 'select from bridge.held');
 select pg_temp.may_not('bridge_operator', 'delete from bridge.held');

@@ -1,7 +1,7 @@
 """The reader's promise under every way in which ids and commits can fall apart: on a real server, from printed seeds.
 
-PGBRIDGE_STRESS_SEEDS ("1,2,3") and PGBRIDGE_STRESS_SECONDS ask for more. PGBRIDGE_STRESS_HAZARD=1 or 2 puts one of the
-two known hazards back into the database, which must make this test fail.
+PGBRIDGE_STRESS_SEEDS ("1,2,3") and PGBRIDGE_STRESS_SECONDS ask for more. PGBRIDGE_STRESS_HAZARD=1, 2 or 3 puts one of the
+known hazards back into the database, which must make this test fail; 3 concerns the load "held".
 """
 
 import asyncio
@@ -19,7 +19,8 @@ from psycopg import AsyncConnection
 from bridge.event import Event
 from bridge.postgres.connection import connect
 from bridge.settings import OutboxSettings, PostgresSettings
-from bridge.sources import Page
+from bridge.sources import Page, gaps
+from bridge.sources import log as reading
 from bridge.sources.doorbell import Doorbell
 from bridge.sources.outbox import Outbox, OutboxSource
 from tests.support.outbox import READERS
@@ -41,6 +42,7 @@ class Writers:
     def __init__(self, dsn: str, seed: int, load: str) -> None:
         self.dsn = dsn
         self.bulk = load == "bulk"
+        self.holding = 4 if load == "held" else 0
         # Few sessions that often pause: long moments in which nothing of a higher transaction id has completed.
         self.count, self.pausing = (4, 0.8) if load == "calm" else (WRITERS, 0.3)
         self.random = random.Random(seed)
@@ -55,6 +57,10 @@ class Writers:
                 tasks.create_task(self._bulk())
             for number in range(self.count):
                 tasks.create_task(self._write(number))
+            for number in range(self.holding):
+                tasks.create_task(self._hold(number))
+            if self.holding:
+                tasks.create_task(self._hold_throughout())
 
     async def _bulk(self) -> None:
         """Many rows, whose ids lie among everybody's, and which appear all at once and late."""
@@ -65,6 +71,32 @@ class Writers:
             )
             await asyncio.sleep(0.5)
         self.committed["bulk"] += BULK
+
+    async def _hold(self, number: int) -> None:
+        """Transactions that stay open for longer than a gap stays young, and keep others of their key waiting."""
+        own_key, own_number = f"holder-{number}", 0
+        async with await AsyncConnection.connect(self.dsn, autocommit=True) as connection:
+            while asyncio.get_running_loop().time() < self.until:
+                key = f"key-{self.random.randrange(KEYS)}"
+                commits = self.random.random() < 0.6
+                async with connection.transaction() as transaction:
+                    await self._emit(connection, key, await self._next_number(connection, key))
+                    await self._emit(connection, own_key, own_number + 1)
+                    await asyncio.sleep(self.random.uniform(0.05, 0.6))
+                    await self._emit(connection, own_key, own_number + 2)
+                    if not commits:
+                        raise psycopg.Rollback(transaction)
+                if commits:
+                    own_number += 2
+                    self.committed.update([own_key, own_key, key])
+
+    async def _hold_throughout(self) -> None:
+        """Open from the beginning to the end: every gap of the others may be its own."""
+        async with await AsyncConnection.connect(self.dsn) as connection:
+            while asyncio.get_running_loop().time() < self.until:
+                await self._emit(connection, "throughout", self.committed["throughout"] + 1)
+                self.committed["throughout"] += 1
+                await asyncio.sleep(self.random.uniform(0, 0.1))
 
     async def _write(self, number: int) -> None:
         kinds: list[Callable[[Connection, str], Awaitable[bool]]]
@@ -207,12 +239,25 @@ async def _put_hazard_back(connection: Connection) -> None:
             create or replace function bridge.take_horizon() returns bigint language sql as
             $$ select pg_snapshot_xmax(pg_current_snapshot())::text::bigint $$;
             create or replace function bridge.store_cursor(bridge_name text, sink_name text, settled_mark bigint,
-                                                           settled_gaps int8multirange, now_held bigint[])
+                                                           settled_gaps int8multirange, settled_old int8multirange,
+                                                           now_held bigint[])
             returns bigint language sql as $$
                 update bridge.cursor set mark = settled_mark, gaps = settled_gaps,
+                    old_gaps = coalesce(settled_old, old_gaps),
                     horizon = pg_snapshot_xmax(pg_current_snapshot()) where name = bridge_name and sink = sink_name
                 returning horizon::text::bigint $$;
         """)
+    elif HAZARD == "3":
+        cursor = await connection.execute(
+            "select pg_get_functiondef(oid) from pg_proc where pronamespace = 'bridge'::regnamespace "
+            "and proname = 'read_page'"
+        )
+        row = await cursor.fetchone()
+        assert row is not None
+        # As if no suspect ended before the youngest of them has.
+        deaf = row[0].replace("pg_visible_in_snapshot(suspect, seen)", "pg_snapshot_xmin(seen) > suspect")
+        assert deaf != row[0]
+        await connection.execute(deaf)
 
 
 def _problems(settled: list[Event], committed: Counter[str]) -> list[str]:
@@ -230,25 +275,31 @@ def _problems(settled: list[Event], committed: Counter[str]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("load", ["calm", "busy", "bulk"])
+@pytest.mark.parametrize("load", ["calm", "busy", "bulk", "held"])
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_nothing_is_missing_nothing_comes_twice_and_every_key_keeps_its_order(
-    bridge_database: str, seed: int, load: str
+    bridge_database: str, seed: int, load: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     print(f"seed {seed}")
+    if load == "held":
+        # All that happens to hundreds of thousands of gaps within minutes happens to these few.
+        monkeypatch.setattr(gaps, "OLD_AFTER", 0.1)
+        monkeypatch.setattr(gaps, "MANY", 20)
+        monkeypatch.setattr(reading, "MANY", 20)
+        monkeypatch.setattr(reading, "_GAPS_AT_ONCE", 15)
     async with await connect(PostgresSettings.model_validate({"dsn": bridge_database}), "stress set-up") as connection:
         await connection.execute("create table account (key text primary key, n int not null)")
         await connection.execute("insert into account select 'key-' || k, 0 from generate_series(0, %s) k", (KEYS - 1,))
         await _put_hazard_back(connection)
     writers, reader = Writers(bridge_database, seed, load), Reader(bridge_database, seed)
-    reading = asyncio.create_task(reader.run())
+    task = asyncio.create_task(reader.run())
     await writers.run()
     total = writers.committed.total()
 
     # What is missing by then is told below, key by key.
     with contextlib.suppress(AssertionError):
-        await until(lambda: len(reader.settled) >= total or reading.done())
-    reading.cancel()
-    await asyncio.wait([reading])
+        await until(lambda: len(reader.settled) >= total or task.done())
+    task.cancel()
+    await asyncio.wait([task])
     print(f"seed {seed}: {total} events of {len(writers.committed)} keys, {reader.restarts} restarts of the reader")
     assert not _problems(reader.settled, writers.committed)
