@@ -49,9 +49,11 @@ async def test_nothing_goes_that_some_sink_has_not_settled_or_holds(bridge_datab
     await execute(bridge_database, OLD)
     await execute(bridge_database, CURSOR, "one", 20, "{}")
     await execute(bridge_database, CURSOR.replace("'events'", "'other'"), "one", 10, "{}")
-    await execute(bridge_database, "update bridge.cursor set held = '{[3,4),[7,9)}' where sink = 'other'")
-    assert await pruned(bridge_database) == (7, 2)
-    assert await ids(bridge_database) == [3, 7, 8, *range(11, 21)]
+    await execute(
+        bridge_database, "update bridge.cursor set held = '{[3,4),[7,9)}', old_gaps = '{[5,6)}' where sink = 'other'"
+    )
+    assert await pruned(bridge_database) == (6, 2)
+    assert await ids(bridge_database) == [3, 5, 7, 8, *range(11, 21)]
 
 
 async def test_without_any_bridge_nothing_goes(bridge_database: str) -> None:

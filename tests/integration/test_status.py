@@ -50,9 +50,9 @@ async def test_status_shows_what_waits_and_what_endangers_the_log(
     config = str(Daemon(tmp_path, settings(bridge_database, messages, '[outbox]\nretention = "1h"')).config)
     await execute(
         bridge_database,
-        "insert into bridge.cursor (name, sink, mark, gaps, held, horizon, system_identifier, patterns) values"
-        " ('forgotten', 'a', 5, '{[2,4)}', '{[5,6)}', '3', 1, '{#}'), ('test', 'b', 7, '{}', '{}', '3', 1, '{#}'),"
-        " ('test', 'c', 7, '{}', '{}', '3', 1, '{nothing.#}')",
+        "insert into bridge.cursor (name, sink, mark, gaps, old_gaps, held, horizon, system_identifier, patterns)"
+        " values ('forgotten', 'a', 5, '{[3,4)}', '{[2,3)}', '{[5,6)}', '3', 1, '{#}'),"
+        " ('test', 'b', 7, '{}', '{}', '{}', '3', 1, '{#}'), ('test', 'c', 7, '{}', '{}', '{}', '3', 1, '{nothing.#}')",
     )
     await execute(bridge_database, "select bridge.emit('a', 'x') from generate_series(1, 9)")
     await execute(bridge_database, "update bridge.outbox set created_at = now() - interval '2 hours' where id = 2")
