@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.bridge import Drained, Sample
+from tests.bench.bridge import Drained, Sample, between
 from tests.bench.latency import percentile
 from tests.bench.peers.frames import Confirms
+from tests.bench.processor import Look, microseconds
 from tests.bench.registry import selected
 from tests.bench.results import Interleaved, Row, as_json, at_least, at_most, faster, number, table, within, write_json
-from tests.bench.rounds import interleave
-from tests.bench.scale import between
-from tests.bench.workers import AIO_PIKA, FASTSTREAM, VARIANTS, Look, beside, microseconds, rows
+from tests.bench.rounds import Plan, interleave
+from tests.bench.workers import AIO_PIKA, FASTSTREAM, VARIANTS, beside, rows
 from tests.bench.world import payloads
 
 
@@ -75,7 +75,8 @@ def test_contenders_take_turns_and_one_that_fails_leaves_the_others_alone() -> N
         return float(len(order))
 
     found = interleave(
-        3, {"ours": lambda: contender("a"), "broken": lambda: contender("b", True), "peer": lambda: contender("c")}
+        Plan(3),
+        {"ours": lambda: contender("a"), "broken": lambda: contender("b", True), "peer": lambda: contender("c")},
     )
     assert order == ["a", "b", "c", "c", "a", "c", "a"]
     assert len(found.values["ours"]) == len(found.values["peer"]) == 3
