@@ -9,7 +9,7 @@ whoever asked. A server that the benchmark has not started, as PUBSUB_EMULATOR_H
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,8 +32,10 @@ class Reading(NamedTuple):
     busy: int
     """In processes, whoever's."""
     ours: int
-    """In our processes, those that have ended included, and in the kernel's own threads."""
+    """In our processes, those that have ended included."""
     stolen: int
+    kernel: Mapping[int, int]
+    """In each of the kernel's own threads, by pid. They come and go, and what they have done goes with them."""
 
 
 class Disturbance(NamedTuple):
@@ -52,7 +54,8 @@ Look = Callable[[], Reading]
 def disturbance(before: Reading, after: Reading) -> Disturbance | None:
     """What happened between two readings; None when the machine was quiet."""
     total = after.total - before.total
-    foreign = max(0, after.busy - before.busy - (after.ours - before.ours))
+    kernel = sum(max(0, ticks - before.kernel.get(pid, 0)) for pid, ticks in after.kernel.items())
+    foreign = max(0, after.busy - before.busy - (after.ours - before.ours) - kernel)
     stolen = after.stolen - before.stolen
     too_much = (
         foreign > max(FOREIGN_AT_MOST * total, COUNTING_ERROR),
@@ -63,17 +66,17 @@ def disturbance(before: Reading, after: Reading) -> Disturbance | None:
 
 def read() -> Reading:
     """As it is now."""
-    ours = _ours()
+    ours, kernel = _processes()
     # user nice system idle iowait irq softirq steal, see proc(5); what guests take is in user.
     fields = [int(field) for field in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
-    return Reading(total=sum(fields), busy=sum(fields[:3]), ours=ours, stolen=fields[7])
+    return Reading(total=sum(fields), busy=sum(fields[:3]), ours=ours, stolen=fields[7], kernel=kernel)
 
 
-def _ours() -> int:
-    """The ticks of this process and all that it started, and of the kernel's threads."""
+def _processes() -> tuple[int, dict[int, int]]:
+    """The ticks of this process and all that it started, and those of each of the kernel's threads."""
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
-    kernel = 0
+    kernel: dict[int, int] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
@@ -85,14 +88,14 @@ def _ours() -> int:
         # utime, stime, and cutime, cstime of the children that ended: so nothing of ours is lost, or counted twice.
         own = sum(int(field) for field in fields[11:15])
         if int(fields[6]) & _KERNEL_THREAD:
-            kernel += own
+            kernel[int(entry)] = own
         else:
             parents[int(entry)], ticks[int(entry)] = int(fields[1]), own
-    found, generation = 0, {os.getpid()}
+    ours, generation = 0, {os.getpid()}
     while generation:
-        found += sum(ticks[pid] for pid in generation if pid in ticks)
+        ours += sum(ticks.get(pid, 0) for pid in generation)
         generation = {pid for pid, parent in parents.items() if parent in generation}
-    return found + kernel
+    return ours, kernel
 
 
 def at_rest(look: Look = read, seconds: float = 1.0) -> str:

@@ -121,7 +121,9 @@ def table(rows: Sequence[Row]) -> str:
     ]
     # The whole text is in the JSON; of a stack trace, the last line says what happened.
     notes = [f"FAILED {row.row}: {row.error.strip().splitlines()[-1]}" for row in rows if row.error]
-    notes += [f"not quiet: {row.row}: {row.not_quiet}" for row in rows if row.not_quiet]
+    # Rows that share their rounds share one line.
+    told = dict.fromkeys(row.not_quiet for row in rows if row.not_quiet)
+    notes += [f"not quiet: {why}: {', '.join(row.row for row in rows if row.not_quiet == why)}" for why in told]
     return "\n".join([*body, *(["", *notes] if notes else [])])
 
 
