@@ -14,7 +14,7 @@ import psycopg
 
 from tests.bench.bridge import alone, beside_other, between, daemon, stop, versions, watch
 from tests.bench.handlers import RECORD
-from tests.bench.latency import Consumer, consuming, percentile
+from tests.bench.latency import consuming, percentile
 from tests.bench.processor import processor_time
 from tests.bench.rabbit import other_queue, quorum_queue
 from tests.bench.registry import theme
@@ -97,7 +97,7 @@ def carry(world: World, log: Log, published: int, python: Path | None = None) ->
             committed = emit_fresh(connection)
             share = (processor_time(process.process.pid) - before) / (time.monotonic() - began) * 100
             consumer.wait_for(FRESH)
-            ways = on_the_way(consumer, committed)
+            ways = on_the_way(consumer.records, committed)
         stop(process)
     return Carried(1 / between(samples, log.first, log.last)[0], percentile(ways, 0.5), share)
 
@@ -112,10 +112,10 @@ def emit_fresh(connection: psycopg.Connection[tuple[object, ...]]) -> dict[int, 
     return committed
 
 
-def on_the_way(consumer: Consumer, committed: dict[int, float]) -> list[float]:
+def on_the_way(records: Path, committed: dict[int, float]) -> list[float]:
     """Milliseconds from each event's commit to its arrival."""
-    records = RECORD.iter_unpack(consumer.records.read_bytes())
-    return [(arrived - committed[number]) * 1000 for _, arrived, _, number in records]
+    found = RECORD.iter_unpack(records.read_bytes())
+    return [(arrived - committed[number]) * 1000 for _, arrived, _, number in found]
 
 
 @theme("gaps")
