@@ -9,7 +9,7 @@ whoever asked. A server that the benchmark has not started, as PUBSUB_EMULATOR_H
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +46,11 @@ class Disturbance(NamedTuple):
 
     def __str__(self) -> str:
         return f"other programs {self.foreign:.0%}, steal {self.steal:.0%}"
+
+
+def worst(disturbances: Sequence[Disturbance]) -> Disturbance:
+    """The most of each kind."""
+    return Disturbance(max(one.foreign for one in disturbances), max(one.steal for one in disturbances))
 
 
 Look = Callable[[], Reading]

@@ -50,7 +50,7 @@ def take_turns(plan: Plan, contenders: Mapping[str, Callable[[], T]], shown: Cal
         turn = number % len(names)
         number += 1
         measured: dict[str, T] = {}
-        disturbances: list[str] = []
+        disturbances: list[quiet.Disturbance] = []
         for name in names[turn:] + names[:turn]:
             if name in errors:
                 continue
@@ -64,7 +64,7 @@ def take_turns(plan: Plan, contenders: Mapping[str, Callable[[], T]], shown: Cal
             say(f"    round {number}: {name}: {shown(measured[name]):,.2f} ({time.monotonic() - began:.1f} s)")
             found = quiet.disturbance(before, plan.look())
             if found is not None:
-                disturbances.append(f"{name}: {found}")
+                disturbances.append(found)
                 say(f"    round {number}: {name}: the machine was not quiet: {found}")
         if disturbances and repeats:
             say(f"    round {number} is repeated; {repeats - 1} repeats are left")
@@ -72,7 +72,7 @@ def take_turns(plan: Plan, contenders: Mapping[str, Callable[[], T]], shown: Cal
             number -= 1
             continue
         if disturbances:
-            disturbed.append(f"round {number} ({'; '.join(disturbances)})")
+            disturbed.append(f"round {number} ({quiet.worst(disturbances)})")
         for name, value in measured.items():
             values[name].append(value)
     return Interleaved(values, errors, ", ".join(disturbed))

@@ -92,13 +92,18 @@ def test_beyond_the_last_repeat_a_round_counts_and_its_rows_say_so() -> None:
     look = readings(0.5, 0.4, 0.3, 0.0)
     found = interleave(Plan(3, repeats=1, look=look), {"ours": counted()})
     assert found.values == {"ours": [2.0, 3.0, 4.0]}
-    told = "round 1 (ours: other programs 40%, steal 0%), round 2 (ours: other programs 30%, steal 0%)"
+    told = "round 1 (other programs 40%, steal 0%), round 2 (other programs 30%, steal 0%)"
     row = found.row("r", "ms")
     assert row.not_quiet == found.each(lambda value: -value).not_quiet == told
     assert as_json(row)["not_quiet"] == told
     other = found.row("s", "ms")
     assert table([row, other, Row("t", "ms", [1.0])]).splitlines()[-1] == f"not quiet: {told}: r, s"
     assert as_json(Row("t", "ms", [1.0]))["not_quiet"] is None
+
+
+def test_a_round_is_told_with_the_worst_that_its_contenders_met() -> None:
+    found = interleave(Plan(1, look=readings(0.1, 0.6, 0.0)), {name: counted() for name in ("a", "b", "c")})
+    assert found.not_quiet == "round 1 (other programs 60%, steal 0%)"
 
 
 def test_without_repeats_a_disturbed_round_counts_at_once() -> None:
