@@ -5,20 +5,20 @@ backlog that stands above many gaps, and then single events.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import psycopg
 
-from tests.bench.bridge import alone, beside_other, between, daemon, stop, versions, watch
+from tests.bench.bridge import beside_other, between, daemon, stop, versions, watch
 from tests.bench.handlers import RECORD
 from tests.bench.latency import consuming, percentile
 from tests.bench.processor import processor_time
 from tests.bench.rabbit import other_queue, quorum_queue
 from tests.bench.registry import theme
-from tests.bench.results import Row, at_least, at_most
+from tests.bench.results import Interleaved, Row, Target, at_least, at_most
 from tests.bench.rounds import take_turns
 from tests.bench.world import TOPIC, Log, World, append
 
@@ -64,15 +64,28 @@ class Carried(NamedTuple):
 def under_writer(world: World, gaps: int, events: int, python: Path | None) -> Iterator[Log]:
     """A backlog above as many gaps as events that were committed between them, all newer than a writer that is open as
     long as the block runs."""
+    with database(world, python) as dsn, psycopg.connect(dsn) as writer:
+        writer.execute(OPEN)
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            connection.execute(ROLL_BACK.format(gaps=gaps))
+        yield append(dsn, events, 200, 1, 1000)
+        writer.rollback()
+
+
+@contextmanager
+def without_gaps(world: World, below: int, events: int) -> Iterator[Log]:
+    """The same backlog above so many events without gaps, and no writer."""
+    with database(world, None) as dsn:
+        append(dsn, below, 200, 1, 1000)
+        yield append(dsn, events, 200, 1, 1000)
+
+
+@contextmanager
+def database(world: World, python: Path | None) -> Iterator[str]:
+    """One of its own, since what is emitted one by one stays in the log; it goes with the block."""
     name = world.unique("gaps")
-    dsn = world.database(python, name)
     try:
-        with psycopg.connect(dsn) as writer:
-            writer.execute(OPEN)
-            with psycopg.connect(dsn, autocommit=True) as connection:
-                connection.execute(ROLL_BACK.format(gaps=gaps))
-            yield append(dsn, events, 200, 1, 1000)
-            writer.rollback()
+        yield world.database(python, name)
     finally:
         world.postgres.drop_database(name)
 
@@ -122,23 +135,25 @@ def on_the_way(records: Path, committed: dict[int, float]) -> list[float]:
 def gaps(world: World) -> Sequence[Row]:
     """Beside the same events without gaps and without a writer: the first of them stand where the gaps were."""
     count, events = (5_000, 20_000) if world.quick else (200_000, 100_000)
-    plain = world.log(count + events)
-    above = Log(plain.dsn, events, plain.first + count, plain.last, plain.size, plain.topics, plain.keys)
 
     def with_gaps(python: Path | None) -> Carried:
         with under_writer(world, count, events, python) as log:
             return carry(world, log, count + events, python)
 
-    contenders: dict[str, Callable[[], Carried]] = {
-        **versions(world, with_gaps),
-        NO_GAPS: lambda: carry(world, above, count + events),
-    }
-    found = take_turns(world.rounds, contenders, lambda one: one.rate)
+    def with_none() -> Carried:
+        with without_gaps(world, count, events) as log:
+            return carry(world, log, count + events)
+
+    found = take_turns(world.rounds, {**versions(world, with_gaps), NO_GAPS: with_none}, lambda one: one.rate)
     rates, fresh = found.each(lambda one: one.rate), found.each(lambda one: one.fresh)
-    title = f"gaps: {count} under an open writer"
-    return [
-        *beside_other(rates, f"{title}, the other version", "events/s"),
-        rates.row(title, "events/s", NO_GAPS, at_least(0.8)),
-        alone(fresh, "gaps: fresh event, commit to consumer, p50", "ms", at_most(50)),
-        alone(found.each(lambda one: one.share), "gaps: processor time at 10 events/s", "% of a core"),
+    title, share = f"gaps: {count} under an open writer", found.each(lambda one: one.share)
+    rows = [
+        (rates, title, "events/s", at_least(0.8)),
+        (fresh, "gaps: fresh event, commit to consumer, p50", "ms", at_most(50)),
+        (share, "gaps: processor time at 10 events/s", "% of a core", None),
     ]
+    return [row for kind in rows for row in _rows(*kind)]
+
+
+def _rows(found: Interleaved[float], row: str, unit: str, target: Target | None) -> list[Row]:
+    return [*beside_other(found, f"{row}, the other version", unit), found.row(row, unit, NO_GAPS, target)]

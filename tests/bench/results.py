@@ -123,7 +123,7 @@ def table(rows: Sequence[Row]) -> str:
     notes = [f"FAILED {row.row}: {row.error.strip().splitlines()[-1]}" for row in rows if row.error]
     # Rows that share their rounds share one line.
     told = dict.fromkeys(row.not_quiet for row in rows if row.not_quiet)
-    notes += [f"not quiet: {why}: {', '.join(row.row for row in rows if row.not_quiet == why)}" for why in told]
+    notes += [f"not quiet: {why}: {'; '.join(row.row for row in rows if row.not_quiet == why)}" for why in told]
     return "\n".join([*body, *(["", *notes] if notes else [])])
 
 

@@ -97,7 +97,7 @@ def test_beyond_the_last_repeat_a_round_counts_and_its_rows_say_so() -> None:
     assert row.not_quiet == found.each(lambda value: -value).not_quiet == told
     assert as_json(row)["not_quiet"] == told
     other = found.row("s", "ms")
-    assert table([row, other, Row("t", "ms", [1.0])]).splitlines()[-1] == f"not quiet: {told}: r, s"
+    assert table([row, other, Row("t", "ms", [1.0])]).splitlines()[-1] == f"not quiet: {told}: r; s"
     assert as_json(Row("t", "ms", [1.0]))["not_quiet"] is None
 
 
