@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOREIGN_AT_MOST = 0.05
-"""Other programs' share of all processors' time. An idle machine with our servers at full rate shows 0 to 0.02."""
+"""Other programs' share of all processors' time. With nothing but us at full rate 0.00 is seen; the two ways to count,
+by ticks and by processes, differ by up to 0.03, to the quiet side, since a process's time may hold interrupts."""
 STEAL_AT_MOST = 0.05
 """The share that other machines on the host may take."""
 COUNTING_ERROR = 10

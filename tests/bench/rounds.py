@@ -45,10 +45,9 @@ def take_turns(plan: Plan, contenders: Mapping[str, Callable[[], T]], shown: Cal
     errors: dict[str, str] = {}
     disturbed: list[str] = []
     names = list(contenders)
-    repeats, number = plan.repeats, 0
-    while number < plan.rounds:
-        turn = number % len(names)
-        number += 1
+    repeats, done = plan.repeats, 0
+    while done < plan.rounds:
+        turn, number = done % len(names), done + 1
         measured: dict[str, T] = {}
         disturbances: list[quiet.Disturbance] = []
         for name in names[turn:] + names[:turn]:
@@ -56,23 +55,25 @@ def take_turns(plan: Plan, contenders: Mapping[str, Callable[[], T]], shown: Cal
                 continue
             began, before = time.monotonic(), plan.look()
             try:
-                measured[name] = contenders[name]()
+                value = contenders[name]()
+                told = shown(value)
             except Exception as error:  # noqa: BLE001 - told in the table; one failure must not cost the other rows
                 errors[name] = f"{type(error).__name__}: {error}"
                 say(f"    {name}: FAILED {errors[name]}")
                 continue
-            say(f"    round {number}: {name}: {shown(measured[name]):,.2f} ({time.monotonic() - began:.1f} s)")
+            measured[name] = value
+            say(f"    round {number}: {name}: {told:,.2f} ({time.monotonic() - began:.1f} s)")
             found = quiet.disturbance(before, plan.look())
             if found is not None:
                 disturbances.append(found)
                 say(f"    round {number}: {name}: the machine was not quiet: {found}")
         if disturbances and repeats:
-            say(f"    round {number} is repeated; {repeats - 1} repeats are left")
             repeats -= 1
-            number -= 1
+            say(f"    round {number} is repeated; {repeats} repeats are left")
             continue
         if disturbances:
             disturbed.append(f"round {number} ({quiet.worst(disturbances)})")
         for name, value in measured.items():
             values[name].append(value)
+        done += 1
     return Interleaved(values, errors, ", ".join(disturbed))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 
 from tests.bench import quiet
+from tests.bench.latency import percentile
 from tests.bench.quiet import Disturbance, Reading, disturbance
 from tests.bench.results import Row, as_json, table
 from tests.bench.rounds import Plan, interleave, take_turns
@@ -137,6 +138,19 @@ def test_contenders_may_measure_several_things_at_once() -> None:
     found = take_turns(Plan(2, look=readings(0, 0)), {"ours": both}, lambda pair: pair[0])
     assert found.each(lambda pair: pair[0]).row("r", "ms").ours == [3.0, 3.0]
     assert found.each(lambda pair: pair[1]).row("r", "ms").ours == [4.0, 4.0]
+
+
+def test_a_measurement_without_its_value_is_a_failure_of_its_contender() -> None:
+    def nothing() -> list[float]:
+        return []
+
+    def shown(values: list[float]) -> float:
+        return percentile(values, 0.5)
+
+    looks = readings(0, 0, 0)
+    found = take_turns(Plan(2, look=looks), {"ours": nothing, "peer": lambda: [2.0]}, shown)
+    assert found.errors == {"ours": "ValueError: no event arrived"}
+    assert found.values == {"ours": [], "peer": [[2.0], [2.0]]}
 
 
 @pytest.mark.parametrize(
