@@ -30,7 +30,7 @@ format: $(STAMP) ## Formats the code.
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-bench: $(STAMP) servers ## Measures every row of docs/performance.md beside its peers (QUICK=1: under 2 minutes).
+bench: $(STAMP) servers ## Measures every row of docs/performance.md beside its peers (QUICK=1: some 3 minutes).
 	$(VENV)/bin/python -m tests.bench $(if $(QUICK),--quick)
 
 faults: $(STAMP) servers ## Breaks everything under load, and counts what was lost (FAULTS=100 for each of 3 seeds, SEED=, ON=rabbitmq|nats|pubsub).

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import click
 
-from tests.bench import brokers, latency, ordered, relay, scale, sql, trouble, webhooks, workers
+from tests.bench import brokers, gaps, latency, ordered, relay, scale, sql, trickle, trouble, webhooks, workers
+from tests.bench.quiet import at_rest
 from tests.bench.registry import ORDER, measure, selected
 from tests.bench.results import Row, table, write_json
-from tests.bench.rounds import say
+from tests.bench.rounds import Plan, say
 from tests.bench.world import World
 
-REGISTERED = (relay, brokers, sql, workers, ordered, latency, scale, trouble, webhooks)
+REGISTERED = (relay, brokers, sql, workers, ordered, latency, trickle, scale, gaps, trouble, webhooks)
 """Importing these modules registers their themes."""
 
 OUTPUT = Path("build/bench.json")
@@ -30,7 +31,7 @@ OUTPUT = Path("build/bench.json")
     "--beside",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="PYTHON",
-    help="The interpreter of another checkout's environment, whose bridge takes part in rows rabbitmq and nats.",
+    help="The interpreter of another checkout's environment, whose bridge takes part in the rows of bridges.",
 )
 @click.option("--list", "list_only", is_flag=True, help="Lists the themes and ends.")
 @click.argument("more", nargs=-1, metavar="[ROW ...]")
@@ -55,7 +56,11 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     rows: list[Row] = []
-    with World(quick=quick, rounds=rounds or (1 if quick else 5), beside=beside) as world:
+    if rest := at_rest():
+        say(f"the machine is not quiet: {rest}")
+    rounds = rounds or (1 if quick else 5)
+    plan = Plan(rounds, repeats=0 if quick else rounds)
+    with World(quick=quick, rounds=plan, beside=beside) as world:
         for name in names:
             rows += measure(name, world)
             write_json(rows, output)

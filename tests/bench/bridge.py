@@ -2,15 +2,21 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import psycopg
 
+from tests.bench.processor import processor_time
+from tests.bench.results import Interleaved, Row, Target
 from tests.bench.world import TOPIC, Log, World
 from tests.support.daemons import Daemon
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +29,18 @@ class Sample:
     """When that was stored, by the database's clock, in seconds."""
     cpu: float
     """Seconds of processor time that the daemon has used."""
+
+
+def between(samples: Sequence[Sample], first: int, last: int) -> tuple[float, float]:
+    """Seconds and processor seconds that an event took between two ids, as near as samples lie.
+
+    Raises ValueError when fewer than two samples do.
+    """
+    part = [sample for sample in samples if first <= sample.mark <= last]
+    if len(part) < 2:
+        raise ValueError(f"only {len(part)} samples lie between the ids {first} and {last}")
+    events = part[-1].mark - part[0].mark
+    return (part[-1].time - part[0].time) / events, (part[-1].cpu - part[0].cpu) / events
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +59,11 @@ class Drained:
         """Confirmed events a second, from the lead to the store of the last mark."""
         return self.events / (self.samples[-1].time - self.began)
 
+    @property
+    def processor_time(self) -> float:
+        """Microseconds an event of the daemon, from the first store of a mark to the last. Raises ValueError."""
+        return between(self.samples, self.samples[0].mark, self.samples[-1].mark)[1] * 1e6
+
 
 def settings_of(name: str, dsn: str, sink: Mapping[str, str | int]) -> str:
     """bridge.toml with the defaults that are shipped, and one route for everything."""
@@ -51,6 +74,45 @@ def settings_of(name: str, dsn: str, sink: Mapping[str, str | int]) -> str:
 
 OTHER = "the other version of the bridge"
 """The contender that `World.beside` names."""
+
+
+def versions(world: World, measure: Callable[[Path | None], T]) -> dict[str, Callable[[], T]]:
+    """This version of the bridge as the contender "ours", and the other one where there is one.
+
+    `measure` takes the interpreter of the version's environment.
+    """
+    return {"ours" if python is None else OTHER: partial(measure, python) for python in world.pythons}
+
+
+def alone(found: Interleaved[float], row: str, unit: str, target: Target | None = None, ours: str = "ours") -> Row:
+    """The row of a value that only bridges have: beside the other version, or nobody where none takes part."""
+    return found.row(row, unit, OTHER if OTHER in found.values else "", target, ours)
+
+
+def beside_other(found: Interleaved[float], row: str, unit: str) -> list[Row]:
+    """One more row, beside the other version; none where none takes part."""
+    return [found.row(row, unit, OTHER)] if OTHER in found.values else []
+
+
+Measured = Drained | float
+"""What a bridge gives, and a peer: its rate."""
+
+
+def rate(measured: Measured) -> float:
+    """Events a second."""
+    return measured.rate if isinstance(measured, Drained) else measured
+
+
+def processor_times(found: Interleaved[Measured]) -> Interleaved[float]:
+    """Microseconds an event of the contenders that are bridges; the others have no values."""
+    values: dict[str, list[float]] = {name: [] for name in found.values}
+    errors = dict(found.errors)
+    for name, measured in found.values.items():
+        try:
+            values[name] += [one.processor_time for one in measured if isinstance(one, Drained)]
+        except ValueError as error:
+            errors[name] = str(error)
+    return Interleaved(values, errors, found.not_quiet)
 
 
 def daemon(
@@ -78,18 +140,26 @@ def drain(
     name = world.unique("bridge")
     process = daemon(world, name, dsn or log.dsn, sink, python, more)
     with psycopg.connect(log.dsn, autocommit=True) as watcher, process:
-        samples, began = _watch(watcher, name, log.last, process, time.monotonic() + limit)
+        samples, began = watch(watcher, name, log.last, process, time.monotonic() + limit)
         assert process.process is not None
         memory = _peak_memory(process.process.pid)
-        code = process.stop()
-        if code != 0:
-            raise RuntimeError(f"the daemon ended with {code}: {_tail(process.log)}")
+        stop(process)
     return Drained(log.events, began, samples, memory)
 
 
-def _watch(
+def stop(process: Daemon) -> None:
+    """Raises RuntimeError when the daemon does not end well, TimeoutExpired when it does not end."""
+    code = process.stop()
+    if code != 0:
+        raise RuntimeError(f"the daemon ended with {code}: {_tail(process.log)}")
+
+
+def watch(
     watcher: psycopg.Connection[tuple[object, ...]], name: str, last: int, process: Daemon, deadline: float
 ) -> tuple[list[Sample], float]:
+    """The stores of the cursor `name` until its mark is at `last`, and when the lead was taken; `deadline` is of
+    time.monotonic(). Raises TimeoutError, and RuntimeError when the daemon ends.
+    """
     leader = watcher.execute("select to_regclass('bridge.leader') is not null").fetchone()
     query = (
         "select mark, extract(epoch from stored_at)::float8, extract(epoch from since)::float8 "
@@ -119,15 +189,6 @@ def _watch(
         time.sleep(0.02)
 
 
-def processor_time(pid: int) -> float:
-    """Seconds of processor time, user and system, that a process has used.
-
-    Of all threads; from schedstat, whose first field is in nanoseconds, since a tick of stat is 10 ms.
-    """
-    threads = Path("/proc", str(pid), "task").iterdir()
-    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
-
-
 def _peak_memory(pid: int) -> float:
     status = Path("/proc", str(pid), "status").read_text()
     kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
@@ -139,11 +200,11 @@ def _tail(log: Path) -> str:
 
 
 @contextmanager
-def running(world: World, dsn: str, sink: Mapping[str, str | int], *, more: str = "") -> Iterator[Daemon]:
+def running(
+    world: World, dsn: str, sink: Mapping[str, str | int], *, python: Path | None = None, more: str = ""
+) -> Iterator[Daemon]:
     """A bridge that leads, for themes that emit while it runs; `more` is added to its settings."""
-    name = world.unique("bridge")
-    process = Daemon(world.folder / name, settings_of(name, dsn, sink) + more)
-    with process:
+    with daemon(world, world.unique("bridge"), dsn, sink, python, more) as process:
         process.wait_for("bridge.leading")
         yield process
         process.stop()

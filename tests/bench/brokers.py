@@ -1,24 +1,34 @@
 """The outbox to NATS JetStream and to Pub/Sub's emulator, beside the clients' own best batch rates."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import nats
 from nats.js.errors import NotFoundError
 
-from tests.bench.bridge import OTHER, drain, settings_of
+from tests.bench.bridge import (
+    Drained,
+    Measured,
+    alone,
+    beside_other,
+    drain,
+    processor_times,
+    rate,
+    settings_of,
+    versions,
+)
 from tests.bench.peers import run
 from tests.bench.registry import theme
-from tests.bench.results import Row, at_least
-from tests.bench.rounds import Measure, interleave
+from tests.bench.results import Row, at_least, at_most
+from tests.bench.rounds import take_turns
 from tests.bench.world import Log, World
 from tests.support.daemons import run_command
 
 STREAM = "events"
 PROJECT = "bench-project"
 ASYNC = "nats-py publish_async"
-RAW, CLIENT = "grpc.aio, raw protobuf", "google-cloud-pubsub"
+CLIENT = "google-cloud-pubsub"
 
 
 def declare(world: World, dsn: str, sink: Mapping[str, str | int], *, more: str = "") -> None:
@@ -33,67 +43,70 @@ def declare(world: World, dsn: str, sink: Mapping[str, str | int], *, more: str 
 @theme("nats")
 def to_nats(world: World) -> Sequence[Row]:
     """The stream is a new one for each contender, since one that remembers ids drops what it has had."""
-    log = world.log(20_000 if world.quick else 200_000)
+    events = 20_000 if world.quick else 200_000
+    logs = {python: world.log(events, python=python) for python in world.pythons}
+    log = logs[None]
     sink = {"type": "nats", "url": world.nats.url, "stream": STREAM}
 
     def stream() -> None:
         asyncio.run(_delete_stream(world.nats.url))
         declare(world, log.dsn, sink)
 
-    def ours(python: Path | None = None) -> float:
+    def ours(python: Path | None) -> Drained:
         stream()
-        rate = drain(world, world.log(log.events, python=python), sink, python=python).rate
+        drained = drain(world, logs[python], sink, python=python)
         _expect(log, asyncio.run(_stream_messages(world.nats.url)))
-        return rate
+        return drained
 
     def peer() -> float:
         stream()
-        rate = run.own("nats_async", world.nats.url, STREAM, log.dsn, str(log.events))
+        reached = run.own("nats_async", world.nats.url, STREAM, log.dsn, str(log.events))
         _expect(log, asyncio.run(_stream_messages(world.nats.url)))
-        return rate
+        return reached
 
-    contenders: dict[str, Measure] = {"ours": ours, ASYNC: peer}
-    if world.beside is not None:
-        contenders[OTHER] = lambda: ours(world.beside)
-    found = interleave(world.rounds, contenders)
-    other = [] if world.beside is None else [found.row("nats: the other version", "events/s", OTHER)]
-    return [*other, found.row("nats: the client's best", "events/s", ASYNC, at_least(0.8))]
+    contenders: dict[str, Callable[[], Measured]] = {**versions(world, ours), ASYNC: peer}
+    found = take_turns(world.rounds, contenders, rate)
+    rates, times = found.each(rate), processor_times(found)
+    return [
+        *beside_other(rates, "nats: the other version", "events/s"),
+        rates.row("nats: the client's best", "events/s", ASYNC, at_least(1.1)),
+        alone(times, "nats: processor time", "us/event"),
+    ]
 
 
 @theme("pubsub")
 def to_pubsub(world: World) -> Sequence[Row]:
     """With 500 ordering keys, and without any; every contender publishes to a new topic."""
-    count, some = (5_000, 2_000) if world.quick else (200_000, 10_000)
+    count, some = (20_000, 2_000) if world.quick else (200_000, 10_000)
     log = world.log(count, keys=500)
     address = world.pubsub.address
 
-    def ours(ordering: bool) -> float:
+    def ours(ordering: bool) -> Drained:
         topic = world.unique("bench-topic")
         sink: dict[str, str | int] = {"type": "pubsub", "project": PROJECT, "topic": topic, "emulator_host": address}
         sink["ordering"] = ordering
         declare(world, log.dsn, sink)
-        return drain(world, log, sink).rate
+        return drain(world, log, sink)
 
-    def peer(module: str, events: int, *way: str) -> float:
+    def peer(events: int, way: str) -> float:
         topic = world.unique("bench-topic")
-        return run.own(
-            module, address, PROJECT, topic, log.dsn, str(events), *way, environment={"PUBSUB_EMULATOR_HOST": address}
-        )
+        words = (address, PROJECT, topic, log.dsn, str(events), way)
+        return run.own("pubsub_client", *words, environment={"PUBSUB_EMULATOR_HOST": address})
 
-    found = interleave(
-        world.rounds,
-        {
-            "ours": lambda: ours(ordering=True),
-            "ours, no keys": lambda: ours(ordering=False),
-            RAW: lambda: peer("pubsub_raw", log.events),
-            f"{CLIENT}, 500 keys": lambda: peer("pubsub_client", some, "keys"),
-            f"{CLIENT}, no keys": lambda: peer("pubsub_client", log.events, "plain"),
-        },
-    )
+    keys, plain, no_keys = f"{CLIENT}, 500 keys", f"{CLIENT}, no keys", "ours, no keys"
+    contenders: dict[str, Callable[[], Measured]] = {
+        "ours": lambda: ours(ordering=True),
+        no_keys: lambda: ours(ordering=False),
+        keys: lambda: peer(some, "keys"),
+        plain: lambda: peer(log.events, "plain"),
+    }
+    found = take_turns(world.rounds, contenders, rate)
+    rates, times = found.each(rate), processor_times(found)
     return [
-        found.row("pubsub: raw gRPC's best", "events/s", RAW, at_least(0.5), ours="ours, no keys"),
-        found.row("pubsub: the client, 500 keys", "events/s", f"{CLIENT}, 500 keys", at_least(5.0)),
-        found.row("pubsub: the client, no keys", "events/s", f"{CLIENT}, no keys", at_least(1.0), ours="ours, no keys"),
+        rates.row("pubsub: the client, 500 keys", "events/s", keys, at_least(5.0)),
+        rates.row("pubsub: the client, no keys", "events/s", plain, at_least(1.0), ours=no_keys),
+        times.row("pubsub: processor time, no keys", "us/event", target=at_most(6), ours=no_keys),
+        times.row("pubsub: processor time, 500 keys", "us/event"),
     ]
 
 

@@ -26,7 +26,7 @@ from tests.bench.handlers import FILE, RECORD
 from tests.bench.rabbit import quorum_queue
 from tests.bench.registry import theme
 from tests.bench.results import Row, Target, within
-from tests.bench.rounds import interleave, say
+from tests.bench.rounds import interleave, say, take_turns
 from tests.bench.sql import PGBENCH, prepare
 from tests.bench.world import TOPIC, World
 from tests.support.daemons import Daemon
@@ -96,7 +96,7 @@ def arrivals(records: Path, log: Path) -> Arrivals:
     return Arrivals([emitted for emitted, _ in counted], [committed for _, committed in counted])
 
 
-def _emitted(dsn: str) -> int:
+def emitted(dsn: str) -> int:
     with psycopg.connect(dsn) as connection:
         row = connection.execute("select count(*) from bridge.outbox").fetchone()
     assert row is not None
@@ -117,7 +117,7 @@ def to_handler(world: World, rate: int, seconds: float) -> Arrivals:
     ):
         process.wait_for("worker.started")
         log = emit_at(world, dsn, rate, seconds)
-        wait_until(lambda: _handled(dsn) >= _emitted(dsn), "the last event's handler", 60.0)
+        wait_until(lambda: _handled(dsn) >= emitted(dsn), "the last event's handler", 60.0)
         process.stop()
     return arrivals(file, log)
 
@@ -129,25 +129,47 @@ def _handled(dsn: str) -> int:
     return int(row[0])
 
 
+class Consumer:
+    """A consumer that only looks at the time in each body."""
+
+    def __init__(self, process: subprocess.Popen[str], records: Path) -> None:
+        self._process = process
+        self.records = records
+
+    def wait_for(self, events: int) -> None:
+        """Until it has noted so many. Raises TimeoutError."""
+        self._process.send_signal(signal.SIGUSR1)
+        size = RECORD.size * events
+        wait_until(lambda: self.records.exists() and self.records.stat().st_size >= size, "the last event", 60.0)
+
+
+@contextmanager
+def consuming(world: World, url: str, queue: str) -> Iterator[Consumer]:
+    """A process that consumes this queue as long as the block runs."""
+    records = world.folder / f"{world.unique('consumer')}.records"
+    command = [sys.executable, "-m", "tests.bench.peers.consumer", url, queue, str(records)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        if process.stdout.readline().strip() != "consuming":
+            raise RuntimeError("the consumer did not start")
+        yield Consumer(process, records)
+    finally:
+        process.kill()
+        process.wait()
+
+
 def to_consumer(world: World, rate: int, seconds: float) -> Arrivals:
     """With the bridge and a consumer that only looks at the time in each body."""
-    dsn, name = world.database(), world.unique("consumer")
-    file = world.folder / f"{name}.records"
-    with quorum_queue(world) as target, running(world, dsn, target.sink):
-        command = [sys.executable, "-m", "tests.bench.peers.consumer", target.url, target.queue, str(file)]
-        consumer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        try:
-            assert consumer.stdout is not None
-            if consumer.stdout.readline().strip() != "consuming":
-                raise RuntimeError("the consumer did not start")
-            log = emit_at(world, dsn, rate, seconds)
-            emitted = _emitted(dsn)
-            consumer.send_signal(signal.SIGUSR1)
-            wait_until(lambda: file.exists() and file.stat().st_size >= RECORD.size * emitted, "the last event", 60.0)
-        finally:
-            consumer.kill()
-            consumer.wait()
-    return arrivals(file, log)
+    dsn = world.database()
+    with (
+        quorum_queue(world) as target,
+        running(world, dsn, target.sink),
+        consuming(world, target.url, target.queue) as consumer,
+    ):
+        log = emit_at(world, dsn, rate, seconds)
+        consumer.wait_for(emitted(dsn))
+    return arrivals(consumer.records, log)
 
 
 @contextmanager
@@ -176,28 +198,21 @@ def latency(world: World) -> Sequence[Row]:
 
 def _compare(world: World, rate: int, contenders: dict[str, Callable[[], Arrivals]]) -> list[Row]:
     """Rows for p50 and p99, from the commit and from emit()."""
-    seen: dict[str, list[Arrivals]] = {name: [] for name in contenders}
-
-    def p50(name: str) -> float:
-        seen[name].append(contenders[name]())
-        return percentile(seen[name][-1].from_commit, 0.5)
-
     say(f"  {rate} events a second")
-    found = interleave(world.rounds, {name: partial(p50, name) for name in contenders})
+    found = take_turns(world.rounds, contenders, lambda one: percentile(one.from_commit, 0.5))
     where = "handler" if BARE in contenders else "consumer"
-    error = "; ".join(f"{name}: {told}" for name, told in found.errors.items())
+    peer = BARE if BARE in contenders else ""
     rows = []
     for start in ("commit", "emit()"):
         for index, part in enumerate((0.5, 0.99)):
-            values = {
-                name: [percentile(one.from_commit if start == "commit" else one.from_emit, part) for one in runs]
-                for name, runs in seen.items()
-            }
             target = TARGETS[rate][index] if rate in TARGETS and start == "commit" else None
             what = f"latency: {rate}/s, {start} to {where}, p{part * 100:g}"
-            peer = BARE if BARE in values else ""
-            rows.append(Row(what, "ms", values["ours"], values.get(BARE, ()), peer, target, error))
+            rows.append(found.each(partial(_percentile, start, part)).row(what, "ms", peer, target))
     return rows
+
+
+def _percentile(start: str, part: float, one: Arrivals) -> float:
+    return percentile(one.from_commit if start == "commit" else one.from_emit, part)
 
 
 RING = """

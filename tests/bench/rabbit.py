@@ -1,11 +1,12 @@
 """The exchange and the quorum queue that RabbitMQ's contenders publish to."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import aio_pika
+from aio_pika.abc import FieldValue
 
 from tests.bench.bridge import wait_until
 from tests.bench.world import World
@@ -52,6 +53,30 @@ def quorum_queue(world: World) -> Iterator[Target]:
         yield target
     finally:
         asyncio.run(_delete(target))
+
+
+@contextmanager
+def other_queue(target: Target, topic: str, arguments: Mapping[str, FieldValue]) -> Iterator[str]:
+    """The name of another durable queue at the same exchange, for one topic."""
+    name = f"{target.queue}-other"
+    asyncio.run(_declare_other(target, name, topic, dict(arguments)))
+    try:
+        yield name
+    finally:
+        asyncio.run(_delete_other(target, name))
+
+
+async def _declare_other(target: Target, name: str, topic: str, arguments: dict[str, FieldValue]) -> None:
+    async with await aio_pika.connect(target.url) as connection:
+        channel = await connection.channel()
+        queue = await channel.declare_queue(name, durable=True, arguments=arguments)
+        await queue.bind(target.exchange, topic)
+
+
+async def _delete_other(target: Target, name: str) -> None:
+    async with await aio_pika.connect(target.url) as connection:
+        channel = await connection.channel()
+        await channel.queue_delete(name)
 
 
 async def _declare(target: Target) -> None:

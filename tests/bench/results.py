@@ -1,13 +1,14 @@
 """What a row of the benchmark is, and the arithmetic from rounds to ratios."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 Rounds = Sequence[float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ class Row:
     target: Target | None = None
     error: str = ""
     """Why there is no value, or not all of them; a row with an error never meets its target."""
+    not_quiet: str = ""
+    """Rounds that count although the machine was not quiet, with what else ran."""
     ratios: Rounds = field(init=False, default=())
 
     def __post_init__(self) -> None:
@@ -90,6 +93,7 @@ def as_json(row: Row) -> dict[str, Any]:
         "target": str(row.target) if row.target else None,
         "met": row.met,
         "error": row.error or None,
+        "not_quiet": row.not_quiet or None,
         "rounds": {"ours": list(row.ours), "peer": list(row.peer)},
     }
 
@@ -117,6 +121,9 @@ def table(rows: Sequence[Row]) -> str:
     ]
     # The whole text is in the JSON; of a stack trace, the last line says what happened.
     notes = [f"FAILED {row.row}: {row.error.strip().splitlines()[-1]}" for row in rows if row.error]
+    # Rows that share their rounds share one line.
+    told = dict.fromkeys(row.not_quiet for row in rows if row.not_quiet)
+    notes += [f"not quiet: {why}: {'; '.join(row.row for row in rows if row.not_quiet == why)}" for why in told]
     return "\n".join([*body, *(["", *notes] if notes else [])])
 
 
@@ -137,14 +144,29 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Interleaved:
-    """What `interleave` measured, by name of the contender; every list has one value a round."""
+@dataclass(frozen=True)
+class Interleaved(Generic[T]):
+    """What contenders that took turns measured, by name of the contender; every list has one value a round."""
 
-    values: Mapping[str, Rounds]
+    values: Mapping[str, Sequence[T]]
     errors: Mapping[str, str]
+    not_quiet: str = ""
+    """As a row has it."""
 
-    def row(self, row: str, unit: str, peer: str, target: Target | None = None, ours: str = "ours") -> Row:
-        """The row of one peer."""
+    def each(self, part: Callable[[T], float]) -> "Interleaved[float]":
+        """One value of each measurement."""
+        values = {name: [part(one) for one in measured] for name, measured in self.values.items()}
+        return Interleaved(values, self.errors, self.not_quiet)
+
+    def row(
+        self: "Interleaved[float]",
+        row: str,
+        unit: str,
+        peer: str = "",
+        target: Target | None = None,
+        ours: str = "ours",
+    ) -> Row:
+        """The row of one peer, or of none."""
         error = "; ".join(f"{name}: {self.errors[name]}" for name in (ours, peer) if name in self.errors)
-        return Row(row, unit, self.values[ours], self.values[peer], peer, target, error)
+        others = self.values[peer] if peer else ()
+        return Row(row, unit, self.values[ours], others, peer, target, error, self.not_quiet)

@@ -1,34 +1,24 @@
 """Whether the cost of an event stays the same: long backlogs, far databases, large payloads, many topics and keys."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import psycopg
 
-from tests.bench.bridge import Drained, Sample, drain
+from tests.bench.bridge import Drained, beside_other, between, drain, versions
 from tests.bench.delay import delayed
 from tests.bench.rabbit import quorum_queue
 from tests.bench.registry import theme
 from tests.bench.relay import LIMIT, limit, ours
 from tests.bench.results import Row, at_least, at_most
-from tests.bench.rounds import interleave
-from tests.bench.world import World
+from tests.bench.rounds import Measure, interleave, take_turns
+from tests.bench.world import Log, World
 
 ROUND_TRIP = 0.050
 """Seconds."""
-
-
-def between(samples: Sequence[Sample], first: int, last: int) -> tuple[float, float]:
-    """Seconds and processor seconds that an event took between two ids, as near as samples lie.
-
-    Raises ValueError when fewer than two samples do.
-    """
-    part = [sample for sample in samples if first <= sample.mark <= last]
-    if len(part) < 2:
-        raise ValueError(f"only {len(part)} samples lie between the ids {first} and {last}")
-    events = part[-1].mark - part[0].mark
-    return (part[-1].time - part[0].time) / events, (part[-1].cpu - part[0].cpu) / events
 
 
 @contextmanager
@@ -41,6 +31,15 @@ def old_transaction(dsn: str) -> Iterator[None]:
         connection.rollback()
 
 
+class Tenths(NamedTuple):
+    """One backlog, carried to its end, and what an event took in its first and its last tenth."""
+
+    drained: Drained
+    first: tuple[float, float]
+    """Seconds and processor seconds, as of `between`."""
+    last: tuple[float, float]
+
+
 @theme("backlog")
 def backlog(world: World) -> Sequence[Row]:
     """The last tenth of a long backlog beside the first, while an old transaction is held open."""
@@ -48,28 +47,24 @@ def backlog(world: World) -> Sequence[Row]:
     tenth = log.events // 10
     # At the very end all is read and encoded and only confirms are awaited, which would flatter the last tenth.
     end = log.last - log.events // 50
-    firsts: list[tuple[float, float]] = []
-    lasts: list[tuple[float, float]] = []
-    runs: list[Drained] = []
 
-    def run() -> float:
+    def run() -> Tenths:
         with quorum_queue(world) as target, old_transaction(log.dsn):
             drained = drain(world, log, target.sink, limit=300.0)
             target.expect(log.events)
-        runs.append(drained)
-        firsts.append(between(drained.samples, log.first, log.first + tenth))
-        lasts.append(between(drained.samples, end - tenth, end))
-        return drained.rate
+        first = between(drained.samples, log.first, log.first + tenth)
+        return Tenths(drained, first, between(drained.samples, end - tenth, end))
 
-    found = interleave(world.rounds, {"ours": run})
-    error = found.errors.get("ours", "")
-    rates = [1 / seconds for seconds, _ in lasts], [1 / seconds for seconds, _ in firsts]
-    cpu = [cpu * 1e6 for _, cpu in lasts], [cpu * 1e6 for _, cpu in firsts]
-    first = "its own first tenth"
+    found = take_turns(world.rounds, {"ours": run}, lambda run: run.drained.rate)
+    [runs], error = found.values.values(), found.errors.get("ours", "")
+    rates = [1 / run.last[0] for run in runs], [1 / run.first[0] for run in runs]
+    cpu = [run.last[1] * 1e6 for run in runs], [run.first[1] * 1e6 for run in runs]
+    memory = [run.drained.peak_memory for run in runs]
+    first, quiet = "its own first tenth", found.not_quiet
     return [
-        Row("backlog: last tenth", "events/s", *rates, first, at_least(0.9), error),
-        Row("backlog: processor time, last tenth", "us/event", *cpu, first, None, error),
-        Row("backlog: peak memory", "MB", [run.peak_memory for run in runs], target=at_most(150), error=error),
+        Row("backlog: last tenth", "events/s", *rates, first, at_least(0.9), error, quiet),
+        Row("backlog: processor time, last tenth", "us/event", *cpu, first, None, error, quiet),
+        Row("backlog: peak memory", "MB", memory, target=at_most(150), error=error, not_quiet=quiet),
     ]
 
 
@@ -95,10 +90,19 @@ def payload(world: World) -> Sequence[Row]:
     if world.quick:
         sizes = {10_000: 2_000, 1_000_000: 30}
     for size, events in sizes.items():
-        log = world.log(events, size=size)
-        found = interleave(world.rounds, {"ours": partial(ours, world, log), LIMIT: partial(limit, world, log)})
-        rows.append(found.row(f"payload: {size} bytes", "events/s", LIMIT))
+        logs = {python: world.log(events, size=size, python=python) for python in world.pythons}
+        contenders: dict[str, Measure] = {
+            **versions(world, partial(_carried, world, logs)),
+            LIMIT: partial(limit, world, logs[None]),
+        }
+        found = interleave(world.rounds, contenders)
+        rows += beside_other(found, f"payload: {size} bytes, the other version", "events/s")
+        rows.append(found.row(f"payload: {size} bytes", "events/s", LIMIT, at_least(0.85) if size > 200 else None))
     return rows
+
+
+def _carried(world: World, logs: Mapping[Path | None, Log], python: Path | None) -> float:
+    return ours(world, logs[python], python)
 
 
 @theme("topics")

@@ -1,12 +1,9 @@
 """What somebody else's trouble costs: a sink beside a dead one, a queue beside a full one."""
 
-import asyncio
 from collections.abc import Sequence
 
-import aio_pika
-
 from tests.bench.bridge import drain
-from tests.bench.rabbit import Target, quorum_queue
+from tests.bench.rabbit import other_queue, quorum_queue
 from tests.bench.registry import theme
 from tests.bench.results import Row, at_least
 from tests.bench.rounds import interleave
@@ -43,12 +40,10 @@ def trouble(world: World) -> Sequence[Row]:
             return drain(world, log, target.sink, more=DEAD_SINK.format(port=free_port())).rate
 
     def beside_other(max_length: int | None) -> float:
-        with quorum_queue(world) as target:
-            asyncio.run(_declare_other(target, max_length))
-            try:
-                return drain(world, log, target.sink).rate
-            finally:
-                asyncio.run(_delete_other(target))
+        # It refuses what is over `max_length` messages.
+        bounds = {"x-overflow": "reject-publish"} | ({} if max_length is None else {"x-max-length": max_length})
+        with quorum_queue(world) as target, other_queue(target, f"{TOPIC}.0", bounds):
+            return drain(world, log, target.sink).rate
 
     found = interleave(
         world.rounds,
@@ -63,20 +58,3 @@ def trouble(world: World) -> Sequence[Row]:
         found.row(f"trouble: {ours}", "events/s", peer, at_least(0.9), ours=ours)
         for ours, peer in ((BESIDE_DEAD, ALONE), (BESIDE_FULL, BESIDE_ROOMY))
     ]
-
-
-async def _declare_other(target: Target, max_length: int | None) -> None:
-    """A queue for one topic that refuses what is over `max_length` messages."""
-    async with await aio_pika.connect(target.url) as connection:
-        channel = await connection.channel()
-        bounds: dict[str, aio_pika.abc.FieldValue] = {"x-overflow": "reject-publish"}
-        if max_length is not None:
-            bounds["x-max-length"] = max_length
-        queue = await channel.declare_queue(f"{target.queue}-other", durable=True, arguments=bounds)
-        await queue.bind(target.exchange, f"{TOPIC}.0")
-
-
-async def _delete_other(target: Target) -> None:
-    async with await aio_pika.connect(target.url) as connection:
-        channel = await connection.channel()
-        await channel.queue_delete(f"{target.queue}-other")

@@ -3,14 +3,16 @@
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import psycopg
 
 from tests.bench.receiver import receiving
 from tests.bench.registry import theme
 from tests.bench.results import Row, at_least, within
-from tests.bench.rounds import interleave
+from tests.bench.rounds import take_turns
 from tests.bench.world import World
 from tests.support.daemons import Daemon
 
@@ -42,24 +44,30 @@ _LIMIT = 300.0
 def webhooks(world: World) -> Sequence[Row]:
     """Both contenders send the same to the healthy endpoints."""
     events = EVENTS // 10 if world.quick else EVENTS
-    memory: dict[str, list[float]] = {ALONE: [], BESIDE: []}
 
-    def run(name: str) -> float:
+    def run(in_trouble: int) -> Delivered:
         with receiving() as base:
-            rate, mebibytes = _deliver(world, base, events, 0 if name == ALONE else IN_TROUBLE)
-        memory[name].append(mebibytes)
-        return rate
+            return _deliver(world, base, events, in_trouble)
 
-    found = interleave(world.rounds, {ALONE: lambda: run(ALONE), BESIDE: lambda: run(BESIDE)})
-    error = "; ".join(found.errors.values())
+    contenders = {ALONE: partial(run, 0), BESIDE: partial(run, IN_TROUBLE)}
+    found = take_turns(world.rounds, contenders, lambda delivered: delivered.rate)
+    rates, memory = found.each(lambda delivered: delivered.rate), found.each(lambda delivered: delivered.memory)
     return [
-        found.row(f"webhooks: {BESIDE}", "deliveries/s", ALONE, at_least(0.9), ours=BESIDE),
-        Row("webhooks: memory of the sender", "MiB", memory[BESIDE], memory[ALONE], ALONE, within(1.2), error),
+        rates.row(f"webhooks: {BESIDE}", "deliveries/s", ALONE, at_least(0.9), ours=BESIDE),
+        memory.row("webhooks: memory of the sender", "MiB", ALONE, within(1.2), ours=BESIDE),
     ]
 
 
-def _deliver(world: World, base: str, events: int, in_trouble: int) -> tuple[float, float]:
-    """Deliveries a second to the healthy endpoints, and the most memory that the sender took, in MiB."""
+class Delivered(NamedTuple):
+    """What the healthy endpoints got."""
+
+    rate: float
+    """Deliveries a second."""
+    memory: float
+    """The most that the sender took, in MiB."""
+
+
+def _deliver(world: World, base: str, events: int, in_trouble: int) -> Delivered:
     dsn = world.database()
     with psycopg.connect(dsn, autocommit=True) as connection:
         paths = [f"ok/{n}" for n in range(HEALTHY)]
@@ -89,7 +97,7 @@ def _deliver(world: World, base: str, events: int, in_trouble: int) -> tuple[flo
             "select extract(epoch from max(d.finished_at) - min(a.at))::float from bridge.webhook_delivery d "
             "join bridge.webhook_attempt a on a.delivery = d.id where d.state = 'done'"
         ).fetchall()
-    return wanted / seconds, mebibytes
+    return Delivered(wanted / seconds, mebibytes)
 
 
 def _count(connection: psycopg.Connection[tuple[int, ...]]) -> int:

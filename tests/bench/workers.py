@@ -15,14 +15,15 @@ from typing import LiteralString
 import psycopg
 from psycopg import sql
 
-from tests.bench.bridge import drain, processor_time, settings_of
+from tests.bench.bridge import drain, settings_of
 from tests.bench.brokers import declare
 from tests.bench.peers import run
 from tests.bench.peers.inserts import CONCURRENCY, PREFETCH
+from tests.bench.processor import Look, microseconds, processor_time
 from tests.bench.rabbit import Target, quorum_queue
 from tests.bench.registry import theme
 from tests.bench.results import Interleaved, Row, at_least, at_most
-from tests.bench.rounds import interleave
+from tests.bench.rounds import take_turns
 from tests.bench.world import Log, World
 from tests.support.daemons import Daemon
 
@@ -74,16 +75,6 @@ VARIANTS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """A consumer at work."""
-
-    finished: int
-    """Events."""
-    cpu: float
-    """Seconds of processor time that its process has used."""
-
-
-@dataclass(frozen=True, slots=True)
 class Consumed:
     """One queue, consumed to its end."""
 
@@ -91,14 +82,6 @@ class Consumed:
     """Events a second, from the first that was finished to the last, by the database's clock."""
     processor_time: float
     """Microseconds an event of the process that consumed."""
-
-
-def microseconds(first: Look, last: Look) -> float:
-    """Processor time of each event that was finished between two looks. Raises ValueError when none was."""
-    events = last.finished - first.finished
-    if events <= 0:
-        raise ValueError("no event was finished between the first look and the last")
-    return (last.cpu - first.cpu) / events * 1e6
 
 
 def ours(world: World, log: Log, variant: Variant) -> Consumed:
@@ -219,15 +202,9 @@ def workers(world: World) -> Sequence[Row]:
         contenders[variant.name] = partial(ours, world, log, variant)
         for name, module in ((FASTSTREAM, "faststream_worker"), (AIO_PIKA, "aio_pika_worker")):
             contenders[beside(name, variant)] = partial(peer, world, log, module, variant.reply)
-    seen: dict[str, list[float]] = {name: [] for name in contenders}
-
-    def rate(name: str) -> float:
-        consumed = contenders[name]()
-        seen[name].append(consumed.processor_time)
-        return consumed.rate
-
-    found = interleave(world.rounds, {name: partial(rate, name) for name in contenders})
-    return [row for variant in VARIANTS for row in rows(variant, found, Interleaved(seen, found.errors))]
+    found = take_turns(world.rounds, contenders, lambda consumed: consumed.rate)
+    rates, times = found.each(lambda consumed: consumed.rate), found.each(lambda consumed: consumed.processor_time)
+    return [row for variant in VARIANTS for row in rows(variant, rates, times)]
 
 
 def beside(peer: str, variant: Variant) -> str:
@@ -235,7 +212,7 @@ def beside(peer: str, variant: Variant) -> str:
     return f"{peer}, the same inserts{' and reply' if variant.reply else ''}"
 
 
-def rows(variant: Variant, rates: Interleaved, times: Interleaved) -> Sequence[Row]:
+def rows(variant: Variant, rates: Interleaved[float], times: Interleaved[float]) -> Sequence[Row]:
     """What a variant reached: its rate beside each peer's, and its processor time."""
     title = f"workers: {variant.name}"
     faststream, aio_pika = beside(FASTSTREAM, variant), beside(AIO_PIKA, variant)

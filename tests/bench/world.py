@@ -16,7 +16,7 @@ from typing import Self, TypeVar
 import psycopg
 
 from bridge.postgres.schema import migrate
-from tests.bench.rounds import say
+from tests.bench.rounds import Plan, say
 from tests.support.servers import NatsServer, PostgresServer, PubSubEmulator, RabbitMQServer, Server
 
 S = TypeVar("S", bound=Server)
@@ -51,7 +51,7 @@ class Log:
 class World:
     """Servers start when the first theme asks for them, and end with the block."""
 
-    def __init__(self, *, quick: bool, rounds: int, beside: Path | None = None) -> None:
+    def __init__(self, *, quick: bool, rounds: Plan, beside: Path | None = None) -> None:
         """`beside` is the interpreter of an environment with another version of the bridge."""
         self.quick = quick
         self.rounds = rounds
@@ -93,14 +93,19 @@ class World:
     def pubsub(self) -> PubSubEmulator:
         return self._start(PubSubEmulator(self.folder))
 
+    @property
+    def pythons(self) -> tuple[Path | None, ...]:
+        """The interpreters of the versions of the bridge that take part: None is this one."""
+        return (None,) if self.beside is None else (None, self.beside)
+
     def unique(self, prefix: str) -> str:
         """A name that this run has not used before: of a bridge, a queue, a database."""
         self._names += 1
         return f"{prefix}{self._names}"
 
-    def database(self, python: Path | None = None) -> str:
+    def database(self, python: Path | None = None, name: str | None = None) -> str:
         """The DSN of a new database with the schema `bridge`; of another version where its interpreter is given."""
-        dsn = self.postgres.create_database(self.unique("bench"))
+        dsn = self.postgres.create_database(name or self.unique("bench"))
         if python is None:
             migrate(dsn)
         else:
@@ -146,16 +151,23 @@ def payloads(events: int, size: int) -> Iterator[str]:
 
 
 def fill(dsn: str, events: int, size: int, topics: int, keys: int) -> Log:
-    """Writes a backlog in one transaction, then makes it as settled on disk as an old one is."""
-    with psycopg.connect(dsn, autocommit=True) as connection, connection.cursor() as cursor:
+    """Writes a backlog into an empty log."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
         # 1 MB payloads are base64 of noise: do not let TOAST try to compress them.
-        cursor.execute("alter table bridge.outbox alter column payload set storage external")
+        connection.execute("alter table bridge.outbox alter column payload set storage external")
+    return append(dsn, events, size, topics, keys)
+
+
+def append(dsn: str, events: int, size: int, topics: int, keys: int) -> Log:
+    """Writes a backlog above what is there, in one transaction, then makes all as settled on disk as an old one is."""
+    with psycopg.connect(dsn, autocommit=True) as connection, connection.cursor() as cursor:
+        before = cursor.execute("select coalesce(max(id), 0) from bridge.outbox").fetchone()
         with cursor.copy("copy bridge.outbox (topic, key, payload, content_type) from stdin") as copy:
             for number, payload in enumerate(payloads(events, size)):
                 copy.write_row((f"{TOPIC}.{number % topics}", f"key-{number % keys}", payload, "application/json"))
         cursor.execute("vacuum (analyze, freeze) bridge.outbox")
         cursor.execute("checkpoint")
-        row = cursor.execute("select count(*), min(id), max(id) from bridge.outbox").fetchone()
+        row = cursor.execute("select count(*), min(id), max(id) from bridge.outbox where id > %s", before).fetchone()
     assert row is not None
     if row[0] != events:
         raise RuntimeError(f"the log holds {row[0]} events instead of {events}")

@@ -5,14 +5,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.bridge import Drained, Sample
+from tests.bench.bridge import (
+    OTHER,
+    Drained,
+    Measured,
+    Sample,
+    alone,
+    beside_other,
+    between,
+    processor_times,
+    rate,
+)
+from tests.bench.gaps import on_the_way
+from tests.bench.handlers import RECORD
 from tests.bench.latency import percentile
 from tests.bench.peers.frames import Confirms
+from tests.bench.processor import Look, microseconds
 from tests.bench.registry import selected
 from tests.bench.results import Interleaved, Row, as_json, at_least, at_most, faster, number, table, within, write_json
-from tests.bench.rounds import interleave
-from tests.bench.scale import between
-from tests.bench.workers import AIO_PIKA, FASTSTREAM, VARIANTS, Look, beside, microseconds, rows
+from tests.bench.rounds import Plan, interleave
+from tests.bench.workers import AIO_PIKA, FASTSTREAM, VARIANTS, beside, rows
 from tests.bench.world import payloads
 
 
@@ -75,7 +87,8 @@ def test_contenders_take_turns_and_one_that_fails_leaves_the_others_alone() -> N
         return float(len(order))
 
     found = interleave(
-        3, {"ours": lambda: contender("a"), "broken": lambda: contender("b", True), "peer": lambda: contender("c")}
+        Plan(3),
+        {"ours": lambda: contender("a"), "broken": lambda: contender("b", True), "peer": lambda: contender("c")},
     )
     assert order == ["a", "b", "c", "c", "a", "c", "a"]
     assert len(found.values["ours"]) == len(found.values["peer"]) == 3
@@ -131,6 +144,41 @@ def test_a_backlogs_rate_counts_from_the_lead_and_its_tenths_from_samples() -> N
     assert cpu == pytest.approx(0.001)
     with pytest.raises(ValueError, match="only 1 samples"):
         between(samples, 1000, 1005)
+
+
+def drained(seconds: float, marks: int) -> Drained:
+    """1,000 events at 5 us each, of whose marks so many were seen."""
+    samples = [Sample(mark, seconds * mark / 1000, 0.5 + mark * 5e-6) for mark in range(1000, 0, -1000 // marks)]
+    return Drained(1000, 0.0, samples[::-1], 80.0)
+
+
+def test_processor_time_is_that_of_the_bridges_and_a_peer_has_none() -> None:
+    found = Interleaved[Measured]({"ours": [drained(2.0, 10), drained(1.0, 5)], "peer": [700.0, 800.0]}, {})
+    assert found.each(rate).values == {"ours": [500.0, 1000.0], "peer": [700.0, 800.0]}
+    times = processor_times(found)
+    assert times.row("r", "us/event").ours == pytest.approx([5.0, 5.0])
+    assert times.values["peer"] == []
+
+
+def test_a_bridge_whose_mark_was_seen_once_has_a_rate_and_no_processor_time() -> None:
+    found = Interleaved[Measured]({"ours": [drained(2.0, 1)]}, {})
+    assert found.each(rate).row("r", "events/s").ours == [500.0]
+    assert "only 1 samples" in processor_times(found).row("r", "us/event").error
+
+
+def test_the_other_version_takes_part_in_rows_only_where_it_is_measured() -> None:
+    one, two = Interleaved({"ours": [4.0]}, {}), Interleaved({"ours": [4.0], OTHER: [2.0]}, {})
+    assert alone(one, "r", "ms", at_most(5)).peer_name == ""
+    assert alone(one, "r", "ms", at_most(5)).met is True
+    assert alone(two, "r", "ms").peer == [2.0]
+    assert beside_other(one, "r", "ms") == []
+    assert [row.ratios for row in beside_other(two, "r", "ms")] == [(2.0,)]
+
+
+def test_single_events_above_gaps_count_from_their_commits(tmp_path: Path) -> None:
+    records = tmp_path / "records"
+    records.write_bytes(RECORD.pack(9.9, 10.004, 0, 1) + RECORD.pack(9.8, 10.002, 0, 0))
+    assert on_the_way(records, {0: 10.0, 1: 10.001}) == pytest.approx([3.0, 2.0])
 
 
 def test_a_workers_processor_time_counts_from_the_first_look_that_saw_it_at_work() -> None:
