@@ -276,7 +276,7 @@ begin
                case when cardinality(keys) = 1 then c.entire ->> keys[1]
                     else (select jsonb_agg(c.entire -> k order by n)::text from unnest(keys) with ordinality as u(k, n))
                end as key
-        from (select to_jsonb(r) as entire from new_rows as r offset 0) as c offset 0
+        from (select to_jsonb(r.*) as entire from new_rows as r offset 0) as c offset 0
       ) as e;
   elsif tg_op = 'DELETE' then
     insert into bridge.outbox (id, topic, key, payload, content_type, headers)
@@ -289,7 +289,7 @@ begin
                case when cardinality(keys) = 1 then c.entire ->> keys[1]
                     else (select jsonb_agg(c.entire -> k order by n)::text from unnest(keys) with ordinality as u(k, n))
                end as key
-        from (select to_jsonb(r) as entire from old_rows as r offset 0) as c offset 0
+        from (select to_jsonb(r.*) as entire from old_rows as r offset 0) as c offset 0
       ) as e;
   else
     -- PostgreSQL adds the old and the new row of an update together, so equal positions are pairs, whatever
@@ -311,8 +311,8 @@ begin
                end as key
         from (
           select a.entire, a.entire - hidden as new, b.entire - hidden as old
-          from (select to_jsonb(r) as entire, row_number() over () as position from new_rows as r) as a
-          join (select to_jsonb(r) as entire, row_number() over () as position from old_rows as r) as b
+          from (select to_jsonb(r.*) as entire, row_number() over () as position from new_rows as r) as a
+          join (select to_jsonb(r.*) as entire, row_number() over () as position from old_rows as r) as b
             on b.position = a.position
           order by a.position offset 0
         ) as c
