@@ -4179,9 +4179,10 @@ create view bridge.old_rows as select bridge.refuse_trigger() as refused;
 comment on view bridge.new_rows is 'Holds nothing: takes the name of a transition table where there is none.';
 comment on view bridge.old_rows is 'Holds nothing: takes the name of a transition table where there is none.';
 
--- Called where anybody has made a cast to json, which few databases have: only then the table's types matter.
-create function bridge.refuse_foreign_casts(watched regclass) returns void
-  language plpgsql stable
+-- Called where somebody has made a cast to json, which few databases have: only then the table's types matter. False when
+-- none of them can be such a one.
+create function bridge.refuse_foreign_casts(watched regclass) returns boolean
+  language plpgsql volatile
   set search_path = pg_catalog, bridge, pg_temp
 as $$
 begin
@@ -4196,14 +4197,19 @@ begin
             hint = 'It would run with that role''s rights. Drop it, give its function to that role, '
                    'or unwatch the table.';
   end if;
+  return false;
 end
 $$;
 
-create function bridge.refuse_missing_columns(entire jsonb, needed text[], watched regclass) returns boolean
+-- A row that is not to be recorded: the trigger is none of ours, or a column is gone.
+create function bridge.refuse_row(entire jsonb, needed text[], watched regclass) returns boolean
   language plpgsql stable
   set search_path = pg_catalog, bridge, pg_temp
 as $$
 begin
+  if entire ?& needed then
+    return bridge.refuse_trigger();
+  end if;
   raise exception 'bridge.watch() was told of the column %, which % no longer has',
       (select string_agg(distinct quote_ident(c), ', ') from unnest(needed) as c where not entire ? c), watched
     using errcode = 'undefined_column',
@@ -4242,18 +4248,26 @@ create function bridge.watched_part(entire text, columns text[]) returns text
 -- changes its function, and what was given stands in the body as literals only.
 --
 -- The body knows the table by nothing but its columns' names, so the table may be renamed, moved, dumped and restored.
--- What could make the owner run foreign code is looked at in every statement, since a cast may be made at any time.
+-- to_jsonb() runs a type's own cast to json, and a cast or a column may be made at any time, so casts are looked for in
+-- every statement, and before any row is converted: CASE promises that order.
 create function bridge.write_capture(operation text, topic text, keys text[], columns text[]) returns text
   language plpgsql volatile security definer
   set search_path = pg_catalog, bridge, pg_temp
 as $$
 declare
   name constant text := format('capture_%s_%s', operation, right(gen_random_uuid()::text, 12));
-  needed constant text := (select string_agg(quote_literal(c), ', ') from unnest(keys || columns) as c);
+  needed constant text := format('array[%s]', (select string_agg(quote_literal(c), ', ') from unnest(keys || columns) as c));
   key constant text := case when cardinality(keys) = 1 then format('c.entire ->> %L', keys[1])
     else (select format('jsonb_build_array(%s)::text', string_agg(format('c.entire -> %L', k), ', ' order by n))
           from unnest(keys) with ordinality as u(k, n)) end;
   row_text constant text := bridge.watched_part('c.entire', columns) || '::text';
+  -- Relations of the catalog have their schema: a trigger made by hand may name a transition table pg_cast. Where the
+  -- table's columns are in sight, they must not take the place of the function's variables.
+  to_json constant text := format($sql$case when (
+               select bridge.refuse_foreign_casts(%I.tg_relid) from pg_catalog.pg_cast as k
+               where k.castsource >= 16384 and k.casttarget in ('json'::regtype, 'jsonb'::regtype) limit 1
+             ) then null else to_jsonb(r.*) end as entire$sql$, name);
+  ours constant text := format($sql$tg_level = 'STATEMENT' and tg_op = %L$sql$, upper(operation));
   payload text;
   source text;
 begin
@@ -4269,59 +4283,54 @@ begin
     payload := $sql$c.new::text || ', "old": ' || c.old::text || '}'$sql$;
     source := format($sql$(
       select a.entire, a.position = b.position as paired, %1$s as new, %2$s as old
-      from (select to_jsonb(r.*) as entire, row_number() over () as position from new_rows as r) as a
-      full join (select to_jsonb(r.*) as entire, row_number() over () as position from old_rows as r) as b
-        on b.position = a.position
+      from (
+        select %3$s, row_number() over () as position from new_rows as r
+      ) as a
+      full join (
+        select %3$s, row_number() over () as position from old_rows as r
+      ) as b on b.position = a.position
       order by a.position offset 0
     ) as c
     where case when c.paired is not true then bridge.refuse_unpaired_rows(tg_relid)
-               when c.entire ?& array[%3$s] then c.new <> c.old
-               else bridge.refuse_missing_columns(c.entire, array[%3$s], tg_relid) end$sql$,
-      bridge.watched_part('a.entire', columns), bridge.watched_part('b.entire', columns), needed);
+               when %4$s and c.entire ?& %5$s then c.new <> c.old
+               else bridge.refuse_row(c.entire, %5$s, tg_relid) end$sql$,
+      bridge.watched_part('a.entire', columns), bridge.watched_part('b.entire', columns), to_json, ours, needed);
   else
     payload := case operation when 'insert' then row_text || $sql$ || ', "old": null}'$sql$
                               else $sql$'null, "old": ' || $sql$ || row_text || $sql$ || '}'$sql$ end;
-    source := format($sql$(select to_jsonb(r.*) as entire from %1$s as r offset 0) as c
-    where case when c.entire ?& array[%2$s] then true
-               else bridge.refuse_missing_columns(c.entire, array[%2$s], tg_relid) end$sql$,
-      case operation when 'insert' then 'new_rows' when 'delete' then 'old_rows' end, needed);
+    source := format($sql$(
+      select %1$s from %2$s as r offset 0
+    ) as c
+    where case when %3$s and c.entire ?& %4$s then true else bridge.refuse_row(c.entire, %4$s, tg_relid) end$sql$,
+      to_json, case operation when 'insert' then 'new_rows' else 'old_rows' end, ours, needed);
   end if;
 
-  -- Relations of the catalog have their schema in the body: a trigger made by hand may name a transition table as it likes.
   execute format($sql$create function bridge.%1$I() returns trigger
   language plpgsql volatile security definer
   set search_path = pg_catalog, bridge, pg_temp
   -- A plan made for a statement of many rows is kept for the next ones, and must not be compiled for its cost.
   set jit = off
 as %2$L$sql$, name, format($sql$
--- Written by bridge.watch(), which also replaces it; bridge.unwatch() drops it.
+-- Written by bridge.watch(), which also replaces it; bridge.unwatch() drops it. For one row, each statement or expression
+-- in here is a tenth of the cost: so nearly everything is in one.
 declare
   head text := format('{"operation": "%1$s", "schema": %%s, "table": %%s, "new": ',
                       to_json(tg_table_schema), to_json(tg_table_name));
   surroundings jsonb := case when bridge.has_context() then bridge.context() else '{}' end;
 begin
-  if tg_level <> 'STATEMENT' or tg_op <> %2$L then
-    perform bridge.refuse_trigger();
-  end if;
-  -- to_jsonb() runs a type's own cast to json.
-  if exists (
-    select from pg_catalog.pg_cast where castsource >= 16384 and casttarget in ('json'::regtype, 'jsonb'::regtype)
-  ) then
-    perform bridge.refuse_foreign_casts(tg_relid);
-  end if;
   insert into bridge.outbox (id, topic, key, payload, content_type, headers)
-    -- The transaction id before the sequence's values: see next_outbox_id(). A statement without rows takes none.
-    select case when pg_current_xact_id() is not null then nextval('bridge.outbox_id_seq') end, %3$L,
-           case when octet_length(%4$s) > bridge.key_limit() then bridge.refuse_watched_key(%4$s, tg_relid)
-                else %4$s end,
-           head || %5$s, 'application/json', surroundings
-    from %6$s;
+    -- The transaction id before the sequence's value: see next_outbox_id(). A statement without rows takes none.
+    select case when pg_current_xact_id() is not null then nextval('bridge.outbox_id_seq') end, %2$L,
+           case when octet_length(%3$s) > bridge.key_limit() then bridge.refuse_watched_key(%3$s, tg_relid)
+                else %3$s end,
+           head || %4$s, 'application/json', surroundings
+    from %5$s;
   if found and bridge.somebody_sleeps() then
     perform bridge.ring();
   end if;
   return null;
 end
-$sql$, operation, upper(operation), topic, key, payload, source));
+$sql$, operation, topic, key, payload, source));
 
   -- The roles may not be there yet when the owner watches its own tables.
   execute format('revoke all on function bridge.%I() from public', name);
