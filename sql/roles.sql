@@ -152,6 +152,8 @@ to bridge_operator;
 grant execute on function
   bridge.watch(regclass, text, text, text[], text[]),
   bridge.unwatch(regclass),
+  bridge.write_capture(text, text, text[], text[]),
+  bridge.drop_captures(),
   bridge.check_topic(text),
   bridge.capture()
 to bridge_operator;
