@@ -121,7 +121,9 @@ async def test_late_rows_in_very_many_gaps_come_in_order_and_before_what_lies_ab
         await psycopg.AsyncConnection.connect(bridge_database) as late,
         await psycopg.AsyncConnection.connect(bridge_database, autocommit=True) as other,
     ):
-        await late.execute(f"declare numbers cursor for select bridge.emit('late', n::text) from generate_series(1, {count}) n")
+        await late.execute(
+            f"declare numbers cursor for select bridge.emit('late', n::text) from generate_series(1, {count}) n"
+        )
         # The ids of both alternate.
         for _ in range(20):
             await late.execute(f"fetch {count // 20} from numbers")
