@@ -30,9 +30,11 @@ select what from (values
     ('UPDATE on bridge.bell', has_table_privilege('bridge.bell', 'update')),
     ('INSERT on bridge.dead_letter', has_table_privilege('bridge.dead_letter', 'insert')),
     ('EXECUTE on bridge.read_page',
-     has_function_privilege('bridge.read_page(bigint, int8multirange, boolean, xid8[], int, bigint, text[], boolean)', 'execute')),
+     has_function_privilege(
+         'bridge.read_page(bigint, int8multirange, boolean, xid8[], int, bigint, text[], boolean)', 'execute')),
     ('EXECUTE on bridge.store_cursor',
-     has_function_privilege('bridge.store_cursor(text, text, bigint, int8multirange, int8multirange, bigint[])', 'execute')),
+     has_function_privilege(
+         'bridge.store_cursor(text, text, bigint, int8multirange, int8multirange, bigint[])', 'execute')),
     ('EXECUTE on bridge.take_lead', has_function_privilege('bridge.take_lead(text, text)', 'execute')),
     ('EXECUTE on bridge.intake', has_function_privilege('bridge.intake(uuid[], text[], text[])', 'execute'))
 ) needed (what, granted) where not granted

@@ -170,8 +170,11 @@ class Gaps:
         return frozenset().union(*[old.suspects for old in self._old if old.suspects is not None])
 
     def due(self, most: int) -> Due:
-        """What the next page looks into: all recent gaps, and those old ones that are due. Of these at most `most`; then
-        nothing that lies above them, since a row there may follow one of its key that is still to be looked for."""
+        """What the next page looks into: all recent gaps, and those old ones that are due.
+
+        Of these at most `most`; then nothing that lies above them, since a row there may follow one of its key that is
+        still to be looked for.
+        """
         due = [old.ranges for old in self._old if old.suspects is None]
         ranges = all_joined([part[:most] for part in due])[:most]
         if sum(map(len, due)) <= most:

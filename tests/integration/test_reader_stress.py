@@ -1,7 +1,7 @@
 """The reader's promise under every way in which ids and commits can fall apart: on a real server, from printed seeds.
 
-PGBRIDGE_STRESS_SEEDS ("1,2,3") and PGBRIDGE_STRESS_SECONDS ask for more. PGBRIDGE_STRESS_HAZARD=1, 2 or 3 puts one of the
-known hazards back into the database, which must make this test fail; 3 concerns the load "held".
+PGBRIDGE_STRESS_SEEDS ("1,2,3") and PGBRIDGE_STRESS_SECONDS ask for more. PGBRIDGE_STRESS_HAZARD=1, 2 or 3 puts one of
+the known hazards back into the database, which must make this test fail; 3 concerns the load "held".
 """
 
 import asyncio
