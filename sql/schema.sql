@@ -4671,8 +4671,8 @@ begin
   -- A plan made for a statement of many rows is kept for the next ones, and must not be compiled for its cost.
   set jit = off
 as %2$L$sql$, name, format($sql$
--- Written by bridge.watch(), which also replaces it; bridge.unwatch() drops it. For one row, each statement or expression
--- in here is a tenth of the cost: so nearly everything is in one.
+-- Written by bridge.watch(), which also replaces it; bridge.unwatch() drops it. For one row, a further statement
+-- costs a tenth: so nearly everything is in one.
 declare
   head text := format('{"operation": "%1$s", "schema": %%s, "table": %%s, "new": ',
                       to_json(tg_table_schema), to_json(tg_table_name));

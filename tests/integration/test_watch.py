@@ -44,7 +44,7 @@ def test_who_unwatches_does_not_wait_for_whoever_cleans_up(bridge_database: str)
         psycopg.connect(bridge_database, autocommit=True) as quick,
     ):
         for table in ("gone", "one", "two"):
-            quick.execute(f"create table {table} (id int primary key); select bridge.watch('{table}')")  # type: ignore[arg-type]  # our own names
+            quick.execute(f"create table {table} (id int primary key); select bridge.watch('{table}')")
         quick.execute("drop table gone")
         slow.execute("select bridge.unwatch('one')")  # and drops what the table that is gone has left
         quick.execute("set statement_timeout = '10s'")
