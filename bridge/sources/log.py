@@ -125,6 +125,8 @@ class LogReader:
         self._gaps = Gaps()
         self._stored_old: tuple[Ranges, ...] | None = None
         """The parts of the old gaps that are stored apart; None: not known."""
+        self.store_seconds = 0.0
+        """How long the last store took."""
         self._pause = pause
         self.rest = 0.0
         """Seconds to let pass before the next read while events are coming."""
@@ -229,6 +231,7 @@ class LogReader:
         ids = None
         if held is not None:
             ids = [id_ for id_ in held if id_ <= position.mark]
+        began = time.monotonic()
         # Small parts come and go; the large ones are written only when they change.
         large = tuple([part for part in position.old_gaps if len(part) >= MANY])
         small = [part for part in position.old_gaps if len(part) < MANY]
@@ -254,6 +257,7 @@ class LogReader:
                     f"{self._name!r} from bridge.cursor while it was in use"
                 )
             self._stored_old = large
+            self.store_seconds = time.monotonic() - began
             self._gaps.set_horizon(horizon)
 
     async def close_gaps(self) -> None:

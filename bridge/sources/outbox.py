@@ -33,6 +33,10 @@ _PULSES_TO_LIVE: Final = 3
 """A bridge that polls more seldom gives fewer signs of life, so that the database may rest, and is given more time."""
 _STORE_PAUSE: Final = 0.05
 """Seconds between two stores of the positions. What was settled since is published again after a crash."""
+_STORE_SHARE: Final = 10
+_LONGEST_STORE_PAUSE: Final = 1.0
+"""The pause is at least so many times what the last store took, up to so many seconds. Under a snapshot that stays open
+each store leaves a version of its row, and the next one walks through all of them; many gaps make it longer too."""
 _HELD_PAUSE: Final = 0.00005
 """Seconds more for each event that is held: thousands of ids make a store longer."""
 
@@ -138,6 +142,11 @@ class OutboxSource:
     def held_count(self) -> int:
         """Events that are held, as of the last `settle`."""
         return len(self._held)
+
+    @property
+    def store_seconds(self) -> float:
+        """How long the last store of its position took."""
+        return self._log.store_seconds
 
     async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
         """Writes them into `bridge.dead_letter`. Raises DatabaseUnavailableError, PrivilegeError."""
@@ -267,7 +276,14 @@ class Outbox:
             if time.monotonic() >= next_pulse:
                 next_pulse = time.monotonic() + pulse
                 known = await self._pulse(known, problems())
-            await asyncio.sleep(_STORE_PAUSE + _HELD_PAUSE * sum(source.held_count for source in self.sources))
+            await asyncio.sleep(self.store_pause)
+
+    @property
+    def store_pause(self) -> float:
+        """Seconds until the next store, by what the last one took."""
+        took = sum(source.store_seconds for source in self.sources)
+        held = sum(source.held_count for source in self.sources)
+        return max(_STORE_PAUSE + _HELD_PAUSE * held, min(_LONGEST_STORE_PAUSE, _STORE_SHARE * took))
 
     async def _pulse(self, known: Mapping[str, Problem], now: Mapping[str, Problem]) -> Mapping[str, Problem]:
         await fetch_all(self.session, "select 1", ())

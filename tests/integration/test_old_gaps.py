@@ -132,3 +132,26 @@ async def test_late_rows_in_very_many_gaps_come_in_order_and_before_what_lies_ab
         await late.commit()
         await other.execute("select bridge.emit('a', 'last')")
         assert await payloads(source, count + 1) == [*map(str, range(1, count + 1)), "last"]
+
+
+async def test_the_longer_a_store_takes_the_less_often_it_happens(
+    bridge_database: str, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await lead(outbox)
+    fetch_all = log.fetch_all
+
+    async def slowly(connection: Any, query: str, values: tuple[Any, ...]) -> Any:
+        if "store_cursor" in query:
+            await connection.execute("select pg_sleep(0.03)")
+        return await fetch_all(connection, query, values)
+
+    assert await emitted_and_stored(bridge_database, source) == ["1"]
+    assert 0.05 <= outbox.store_pause < 0.3
+    monkeypatch.setattr(log, "fetch_all", slowly)
+    assert await emitted_and_stored(bridge_database, source) == ["1"]
+    assert 0.3 <= outbox.store_pause <= 1.0
+
+
+async def emitted_and_stored(dsn: str, source: OutboxSource) -> list[str]:
+    await execute(dsn, "select bridge.emit('a', '1')")
+    return await payloads(source, 1)
