@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pamqp import body, commands, frame, header
 from pamqp.heartbeat import Heartbeat
 
-from bridge.brokers.rabbitmq.frames import CHANNEL, Encoder
+from bridge.brokers.rabbitmq.frames import CHANNEL, Encoder, together
 from bridge.brokers.rabbitmq.message import UNREADABLE, Message, event_of
 from bridge.brokers.rabbitmq.reader import BrokenStreamError, Delivered, FrameReader
 from tests.support.events import make_event
@@ -102,7 +102,7 @@ def test_properties_that_cannot_be_decoded_say_why() -> None:
 def test_an_event_of_ours_is_read_as_it_was_written() -> None:
     event = make_event(7, topic="shop.order.placed", key="k")
     seen: list[Delivered] = []
-    publish, *content = _split(Encoder("events", 4096, 10_000).encode(event))
+    publish, *content = _split(together(Encoder("events", 4096, 10_000).encode(event)))
     assert isinstance(frame.unmarshal(publish)[2], commands.Basic.Publish)
     deliver = frame.marshal(commands.Basic.Deliver("c", 1, False, "events", event.topic), CHANNEL)
     reader_into(seen).feed(b"".join([deliver, *content]))

@@ -17,7 +17,7 @@ from bridge.brokers.contract import Confirmed, Never, Outcome, Refused
 from bridge.brokers.letters import PREFIX
 from bridge.brokers.rabbitmq.closure import APPLY, Closure, error_of, rabbitmq_at
 from bridge.brokers.rabbitmq.connection import Connection, answers, connect
-from bridge.brokers.rabbitmq.frames import CHANNEL, ROUTING_HEADERS, body_frames, malformed, payload_limit
+from bridge.brokers.rabbitmq.frames import CHANNEL, ROUTING_HEADERS, Frames, malformed, payload_limit, with_body
 from bridge.brokers.rabbitmq.message import BROKERS, UNREADABLE, Message, sent_at
 from bridge.brokers.rabbitmq.publisher import Publisher
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
@@ -91,8 +91,8 @@ class CopyEncoder:
         """`frame_max` is the negotiated limit of a whole frame in bytes, 0 for none."""
         self._payload_max = payload_limit(frame_max)
 
-    def encode(self, copy: Copy) -> bytes:
-        """The frames that publish a copy, mandatory. Raises RefusedEvent when AMQP cannot take it."""
+    def encode(self, copy: Copy) -> Frames:
+        """What publishes a copy, mandatory. Raises RefusedEvent when AMQP cannot take it."""
         try:
             publish = frame.marshal(commands.Basic.Publish(routing_key=copy.topic, mandatory=True), CHANNEL)
             header = frame.marshal(ContentHeader(0, len(copy.payload), copy.properties), CHANNEL)
@@ -103,7 +103,7 @@ class CopyEncoder:
                 f"headers and properties of its copy take {len(header)} bytes and must fit into one frame of "
                 f"{self._payload_max}"
             )
-        return b"".join((publish, header, body_frames(copy.payload, self._payload_max)))
+        return with_body(publish + header, copy.payload, self._payload_max)
 
 
 class Copies:

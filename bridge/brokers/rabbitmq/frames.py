@@ -40,8 +40,14 @@ _FLAGS: Final = 0x8000 | 0x2000 | 0x1000 | 0x0080 | 0x0040 | 0x0008
 _CONTENT_TYPE_FLAG: Final = 0x8000
 _APP_ID_FLAG: Final = 0x0008
 _CACHED_TOPICS: Final = 4096
+_LARGE: Final = 4096
+"""Bytes of a payload from which on it costs more to copy than to write as a piece of its own."""
 _BYTE: Final = [bytes([number]) for number in range(256)]
 _LENGTH: Final = [_LONG.pack(number) for number in range(1024)]
+
+
+Frames = bytes | list[bytes | memoryview]
+"""The frames of one message. Those of a large one come in pieces, between which its payload stays where it is."""
 
 
 class RefusedEvent(Exception):  # noqa: N818 - an outcome on its way
@@ -71,13 +77,26 @@ def payload_limit(frame_max: int) -> int:
     return frame_max - _FRAME_OVERHEAD if frame_max else 0xFFFFFFFF
 
 
-def body_frames(payload: bytes, payload_max: int) -> bytes:
-    """A body in pieces of a frame each; a message without content has no body frame."""
-    pieces: list[bytes] = []
-    for start in range(0, len(payload), payload_max):
-        piece = payload[start : start + payload_max]
-        pieces += (_FRAME.pack(_BODY, CHANNEL, len(piece)), piece, _FRAME_END)
-    return b"".join(pieces)
+def together(frames: Frames) -> bytes:
+    """Frames in one piece."""
+    return frames if isinstance(frames, bytes) else b"".join(frames)
+
+
+def with_body(head: bytes, payload: bytes, payload_max: int) -> Frames:
+    """The frames of a message whose method and content header are `head`: the body in frames of `payload_max` bytes at
+    most. A message without content has no body frame."""
+    size = len(payload)
+    if size <= min(_LARGE, payload_max):
+        return b"".join((head, _FRAME.pack(_BODY, CHANNEL, size), payload, _FRAME_END)) if payload else head
+    pieces: list[bytes | memoryview] = []
+    body = memoryview(payload)
+    before = head
+    for start in range(0, size, payload_max):
+        piece = body[start : start + payload_max]
+        pieces += (before + _FRAME.pack(_BODY, CHANNEL, len(piece)), piece)
+        before = _FRAME_END
+    pieces.append(before)
+    return pieces
 
 
 class _Template(NamedTuple):
@@ -183,8 +202,8 @@ class Encoder:
             table_size=len(_ID) + 4 + len(_LANES[0]) + len(source_fields) + len(_TIME) + 4 + len(topic_field),
         )
 
-    def encode(self, event: Event) -> bytes:
-        """The frames that publish an event. Raises RefusedEvent when AMQP, or the broker's limit, cannot take it."""
+    def encode(self, event: Event) -> Frames:
+        """What publishes an event. Raises RefusedEvent when AMQP, or the broker's limit, cannot take it."""
         try:
             event_id, topic, payload, key, source, time, content_type, headers, _ = event
             template = self._template(topic, content_type, source)
@@ -207,9 +226,10 @@ class Encoder:
                 self._check_size(size, body_size)
             tail = template.tail.pack(self._times.timestamp, template.app_id, _BODY, CHANNEL, body_size)
             end = _FRAME_END
-            if not 0 < body_size <= self._payload_max:
-                tail, payload, end = tail[: -_FRAME.size] + body_frames(payload, self._payload_max), b"", b""
-            return b"".join(
+            whole = 0 < body_size <= _LARGE and body_size <= self._payload_max
+            if not whole:
+                tail, body, payload, end = tail[: -_FRAME.size], payload, b"", b""
+            frames = b"".join(
                 (
                     template.method,
                     template.head.pack(_HEADER, CHANNEL, size, _BASIC, 0, body_size, template.flags, table_size),
@@ -233,6 +253,7 @@ class Encoder:
                     end,
                 )
             )
+            return frames if whole else with_body(frames, body, self._payload_max)
         except (ValueError, TypeError, AttributeError, OverflowError, struct.error) as error:
             # A lone surrogate, a time before 1970, a header that is not a string: it must not stop the other events.
             raise malformed(f"the event has no AMQP form: {error}") from error

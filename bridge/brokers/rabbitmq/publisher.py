@@ -17,7 +17,7 @@ from bridge.brokers.contract import Never, NotSent, Outcome, Unknown
 from bridge.brokers.rabbitmq.closure import Closure, Reply
 from bridge.brokers.rabbitmq.confirms import Batch, M, UnconfirmedBatches
 from bridge.brokers.rabbitmq.connection import Connection
-from bridge.brokers.rabbitmq.frames import CHANNEL, RefusedEvent, too_large
+from bridge.brokers.rabbitmq.frames import CHANNEL, Frames, RefusedEvent, too_large
 
 _LOOKS: Final = 10
 """Looks without a sign of life that make up the time-out; the connection ends at the one after them.
@@ -41,7 +41,7 @@ class Publisher(Generic[M]):
     def __init__(
         self,
         connection: Connection,
-        encode: Callable[[M], bytes],
+        encode: Callable[[M], Frames],
         timeout: float,
         on_lost: Callable[[Closure], None] = lambda closure: None,
     ) -> None:
@@ -130,7 +130,8 @@ class Publisher(Generic[M]):
 
     def _write_chunk(self, batch: Batch[M]) -> None:
         encode, events, start = self._encode, batch.events, batch.next
-        chunk: list[bytes] = []
+        chunk: list[bytes | memoryview] = []
+        large = False
         refused: dict[int, Never] = {}
         size = 0
         index = start
@@ -140,12 +141,19 @@ class Publisher(Generic[M]):
             except RefusedEvent as refusal:
                 refused[index] = refusal.failure
                 continue
-            chunk.append(frames)
-            size += len(frames)
+            if isinstance(frames, bytes):
+                chunk.append(frames)
+                size += len(frames)
+            else:
+                chunk += frames
+                size += sum(map(len, frames))
+                large = True
             if size >= _CHUNK_BYTES:
                 break
         self._unconfirmed.wrote(batch, range(start, min(index + 1, len(events))), refused)
-        if chunk:
+        if large:
+            self._connection.write_pieces(chunk)
+        elif chunk:
             self._connection.write(b"".join(chunk))
 
     def _abandon(self, batch: Batch[M]) -> None:

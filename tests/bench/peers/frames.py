@@ -16,7 +16,7 @@ from pamqp import commands, frame
 from pamqp.base import Frame
 from pamqp.header import ProtocolHeader
 
-from bridge.brokers.rabbitmq.frames import Encoder
+from bridge.brokers.rabbitmq.frames import Encoder, together
 from tests.bench.peers.log import events
 
 FRAME_MAX = 131_072
@@ -104,7 +104,7 @@ def encoded(dsn: str, exchange: str, count: int) -> list[tuple[bytes, int]]:
     chunk: list[bytes] = []
     size = number = 0
     for number, event in enumerate(events(dsn, count), 1):
-        chunk.append(encoder.encode(event))
+        chunk.append(together(encoder.encode(event)))
         size += len(chunk[-1])
         if size >= PIECE:
             pieces.append((b"".join(chunk), number))
