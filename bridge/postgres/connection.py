@@ -8,7 +8,9 @@ or a server sets for every session in it does not reach ours where we rely on so
 import asyncio
 import os
 import re
+import select
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
@@ -17,6 +19,7 @@ import psycopg
 from psycopg import AsyncConnection, conninfo
 from psycopg.abc import PQGen
 from psycopg.rows import TupleRow
+from psycopg.waiting import READY_R, WAIT_R
 
 from bridge.errors import (
     DatabaseUnavailableError,
@@ -86,6 +89,10 @@ where current_setting(name, true) is not null
 A statement and no start parameters, since PgBouncer refuses those."""
 
 
+_TURN: Final = 0.002
+"""Seconds for which what comes is read without a turn of the event loop."""
+
+
 class Connection(AsyncConnection[TupleRow]):
     """A connection whose rows are tuples, as all of ours are, and which can be given up.
 
@@ -100,7 +107,11 @@ class Connection(AsyncConnection[TupleRow]):
         return await super().wait(self._counting(gen), *args, **kwargs)
 
     def _counting(self, waits: PQGen[T]) -> PQGen[T]:
-        """The same waits; every one that ends because the socket is ready is a sign of life."""
+        """The same waits; every one that ends because the socket is ready is a sign of life.
+
+        Of a long answer libpq reads some ten kilobytes at a time. What has come meanwhile is taken without asking the
+        event loop, which for a page of megabytes costs more than all the rest of reading it.
+        """
         try:
             wanted = next(waits)
             while True:
@@ -108,9 +119,18 @@ class Connection(AsyncConnection[TupleRow]):
                 if ready:
                     self.signs_of_life += 1
                 wanted = waits.send(ready)
+                if ready and wanted == WAIT_R:
+                    turn_ends = time.monotonic() + _TURN
+                    while wanted == WAIT_R and self._is_readable() and time.monotonic() < turn_ends:
+                        wanted = waits.send(READY_R)
         except StopIteration as done:
             result: T = done.value
             return result
+
+    def _is_readable(self) -> bool:
+        poll = select.poll()
+        poll.register(self.pgconn.socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     async def cancel_safe(self, *, timeout: float = _CANCEL_LIMIT) -> None:  # noqa: ASYNC109 - psycopg names it so
         try:
