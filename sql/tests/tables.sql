@@ -1,5 +1,5 @@
 -- What the reader of the log relies on.
-select plan(5);
+select plan(6);
 select is((select seqcache from pg_sequence where seqrelid = 'bridge.outbox_id_seq'::regclass), 1::bigint, 'no session keeps a stock of ids');
 select is((select count(*) from pg_index where indrelid = 'bridge.outbox'::regclass), 1::bigint, 'an event costs one index entry');
 select ok(pg_get_functiondef('bridge.next_outbox_id()'::regprocedure) ~ 'pg_current_xact_id\(\);\s+return nextval',
@@ -10,4 +10,10 @@ select results_eq($$ select event_id is not null, headers, created_at >= now() f
 select ok(pg_get_functiondef('bridge.intake(text[],text[])'::regprocedure) ~ 'own_xid := pg_current_xact_id\(\);\s+insert'
   and pg_get_functiondef('bridge.intake(uuid[],text[],text[])'::regprocedure) ~ 'own_xid := pg_current_xact_id\(\);\s+insert'
   and pg_get_functiondef('bridge.capture()'::regprocedure) ~ 'own_xid := pg_current_xact_id\(\);.*insert into', 'bulk inserts as well');
+select ok((select a.attcompression = 'l' or a.attstorage = 'e' from pg_attribute as a
+           where a.attrelid = 'bridge.outbox'::regclass and a.attname = 'payload')
+          and (current_setting('server_version_num')::int >= 160000
+               or (select attcompression = 'l' from pg_attribute
+                   where attrelid = 'bridge.outbox'::regclass and attname = 'payload')),
+  'no payload is compressed by pglz; Debian''s PostgreSQL 15 has lz4');
 select * from finish();
