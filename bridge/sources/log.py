@@ -149,6 +149,8 @@ class LogReader:
 
     async def _look(self, most: int | None) -> Look:
         """One page, of one snapshot."""
+        if self._gaps.many_fresh:
+            self._gaps.set_horizon(await take_horizon(self._connection))
         began = time.monotonic()
         size = self._page_size if most is None else max(1, min(self._page_size, most))
         page_bytes = self._page_bytes.now
@@ -181,8 +183,6 @@ class LogReader:
             self._gaps.looked(snapshot, below=due.ranges[-1][1])
         else:
             self._gaps.looked(snapshot)
-        if self._gaps.many_fresh:
-            self._gaps.set_horizon(await take_horizon(self._connection))
         full_of_rows = len(ids) >= size
         full_of_bytes = not full_of_rows and sum([event.weight for event in events]) >= page_bytes
         if full_of_bytes:
