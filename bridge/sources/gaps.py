@@ -150,10 +150,6 @@ class Gaps:
         elif ranges:
             self._old.append(_Old(ranges, horizon, None))
 
-    def all(self) -> Ranges:
-        """Every range."""
-        return all_joined([self.recent, *self.old])
-
     @property
     def recent(self) -> Ranges:
         """The fresh and the young ones."""

@@ -144,7 +144,7 @@ as $$
     returning horizon::text::bigint
 $$;
 
--- As 0007 made it, but for the old gaps; the gaps come as text, which a client reads in a third of the time.
+-- As 0007 made it, but for the old gaps; the gaps come as text, which a client reads in six tenths of the time.
 create function bridge.begin_reading(bridge_name text, readers jsonb)
 returns table (sink text, mark bigint, gaps text, horizon bigint, held bigint, began text)
 language plpgsql

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pamqp import body, commands, frame, header
 
-from bridge.brokers.rabbitmq.frames import CHANNEL, Encoder, RefusedEvent, together
+from bridge.brokers.rabbitmq.frames import CHANNEL, Encoder, RefusedEvent
 from bridge.brokers.rabbitmq.lanes import LANE, TEXTS, lane_of
 from bridge.event import AMQP_PREFIX, Event, attributes
 from tests.support.events import make_event
+from tests.support.frames import together
 
 FRAME_MAX = 4096
 EVENT = make_event()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.sources import gaps as module
-from bridge.sources.gaps import MANY, Gaps, Ranges, Snapshot, between, joined, without
+from bridge.sources.gaps import MANY, Gaps, Ranges, Snapshot, all_joined, between, joined, without
 
 ids = st.lists(st.integers(1, 60), unique=True).map(sorted)
 
@@ -41,6 +41,10 @@ def test_joined_is_the_union_in_order_and_apart(first: list[int], second: list[i
     assert list(union) == sorted(union)
 
 
+def every(gaps: Gaps) -> Ranges:
+    return all_joined([gaps.recent, *gaps.old])
+
+
 def snapshot(xmax: int, *running: int) -> Snapshot:
     return Snapshot(min(running, default=xmax), xmax, running)
 
@@ -53,16 +57,16 @@ def test_a_snapshot_is_read_from_its_text() -> None:
 def test_a_gap_closes_only_once_a_snapshot_has_reached_its_horizon() -> None:
     gaps = Gaps()
     assert gaps.saw(0, [1, 2, 5]) == 5
-    assert gaps.all() == ((3, 5),)
+    assert every(gaps) == ((3, 5),)
     gaps.looked(snapshot(1000))
-    assert gaps.all() == ((3, 5),), "without a horizon nothing may close"
+    assert every(gaps) == ((3, 5),), "without a horizon nothing may close"
     gaps.set_horizon(100)
     gaps.looked(snapshot(99))
-    assert gaps.all() == ((3, 5),), "whoever has 99 may fill it, and may be running unseen"
+    assert every(gaps) == ((3, 5),), "whoever has 99 may fill it, and may be running unseen"
     gaps.looked(snapshot(110, 99))
-    assert gaps.all() == ((3, 5),)
+    assert every(gaps) == ((3, 5),)
     gaps.looked(snapshot(110, 100))
-    assert gaps.all() == ()
+    assert every(gaps) == ()
 
 
 def test_stores_under_steady_load_do_not_put_the_closing_off() -> None:
@@ -72,18 +76,18 @@ def test_stores_under_steady_load_do_not_put_the_closing_off() -> None:
     mark = gaps.saw(mark, [4, 6])
     gaps.set_horizon(200)
     gaps.looked(snapshot(150, 120))
-    assert gaps.all() == ((5, 6),), "the older gap keeps its horizon"
+    assert every(gaps) == ((5, 6),), "the older gap keeps its horizon"
     gaps.set_horizon(300)
     gaps.looked(snapshot(301))
-    assert gaps.all() == ()
+    assert every(gaps) == ()
 
 
 def test_late_rows_leave_their_gap_and_do_not_move_the_mark() -> None:
     gaps = Gaps(((3, 10),), 50)
     assert gaps.saw(20, [4, 5]) == 20
-    assert gaps.all() == ((3, 4), (6, 10))
+    assert every(gaps) == ((3, 4), (6, 10))
     assert gaps.saw(20, [3, 6, 22]) == 22
-    assert gaps.all() == ((7, 10), (21, 22))
+    assert every(gaps) == ((7, 10), (21, 22))
 
 
 def test_an_old_gap_is_due_again_only_when_a_suspect_has_ended() -> None:
@@ -100,7 +104,7 @@ def test_an_old_gap_is_due_again_only_when_a_suspect_has_ended() -> None:
     assert gaps.suspects == {45}
     gaps.ended(snapshot(63))
     gaps.looked(snapshot(63))
-    assert gaps.all() == ()
+    assert every(gaps) == ()
 
 
 def test_young_gaps_grow_old_when_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +160,7 @@ def test_parts_that_wait_for_the_same_stay_few_and_large_ones_stay_as_they_are(m
         most = max(most, len(gaps.old))
         assert any(part is large for part in gaps.old)
     assert most < 12
-    assert len(gaps.all()) == 10_500
+    assert len(every(gaps)) == 10_500
 
 
 # A server in small: transactions take their id, then ids of the log, and end in any order. The reader's page is that of
@@ -242,7 +246,7 @@ class Reader:
 
     def restart(self) -> None:
         """Goes on from what is stored, with the horizon of the transaction that stored it."""
-        self.gaps = Gaps(self.gaps.all(), self.server.horizon())
+        self.gaps = Gaps(every(self.gaps), self.server.horizon())
 
 
 def run(random: Random) -> Iterator[Reader]:
@@ -288,4 +292,4 @@ def test_every_committed_row_is_seen_once_and_after_all_that_was_committed_befor
     for before, after in ((a, b) for a in committed for b in committed):
         if server.committed[before.writer] < after.taken:
             assert place[before.id] < place[after.id], (before, after)
-    assert reader.gaps.all() == (), "all has ended, so nothing can be waited for"
+    assert every(reader.gaps) == (), "all has ended, so nothing can be waited for"

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from pamqp import body, commands, frame, header
 from pamqp.heartbeat import Heartbeat
 
-from bridge.brokers.rabbitmq.frames import CHANNEL, Encoder, together
+from bridge.brokers.rabbitmq.frames import CHANNEL, Encoder
 from bridge.brokers.rabbitmq.message import UNREADABLE, Message, event_of
 from bridge.brokers.rabbitmq.reader import BrokenStreamError, Delivered, FrameReader
 from tests.support.events import make_event
+from tests.support.frames import together
 
 short = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40)
 values = st.recursive(

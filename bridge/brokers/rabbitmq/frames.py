@@ -41,7 +41,7 @@ _CONTENT_TYPE_FLAG: Final = 0x8000
 _APP_ID_FLAG: Final = 0x0008
 _CACHED_TOPICS: Final = 4096
 _LARGE: Final = 4096
-"""Bytes of a payload from which on it costs more to copy than to write as a piece of its own."""
+"""Bytes of a payload above which it is not copied, but written as a piece of its own."""
 _BYTE: Final = [bytes([number]) for number in range(256)]
 _LENGTH: Final = [_LONG.pack(number) for number in range(1024)]
 
@@ -75,11 +75,6 @@ def malformed(reason: str) -> RefusedEvent:
 def payload_limit(frame_max: int) -> int:
     """Most bytes in one frame, where `frame_max` is the negotiated limit of a whole one, 0 for none."""
     return frame_max - _FRAME_OVERHEAD if frame_max else 0xFFFFFFFF
-
-
-def together(frames: Frames) -> bytes:
-    """Frames in one piece."""
-    return frames if isinstance(frames, bytes) else b"".join(frames)
 
 
 def with_body(head: bytes, payload: bytes, payload_max: int) -> Frames:
@@ -174,6 +169,7 @@ class Encoder:
         self.max_message_bytes = max_message_bytes
         self._exchange = _short(exchange, "the exchange's name")
         self._payload_max = payload_limit(frame_max)
+        self._whole_max = min(_LARGE, self._payload_max)
         self._template = lru_cache(maxsize=_CACHED_TOPICS)(self._make_template)
         self._times = TimeWriter()
 
@@ -226,7 +222,7 @@ class Encoder:
                 self._check_size(size, body_size)
             tail = template.tail.pack(self._times.timestamp, template.app_id, _BODY, CHANNEL, body_size)
             end = _FRAME_END
-            whole = 0 < body_size <= _LARGE and body_size <= self._payload_max
+            whole = 0 < body_size <= self._whole_max
             if not whole:
                 tail, body, payload, end = tail[: -_FRAME.size], payload, b"", b""
             frames = b"".join(

@@ -16,8 +16,9 @@ from pamqp import commands, frame
 from pamqp.base import Frame
 from pamqp.header import ProtocolHeader
 
-from bridge.brokers.rabbitmq.frames import Encoder, together
+from bridge.brokers.rabbitmq.frames import Encoder
 from tests.bench.peers.log import events
+from tests.support.frames import together
 
 FRAME_MAX = 131_072
 PIECE = 262_144
