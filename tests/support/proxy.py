@@ -47,6 +47,8 @@ class Proxy:
         """Connections accepted so far, refused ones left out."""
         self.refused = 0
         """Connections refused so far."""
+        self.heard_from_server = 0
+        """Bytes that the server has sent so far, those that are held back among them."""
         self._passing = asyncio.Event()
         self._passing.set()
         self._listener: asyncio.Server | None = None
@@ -107,7 +109,9 @@ class Proxy:
                     self._forward(reader, to_server, lambda: self.delay_to_server, lambda: self.rate_to_server)
                 )
                 directions.create_task(
-                    self._forward(from_server, writer, lambda: self.delay_to_client, lambda: self.rate_to_client)
+                    self._forward(
+                        from_server, writer, lambda: self.delay_to_client, lambda: self.rate_to_client, self._hear
+                    )
                 )
             ended_by_both = True
         except* OSError:
@@ -120,12 +124,16 @@ class Proxy:
                 else:
                     _reset(each)
 
+    def _hear(self, size: int) -> None:
+        self.heard_from_server += size
+
     async def _forward(
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         delay: Callable[[], float],
         rate: Callable[[], int | None],
+        heard: Callable[[int], None] = lambda _: None,
     ) -> None:
         """One direction, until its end, which is passed on too."""
         loop = asyncio.get_running_loop()
@@ -154,6 +162,7 @@ class Proxy:
             chunk = b"more"
             while chunk:
                 chunk = await reader.read(CHUNK)
+                heard(len(chunk))
                 await wire.put((loop.time() + delay(), chunk))
 
 
