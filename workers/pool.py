@@ -5,7 +5,7 @@ A connection keeps its cursor, and arrays are written here: with a new cursor, a
 statement for four events took 1.4 times the processor time.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Final, LiteralString
 
@@ -16,13 +16,13 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from bridge.errors import DatabaseUnavailableError, PrivilegeError
 from bridge.postgres.connection import (
-    Connection,
     connection_parameters,
     database_errors,
     prepare_session,
     silence_limited,
     translated,
 )
+from bridge.postgres.wire import Connection, array_text
 from bridge.settings import PostgresSettings
 
 ANSWER_GRACE: Final = 10.0
@@ -111,17 +111,6 @@ class Pool:
             raise DatabaseUnavailableError(
                 f"{self.key}: PostgreSQL gave no connection within {self._connect_timeout:g} s"
             ) from error
-
-
-def array_text(values: Iterable[str | float | None]) -> str:
-    """As PostgreSQL reads it as an array of one dimension, where the statement says of what."""
-    return f"{{{','.join(map(_element, values))}}}"
-
-
-def _element(value: str | float | None) -> str:
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return "NULL" if value is None else repr(value)
 
 
 def ended_session(error: psycopg.Error) -> bool:

@@ -13,7 +13,8 @@ from typing import Final
 import structlog
 
 from bridge.errors import DatabaseUnavailableError, RefusedError
-from bridge.postgres.connection import Connection, answered, connect
+from bridge.postgres.connection import answered, connect
+from bridge.postgres.wire import Connection
 from bridge.settings import PostgresSettings
 
 log = structlog.get_logger()

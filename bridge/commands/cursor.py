@@ -9,8 +9,9 @@ import click
 import psycopg
 
 from bridge.errors import PgbridgeError, UsageError
-from bridge.postgres.connection import Connection, connect, database_errors
+from bridge.postgres.connection import connect, database_errors
 from bridge.postgres.status import Bridge, SinkPosition, look
+from bridge.postgres.wire import Connection
 from bridge.process.tasks import run
 from bridge.process.terminal import Moment, age, config_option, exit_codes, json_option, print_json, table
 from bridge.settings import Settings, load

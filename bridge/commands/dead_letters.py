@@ -26,7 +26,8 @@ from bridge.commands.dead_outbox import (
 from bridge.commands.republish import Pace
 from bridge.errors import PgbridgeError, UsageError
 from bridge.event import matches
-from bridge.postgres.connection import Connection, connect, database_errors
+from bridge.postgres.connection import connect, database_errors
+from bridge.postgres.wire import Connection
 from bridge.settings import Settings
 
 

@@ -12,7 +12,8 @@ from bridge.brokers.contract import Letter
 from bridge.commands.republish import Pace, open_sinks, republish
 from bridge.errors import UsageError
 from bridge.event import Event, read_headers
-from bridge.postgres.connection import Connection, database_errors
+from bridge.postgres.connection import database_errors
+from bridge.postgres.wire import Connection
 from bridge.routes import Routes
 from bridge.settings import Settings
 from bridge.sources import DeadLetter

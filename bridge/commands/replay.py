@@ -16,7 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from bridge.commands.republish import Pace, open_sinks, republish
 from bridge.errors import UsageError
 from bridge.event import Event, matches
-from bridge.postgres.connection import Connection, answered, connect
+from bridge.postgres.connection import answered, connect
+from bridge.postgres.wire import Connection
 from bridge.process.logs import configure
 from bridge.process.tasks import run
 from bridge.process.terminal import (
@@ -156,10 +157,10 @@ async def _pages(
     reader = LogReader(connection, settings.name, page_size=outbox.page_size, page_bytes=outbox.page_bytes)
     ((begin, end, first_id, oldest),) = await fetch_all(
         connection,
-        "select bridge.position_at(%s), bridge.position_at(%s), first.id, "
+        "select bridge.position_at($1), bridge.position_at($2), first.id, "
         "bridge.calendar_time(first.created_at) from (values (1)) one "
         "left join (select id, created_at from bridge.outbox order by id limit 1) first on true",
-        (part.since - _SLACK, part.until + _SLACK),
+        ((part.since - _SLACK).isoformat(), (part.until + _SLACK).isoformat()),
     )
     replayed.begin = replayed.position = mark = begin - 1
     replayed.end = end

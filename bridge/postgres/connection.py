@@ -6,20 +6,14 @@ or a server sets for every session in it does not reach ours where we rely on so
 """
 
 import asyncio
-import os
 import re
-import select
-import socket
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import psycopg
 from psycopg import AsyncConnection, conninfo
-from psycopg.abc import PQGen
 from psycopg.rows import TupleRow
-from psycopg.waiting import READY_R, WAIT_R
 
 from bridge.errors import (
     DatabaseUnavailableError,
@@ -33,9 +27,8 @@ from bridge.errors import (
     SettingsError,
 )
 from bridge.postgres.refusals import connection_refused
+from bridge.postgres.wire import Connection
 from bridge.settings import PostgresSettings
-
-T = TypeVar("T")
 
 OLDEST_POSTGRES: Final = 14
 """The oldest major version that has what we use: idle_session_timeout, multiranges, parsed SQL functions."""
@@ -47,9 +40,6 @@ where a proxy or a load balancer is in between, since that is what acknowledges 
 _LOOKS: Final = 10
 """So often is a silent connection looked at before it is given up. Looks are counted and not seconds, since a process
 that was frozen for a minute has heard nothing in it, and yet its answer may have come."""
-
-_CANCEL_LIMIT: Final = 1.0
-"""Seconds that the server has to take the request to cancel a statement."""
 
 DSN_KEY: Final = "postgres.dsn"
 """The setting that nearly every connection comes from. Errors begin with it, or with the key that a caller names."""
@@ -87,62 +77,6 @@ where current_setting(name, true) is not null
 """
 """What sessions of ours rely on; a caller may set more. The condition leaves out what an older server does not have.
 A statement and no start parameters, since PgBouncer refuses those."""
-
-
-_TURN: Final = 0.002
-"""Seconds for which what comes is read without a turn of the event loop."""
-
-
-class Connection(AsyncConnection[TupleRow]):
-    """A connection whose rows are tuples, as all of ours are, and which can be given up.
-
-    A statement that is cancelled does not wait for a server that does not answer. psycopg would wait 5 s for the server
-    to take the request, and as long again for the statement to end.
-    """
-
-    signs_of_life = 0
-    """Rises whenever the peer has sent something, or has taken something that we sent."""
-
-    async def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
-        return await super().wait(self._counting(gen), *args, **kwargs)
-
-    def _counting(self, waits: PQGen[T]) -> PQGen[T]:
-        """The same waits; every one that ends because the socket is ready is a sign of life.
-
-        Of a long answer libpq reads some ten kilobytes at a time. What has come meanwhile is taken without asking the
-        event loop, which took a sixth of the bridge's processor time for payloads of that size.
-        """
-        try:
-            wanted = next(waits)
-            while True:
-                ready = yield wanted
-                if ready:
-                    self.signs_of_life += 1
-                wanted = waits.send(ready)
-                if ready and wanted == WAIT_R:
-                    turn_ends = time.monotonic() + _TURN
-                    while wanted == WAIT_R and self._is_readable() and time.monotonic() < turn_ends:
-                        wanted = waits.send(READY_R)
-        except StopIteration as done:
-            result: T = done.value
-            return result
-
-    def _is_readable(self) -> bool:
-        poll = select.poll()
-        poll.register(self.pgconn.socket, select.POLLIN)
-        return bool(poll.poll(0))
-
-    async def cancel_safe(self, *, timeout: float = _CANCEL_LIMIT) -> None:  # noqa: ASYNC109 - psycopg names it so
-        try:
-            await super().cancel_safe(timeout=min(timeout, _CANCEL_LIMIT))
-        except psycopg.Error:
-            self.end_wire()
-            raise
-
-    def end_wire(self) -> None:
-        """Ends the socket, so that whoever waits for an answer gets an error at once."""
-        with socket.socket(fileno=os.dup(self.pgconn.socket)) as wire:
-            wire.shutdown(socket.SHUT_RDWR)
 
 
 def connection_parameters(settings: PostgresSettings, application_name: str) -> dict[str, Any]:

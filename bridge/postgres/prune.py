@@ -8,7 +8,8 @@ from typing import Final
 import structlog
 
 from bridge.errors import PgbridgeError
-from bridge.postgres.connection import Connection, connect, database_errors
+from bridge.postgres.connection import connect, database_errors
+from bridge.postgres.wire import Connection
 from bridge.process.metrics import EVENTS_PRUNED
 from bridge.process.outage import Outage
 from bridge.settings import Settings

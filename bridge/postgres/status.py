@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 import structlog
 
 from bridge.errors import PgbridgeError, UsageError
-from bridge.postgres.connection import Connection, connect, database_errors
+from bridge.postgres.connection import connect, database_errors
+from bridge.postgres.wire import Connection
 from bridge.process import metrics
 from bridge.settings import Settings
 

@@ -19,7 +19,8 @@ from psycopg import Notify
 
 from bridge.errors import PgbridgeError
 from bridge.event import NO_HEADERS, Event
-from bridge.postgres.connection import Connection, answered, connect
+from bridge.postgres.connection import answered, connect
+from bridge.postgres.wire import Connection
 from bridge.process.metrics import DEAF_SECONDS, NOTIFICATIONS, NOTIFICATIONS_DROPPED
 from bridge.process.outage import Outage
 from bridge.process.tasks import background, in_own_task, one_error

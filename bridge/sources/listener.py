@@ -17,7 +17,8 @@ from typing import Final
 from psycopg import Notify, sql
 
 from bridge.errors import DatabaseUnavailableError, ListenError
-from bridge.postgres.connection import Connection, answered, connect, database_errors
+from bridge.postgres.connection import answered, connect, database_errors
+from bridge.postgres.wire import Connection
 from bridge.settings import PostgresSettings
 
 _SLICE: Final = 0.5

@@ -5,7 +5,7 @@ import operator
 import re
 import time
 from collections.abc import Collection, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import psycopg
 from psycopg.rows import TupleRow
@@ -13,7 +13,8 @@ from psycopg.types.string import ByteaBinaryLoader
 
 from bridge.errors import DatabaseUnavailableError, NoAnswerError, SchemaError
 from bridge.event import Event, read_headers
-from bridge.postgres.connection import DSN_KEY, Connection, answered
+from bridge.postgres.connection import DSN_KEY, answered
+from bridge.postgres.wire import Connection, Value, array_text
 from bridge.sources.gaps import MANY, Gaps, Ranges, Snapshot, all_joined
 
 _RANGE: Final = re.compile(r"\[(\d+),(\d+)\)")
@@ -117,7 +118,7 @@ class LogReader:
         self._source = f"/{connection.info.dbname}/{name}"
         self._name = name
         self._sink = reader.sink
-        self._patterns = None if reader.takes_all else list(reader.patterns)
+        self._patterns = None if reader.takes_all else array_text(reader.patterns)
         self._inverted = not reader.sink
         self._least = self._page_size = page_size
         self._page_bytes = page_bytes if isinstance(page_bytes, PageBytes) else PageBytes(page_bytes)
@@ -161,7 +162,7 @@ class LogReader:
         )  # fmt: skip
         try:
             rows = await fetch_all(
-                self._connection, "select * from bridge.read_page(%s, %s, %s, %s, %s, %s, %s, %s)", place
+                self._connection, "select * from bridge.read_page($1, $2, $3, $4, $5, $6, $7, $8)", place
             )
         except NoAnswerError:
             self._page_bytes.halve()
@@ -240,7 +241,7 @@ class LogReader:
         async with self._turn:
             rows = await fetch_all(
                 self._connection,
-                "select bridge.store_cursor(%s, %s, %s, %s, %s, %s)",
+                "select bridge.store_cursor($1, $2, $3, $4, $5, $6)",
                 (
                     self._name,
                     self._sink,
@@ -273,14 +274,13 @@ async def take_horizon(connection: Connection) -> int:
     return int(horizon)
 
 
-async def fetch_all(connection: Connection, query: str, values: tuple[Any, ...]) -> list[TupleRow]:
-    """Runs one statement. Raises DatabaseUnavailableError, PrivilegeError, SchemaError."""
+async def fetch_all(connection: Connection, query: str, values: tuple[Value, ...]) -> list[TupleRow]:
+    """Runs one prepared statement. Raises DatabaseUnavailableError, PrivilegeError, SchemaError."""
     with answered(connection):
         try:
-            cursor = await connection.execute(query, values, prepare=True, binary=True)
+            return await connection.rows(query, *values)
         except psycopg.errors.IdleSessionTimeout as error:
             raise DatabaseUnavailableError("the session ended while this process was frozen") from error
-        return await cursor.fetchall()
 
 
 def multirange(ranges: Ranges) -> str:

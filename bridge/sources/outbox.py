@@ -6,6 +6,7 @@ nothing. After any loss the stored positions are read again; nothing in memory o
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import time
@@ -17,7 +18,8 @@ from psycopg import Notify
 from psycopg.types.json import Jsonb
 
 from bridge.errors import SchemaError
-from bridge.postgres.connection import DSN_KEY, Connection, answered, connect
+from bridge.postgres.connection import DSN_KEY, answered, connect
+from bridge.postgres.wire import Connection
 from bridge.settings import OutboxSettings, PostgresSettings
 from bridge.sources import DeadLetter, Page
 from bridge.sources.doorbell import Doorbell
@@ -209,13 +211,13 @@ class Outbox:
         """
         await require_sequence(self.session)
         who = f"{socket.gethostname()}:{os.getpid()}"
-        ((leads,),) = await fetch_all(self.session, "select bridge.take_lead(%s, %s)", (self.name, who))
+        ((leads,),) = await fetch_all(self.session, "select bridge.take_lead($1, $2)", (self.name, who))
         if not leads:
             return False
         positions = await fetch_all(
             self.session,
-            "select sink, mark, gaps, horizon, held, began from bridge.begin_reading(%s, %s)",
-            (self.name, Jsonb([reader._asdict() for reader in readers])),
+            "select sink, mark, gaps, horizon, held, began from bridge.begin_reading($1, $2)",
+            (self.name, json.dumps([reader._asdict() for reader in readers])),
         )
         by_sink = {reader.sink: reader for reader in readers}
         self.sources = []
@@ -292,7 +294,7 @@ class Outbox:
             if (problem and problem.words) != (before and before.words):
                 await fetch_all(
                     self.session,
-                    "select bridge.store_problem(%s, %s, %s, %s)",
+                    "select bridge.store_problem($1, $2, $3, $4)",
                     (
                         self.name,
                         sink,
@@ -317,10 +319,10 @@ class Outbox:
         Raises DatabaseUnavailableError, PrivilegeError, SchemaError.
         """
         await self.store()
-        await fetch_all(self.session, "select bridge.leave_lead(%s)", (self.name,))
+        await fetch_all(self.session, "select bridge.leave_lead($1)", (self.name,))
 
     async def _set_asleep(self, sleeps: bool) -> None:
-        await fetch_all(self.session, "select bridge.set_asleep(%s, %s)", (self.name, sleeps))
+        await fetch_all(self.session, "select bridge.set_asleep($1, $2)", (self.name, sleeps))
 
 
 def pulse_interval(settings: OutboxSettings) -> float:

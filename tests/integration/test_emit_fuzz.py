@@ -21,7 +21,7 @@ from bridge.brokers.pubsub.message import Encoder as PubSubEncoder
 from bridge.brokers.rabbitmq.frames import Encoder as RabbitMQEncoder
 from bridge.brokers.rabbitmq.frames import RefusedEvent
 from bridge.event import Event
-from bridge.postgres.connection import Connection
+from bridge.postgres.wire import Connection
 from bridge.sources.log import LogReader, Position
 
 NESTED = "[" * 1500 + "]" * 1500

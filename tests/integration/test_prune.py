@@ -5,8 +5,8 @@ from pathlib import Path
 
 import psycopg
 
-from bridge.postgres.connection import Connection
 from bridge.postgres.prune import prune
+from bridge.postgres.wire import Connection
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.until import rows_become

@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from bridge.brokers.contract import Letter, Verdict
 from bridge.brokers.registry import broker_of
 from bridge.errors import LoginError, PrivilegeError, RefusedError, UnavailableError
-from bridge.postgres.connection import Connection, connect, database_errors
+from bridge.postgres.connection import connect, database_errors
+from bridge.postgres.wire import Connection
 from bridge.process.tasks import run
 from bridge.process.terminal import (
     Moment,
