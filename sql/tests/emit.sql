@@ -40,6 +40,6 @@ select throws_ok(
   'P0009', 'no', 'a transaction that fails');
 select is_empty($$ select from bridge.outbox where topic = 't.gone' $$, 'takes its events along');
 
-select ok(pg_get_functiondef('bridge.append_event(text,text,text,text,jsonb)'::regprocedure) ~ 'pg_current_xact_id\(\);\s+next_id := pg_catalog.nextval',
+select ok(pg_get_functiondef('bridge.append_event(text,text,text,text,jsonb)'::regprocedure) ~ 'case when pg_catalog.pg_current_xact_id\(\) is not null then pg_catalog.nextval\(',
   'the transaction id is taken before the sequence''s value');
 select * from finish();

@@ -228,11 +228,20 @@ async def _put_hazard_back(connection: Connection) -> None:
         )
         row = await cursor.fetchone()
         assert row is not None
-        xid, nextval = "own_xid := pg_current_xact_id();", "next_id := nextval('bridge.outbox_id_seq');"
-        swapped = (
-            row[0].replace(nextval, "").replace(xid, f"{nextval} perform pg_sleep(0.2 * (random() < 0.05)::int); {xid}")
+        in_order = (
+            "case when pg_catalog.pg_current_xact_id() is not null then pg_catalog.nextval('bridge.outbox_id_seq') end"
         )
+        swapped = row[0].replace(in_order, "bridge.id_before_transaction()")
         assert swapped != row[0]
+        await connection.execute("""
+            create function bridge.id_before_transaction() returns bigint language plpgsql as $$
+            declare id bigint := nextval('bridge.outbox_id_seq');
+            begin
+              perform pg_sleep(0.2 * (random() < 0.05)::int);
+              perform pg_current_xact_id();
+              return id;
+            end $$
+        """)
         await connection.execute(swapped)
     elif HAZARD == "2":
         await connection.execute("""
