@@ -15,7 +15,7 @@ from bridge.brokers.registry import broker_of
 from bridge.commands.topology import declarations, require_complete
 from bridge.errors import PgbridgeError, PrivilegeError, SchemaError
 from bridge.postgres.connection import DSN_KEY, connect, database_errors, require_writes
-from bridge.postgres.schema import check_version
+from bridge.postgres.schema import check_version, schema_version
 from bridge.postgres.status import look
 from bridge.process.tasks import one_error, run
 from bridge.process.terminal import config_option, exit_codes, json_option, print_json
@@ -121,8 +121,10 @@ async def _listen(settings: Settings) -> str:
 async def _schema(settings: Settings) -> str:
     connection = await connect(settings.postgres, "pgbridge check")
     async with connection:
-        await check_version(connection)
-    return "is the one that this pgbridge works with"
+        version = await check_version(connection)
+    if version > schema_version():
+        return f"version {version:04}; this pgbridge knows {schema_version():04} and may run on it: upgrade it next"
+    return f"version {version:04}, as this pgbridge knows it"
 
 
 async def _privileges(settings: Settings) -> str:

@@ -24,4 +24,4 @@ def migrate(config: Path | None, print_sql: bool, dry_run: bool) -> None:
     for migration in migrations:
         click.echo(f"{migration.version:04} {migration.name}: {'would be applied' if dry_run else 'applied'}")
     if not migrations:
-        click.echo(f"The schema is at version {schema.schema_version():04}; nothing to do.")
+        click.echo(f"The schema has all that this pgbridge brings, up to {schema.schema_version():04}; nothing to do.")

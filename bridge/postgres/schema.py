@@ -3,6 +3,9 @@
 The SQL is the wheel's `bridge/sql`, or `sql/` of a checkout. Every migration runs in a transaction of its own that
 first takes an advisory lock and then looks what is still to do; so several may run at once, through a
 transaction pooler too, and a failure leaves a whole version behind.
+
+A migration names the oldest program that may run on the schema it leaves, by the version that the program knows. So a
+program runs on its own schema, and on every newer one whose migrations all admit it; upgrades need no gap.
 """
 
 import hashlib
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import psycopg
-from psycopg import AsyncConnection, Connection
+from psycopg import AsyncConnection, Connection, sql
 from psycopg.rows import TupleRow
 from pydantic import SecretStr
 
@@ -32,6 +35,9 @@ LOCK_TIMEOUT: Final = "10s"
 
 _LOCK: Final = "select pg_advisory_xact_lock(hashtext('pgbridge.migrate'))"
 _FILE: Final = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
+_OLDEST: Final = re.compile(r"-- oldest program: (\d{4})\n")
+_FIRST_WITH_OLDEST: Final = 23
+"""The version from which on `bridge.migration` says it."""
 
 
 class Migration(NamedTuple):
@@ -42,6 +48,19 @@ class Migration(NamedTuple):
     checksum: str
     """SHA-256 of the text, so that a file changed after it was applied is noticed."""
     sql: str
+
+    @property
+    def oldest_program(self) -> int:
+        """Programs that know this version of the schema, or a newer one, may run on what it leaves."""
+        named = _OLDEST.match(self.sql)
+        return int(named[1]) if named else self.version
+
+
+class Applied(NamedTuple):
+    """A migration, as the database has it on record."""
+
+    checksum: str
+    oldest_program: int
 
 
 def sql_folder() -> Path:
@@ -59,8 +78,8 @@ def migrations() -> Sequence[Migration]:
         match = _FILE.fullmatch(path.name)
         if match is None:
             raise SettingsError(f"{path}: is not a migration; name it NNNN_words.sql")
-        sql = path.read_text(encoding="utf-8")
-        found.append(Migration(int(match[1]), match[2], hashlib.sha256(sql.encode()).hexdigest(), sql))
+        text = path.read_text(encoding="utf-8")
+        found.append(Migration(int(match[1]), match[2], hashlib.sha256(text.encode()).hexdigest(), text))
     if not found:
         raise SettingsError(f"{sql_folder()}: holds no migrations; install pgbridge again")
     return tuple(found)
@@ -72,16 +91,18 @@ def schema_version() -> int:
 
 
 def migrate(dsn: str) -> list[Migration]:
-    """Applies what is missing, then the roles; returns what was applied. Running it again is harmless.
+    """Applies what is missing, then the roles; returns what was applied. Running it again is harmless, and it leaves a
+    newer schema that admits this pgbridge as it is.
 
     Raises SchemaError (PostgreSQL too old, a database without an encoding, a migration changed after it was applied,
-    schema newer than this pgbridge), and what `bridge.postgres.connection.connect` raises.
+    schema newer than what this pgbridge may run on), and what `bridge.postgres.connection.connect` raises.
     """
     applied: list[Migration] = []
     with database_errors(), _connect(dsn) as connection:
         while (migration := _apply_next(connection)) is not None:
             applied.append(migration)
-        _run(connection, "roles.sql", _roles_sql())
+        if _newest(_applied(connection)) <= schema_version():
+            _run(connection, "roles.sql", _roles_sql())
     return applied
 
 
@@ -91,8 +112,9 @@ def pending(dsn: str) -> list[Migration]:
         return _pending(_applied(connection))
 
 
-async def check_version(connection: AsyncConnection[Any]) -> None:
-    """Raises SchemaError unless the database has exactly the schema that this pgbridge works with.
+async def check_version(connection: AsyncConnection[Any]) -> int:
+    """The version of the schema, which may be newer than what this pgbridge knows. Raises SchemaError where this
+    pgbridge may not run on it.
 
     Raises what `translated` raises, too.
     """
@@ -101,14 +123,15 @@ async def check_version(connection: AsyncConnection[Any]) -> None:
         row = await cursor.fetchone()
         if row is None or not row[0]:
             raise SchemaError(f"{DSN_KEY}: the schema bridge is not installed in this database; run: pgbridge migrate")
-        cursor = await connection.execute("select version, checksum from bridge.migration")
-        applied = dict(await cursor.fetchall())
+        cursor = await connection.execute(_RECORD)
+        applied = _read(await cursor.fetchall())
     missing = _pending(applied)
     if missing:
         raise SchemaError(
             f"{DSN_KEY}: the schema bridge does not have migration {missing[0].version:04} ({missing[0].name}) "
             f"and with it {len(missing)} in all; run: pgbridge migrate"
         )
+    return _newest(applied)
 
 
 def schema_sql() -> str:
@@ -169,11 +192,15 @@ select :'known' <> 'none' as done, :'known' not in ('none', '{m.checksum}') as c
   \\echo {m.version:04} {m.name}: already applied
 \\else
 {m.sql}
-insert into bridge.migration (version, name, checksum) values ({m.version}, '{m.name}', '{m.checksum}');
+insert into bridge.migration ({", ".join(_row(m))}) values ({m.version}, '{m.name}', '{m.checksum}'{_psql_oldest(m)});
   \\echo {m.version:04} {m.name}: applied
 \\endif
 commit;
 """  # noqa: S608 - numbers and names of our own files
+
+
+def _psql_oldest(m: Migration) -> str:
+    return f", {m.oldest_program}" if m.version >= _FIRST_WITH_OLDEST else ""
 
 
 def _connect(dsn: str) -> Connection[TupleRow]:
@@ -188,29 +215,54 @@ def _apply_next(connection: Connection[tuple[Any, ...]]) -> Migration | None:
         if not missing:
             return None
         _run(connection, f"migration {missing[0].version:04} ({missing[0].name})", missing[0].sql)
-        connection.execute("insert into bridge.migration (version, name, checksum) values (%s, %s, %s)", missing[0][:3])
+        row = _row(missing[0])
+        connection.execute(
+            sql.SQL("insert into bridge.migration ({}) values ({})").format(
+                sql.SQL(", ").join(map(sql.Identifier, row)), sql.SQL(", ").join(map(sql.Placeholder, row))
+            ),
+            row,
+        )
         return missing[0]
 
 
-def _applied(connection: Connection[tuple[Any, ...]]) -> dict[int, str]:
+def _row(m: Migration) -> dict[str, Any]:
+    """What `bridge.migration` says of it."""
+    row: dict[str, Any] = {"version": m.version, "name": m.name, "checksum": m.checksum}
+    return row | ({"oldest_program": m.oldest_program} if m.version >= _FIRST_WITH_OLDEST else {})
+
+
+_RECORD: Final = "select version, checksum, to_jsonb(m) ->> 'oldest_program' from bridge.migration m"
+"""An older schema has no such column."""
+
+
+def _read(rows: Sequence[TupleRow]) -> dict[int, Applied]:
+    return {version: Applied(checksum, int(oldest or version)) for version, checksum, oldest in rows}
+
+
+def _newest(applied: Mapping[int, Applied]) -> int:
+    return max(applied, default=0)
+
+
+def _applied(connection: Connection[tuple[Any, ...]]) -> dict[int, Applied]:
     with _owner_errors("the schema bridge"), connection.transaction():
         installed = connection.execute("select to_regclass('bridge.migration') is not null").fetchone()
         if installed is None or not installed[0]:
             return {}
-        return dict(connection.execute("select version, checksum from bridge.migration").fetchall())
+        return _read(connection.execute(_RECORD).fetchall())
 
 
-def _pending(applied: Mapping[int, str]) -> list[Migration]:
-    """What the database lacks. Raises SchemaError for a newer schema, and for a migration that was changed since."""
+def _pending(applied: Mapping[int, Applied]) -> list[Migration]:
+    """What the database lacks. Raises SchemaError for a newer schema that does not admit this pgbridge, and for a
+    migration that was changed since."""
     known = {m.version: m for m in migrations()}
-    newer = [version for version in applied if version not in known]
-    if newer:
+    oldest = max((one.oldest_program for version, one in applied.items() if version not in known), default=0)
+    if oldest > schema_version():
         raise SchemaError(
-            f"{DSN_KEY}: the schema bridge has version {max(newer)}; this pgbridge knows up to {schema_version()}. "
-            "Upgrade pgbridge"
+            f"{DSN_KEY}: the schema bridge has version {_newest(applied):04}, on which programs run that know "
+            f"{oldest:04} or newer; this pgbridge knows up to {schema_version():04}. Upgrade pgbridge"
         )
-    for version, checksum in sorted(applied.items()):
-        if known[version].checksum != checksum:
+    for version, one in sorted(applied.items()):
+        if version in known and known[version].checksum != one.checksum:
             raise SchemaError(
                 f"{DSN_KEY}: migration {version:04} ({known[version].name}) is not the one applied to this database: "
                 "its file was changed. Restore the file, and put the change into a new migration"
@@ -218,12 +270,12 @@ def _pending(applied: Mapping[int, str]) -> list[Migration]:
     return [m for m in migrations() if m.version not in applied]
 
 
-def _run(connection: Connection[tuple[Any, ...]], what: str, sql: str) -> None:
+def _run(connection: Connection[tuple[Any, ...]], what: str, statements: str) -> None:
     """Runs one of our own files in a transaction, under the lock."""
     with _owner_errors(what), connection.transaction():
         connection.execute(_LOCK)
         connection.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
-        connection.execute(sql)
+        connection.execute(statements)
 
 
 @contextmanager
