@@ -22,9 +22,10 @@ from bridge.lane import sink_outage
 from bridge.postgres.prune import prune_for_ever
 from bridge.postgres.schema import check_version
 from bridge.postgres.status import sample_for_ever
-from bridge.process.health import Health, notify, serving, watchdog_for_ever
+from bridge.process.health import Health, serving
 from bridge.process.metrics import DATABASE_UP, LEADING, PER_SINK, SINK_UP
 from bridge.process.outage import Outage
+from bridge.process.systemd import notify, watchdog_for_ever
 from bridge.process.tasks import background, one_error, raise_if_cancelled, stop_on_signals, unless_stopped
 from bridge.relay import Limits, Relay, tell_dead_letters
 from bridge.routes import Routes

@@ -19,8 +19,9 @@ import structlog
 
 from bridge.brokers.contract import Delivery, Queue
 from bridge.errors import BrokerUnavailableError, PgbridgeError
-from bridge.process.health import Health, notify, watchdog_for_ever
+from bridge.process.health import Health
 from bridge.process.outage import Outage
+from bridge.process.systemd import notify, watchdog_for_ever
 from bridge.process.tasks import in_own_task
 from bridge.settings import WorkerSettings
 from workers.attempt import OUTAGE_BACKOFF, Attempts

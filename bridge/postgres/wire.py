@@ -6,6 +6,7 @@ the socket is watched for as long as the connection lives. Whatever else psycopg
 """
 
 import asyncio
+import itertools
 import os
 import select
 import socket
@@ -59,6 +60,7 @@ class Connection(AsyncConnection[TupleRow]):
         super().__init__(*args, **kwargs)
         self._names: dict[str, bytes] = {}
         """The names of prepared statements, by their texts."""
+        self._numbers = itertools.count()
         self._transformer = Transformer.from_context(self)
 
     # Statements
@@ -84,7 +86,8 @@ class Connection(AsyncConnection[TupleRow]):
         try:
             name = self._names.get(query)
             if name is None:
-                name = b"pgbridge%d" % len(self._names)
+                # A number is used once: the server may have prepared what was cancelled here.
+                name = b"pgbridge%d" % next(self._numbers)
                 self.pgconn.send_prepare(name, query.encode())
                 await self._result()
                 self._names[query] = name

@@ -1,14 +1,12 @@
 """`/metrics` for Prometheus and `/health` for whoever restarts or balances, over HTTP, in a thread of its own."""
 
-import asyncio
 import errno
 import json
-import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Thread
+from threading import Semaphore, Thread
 from typing import TYPE_CHECKING, Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
@@ -20,6 +18,10 @@ from bridge.errors import PgbridgeError, SettingsError, UnavailableError
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
+_CONNECTIONS: Final = 16
+"""Served at once; one more is closed."""
+_PATIENCE: Final = 5.0
+"""Seconds in which a connection must say something, or take what it is told."""
 _PASSES: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 """Another process still has the port, or a floating address is not on this machine yet."""
 
@@ -57,7 +59,7 @@ def serving(
             host.strip("[]"),
             int(port),
             _application(health, registry),
-            server_class=_V6Server if host.startswith("[") else ThreadingWSGIServer,
+            server_class=_V6Server if host.startswith("[") else _Server,
             handler_class=_Silent,
         )
     except OSError as error:
@@ -107,42 +109,36 @@ def _json(start_response: "StartResponse", status: str, body: dict[str, Any]) ->
     return [json.dumps(body).encode() + b"\n"]
 
 
-class _V6Server(ThreadingWSGIServer):
+class _Server(ThreadingWSGIServer):
+    """One with a thread for each connection, and few of them: file descriptors are for the broker and PostgreSQL."""
+
+    request_queue_size = 64
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._places = Semaphore(_CONNECTIONS)
+        super().__init__(*args, **kwargs)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+
+class _V6Server(_Server):
     address_family = socket.AF_INET6
 
 
 class _Silent(WSGIRequestHandler):
     """Without a log line for every look."""
 
+    timeout = _PATIENCE
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
-
-
-def notify(state: str) -> None:
-    """Sends ``READY=1``, ``STOPPING=1``, ``STATUS=...``, ``WATCHDOG=1``; does nothing outside of systemd.
-
-    Raises OSError when the socket is named but cannot be written.
-    """
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        sender.connect(address)
-        sender.send(state.encode())
-
-
-def watchdog_interval() -> float | None:
-    """Seconds between two ``WATCHDOG=1``: half of what systemd allows; None without a watchdog."""
-    microseconds = os.environ.get("WATCHDOG_USEC")
-    return int(microseconds) / 2_000_000 if microseconds else None
-
-
-async def watchdog_for_ever() -> None:
-    """Tells systemd's watchdog that the event loop turns, until it is cancelled; without a watchdog it only waits."""
-    interval = watchdog_interval()
-    while True:
-        if interval is not None:
-            notify("WATCHDOG=1")
-        await asyncio.sleep(interval or 3600.0)

@@ -12,7 +12,7 @@ import structlog
 import uvloop
 
 from bridge.errors import PgbridgeError
-from bridge.process.health import notify
+from bridge.process.systemd import notify
 
 log = structlog.get_logger()
 

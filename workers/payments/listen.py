@@ -21,9 +21,10 @@ from pydantic import BaseModel, ValidationError
 from tenacity import wait_exponential_jitter
 
 from bridge.errors import PgbridgeError, SettingsError
-from bridge.process.health import Health, cannot_listen, notify, serving, watchdog_for_ever
+from bridge.process.health import Health, cannot_listen, serving
 from bridge.process.logs import configure
 from bridge.process.outage import Outage
+from bridge.process.systemd import notify, watchdog_for_ever
 from bridge.process.tasks import background, one_error, run_daemon, stop_on_signals
 from bridge.process.terminal import config_option, exit_codes
 from bridge.settings import Settings, load

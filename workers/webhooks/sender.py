@@ -16,8 +16,9 @@ from typing import Final, Protocol
 import structlog
 
 from bridge.errors import PgbridgeError
-from bridge.process.health import Health, notify, watchdog_for_ever
+from bridge.process.health import Health
 from bridge.process.outage import Outage
+from bridge.process.systemd import notify, watchdog_for_ever
 from workers.attempt import OUTAGE_BACKOFF
 from workers.webhooks.client import Answer
 from workers.webhooks.deliveries import Claimed, Deliveries, Outcome, Recorded
