@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import click
 from rich.console import Console
@@ -17,13 +18,37 @@ from rich.table import Table
 
 from bridge.errors import PgbridgeError, UsageError
 from bridge.process.logs import journal_prefix
+from bridge.settings.load import CREDENTIALS_VARIABLE
 from bridge.settings.models import parse_duration
 
-config_option = click.option(
+F = TypeVar("F", bound=Callable[..., Any])
+
+_config_option = click.option(
     "--config",
     type=click.Path(dir_okay=False, path_type=Path),
     help="The settings; default: $PGBRIDGE_CONFIG, bridge.toml or /etc/pgbridge/bridge.toml.",
 )
+
+
+def _use_credentials(_context: click.Context, _option: click.Parameter, folder: Path | None) -> None:
+    if folder is not None:
+        os.environ[CREDENTIALS_VARIABLE] = str(folder)
+
+
+_credentials_option = click.option(
+    "--credentials",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    expose_value=False,
+    callback=_use_credentials,
+    help="Files that are named as keys; default: those of the units, in credentials/ beside the settings.",
+)
+
+
+def config_option(command: F) -> F:
+    """Where the settings are, and their secrets; the command gets the first as `config`."""
+    return _config_option(_credentials_option(command))
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs: JSON.")
 topic_option = click.option(
     "--topic", "topics", multiple=True, metavar="PATTERN", help="Only these topics; `*` one word, `#` any number."

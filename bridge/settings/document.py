@@ -22,12 +22,15 @@ _INTRODUCTION: Final = """\
 # Settings
 
 One file, `bridge.toml`, serves bridge and workers: `--config`, or `$PGBRIDGE_CONFIG`, or `./bridge.toml`, or
-`/etc/pgbridge/bridge.toml`. Three more places override it, the later ones winning:
+`/etc/pgbridge/bridge.toml`. More places override it, the later ones winning:
 
+- **The units' credentials**, for commands outside of systemd: a file `credentials/bridge/sinks.events.url` (or
+  `credentials/workers/...`) beside the settings sets `sinks.events.url`, as it does for the unit's process.
 - **Environment**: `PGBRIDGE_POSTGRES__DSN` is `postgres.dsn`; two underscores are a dot. Lists are written as in
   TOML: `PGBRIDGE_CHANNELS__LISTEN='["orders", "stock"]'`.
 - **Secret files**: a key marked *secret* may be given as `<key>_file`, the path of a file that holds it.
-- **systemd credentials**: `LoadCredential=sinks.events.url:/etc/pgbridge/amqp-url` sets `sinks.events.url`.
+- **Credentials**: files of the same names in `$CREDENTIALS_DIRECTORY`, which systemd fills by
+  `LoadCredential=bridge:/etc/pgbridge/credentials/bridge`, or in the folder that a command is given by `--credentials`.
 
 Unknown keys are errors. `pgbridge check` and every start validate all of it. Durations are written `"500ms"`, `"30s"`,
 `"5m"`, `"2h"`, `"7d"`; sizes `"64MB"`, `"16MiB"`. Editors that know JSON Schema can use

@@ -1,7 +1,8 @@
 """Where settings come from, and what a mistake in them is called: one line each, with its key.
 
-Later ones win: `bridge.toml`; environment variables (``PGBRIDGE_POSTGRES__DSN`` is ``postgres.dsn``); systemd
-credentials (a file ``sinks.events.url`` in ``$CREDENTIALS_DIRECTORY``).
+Later ones win: `bridge.toml`; for a command outside of systemd, the files from which the units take their credentials
+(``credentials/bridge/sinks.events.url`` beside it); environment variables (``PGBRIDGE_POSTGRES__DSN`` is
+``postgres.dsn``); credentials in ``$CREDENTIALS_DIRECTORY``.
 """
 
 import difflib
@@ -12,7 +13,7 @@ from collections.abc import Mapping, MutableMapping
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
@@ -21,6 +22,10 @@ from bridge.settings.models import Settings, SinkSettings
 
 ENVIRONMENT_PREFIX: Final = "PGBRIDGE_"
 CONFIG_VARIABLE: Final = "PGBRIDGE_CONFIG"
+CREDENTIALS_VARIABLE: Final = "CREDENTIALS_DIRECTORY"
+"""As systemd names it."""
+_OF_A_FOLDER: Final = re.compile("^(?:bridge|workers)_")
+"""How systemd begins the names of credentials that come from a folder: LoadCredential=bridge:/a/folder."""
 DEFAULT_PATHS: Final = (Path("bridge.toml"), Path("/etc/pgbridge/bridge.toml"))
 
 
@@ -31,12 +36,19 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
     """
     path = path or _find(environ)
     data = _read(path)
+    named = environ.get(CREDENTIALS_VARIABLE)
+    units = _Units([], []) if named else _of_units(path.parent)
+    for folder in units.readable:
+        _overlay(data, _from_credentials(folder), "a credential")
     _overlay(data, _from_environment(environ), "the environment")
-    _overlay(data, _from_credentials(environ), "a systemd credential")
+    if named:
+        _overlay(data, _from_credentials(Path(named)), "a credential")
     try:
         return _validate(data, path.parent)
     except _Mistakes as mistakes:
         lines = "\n".join(f"  {line}" for line in mistakes.lines)
+        for folder in units.closed:
+            lines += f"\n  what {folder} holds is missing, which this user may not read: use sudo, or --credentials"
         raise SettingsError(f"{path}:\n{lines}") from None
 
 
@@ -78,17 +90,39 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _from_credentials(environ: Mapping[str, str]) -> dict[str, str]:
-    folder = environ.get("CREDENTIALS_DIRECTORY")
-    if not folder:
-        return {}
+class _Units(NamedTuple):
+    """The folders from which the units take their credentials."""
+
+    readable: list[Path]
+    closed: list[Path]
+    """Those that this user may not look into."""
+
+
+def _of_units(beside: Path) -> _Units:
+    """For a command outside of systemd: those beside the settings; what both have is the bridge's."""
+    found = _Units([], [])
+    for unit in ("workers", "bridge"):
+        folder = beside / "credentials" / unit
+        try:
+            if folder.is_dir():
+                (found.readable if os.access(folder, os.R_OK | os.X_OK) else found.closed).append(folder)
+        except PermissionError:
+            found.closed.append(folder)
+    return found
+
+
+def _from_credentials(folder: Path) -> dict[str, str]:
     try:
-        files = [file for file in sorted(Path(folder).iterdir()) if file.name.split(".")[0] in Settings.model_fields]
-        return {file.name: file.read_text(encoding="utf-8").rstrip("\n") for file in files if file.is_file()}
+        files = {_OF_A_FOLDER.sub("", file.name): file for file in sorted(folder.iterdir()) if file.is_file()}
+        return {
+            key: file.read_text(encoding="utf-8").rstrip("\n")
+            for key, file in files.items()
+            if key.split(".")[0] in Settings.model_fields
+        }
     except OSError as error:
-        raise SettingsError(f"the systemd credential {error.filename} cannot be read: {error.strerror}") from error
+        raise SettingsError(f"the credential {error.filename} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise SettingsError(f"a systemd credential in {folder} is not UTF-8") from error
+        raise SettingsError(f"a credential in {folder} is not UTF-8") from error
 
 
 def _overlay(data: MutableMapping[str, Any], values: Mapping[str, str], source: str) -> None:

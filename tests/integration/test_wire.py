@@ -1,4 +1,4 @@
-"""Prepared statements on a connection of ours, on a real PostgreSQL; test_worker_line.py has what workers need of them."""
+"""Prepared statements on a connection of ours, on a real PostgreSQL; what workers need of them: test_worker_line.py."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -45,6 +45,44 @@ def test_the_environment_wins_over_the_file_and_a_credential_over_both(file: Pat
     assert dsn(load(file, environ | {"CREDENTIALS_DIRECTORY": str(credentials)})) == "postgresql://credential"
 
 
+def test_credentials_of_a_folder_have_its_name_before_their_own(file: Path, tmp_path: Path) -> None:
+    """As systemd names what LoadCredential=bridge:/a/folder finds there."""
+    (tmp_path / "bridge_postgres.dsn").write_text("postgresql://credential\n")
+    assert dsn(load(file, {"CREDENTIALS_DIRECTORY": str(tmp_path)})) == "postgresql://credential"
+
+
+def units_credential(file: Path, unit: str, text: str) -> Path:
+    folder = file.parent / "credentials" / unit
+    folder.mkdir(parents=True)
+    (folder / "postgres.dsn").write_text(f"{text}\n")
+    return folder
+
+
+def test_a_command_outside_of_systemd_reads_the_credentials_of_the_units(file: Path) -> None:
+    units_credential(file, "workers", "postgresql://workers")
+    assert dsn(load(file, {})) == "postgresql://workers"
+    units_credential(file, "bridge", "postgresql://bridge")
+    assert dsn(load(file, {})) == "postgresql://bridge"
+    assert dsn(load(file, {"PGBRIDGE_POSTGRES__DSN": "postgresql://environment"})) == "postgresql://environment"
+
+
+def test_what_systemd_hands_over_is_all_that_a_unit_reads(file: Path, tmp_path: Path) -> None:
+    units_credential(file, "bridge", "postgresql://bridge")
+    (tmp_path / "handed").mkdir()
+    assert dsn(load(file, {"CREDENTIALS_DIRECTORY": str(tmp_path / "handed")})) == "postgresql://file"
+
+
+def test_credentials_that_this_user_may_not_read_are_named_where_something_is_missing(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = units_credential(file, "bridge", "postgresql://bridge")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert dsn(load(file, {})) == "postgresql://file"
+    file.write_text("nmae = 'shop'\n" + file.read_text())
+    with pytest.raises(SettingsError, match=f"nmae.*\n.*{folder} holds is missing.*: use sudo, or --credentials"):
+        load(file, {})
+
+
 def test_a_secret_may_be_read_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("postgresql://from-file\n")
     path = tmp_path / "bridge.toml"
