@@ -303,6 +303,9 @@ def readers(settings: Settings, routes: Routes) -> list[Reader]:
     return found
 
 
-async def run_until_signalled(settings: Settings) -> None:
-    """Runs a daemon until SIGTERM or SIGINT. Raises PgbridgeError when the start fails."""
-    await Daemon(settings).run(stop_on_signals("bridge"))
+async def run_until_signalled(settings: Settings, load: Callable[[], object]) -> None:
+    """Runs a daemon until SIGTERM or SIGINT, or SIGHUP where `load` finds nothing wrong with the settings.
+
+    Raises PgbridgeError when the start fails.
+    """
+    await Daemon(settings).run(stop_on_signals("bridge", load))

@@ -1,5 +1,7 @@
 """`pgbridge-worker run`: runs one worker process. `pgbridge-worker list`: lists the workers of the settings."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,12 @@ def run_worker(name: str, config: Path | None) -> None:
     """Runs one process of the worker NAME until SIGTERM or SIGINT. Several may run side by side."""
     settings = load(config)
     configure(settings.observe)
-    run_daemon(_run(name, settings))
+    run_daemon(_run(name, settings, partial(load, config)))
 
 
-async def _run(name: str, settings: Settings) -> None:
+async def _run(name: str, settings: Settings, load_again: Callable[[], object]) -> None:
     worker = build(name, settings)
-    stop = stop_on_signals("worker")
+    stop = stop_on_signals("worker", load_again)
     with serving(f"workers.{name}.listen", settings.workers[name].listen, worker.health, REGISTRY):
         await worker.run(stop)
 

@@ -21,7 +21,7 @@ from bridge.brokers.contract import Delivery, Queue
 from bridge.errors import BrokerUnavailableError, PgbridgeError
 from bridge.process.health import Health
 from bridge.process.outage import Outage
-from bridge.process.systemd import notify, watchdog_for_ever
+from bridge.process.systemd import notify, stopping, watchdog_for_ever
 from bridge.process.tasks import in_own_task
 from bridge.settings import WorkerSettings
 from workers.attempt import OUTAGE_BACKOFF, Attempts
@@ -124,7 +124,7 @@ class Worker:
         finally:
             self._stopping.set()
             self._deadline = asyncio.get_running_loop().time() + self._settings.shutdown_limit
-            notify("STOPPING=1")
+            stopping()
             await self._drain(consumer)
             for task in others:
                 task.cancel()

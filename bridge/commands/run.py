@@ -1,5 +1,6 @@
 """`pgbridge run`: the daemon, see `bridge.daemon`."""
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -15,7 +16,10 @@ from bridge.settings import load
 @config_option
 @exit_codes
 def run(config: Path | None) -> None:
-    """Runs the bridge until SIGTERM or SIGINT. Several of one name stand by for each other."""
+    """Runs the bridge until SIGTERM or SIGINT. Several of one name stand by for each other.
+
+    SIGHUP has it read its settings again, as it has every daemon of ours.
+    """
     settings = load(config)
     configure(settings.observe)
-    run_daemon(run_until_signalled(settings))
+    run_daemon(run_until_signalled(settings, partial(load, config)))

@@ -3,7 +3,10 @@
 import asyncio
 import os
 import socket
+import threading
+import time
 from functools import cache
+from typing import Final
 
 import structlog
 
@@ -18,6 +21,26 @@ def notify(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
         _socket().sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+_reloading: Final = threading.Event()
+
+
+def is_reloading() -> bool:
+    """Whether the process is to begin anew."""
+    return _reloading.is_set()
+
+
+def stopping() -> None:
+    """Says that the process is about to end, unless it only begins anew. Raises as `notify`."""
+    if not _reloading.is_set():
+        notify("STOPPING=1")
+
+
+def reloading() -> None:
+    """Says that the process begins anew, and keeps `stopping` from saying that it ends. Raises as `notify`."""
+    _reloading.set()
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
 @cache

@@ -4,7 +4,8 @@ import asyncio
 import gc
 import os
 import signal
-from collections.abc import AsyncIterator, Coroutine, Iterator
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, TypeVar
 
@@ -12,7 +13,7 @@ import structlog
 import uvloop
 
 from bridge.errors import PgbridgeError
-from bridge.process.systemd import notify
+from bridge.process.systemd import is_reloading, reloading, stopping
 
 log = structlog.get_logger()
 
@@ -29,12 +30,17 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         return runner.run(work)
 
 
-def run_daemon(work: Coroutine[Any, Any, T]) -> T:
-    """As `run`, in a process that lives long: what was loaded until now is never looked at again as garbage."""
+def run_daemon(work: Coroutine[Any, Any, None]) -> None:
+    """As `run`, in a process that lives long: what was loaded until now is never looked at again as garbage.
+
+    After a stop by SIGHUP (`stop_on_signals`) the process begins anew: the same command, under the same number.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG, *gc.get_threshold()[1:])
-    return run(work)
+    run(work)
+    if is_reloading():
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - our own command
 
 
 @asynccontextmanager
@@ -113,8 +119,9 @@ async def unless_stopped(
         await asyncio.gather(stopping, working, return_exceptions=True)
 
 
-def stop_on_signals(process: str) -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set; a second signal ends the process at once.
+def stop_on_signals(process: str, load: Callable[[], object]) -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set; a second signal ends the process at once. SIGHUP sets it too, where `load`
+    finds nothing wrong with the settings, and then the process begins anew with them.
 
     `process` is the first word of the log's actions, as in ``bridge.stopping``.
     """
@@ -122,7 +129,21 @@ def stop_on_signals(process: str) -> asyncio.Event:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _asked_to_stop, number, process, stop)
+    loop.add_signal_handler(signal.SIGHUP, _asked_to_begin_anew, process, stop, load)
     return stop
+
+
+def _asked_to_begin_anew(process: str, stop: asyncio.Event, load: Callable[[], object]) -> None:
+    if stop.is_set():
+        return
+    try:
+        load()
+    except PgbridgeError as error:
+        log.warning(f"{process}.settings_refused", reason=str(error), hint="it goes on with those that it has")
+        return
+    log.info(f"{process}.reloading")
+    reloading()
+    stop.set()
 
 
 def _asked_to_stop(number: signal.Signals, process: str, stop: asyncio.Event) -> None:
@@ -131,5 +152,5 @@ def _asked_to_stop(number: signal.Signals, process: str, stop: asyncio.Event) ->
         # This loses nothing: what is not settled comes again, from the log at the next start or from the broker.
         os._exit(128 + number)
     log.info(f"{process}.stopping", signal=number.name)
-    notify("STOPPING=1")
+    stopping()
     stop.set()

@@ -20,7 +20,7 @@ from bridge.settings import ObserveSettings
 configure(ObserveSettings(log_format="json"))
 
 async def main():
-    stop = stop_on_signals("worker")
+    stop = stop_on_signals("worker", lambda: None)
     print("ready", flush=True)
     await stop.wait()
     print("stopping", flush=True)

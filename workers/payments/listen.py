@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMappi
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -81,7 +82,7 @@ def listen(name: str, config: Path | None) -> None:
             f"workers.{name}.options.listen: is missing; it names the address that Stripe's webhooks come to, and the "
             "secret that they are signed with"
         )
-    run_daemon(Listener(name, settings, options.listen).run())
+    run_daemon(Listener(name, settings, options.listen).run(partial(load, config)))
 
 
 class Answer(NamedTuple):
@@ -104,10 +105,10 @@ class Listener:
         for outcome in OUTCOMES:
             NOTICES.labels(name, outcome)
 
-    async def run(self) -> None:
+    async def run(self, load_again: Callable[[], object]) -> None:
         """Until the process is asked to stop; what is being recorded then is answered. Raises SettingsError and
         UnavailableError where it cannot listen, and what PostgreSQL refuses at the start."""
-        stop = stop_on_signals("listener")
+        stop = stop_on_signals("listener", load_again)
         server = _Server(
             uvicorn.Config(
                 self,

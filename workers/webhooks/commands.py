@@ -1,5 +1,7 @@
 """`pgbridge-worker deliver`: runs one process that sends webhooks."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -30,10 +32,10 @@ def deliver(name: str, config: Path | None) -> None:
     """
     settings = load(config)
     configure(settings.observe)
-    run_daemon(_deliver(name, settings))
+    run_daemon(_deliver(name, settings, partial(load, config)))
 
 
-async def _deliver(name: str, settings: Settings) -> None:
+async def _deliver(name: str, settings: Settings, load_again: Callable[[], object]) -> None:
     options = load_options(settings, name, WebhookOptions)
     client = _client(name, options)
     deliveries = Deliveries(
@@ -41,7 +43,7 @@ async def _deliver(name: str, settings: Settings) -> None:
     )
     limit = settings.workers[name].shutdown_limit
     sender = Sender(name, options, deliveries, client, sign, shutdown_limit=limit)
-    stop = stop_on_signals("webhook")
+    stop = stop_on_signals("webhook", load_again)
     try:
         with serving(f"workers.{name}.options.listen", options.listen, sender.health, REGISTRY):
             await sender.run(stop)

@@ -18,7 +18,7 @@ import structlog
 from bridge.errors import PgbridgeError
 from bridge.process.health import Health
 from bridge.process.outage import Outage
-from bridge.process.systemd import notify, watchdog_for_ever
+from bridge.process.systemd import notify, stopping, watchdog_for_ever
 from workers.attempt import OUTAGE_BACKOFF
 from workers.webhooks.client import Answer
 from workers.webhooks.deliveries import Claimed, Deliveries, Outcome, Recorded
@@ -155,7 +155,7 @@ class Sender:
             self._stopping.set()
             self._changed.set()
             self._deadline = _clock() + self._shutdown_limit
-            notify("STOPPING=1")
+            stopping()
             await self._drain(claiming)
             for task in others:
                 task.cancel()
