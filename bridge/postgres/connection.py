@@ -110,6 +110,14 @@ def connection_parameters(settings: PostgresSettings, application_name: str) -> 
     }
 
 
+def has_password(dsn: str) -> bool:
+    """Whether a connection string holds one; False for what is none."""
+    try:
+        return "password" in conninfo.conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        return False
+
+
 def _is_cut_wrongly(dsn: str) -> bool:
     """Whether a URI has a character in its password that makes libpq take the rest of it for a host."""
     scheme, found, rest = dsn.partition("://")

@@ -16,6 +16,7 @@ from bridge.postgres import schema as module
 from bridge.postgres.connection import connect
 from bridge.postgres.schema import Migration, check_version, migrate, migrate_sql, migrations, pending, schema_version
 from bridge.settings import PostgresSettings
+from tests.support.daemons import run_command
 from tests.support.servers import PostgresServer
 
 PSQL = Path("/usr/lib/postgresql/15/bin/psql")
@@ -221,3 +222,18 @@ def test_the_script_for_a_dba_does_what_migrate_does_and_may_run_again(
     assert pending(dsn) == []
     assert run() == "".join(f"{m.version:04} {m.name}: already applied\n" for m in migrations())
     assert migrate(dsn) == []
+
+
+def test_the_command_migrates_as_the_owner_without_settings(database: str, tmp_path: Path) -> None:
+    done = run_command("migrate", "--dsn", database, "--config", str(tmp_path / "none.toml"))
+    assert done.returncode == 0, done.stderr
+    assert f"{schema_version():04} {migrations()[-1].name}: applied" in done.stdout
+    assert versions(database) == [m.version for m in migrations()]
+
+
+def test_the_command_takes_no_password_from_its_arguments(database: str) -> None:
+    for dsn in (f"{database}?password=hunter2", "postgresql://owner:hunter2@127.0.0.1/shop"):
+        done = run_command("migrate", "--dsn", dsn)
+        assert done.returncode == 2
+        assert "--dsn: others on this machine can read a command's arguments" in " ".join(done.stderr.split())
+        assert "hunter2" not in done.stderr
