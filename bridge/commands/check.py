@@ -15,6 +15,7 @@ from bridge.brokers.registry import broker_of
 from bridge.commands.topology import declarations, require_complete
 from bridge.errors import PgbridgeError, PrivilegeError, SchemaError
 from bridge.postgres.connection import DSN_KEY, connect, database_errors, require_writes
+from bridge.postgres.pooler import is_pooled
 from bridge.postgres.schema import check_version
 from bridge.postgres.status import look
 from bridge.process.tasks import one_error, run
@@ -94,9 +95,10 @@ async def _postgres(settings: Settings) -> str:
     async with connection:
         await require_writes(connection)
         at, version = connection.info, connection.info.server_version
+        pooler = ", through a pooler" if await is_pooled(connection, DSN_KEY) else ""
         return (
             f"PostgreSQL {version // 10_000}.{version % 10_000}, {at.host} port {at.port}, "
-            f"database {at.dbname!r} as {at.user!r}"
+            f"database {at.dbname!r} as {at.user!r}{pooler}"
         )
 
 

@@ -119,16 +119,16 @@ def _is_cut_wrongly(dsn: str) -> bool:
 
 
 async def connect(settings: PostgresSettings, application_name: str, **overrides: str) -> Connection:
-    """An autocommit connection. `overrides` are libpq parameters; `options` are added to those of the DSN.
+    """An autocommit connection. `overrides` are libpq parameters.
+
+    None of them may be `options`: a pooler refuses start parameters that it does not know, and what a session relies
+    on is set by statements.
 
     Raises SettingsError for what the DSN holds, DatabaseUnavailableError, ReadOnlyServerError, LoginError,
     PrivilegeError, RefusedError for what the server says, and what `require_database` raises.
     """
     key = settings.key("dsn")
-    parameters = connection_parameters(settings, application_name)
-    if "options" in parameters and "options" in overrides:
-        overrides["options"] = f"{parameters['options']} {overrides['options']}"
-    parameters |= overrides
+    parameters = connection_parameters(settings, application_name) | overrides
     try:
         with connecting(parameters, key):
             connection = await Connection.connect(**parameters, autocommit=True)

@@ -44,6 +44,12 @@ _REASONS: Final = (
         "holds a parameter that is not right: {words}",
     ),
     _Reason(
+        r"unsupported startup parameter",
+        SettingsError,
+        "the pooler at {place} does not take what is set at the start of a session: {words}. Remove `options` from the "
+        "DSN, and PGOPTIONS from the environment; set it for the role, with ALTER ROLE ... SET",
+    ),
+    _Reason(
         r"root certificate file|not private key file|could not (read|load|open) (certificate|private key)|"
         r"private key file .* (has|must be)",
         SettingsError,
