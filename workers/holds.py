@@ -53,7 +53,7 @@ def _row(key: dict[str, Any]) -> dict[str, str]:
 
 
 async def _held(settings: Settings, name: str) -> list[dict[str, Any]]:
-    connection = await connect(settings.postgres, "pgbridge held", options="-c timezone=UTC")
+    connection = await connect(settings.postgres, "pgbridge held")
     async with connection:
         with database_errors():
             rows = await (await connection.execute(_HELD, [name])).fetchall()

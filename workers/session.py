@@ -12,8 +12,9 @@ from typing import Final
 
 import structlog
 
-from bridge.errors import DatabaseUnavailableError, RefusedError
+from bridge.errors import DatabaseUnavailableError
 from bridge.postgres.connection import answered, connect
+from bridge.postgres.pooler import require_own_session
 from bridge.postgres.wire import Connection
 from bridge.settings import PostgresSettings
 
@@ -52,27 +53,23 @@ class ClaimSession:
     async def renew(self, instead_of: int) -> None:
         """Opens a session with a new token; does nothing when another task has replaced `instead_of` already.
 
-        Raises what `bridge.postgres.connection.connect` raises, and RefusedError behind a connection pooler, where a
-        session lock stays with a server connection that outlives this process.
+        Raises what `bridge.postgres.connection.connect` raises, and RefusedError behind a pooler in transaction mode,
+        where a session lock stays with a server connection that outlives this process.
         """
         async with self._using:
             if self.token != instead_of:
                 return
             await self.close()
             self._connection = connection = await connect(self._settings, self._application_name)
+            try:
+                await require_own_session(connection, self._settings, self._application_name)
+            except BaseException:
+                await self.close()
+                raise
             token = secrets.randbits(62) + 1
             with answered(connection, self._key, HEARTBEAT):
                 await connection.execute("; ".join(_SETTINGS).encode())
-                rows = await (
-                    await connection.execute("select pg_backend_pid(), pg_try_advisory_lock(%s)", [token])
-                ).fetchall()
-            [(backend, locked)] = rows
-            if backend != connection.info.backend_pid:
-                await self.close()
-                raise RefusedError(
-                    f"{self._key}: a connection pooler is between this worker and PostgreSQL, where "
-                    "session locks get lost. Connect to the server's own host and port"
-                )
+                [(locked,)] = await (await connection.execute("select pg_try_advisory_lock(%s)", [token])).fetchall()
             if not locked:
                 raise DatabaseUnavailableError(f"{self._key}: another process holds the same token; taking a new one")
             if self.token:

@@ -1,10 +1,34 @@
-"""Certificates of the settings, as an SSL context."""
+"""Certificates of the settings, as an SSL context, and what the errors of one mean."""
 
 from collections.abc import Callable
-from ssl import SSLContext, create_default_context
+from ssl import SSLContext, SSLError, create_default_context
+from typing import Final
 
 from bridge.errors import SettingsError
 from bridge.settings import TlsSettings
+
+OTHER_NAME: Final = frozenset({62, 64})
+"""OpenSSL's codes X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH."""
+
+OUT_OF_DATE: Final = frozenset({9, 10})
+"""OpenSSL's codes X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED."""
+
+_REFUSALS: Final = (
+    "BAD_CERTIFICATE",
+    "CERTIFICATE_EXPIRED",
+    "CERTIFICATE_REQUIRED",
+    "CERTIFICATE_REVOKED",
+    "CERTIFICATE_UNKNOWN",
+    "NO_CERTIFICATE",
+    "UNKNOWN_CA",
+    "UNSUPPORTED_CERTIFICATE",
+)
+"""End OpenSSL's names for the alerts by which a server refuses the certificate of a client."""
+
+
+def refuses_ours(error: SSLError) -> bool:
+    """Whether it is the server that does not take our certificate, or wants one."""
+    return str(error.reason).endswith(_REFUSALS)
 
 
 def tls_context(tls: TlsSettings, key: Callable[[str], str]) -> SSLContext:
@@ -28,6 +52,4 @@ def tls_context(tls: TlsSettings, key: Callable[[str], str]) -> SSLContext:
                 f"{key('tls.cert_file')}: {tls.cert_file} and {key('tls.key_file')} ({tls.key_file}) are not a "
                 f"certificate and its unencrypted private key: {error}"
             ) from error
-    elif tls.key_file is not None:
-        raise SettingsError(f"{key('tls.key_file')}: is given without {key('tls.cert_file')}")
     return context

@@ -14,12 +14,14 @@ import click
 from bridge.brokers.registry import broker_of
 from bridge.commands.topology import declarations, require_complete
 from bridge.errors import PgbridgeError, PrivilegeError, SchemaError
+from bridge.postgres.certificates import unproven
 from bridge.postgres.connection import DSN_KEY, connect, database_errors, require_writes
+from bridge.postgres.pooler import is_pooled
 from bridge.postgres.schema import check_version, schema_version
 from bridge.postgres.status import look
 from bridge.process.tasks import one_error, run
 from bridge.process.terminal import config_option, exit_codes, json_option, print_json
-from bridge.settings import Settings, SinkSettings, load
+from bridge.settings import PostgresSettings, Settings, SinkSettings, load
 from bridge.sources.listener import Listener
 from bridge.sources.outbox import require_sequence
 
@@ -46,13 +48,15 @@ class Finding:
     """One thing that was checked."""
 
     subject: str
-    """``postgres``, ``listen``, ``schema``, ``privileges``, ``positions``, ``sink <name>``, ``topology``,
+    """``postgres``, ``tls``, ``listen``, ``schema``, ``privileges``, ``positions``, ``sink <name>``, ``topology``,
     ``worker <name>``."""
     ok: bool
     text: str
     """What was found; when it is wrong, with what to do about it."""
     exit_code: int = 0
     """What `check` ends with when this is the first one that is wrong."""
+    warning: bool = False
+    """Whether it works and is still not as it should be."""
 
 
 async def findings(settings: Settings) -> AsyncIterator[Finding]:
@@ -60,6 +64,9 @@ async def findings(settings: Settings) -> AsyncIterator[Finding]:
     connected = await _finding("postgres", partial(_postgres, settings))
     yield connected
     if connected.ok:
+        for postgres in dict.fromkeys((settings.postgres, settings.workers_postgres)):
+            if (text := await _unproven(postgres)) is not None:
+                yield Finding("tls", ok=True, text=text, warning=True)
         yield await _finding("listen", partial(_listen, settings))
     database_ok = connected.ok
     if connected.ok and settings.reads_outbox:
@@ -94,10 +101,23 @@ async def _postgres(settings: Settings) -> str:
     async with connection:
         await require_writes(connection)
         at, version = connection.info, connection.info.server_version
+        pooler = ", through a pooler" if await is_pooled(connection, DSN_KEY) else ""
         return (
             f"PostgreSQL {version // 10_000}.{version % 10_000}, {at.host} port {at.port}, "
-            f"database {at.dbname!r} as {at.user!r}"
+            f"database {at.dbname!r} as {at.user!r}{pooler}"
         )
+
+
+async def _unproven(postgres: PostgresSettings) -> str | None:
+    """Why it is not sure that this is the server that is meant; None also where it cannot be reached, which the check
+    of what reaches it tells."""
+    try:
+        connection = await connect(postgres, "pgbridge check")
+    except PgbridgeError:
+        return None
+    async with connection:
+        doubt = unproven(connection.info, connection.pgconn)
+    return None if doubt is None else f"{postgres.key('dsn')}: {doubt}"
 
 
 async def _listen(settings: Settings) -> str:
@@ -194,7 +214,7 @@ def check(config: Path | None, as_json: bool) -> None:
         async for finding in findings(settings):
             first_wrong = first_wrong or finding.exit_code
             if as_json:
-                print_json({"subject": finding.subject, "ok": finding.ok, "text": finding.text})
+                print_json({name: getattr(finding, name) for name in ("subject", "ok", "warning", "text")})
             else:
                 _print(finding)
 
@@ -204,4 +224,6 @@ def check(config: Path | None, as_json: bool) -> None:
 
 def _print(finding: Finding) -> None:
     mark = click.style("ok  ", fg="green") if finding.ok else click.style("FAIL", fg="red")
+    if finding.warning:
+        mark = click.style("warn", fg="yellow")
     click.echo(f"{mark}  {finding.subject:<18} {finding.text}")

@@ -38,7 +38,7 @@ class Place(click.ParamType[int | str | datetime]):
 
 async def positions(settings: Settings) -> tuple[Bridge, ...]:
     """Every bridge of the database. Raises what `connect` and `look` raise."""
-    connection = await connect(settings.postgres, "pgbridge cursor", options="-c timezone=UTC")
+    connection = await connect(settings.postgres, "pgbridge cursor")
     async with connection:
         return (await look(connection, settings.outbox_or_default.retention)).bridges
 
@@ -50,7 +50,7 @@ async def move(
 
     Raises UsageError where there is no such position, and where events would be skipped without `skip`.
     """
-    connection = await connect(settings.postgres, "pgbridge cursor", options="-c timezone=UTC")
+    connection = await connect(settings.postgres, "pgbridge cursor")
     async with connection:
         old = await _position(connection, settings, name, sink)
         new = await _id_of(connection, place)
@@ -69,7 +69,7 @@ async def move(
 
 async def forget(settings: Settings, name: str, sink: str, *, skip: bool) -> int:
     """Removes a position; how many events it had not settled. Raises UsageError as `move` does."""
-    connection = await connect(settings.postgres, "pgbridge cursor", options="-c timezone=UTC")
+    connection = await connect(settings.postgres, "pgbridge cursor")
     async with connection:
         old = await _position(connection, settings, name, sink)
         if old.backlog and not skip:

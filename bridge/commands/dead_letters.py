@@ -230,7 +230,7 @@ def _boxes(settings: Settings, choice: Choice) -> Mapping[str, DeadLetters]:
 
 @asynccontextmanager
 async def _connected(settings: Settings) -> AsyncIterator[Connection]:
-    connection = await connect(settings.postgres, "pgbridge dead", options="-c timezone=UTC")
+    connection = await connect(settings.postgres, "pgbridge dead")
     async with connection:
         yield connection
 

@@ -14,6 +14,7 @@ import psycopg
 from bridge.errors import UsageError
 from bridge.event import Event
 from bridge.postgres.connection import connect, database_errors
+from bridge.postgres.pooler import require_own_session
 from bridge.process.tasks import run
 from bridge.process.terminal import config_option, exit_codes, json_option, named_values, print_json, topic_option
 from bridge.settings import PostgresSettings, load
@@ -71,8 +72,9 @@ async def tail_events(settings: PostgresSettings, name: str, topics: tuple[str, 
 
     Raises what `connect` and `translated` raise.
     """
-    connection = await connect(settings, "pgbridge tail", options="-c timezone=UTC")
+    connection = await connect(settings, "pgbridge tail")
     async with connection:
+        await require_own_session(connection, settings, "pgbridge tail")
         reader = LogReader(connection, name, Reader("tail", topics or ("#",)), page_size=500, page_bytes=8_000_000)
         ((last,),) = await fetch_all(connection, "select coalesce(max(id), 0) from bridge.outbox", ())
         reader.start(Position(last, ()), None)

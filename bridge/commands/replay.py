@@ -17,6 +17,7 @@ from bridge.commands.republish import Pace, open_sinks, republish
 from bridge.errors import UsageError
 from bridge.event import Event, matches
 from bridge.postgres.connection import answered, connect
+from bridge.postgres.pooler import require_own_session
 from bridge.postgres.wire import Connection
 from bridge.process.logs import configure
 from bridge.process.tasks import run
@@ -97,8 +98,9 @@ async def replay_log(
     and the sinks raise.
     """
     replayed = Replayed()
-    connection = await connect(settings.postgres, "pgbridge replay", options="-c timezone=UTC")
+    connection = await connect(settings.postgres, "pgbridge replay")
     async with connection:
+        await require_own_session(connection, settings.postgres, "pgbridge replay")
         if dry_run:
             async for _ in _pages(settings, connection, part, Pace(rate).chunk, replayed):
                 progress(replayed)

@@ -26,6 +26,7 @@ from bridge.errors import (
     SchemaError,
     SettingsError,
 )
+from bridge.postgres.certificates import require_files
 from bridge.postgres.refusals import connection_refused
 from bridge.postgres.wire import Connection
 from bridge.settings import PostgresSettings
@@ -82,7 +83,7 @@ A statement and no start parameters, since PgBouncer refuses those."""
 def connection_parameters(settings: PostgresSettings, application_name: str) -> dict[str, Any]:
     """libpq parameters for `psycopg.connect(**parameters)`; what the DSN says wins over our defaults.
 
-    Raises SettingsError when the DSN cannot be parsed.
+    Raises SettingsError when the DSN cannot be parsed, or names a certificate that is not there.
     """
     dsn = settings.dsn.get_secret_value()
     key = settings.key("dsn")
@@ -101,6 +102,7 @@ def connection_parameters(settings: PostgresSettings, application_name: str) -> 
         ) from None
     if not re.fullmatch(r"[\d,]*", str(given.get("port", ""))):
         raise SettingsError(f"{key}: the port is not a number")
+    require_files(given, key)
     return {
         **_DEFAULTS,
         "connect_timeout": max(2, round(settings.connect_timeout)),
@@ -127,16 +129,16 @@ def _is_cut_wrongly(dsn: str) -> bool:
 
 
 async def connect(settings: PostgresSettings, application_name: str, **overrides: str) -> Connection:
-    """An autocommit connection. `overrides` are libpq parameters; `options` are added to those of the DSN.
+    """An autocommit connection. `overrides` are libpq parameters.
+
+    None of them may be `options`: a pooler refuses start parameters that it does not know, and what a session relies
+    on is set by statements.
 
     Raises SettingsError for what the DSN holds, DatabaseUnavailableError, ReadOnlyServerError, LoginError,
     PrivilegeError, RefusedError for what the server says, and what `require_database` raises.
     """
     key = settings.key("dsn")
-    parameters = connection_parameters(settings, application_name)
-    if "options" in parameters and "options" in overrides:
-        overrides["options"] = f"{parameters['options']} {overrides['options']}"
-    parameters |= overrides
+    parameters = connection_parameters(settings, application_name) | overrides
     try:
         with connecting(parameters, key):
             connection = await Connection.connect(**parameters, autocommit=True)

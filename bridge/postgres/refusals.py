@@ -24,6 +24,7 @@ from bridge.errors import (
     RefusedError,
     SettingsError,
 )
+from bridge.postgres.certificates import out_of_date
 
 
 class _Reason(NamedTuple):
@@ -33,6 +34,14 @@ class _Reason(NamedTuple):
     text: str
     """Our message: `{place}` is host:port, `{words}` the reason that libpq gives."""
 
+
+_UNTRUSTED: Final = _Reason(
+    r"certificate verify failed",
+    RefusedError,
+    "PostgreSQL at {place} shows a certificate that is not trusted. Name the certificate of its issuer in the DSN: "
+    "sslrootcert=FILE",
+)
+_OUT_OF_DATE: Final = "PostgreSQL at {place} shows a certificate that is out of date: {words}. Renew it on the server"
 
 _REASONS: Final = (
     # What the DSN itself holds.
@@ -44,8 +53,14 @@ _REASONS: Final = (
         "holds a parameter that is not right: {words}",
     ),
     _Reason(
-        r"root certificate file|not private key file|could not (read|load|open) (certificate|private key)|"
-        r"private key file .* (has|must be)",
+        r"unsupported startup parameter",
+        SettingsError,
+        "the pooler at {place} does not take what is set at the start of a session: {words}. Remove `options` from the "
+        "DSN, and PGOPTIONS from the environment; set it for the role, with ALTER ROLE ... SET",
+    ),
+    _Reason(
+        r"root certificate file|not private key file|does not match private key|"
+        r"could not (read|load|open) (certificate|private key)|private key file .* (has|must be)",
         SettingsError,
         "a file that the DSN names is not right: {words}",
     ),
@@ -55,12 +70,7 @@ _REASONS: Final = (
         "asks for a server that takes no writes, which cannot store the cursor; remove target_session_attrs ({words})",
     ),
     # TLS, and what is not PostgreSQL.
-    _Reason(
-        r"certificate verify failed",
-        RefusedError,
-        "PostgreSQL at {place} shows a certificate that is not trusted. Name the certificate of its issuer in the "
-        "DSN: sslrootcert=FILE",
-    ),
+    _UNTRUSTED,
     _Reason(
         r"server certificate for .* does not match host name",
         RefusedError,
@@ -83,7 +93,8 @@ _REASONS: Final = (
     _Reason(
         r"alert (unknown ca|(bad |expired )?certificate)",
         LoginError,
-        "PostgreSQL at {place} does not take the certificate that the DSN names: {words}",
+        "PostgreSQL at {place} does not take the certificate that the DSN names: {words}. Name one that is in date and "
+        "that its authority has signed: sslcert=FILE sslkey=FILE",
     ),
     _Reason(r"SSL error: ", RefusedError, "the TLS handshake with PostgreSQL at {place} fails: {words}"),
     # Who we say that we are.
@@ -100,7 +111,13 @@ _REASONS: Final = (
         "password",
     ),
     _Reason(
-        r"pg_hba\.conf|valid client certificate",
+        r"valid client certificate",
+        LoginError,
+        "PostgreSQL at {place} asks for a certificate of the client: {words}. Name one in the DSN: sslcert=FILE "
+        "sslkey=FILE",
+    ),
+    _Reason(
+        r"pg_hba\.conf",
         LoginError,
         "PostgreSQL at {place} refuses the login: {words}. Admit this user and address in the server's "
         "pg_hba.conf, or correct the DSN",
@@ -170,7 +187,10 @@ def connection_refused(error: psycopg.Error, parameters: Mapping[str, Any], key:
     """Our error for a connection that did not come about. `parameters` are libpq's, `key` names the setting."""
     text = str(error)
     reason = next(reason for reason in _REASONS if re.search(reason.pattern, text))
-    return reason.error(f"{key}: {reason.text.format(place=address(parameters), words=_words(text))}")
+    place = address(parameters)
+    if reason is _UNTRUSTED and (words := out_of_date(parameters)) is not None:
+        return RefusedError(f"{key}: {_OUT_OF_DATE.format(place=place, words=words)}")
+    return reason.error(f"{key}: {reason.text.format(place=place, words=_words(text))}")
 
 
 def address(parameters: Mapping[str, Any]) -> str:

@@ -136,7 +136,7 @@ async def watch(settings: Settings, interval: float | None) -> AsyncIterator[Sta
             'with channels.buffer = "memory" nothing is kept in the database, so it has no status; '
             "set observe.listen and look at /health and /metrics"
         )
-    connection = await connect(settings.postgres, "pgbridge status", options="-c timezone=UTC")
+    connection = await connect(settings.postgres, "pgbridge status")
     async with connection:
         while True:
             yield await look(connection, settings.outbox_or_default.retention)

@@ -179,11 +179,17 @@ class Connection(AsyncConnection[TupleRow]):
             self._waiter.set_result(None)
 
     def _hear(self) -> None:
-        """What comes while nobody waits: the end of the session, a notice, or what a cancelled statement still says."""
+        """What comes while nobody waits: the end of the session, a notification, a notice, or what a cancelled
+        statement still says."""
         try:
             self.pgconn.consume_input()
         except psycopg.Error:
             self._unwatch()
+            return
+        # psycopg looks for notifications only once more has come.
+        while (notification := self.pgconn.notifies()) is not None:
+            if self.pgconn.notify_handler is not None:
+                self.pgconn.notify_handler(notification)
 
     def _counting(self, waits: PQGen[T]) -> PQGen[T]:
         """The same waits; every one that ends because the socket is ready is a sign of life.

@@ -52,8 +52,9 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
         raise SettingsError(f"{path}:\n{lines}") from None
 
 
-_OWN_KEY: Final = re.compile(r"\w+: ")
-"""How a message begins that is about one key of the table that was validated, such as dsn_file or retry_max."""
+_OWN_KEY: Final = re.compile(r"\w+(\.\w+)*: ")
+"""How a message begins that is about one key of the table that was validated, such as dsn_file or
+tls.ca_file."""
 
 
 class _Mistakes(Exception):  # noqa: N818 - never leaves this module

@@ -164,7 +164,18 @@ class TlsSettings(Model):
     cert_file: Path | None = None
     """Client certificate."""
     key_file: Path | None = None
-    """Its private key."""
+    """Its private key; left out where it is in the same file."""
+
+    @model_validator(mode="after")
+    def _key_of_a_certificate(self) -> Self:
+        if self.key_file is not None and self.cert_file is None:
+            raise ValueError("key_file: is given without cert_file, the certificate that belongs to it; give both")
+        return self
+
+    @property
+    def given(self) -> str | None:
+        """One of the fields that are given."""
+        return next((name for name, value in self if value is not None), None)
 
 
 class SinkSettings(Model):

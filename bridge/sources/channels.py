@@ -20,6 +20,7 @@ from psycopg import Notify
 from bridge.errors import PgbridgeError
 from bridge.event import NO_HEADERS, Event
 from bridge.postgres.connection import answered, connect
+from bridge.postgres.pooler import require_own_session
 from bridge.postgres.wire import Connection
 from bridge.process.metrics import DEAF_SECONDS, NOTIFICATIONS, NOTIFICATIONS_DROPPED
 from bridge.process.outage import Outage
@@ -160,7 +161,8 @@ class Channels:
 
         Raises DatabaseUnavailableError, PrivilegeError, ListenError, RefusedError on a standby server.
         """
-        lead = await connect(self._postgres, f"pgbridge {self._name}")
+        name = f"pgbridge {self._name}"
+        lead = await connect(self._postgres, name)
         self._source = f"/{lead.info.dbname}/{self._name}"
         listener = Listener(
             self._postgres,
@@ -172,6 +174,8 @@ class Channels:
         )
 
         try:
+            # Before the lock, which would stay with the pool, so that nobody could lead any more.
+            await require_own_session(lead, self._postgres, name)
             while not await _leads(lead, self._name):
                 ready()
                 await asyncio.sleep(self._channels.standby_interval)

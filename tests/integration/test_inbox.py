@@ -17,13 +17,12 @@ from psycopg.types.json import Jsonb
 from pydantic import SecretStr
 
 from bridge.brokers.contract import Failure
-from bridge.errors import DatabaseUnavailableError, PgbridgeError, PrivilegeError, RefusedError, SchemaError
+from bridge.errors import DatabaseUnavailableError, PgbridgeError, PrivilegeError, SchemaError
 from bridge.settings import PostgresSettings
 from tests.support.until import until
 from workers.claim import Claim, ClaimLostError, NotNow
 from workers.inbox import Inbox
 from workers.result import ReplyError
-from workers.session import ClaimSession
 
 
 @contextlib.asynccontextmanager
@@ -435,15 +434,6 @@ async def test_a_worker_may_touch_the_inbox_only_through_its_functions(shop: Pos
         for statement in ("SELECT 1 FROM bridge.inbox", "DELETE FROM bridge.inbox", "SELECT 1 FROM bridge.outbox"):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 connection.execute(statement)
-
-
-async def test_a_token_behind_a_pooler_is_refused(shop: PostgresSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A pooler answers with a backend number of its own.
-    monkeypatch.setattr(psycopg.ConnectionInfo, "backend_pid", 1)
-    session = ClaimSession(shop, "pgbridge-worker invoices")
-    with pytest.raises(RefusedError, match="connection pooler"):
-        await session.renew(instead_of=0)
-    assert session.token == 0
 
 
 @pytest.mark.parametrize("reply", ["shop.rendered", None])

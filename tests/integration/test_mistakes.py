@@ -222,7 +222,7 @@ def tls_server(server_folder: Path) -> Iterator[TlsPostgresServer]:
 def test_what_is_wrong_with_a_dsn_has_its_own_words(
     told: Told, tls_server: TlsPostgresServer, parameters: str, exit_code: int, expected: str
 ) -> None:
-    at = {"certificate": tls_server.certificate, "port": tls_server.port}
+    at = {"certificate": tls_server.authority.file, "port": tls_server.port}
     dsn = f"host=127.0.0.1 port={tls_server.port} user=postgres {parameters.format_map(at)}"
     code, said = told(BASE.format(dsn=dsn))
     assert expected.format_map(at) in said

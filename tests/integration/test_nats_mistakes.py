@@ -269,10 +269,13 @@ async def test_a_refused_certificate_is_known_though_a_reset_destroyed_the_answe
     assert ("sinks.mine.tls.cert_file: " in str(caught.value)) == wants
 
 
-async def test_tls_that_the_server_does_not_have_sends_no_password(nats_server: NatsServer) -> None:
+async def test_tls_that_the_server_does_not_have_sends_no_password(nats_server: NatsServer, tmp_path: Path) -> None:
     async with Proxy(nats_server.host, nats_server.port) as proxy:
-        settings = settings_of(f"tls://u:hunter2@127.0.0.1:{proxy.port}")
-        await all_meet(settings, RefusedError, "does not require TLS")
+        for url, tls in (
+            (f"tls://u:hunter2@127.0.0.1:{proxy.port}", {}),
+            (f"nats://u:hunter2@127.0.0.1:{proxy.port}", {"ca_file": str(self_signed(tmp_path).file)}),
+        ):
+            await all_meet(settings_of(url, tls=tls), RefusedError, "does not require TLS")
 
 
 async def test_what_we_use_of_nats_py_although_it_is_private_is_there(nats_server: NatsServer) -> None:

@@ -23,11 +23,15 @@ from bridge.errors import (
     SettingsError,
     TopologyError,
 )
-from tests.support.certificates import self_signed, signed_by
-from tests.support.daemons import run_command
+from tests.support.certificates import self_signed
+from tests.support.commands import command
+from tests.support.daemons import Daemon, run_command
+from tests.support.messages import execute
 from tests.support.refusals import SINK, all_are_refused, everything_that_connects
 from tests.support.servers import RabbitMQServer, free_port
+from tests.support.shop import SHOP
 from tests.support.tls_rabbitmq import TlsRabbitMQServer
+from tests.support.until import rows_become
 
 pytestmark = pytest.mark.rabbitmq
 
@@ -39,7 +43,8 @@ def node(rabbitmq: RabbitMQServer, server_folder: Path) -> Iterator[TlsRabbitMQS
     folder.mkdir()
     with TlsRabbitMQServer(folder, wants_certificates=True) as server:
         self_signed(server.folder / "other", name="DNS:localhost")
-        signed_by(server.certificate, server.folder / "client")
+        server.authority.issue(server.folder / "client")
+        server.authority.issue(server.folder / "expired", expired=True)
         yield server
 
 
@@ -66,7 +71,7 @@ class Mistake:
 
 
 OWN = {"cert_file": "{folder}/client/certificate.pem", "key_file": "{folder}/client/key.pem"}
-TRUSTED = {"ca_file": "{folder}/certificate.pem"}
+TRUSTED = {"ca_file": "{folder}/authority/certificate.pem"}
 
 MISTAKES = {
     "nothing there": Mistake(
@@ -113,6 +118,13 @@ MISTAKES = {
         key="tls.cert_file",
         tls=TRUSTED | {"cert_file": "{folder}/other/certificate.pem", "key_file": "{folder}/other/key.pem"},
     ),
+    "an expired client certificate": Mistake(
+        "amqps://guest:hunter2@127.0.0.1:{tls_port}/",
+        LoginError,
+        ["refuses the certificate in {folder}/expired/certificate.pem", "CERTIFICATE_EXPIRED", "Name one that"],
+        key="tls.cert_file",
+        tls=TRUSTED | {"cert_file": "{folder}/expired/certificate.pem", "key_file": "{folder}/expired/key.pem"},
+    ),
     "password over TLS": Mistake(
         "amqps://guest:hunter2@127.0.0.1:{tls_port}/", LoginError, ["ACCESS_REFUSED"], tls=TRUSTED | OWN
     ),
@@ -140,12 +152,56 @@ async def test_a_mistake_on_the_way_is_told_alike(node: TlsRabbitMQServer, uniqu
         assert ("does not answer" in each) == (name == "nothing there")
 
 
+async def test_a_server_whose_certificate_has_expired_is_to_be_given_another(
+    node: TlsRabbitMQServer, unique: str
+) -> None:
+    tls = {name: value.format(folder=node.folder) for name, value in (TRUSTED | OWN).items()}
+    settings = settings_for(f"amqps://guest:hunter2@127.0.0.1:{node.tls_port}/", unique, tls)
+    node.show(expired=True)
+    try:
+        words = (f"sinks.{SINK}.url: RabbitMQ at {settings.address} ", "certificate has expired", "Renew it")
+        await all_are_refused(everything_that_connects(settings, unique), RefusedError, *words)
+    finally:
+        node.show(expired=False)
+
+
 async def test_certificates_of_the_client_let_it_in(node: TlsRabbitMQServer, unique: str) -> None:
     tls = {name: value.format(folder=node.folder) for name, value in (TRUSTED | OWN).items()}
     settings = settings_for(f"amqps://guest:guest@127.0.0.1:{node.tls_port}/", unique, tls)
     await queue_of(settings).topology(apply=True)
     for use in everything_that_connects(settings, unique).values():
         await use()
+
+
+OVER_TLS = """
+name = "test"
+[postgres]
+dsn = "{dsn}"
+[sinks.events]
+type = "rabbitmq"
+url = "amqps://guest:guest@127.0.0.1:{port}/"
+exchange = "{name}"
+tls = {{ {tls} }}
+[[routes]]
+topic = "#"
+sink = "events"
+[workers.{name}]
+handler = "tests.support.worker_handlers:echo"
+reply = "shop.rendered"
+"""
+
+
+async def test_a_bridge_and_a_worker_connect_with_certificates(
+    node: TlsRabbitMQServer, bridge_database: str, unique: str, tmp_path: Path
+) -> None:
+    await execute(bridge_database, SHOP)
+    tls = ", ".join(f'{key} = "{value.format(folder=node.folder)}"' for key, value in (TRUSTED | OWN).items())
+    text = OVER_TLS.format(dsn=bridge_database, port=node.tls_port, name=unique, tls=tls)
+    bridge = Daemon(tmp_path, text)
+    await command("topology", "--apply", "--config", str(bridge.config))
+    with bridge, Daemon(tmp_path / "worker", text, "run", unique, module="workers.cli"):
+        await execute(bridge_database, "select bridge.emit('shop.order.placed', '7'::jsonb)")
+        await rows_become(bridge_database, "select result ->> 'of' from shop.invoice", [("7",)])
 
 
 async def test_a_missing_certificate_is_a_mistake_in_the_settings(tmp_path: Path, unique: str) -> None:

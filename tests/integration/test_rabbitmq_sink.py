@@ -597,7 +597,7 @@ async def test_tls_with_a_trusted_certificate_carries_events(
     node: TlsRabbitMQServer, unique: str, open_sink: Any, bind: Any
 ) -> None:
     url = f"amqps://guest:guest@127.0.0.1:{node.tls_port}/"
-    sink = await open_sink(url, tls=TlsSettings(ca_file=node.certificate.file))
+    sink = await open_sink(url, tls=TlsSettings(ca_file=node.authority.file))
     queue = await bind(node.url, unique)
     events = [make_event(payload=bytes(500_000)), *make_events(2000)]
     assert list(await sink.publish(events)) == [CONFIRMED] * 2001

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bridge import __version__
-from tests.support.certificates import Certificate, expired, self_signed
+from tests.support.certificates import Certificate, self_signed
 from tests.support.http_proxy import HttpProxy
 from tests.support.scripted_names import ScriptedNames
 from tests.support.until import until
@@ -513,7 +513,7 @@ async def test_a_certificate_that_does_not_fit_ends_the_attempt(
     tmp_path: Path, certificate: Certificate, kind: str
 ) -> None:
     if kind == "expired":
-        shown = expired(tmp_path, name=f"DNS:{NAME}")
+        shown = self_signed(tmp_path, name=f"DNS:{NAME}", expired=True)
         trusted, error = shown, "TLS: certificate has expired"
     elif kind == "self-signed":
         shown = self_signed(tmp_path, name=f"DNS:{NAME}")

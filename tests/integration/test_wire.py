@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import psycopg
 import pytest
 import pytest_asyncio
+from psycopg import AsyncConnection
 from psycopg.pq import TransactionStatus
 from pydantic import SecretStr
 
@@ -90,3 +91,26 @@ async def test_notifications_are_heard_between_prepared_statements(
             other.execute("select pg_notify('test_wire', %s)", [str(number)])
         heard = [one.payload async for one in connection.notifies(timeout=10, stop_after=1)]
         assert heard == [str(number)]
+
+
+class Hearing(Connection):
+    """Tells when it has read something that no statement waited for."""
+
+    has_heard: asyncio.Event
+
+    def _hear(self) -> None:
+        super()._hear()
+        self.has_heard.set()
+
+
+async def test_a_notification_that_comes_while_nobody_waits_is_not_forgotten(database: str) -> None:
+    async with (
+        await Hearing.connect(database, autocommit=True) as listening,
+        await AsyncConnection.connect(database, autocommit=True) as sender,
+    ):
+        listening.has_heard = asyncio.Event()
+        await listening.execute("listen news")
+        await sender.execute("notify news, 'one'")
+        await listening.has_heard.wait()
+        heard = [each.payload async for each in listening.notifies(timeout=0.1, stop_after=1)]
+    assert heard == ["one"]

@@ -2,9 +2,6 @@
 
 import asyncio
 import contextlib
-import os
-import pwd
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -12,10 +9,9 @@ import psycopg
 import pytest
 from psycopg import conninfo, sql
 
-from tests.support.daemons import Daemon, run_command
-from tests.support.servers import NOT_DURABLE, PostgresServer, free_port
+from tests.support.daemons import run_command
+from tests.support.servers import NOT_DURABLE, PostgresServer
 from tests.support.standby import StandbyServer
-from tests.support.until import until
 
 SETTINGS = """
 name = "test"
@@ -40,74 +36,6 @@ async def told(tmp_path: Path, dsn: str, expected: str) -> None:
         assert "postgres.dsn: " in said
         assert "Traceback" not in said
         assert done.returncode == 69, f"{command}: {said}"
-
-
-@pytest.fixture
-async def pgbouncer(
-    request: pytest.FixtureRequest, postgres: PostgresServer, bridge_database: str, server_folder: Path, unique: str
-) -> AsyncIterator[str]:
-    """The DSN of PgBouncer before the test's database; the parameter is its mode of pooling."""
-    if not Path("/usr/sbin/pgbouncer").exists():
-        if os.environ.get("CI") == "true":
-            pytest.fail("CI must have pgbouncer")
-        pytest.skip("PgBouncer is not installed: apt-get install pgbouncer")
-    folder = server_folder / unique
-    folder.mkdir()
-    user = pwd.getpwnam("nobody") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
-    os.chown(folder, user.pw_uid, user.pw_gid)
-    port = free_port()
-    name = conninfo.conninfo_to_dict(bridge_database)["dbname"]
-    (folder / "users").write_text('"postgres" ""\n')
-    (folder / "pgbouncer.ini").write_text(
-        f"[databases]\n{name} = host={postgres.host} port={postgres.port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
-        f"listen_port = {port}\nauth_type = trust\nauth_file = {folder}/users\npool_mode = {request.param}\n"
-        "ignore_startup_parameters = extra_float_digits\nunix_socket_dir =\n"
-    )
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            ["/usr/sbin/pgbouncer", str(folder / "pgbouncer.ini")],
-            stdout=log,
-            stderr=log,
-            user=user.pw_uid if os.geteuid() == 0 else None,
-        )
-    dsn = f"postgresql://postgres@127.0.0.1:{port}/{name}"
-    try:
-        await until(lambda: _takes_connections(dsn), f"PgBouncer answers, whose log is {folder / 'log'}")
-        yield dsn
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _takes_connections(dsn: str) -> bool:
-    try:
-        psycopg.connect(dsn, connect_timeout=2).close()
-    except psycopg.OperationalError:
-        return False
-    return True
-
-
-@pytest.mark.parametrize("pgbouncer", ["transaction"], indirect=True)
-async def test_pgbouncer_in_transaction_mode_is_found_out_and_no_lock_stays_with_its_pool(
-    pgbouncer: str, bridge_database: str, tmp_path: Path
-) -> None:
-    await told(tmp_path, pgbouncer, "Is there a pooler in transaction mode (PgBouncer) between?")
-    with psycopg.connect(bridge_database) as connection:
-        locks = connection.execute(
-            "select count(*) from pg_locks where locktype = 'advisory' "
-            "and database = (select oid from pg_database where datname = current_database())"
-        ).fetchone()
-    assert locks == (0,)
-
-
-@pytest.mark.parametrize("pgbouncer", ["session"], indirect=True)
-async def test_pgbouncer_in_session_mode_is_a_place_where_a_bridge_can_work(pgbouncer: str, tmp_path: Path) -> None:
-    """It takes none of the parameters at the start that would set what our sessions rely on."""
-    with Daemon(tmp_path, SETTINGS.format(dsn=pgbouncer)) as bridge:
-        await asyncio.to_thread(bridge.wait_for, "bridge.leading")
-        done = await asyncio.to_thread(run_command, "emit", "a.topic", "payload", "--config", str(bridge.config))
-        assert done.returncode == 0, done.stderr
-        assert await asyncio.to_thread(bridge.stop) == 0
 
 
 @pytest.fixture(scope="module")

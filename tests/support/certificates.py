@@ -1,13 +1,17 @@
 """Certificates for the servers that tests start, and for those that connect to them."""
 
-import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 
 class Certificate(NamedTuple):
@@ -17,47 +21,79 @@ class Certificate(NamedTuple):
     key: Path
 
 
-def self_signed(folder: Path, *, name: str = "IP:127.0.0.1") -> Certificate:
+@dataclass(frozen=True)
+class Authority:
+    """Signs certificates of servers and clients. `file` is what they trust who trust it."""
+
+    file: Path
+    _certificate: x509.Certificate
+    _key: RSAPrivateKey
+
+    @classmethod
+    def make(cls, folder: Path, name: str = "authority") -> "Authority":
+        """Writes ``certificate.pem``."""
+        key, subject = _new_key(), _named(name)
+        certificate = _signed(subject, key, subject, key, [x509.BasicConstraints(ca=True, path_length=None)])
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "certificate.pem"
+        file.write_bytes(certificate.public_bytes(Encoding.PEM))
+        return cls(file, certificate, key)
+
+    def issue(self, folder: Path, *, name: str = "IP:127.0.0.1", expired: bool = False) -> Certificate:
+        """Writes ``certificate.pem``, for these subject alternative names with commas, and ``key.pem``. An expired one
+        was valid until yesterday."""
+        key = _new_key()
+        names = x509.SubjectAlternativeName(_alternatives(name))
+        made = _signed(_named("localhost"), key, self._certificate.subject, self._key, [names], expired=expired)
+        return _write(folder, made, key)
+
+
+def self_signed(folder: Path, *, name: str = "IP:127.0.0.1", expired: bool = False) -> Certificate:
     """Writes ``certificate.pem``, its own authority, for this subject alternative name, and ``key.pem``."""
-    made = _in(folder)
-    _openssl(
-        *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
-        *("-addext", f"subjectAltName={name}", "-keyout", made.key, "-out", made.file),
-    )
-    return made
+    key, subject = _new_key(), _named("localhost")
+    what_it_is = [x509.BasicConstraints(ca=True, path_length=None), x509.SubjectAlternativeName(_alternatives(name))]
+    return _write(folder, _signed(subject, key, subject, key, what_it_is, expired=expired), key)
 
 
-def expired(folder: Path, *, name: str = "IP:127.0.0.1") -> Certificate:
-    """The same, but it was valid until yesterday."""
-    made = self_signed(folder, name=name)
-    given = x509.load_pem_x509_certificate(made.file.read_bytes())
-    builder = x509.CertificateBuilder(given.issuer, given.subject, given.public_key(), given.serial_number)
-    for extension in given.extensions:
-        builder = builder.add_extension(extension.value, extension.critical)
-    now = datetime.now(UTC)
-    builder = builder.not_valid_before(now - timedelta(days=2)).not_valid_after(now - timedelta(days=1))
-    # OpenSSL's command makes none that has expired.
-    key = load_pem_private_key(made.key.read_bytes(), None)
-    again = builder.sign(key, SHA256())  # type: ignore[arg-type] # it is an RSA key
-    made.file.write_bytes(again.public_bytes(Encoding.PEM))
-    return made
+def _named(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 
-def signed_by(authority: Certificate, folder: Path) -> Certificate:
-    """Writes ``certificate.pem`` of a client, signed by the authority, and ``key.pem``."""
-    made, request = _in(folder), folder / "request.pem"
-    _openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=client", "-keyout", made.key, "-out", request)
-    _openssl(
-        *("x509", "-req", "-days", "2", "-in", request, "-out", made.file),
-        *("-CA", authority.file, "-CAkey", authority.key, "-CAcreateserial"),
-    )
-    return made
+def _alternatives(names: str) -> list[x509.GeneralName]:
+    found: list[x509.GeneralName] = []
+    for each in names.split(","):
+        kind, _, value = each.partition(":")
+        found.append(x509.IPAddress(ip_address(value)) if kind == "IP" else x509.DNSName(value))
+    return found
 
 
-def _in(folder: Path) -> Certificate:
+def _new_key() -> RSAPrivateKey:
+    return generate_private_key(public_exponent=65_537, key_size=2048)
+
+
+def _signed(
+    subject: x509.Name,
+    key: RSAPrivateKey,
+    issuer: x509.Name,
+    issuers_key: RSAPrivateKey,
+    extensions: Sequence[x509.ExtensionType],
+    *,
+    expired: bool = False,
+) -> x509.Certificate:
+    end = datetime.now(UTC) + timedelta(days=-1 if expired else 2)
+    serial = x509.random_serial_number()
+    builder = x509.CertificateBuilder(issuer, subject, key.public_key(), serial)
+    builder = builder.not_valid_before(end - timedelta(days=4)).not_valid_after(end)
+    own = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    signers = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuers_key.public_key())
+    for extension in (*extensions, own, signers):
+        builder = builder.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
+    return builder.sign(issuers_key, SHA256())
+
+
+def _write(folder: Path, certificate: x509.Certificate, key: RSAPrivateKey) -> Certificate:
     folder.mkdir(parents=True, exist_ok=True)
-    return Certificate(folder / "certificate.pem", folder / "key.pem")
-
-
-def _openssl(*words: str | Path) -> None:
-    subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True)
+    made = Certificate(folder / "certificate.pem", folder / "key.pem")
+    made.file.write_bytes(certificate.public_bytes(Encoding.PEM))
+    made.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return made

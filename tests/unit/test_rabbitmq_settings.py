@@ -103,9 +103,24 @@ def test_certificates_that_cannot_be_used_name_key_and_file(tmp_path: Path) -> N
         (TlsSettings(ca_file=empty), "sinks.events.tls.ca_file: ", empty),
         (TlsSettings(cert_file=missing), "sinks.events.tls.cert_file: ", missing),
         (TlsSettings(cert_file=empty, key_file=missing), "sinks.events.tls.cert_file: ", missing),
-        (TlsSettings(key_file=missing), "sinks.events.tls.key_file: ", None),
     ):
         with pytest.raises(SettingsError) as caught:
             tls_context(tls, settings.key)
         assert str(caught.value).startswith(key)
-        assert str(file or "") in str(caught.value)
+        assert str(file) in str(caught.value)
+
+
+def test_a_key_without_its_certificate_is_a_mistake_in_the_settings(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"sinks\.events\.tls\.key_file: is given without cert_file"):
+        rabbitmq(tmp_path, 'url = "amqps://host"\ntls.key_file = "/key.pem"')
+
+
+@pytest.mark.parametrize("lines", ['tls.ca_file = "/ca.pem"', 'tls = {cert_file = "/c.pem", key_file = "/k.pem"}'])
+def test_certificates_for_a_connection_without_tls_are_a_mistake_in_the_settings(tmp_path: Path, lines: str) -> None:
+    """They would protect nothing, and look as if they did."""
+    said = r"sinks\.events\.tls\.(ca|cert)_file: is for amqps://.* write amqps://"
+    with pytest.raises(SettingsError, match=said) as caught:
+        rabbitmq(tmp_path, f'url = "amqp://user:hunter2@host"\n{lines}')
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.exit_code == 78
+    rabbitmq(tmp_path, f'url = "amqps://user:hunter2@host"\n{lines}')

@@ -9,6 +9,7 @@ import psycopg
 from psycopg.rows import TupleRow
 
 from bridge.postgres.connection import connect, database_errors
+from bridge.postgres.pooler import require_own_session
 from bridge.process.batching import Batcher
 from bridge.settings import PostgresSettings
 from workers.pool import Pool
@@ -95,10 +96,12 @@ class Deliveries:
         self._outcomes = Batcher(self._record_together, _TOGETHER)
 
     async def open(self) -> None:
-        """Connects, and checks that all that is called may be. Raises what `connect` and `Pool.require` raise."""
+        """Connects, and checks that all that is called may be. Raises what `connect` and `Pool.require` raise,
+        and RefusedError behind a pooler in transaction mode, where prepared statements get lost."""
         # The pool would not say why it gets no connection.
         connection = await connect(self._settings, self._application_name)
-        await connection.close()
+        async with connection:
+            await require_own_session(connection, self._settings, self._application_name)
         await self._pool.open()
         await self._pool.require(_FUNCTIONS)
 

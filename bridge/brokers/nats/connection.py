@@ -24,7 +24,7 @@ from nats.protocol.parser import AUTHORIZATION_VIOLATION, PERMISSIONS_ERR
 
 import bridge
 from bridge.brokers.nats.settings import NatsSettings
-from bridge.brokers.tls import tls_context
+from bridge.brokers.tls import OTHER_NAME, OUT_OF_DATE, refuses_ours, tls_context
 from bridge.errors import (
     BrokerUnavailableError,
     LoginError,
@@ -80,12 +80,6 @@ _ENDED: Final = (
     nats.errors.UnexpectedEOF,
 )
 
-_OTHER_NAME: Final = (62, 64)
-"""OpenSSL's codes for a certificate of another host name or address."""
-
-_OUR_CERTIFICATE: Final = ("CERTIFICATE_REQUIRED", "BAD_CERTIFICATE", "UNKNOWN_CA", "CERTIFICATE_UNKNOWN")
-"""End the names of TLS alerts by which a server refuses the certificate of a client."""
-
 
 class Client(nats.aio.client.Client):
     """nats-py's client, which otherwise encrypts only when the server asks for it, whatever the URL says, leaves its
@@ -127,7 +121,7 @@ class Connection:
     ) -> None:
         self.address = str(settings.servers)
         self.ping_interval = ping_interval
-        self.client = Client(encrypted=settings.servers.encrypted)
+        self.client = Client(encrypted=settings.encrypted)
         self._settings = settings
         self._tell_denied = denied
         self._waiting: set[asyncio.Timeout] = set()
@@ -237,8 +231,7 @@ async def connect(
 
     Raises BrokerUnavailableError, LoginError, RefusedError; SettingsError for certificates that cannot be read.
     """
-    uses_tls = settings.servers.encrypted or settings.tls.model_fields_set
-    tls = tls_context(settings.tls, settings.key) if uses_tls else None
+    tls = tls_context(settings.tls, settings.key) if settings.encrypted else None
     connection = Connection(settings, denied, int(PING_INTERVAL if pings else _NO_PINGS))
     try:
         await _open(connection, settings, tls)
@@ -268,7 +261,7 @@ async def _refusal(settings: NatsSettings, tls: ssl.SSLContext | None) -> Except
                 if (refusal := await _asked_again(address, settings, tls)) is not None:
                     return refusal
         except (OSError, TimeoutError, ValueError) as error:
-            if isinstance(error, ssl.SSLError) and str(error.reason).endswith(_OUR_CERTIFICATE):
+            if isinstance(error, ssl.SSLError) and refuses_ours(error):
                 return error
             log.debug("nats.no_refusal", address=address, reason=str(error))
     return None
@@ -286,7 +279,7 @@ async def _asked_again(address: str, settings: NatsSettings, tls: ssl.SSLContext
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_SILENCE):
                         await reader.read(1)
-        elif settings.servers.encrypted:
+        elif settings.encrypted:
             return nats.errors.SecureConnWantedError()
         who = {"user": settings.servers.user, "pass": settings.servers.password, "auth_token": settings.servers.token}
         login = {name: value for name, value in who.items() if value is not None}
@@ -301,7 +294,7 @@ async def _open(connection: Connection, settings: NatsSettings, tls: ssl.SSLCont
     servers = settings.servers
     async with asyncio.timeout(CONNECT_TIMEOUT):
         await connection.client.connect(
-            [f"{'tls' if servers.encrypted else 'nats'}://{address}" for address in servers.addresses],
+            [f"{'tls' if settings.encrypted else 'nats'}://{address}" for address in servers.addresses],
             error_cb=connection.hear,
             name=f"pgbridge {bridge.__version__}",
             user=servers.user,
@@ -320,7 +313,7 @@ async def _open(connection: Connection, settings: NatsSettings, tls: ssl.SSLCont
         # nats-py takes the end of the connection for the answer to its first ping.
         raise nats.errors.ConnectionClosedError
     transport = transport_of(connection.client)
-    if servers.encrypted and transport is not None and transport.get_extra_info("ssl_object") is None:
+    if settings.encrypted and transport is not None and transport.get_extra_info("ssl_object") is None:
         raise nats.errors.SecureConnWantedError  # should a version of nats-py pass over `Client`
 
 
@@ -329,24 +322,32 @@ def explained(error: Exception, settings: NatsSettings) -> PgbridgeError:
     there = f"NATS at {settings.servers}"
     url, tls = settings.key("url"), settings.key("tls")
     match error:
-        case ssl.SSLCertVerificationError(verify_code=code) if code in _OTHER_NAME:
+        case ssl.SSLCertVerificationError(verify_code=code) if code in OTHER_NAME:
             return RefusedError(
                 f"{url}: {there} shows a certificate that is not for this host: {error.verify_message}. "
                 "Write the host as the certificate names it"
+            )
+        case ssl.SSLCertVerificationError(verify_code=code) if code in OUT_OF_DATE:
+            return RefusedError(
+                f"{url}: {there} shows a certificate that is out of date: {error.verify_message}. "
+                "Renew it on the server"
             )
         case ssl.SSLCertVerificationError():
             return RefusedError(
                 f"{tls}.ca_file: {there} shows a certificate that is not trusted: {error.verify_message}. "
                 "Name the file of the authority that signed it"
             )
-        case ssl.SSLError() if str(error.reason).endswith(_OUR_CERTIFICATE):
-            return LoginError(f"{tls}.cert_file: {there} does not take our certificate, or wants one: {error.reason}")
+        case ssl.SSLError() if refuses_ours(error):
+            return LoginError(
+                f"{tls}.cert_file: {there} does not take our certificate, or wants one: {error.reason}. Name one that "
+                "is in date and that an authority has signed which the server trusts"
+            )
         case ssl.SSLError():
             return RefusedError(f"{url}: {there} makes no TLS connection: {error.reason or error}")
         case nats.errors.SecureConnWantedError():
             return RefusedError(
-                f"{url}: {there} does not require TLS, so tls:// would not be encrypted: give the server certificates, "
-                "without allow_non_tls, or write nats://"
+                f"{url}: {there} does not require TLS, so nothing would be encrypted: give the server certificates, "
+                f"without allow_non_tls, or write nats:// and leave {tls} out"
             )
         case NotFoundError():
             return TopologyError(f"{url}: {there} says: {_described(error)}. Run `pgbridge topology --apply`")

@@ -40,7 +40,7 @@ class NatsSettings(SinkSettings):
     max_message_bytes: SomeSize = 8_388_608
     """Largest message that the server takes (`max_payload`)."""
     tls: TlsSettings = TlsSettings()
-    """Certificates for tls://."""
+    """Certificates. Once one is given, the server must speak TLS, as with tls://."""
 
     most_prefetch: ClassVar[int] = 10_000
     """What JetStream gives all processes of a worker together before they settle some of it."""
@@ -50,6 +50,11 @@ class NatsSettings(SinkSettings):
     def _that_names_servers(cls, url: SecretStr) -> SecretStr:
         _parse(url.get_secret_value())
         return url
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether nothing may be sent in plain text: the URL says tls://, or certificates are given."""
+        return self.servers.encrypted or self.tls.given is not None
 
     @cached_property
     def servers(self) -> Servers:

@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import Final, Literal
 
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
+from bridge.brokers.tls import OTHER_NAME, OUT_OF_DATE, refuses_ours
 from bridge.errors import (
     BrokerUnavailableError,
     LoginError,
@@ -150,42 +151,31 @@ def _hint(settings: RabbitMQSettings) -> str:
     return "; at a port for TLS the URL begins with amqps://, not amqp://"
 
 
-_CERTIFICATE_REFUSED: Final = frozenset(
-    {
-        "SSLV3_ALERT_BAD_CERTIFICATE",
-        "SSLV3_ALERT_CERTIFICATE_EXPIRED",
-        "SSLV3_ALERT_CERTIFICATE_REVOKED",
-        "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
-        "SSLV3_ALERT_NO_CERTIFICATE",
-        "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE",
-        "TLSV13_ALERT_CERTIFICATE_REQUIRED",
-        "TLSV1_ALERT_UNKNOWN_CA",
-    }
-)
-"""OpenSSL's names for what a server says of a client's certificate."""
-
-_NAME_MISMATCH: Final = frozenset({62, 64})
-"""OpenSSL's codes X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH."""
-
-
 def connecting_failed(settings: RabbitMQSettings, error: OSError) -> PgbridgeError:
     """The error to raise when the network or TLS kept a connection from being made."""
     broker, address = rabbitmq_at(settings), settings.address
     match error:
-        case ssl.SSLCertVerificationError() if error.verify_code in _NAME_MISMATCH:
+        case ssl.SSLCertVerificationError() if error.verify_code in OTHER_NAME:
             return RefusedError(
                 f"{broker} shows a certificate for another name: {error.verify_message.rstrip('.')}; write a host "
                 f"that it names ({settings.key('tls.ca_file')} says only who may sign it)"
+            )
+        case ssl.SSLCertVerificationError() if error.verify_code in OUT_OF_DATE:
+            return RefusedError(
+                f"{broker} shows a certificate that is out of date: {error.verify_message}. Renew it on the server"
             )
         case ssl.SSLCertVerificationError():
             return RefusedError(
                 f"{rabbitmq_at(settings, 'tls.ca_file')} shows a certificate that is not trusted: "
                 f"{error.verify_message}; name a file with the certificate of its authority"
             )
-        case ssl.SSLError() if error.reason in _CERTIFICATE_REFUSED:
+        case ssl.SSLError() if refuses_ours(error):
             own = settings.tls.cert_file
             refused = f"refuses the certificate in {own}" if own else "asks for a client certificate, and none is set"
-            return LoginError(f"{rabbitmq_at(settings, 'tls.cert_file')} {refused}: {error.reason}")
+            return LoginError(
+                f"{rabbitmq_at(settings, 'tls.cert_file')} {refused}: {error.reason}. Name one that is in date and "
+                "that an authority has signed which the broker trusts"
+            )
         case ssl.SSLError() if error.reason == "WRONG_VERSION_NUMBER":
             return RefusedError(
                 f"{broker} does not speak TLS, and the URL begins with amqps://; write amqp://, or the port for TLS "

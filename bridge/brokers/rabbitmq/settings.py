@@ -3,10 +3,10 @@
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final
+from typing import Final, Self
 from urllib.parse import unquote, urlsplit
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from bridge.settings.models import Secret, SinkSettings, SomeDuration, SomeSize, TlsSettings
 
@@ -108,6 +108,15 @@ class RabbitMQSettings(SinkSettings):
         if heartbeat > _LONGEST_HEARTBEAT:
             raise ValueError(f"is longer than {_LONGEST_HEARTBEAT} s, which is as far as AMQP counts")
         return heartbeat
+
+    @model_validator(mode="after")
+    def _certificates_that_are_used(self) -> Self:
+        if self.tls.given is not None and not self.address.tls:
+            raise ValueError(
+                f"tls.{self.tls.given}: is for amqps://, and the URL begins with amqp://, which encrypts nothing; "
+                "write amqps:// and the port for TLS (usually 5671), or leave the certificates out"
+            )
+        return self
 
     @cached_property
     def address(self) -> Address:
