@@ -10,7 +10,7 @@ import click
 
 from bridge.postgres.status import Bridge, Guards, Rates, SinkPosition, Status, rates, watch
 from bridge.process.tasks import run
-from bridge.process.terminal import age, config_option, exit_codes, json_option, print_json
+from bridge.process.terminal import age, config_option, exit_codes, field, json_option, moment, print_json
 from bridge.settings import Settings, load
 
 _LONG_TRANSACTION: Final = 3600.0
@@ -36,13 +36,15 @@ def _bridge(bridge: Bridge, before: Status | None, now: Status) -> str:
     lines = [
         click.style(f"bridge {bridge.name}", bold=True),
         _line(
-            "leader", f"{bridge.leader}, for {since}" if leads else _bad("nobody; no bridge of this name is running")
+            "leader",
+            f"{bridge.leader}, for {since}" if leads else "nobody; no bridge of this name is running",
+            bad=not leads,
         ),
         _line(
             "looks for events",
             "when a NOTIFY wakes it" if bridge.asleep else "all the time: events keep coming, or no sink has room",
         ),
-        _line("dead letters", _bad(str(bridge.dead_letters)) if bridge.dead_letters else "0"),
+        _line("dead letters", str(bridge.dead_letters), bad=bridge.dead_letters > 0),
     ]
     for position in bridge.sinks:
         lines += _sink(bridge, position, rates(before, now, bridge.name, position.sink) if before else None)
@@ -61,7 +63,7 @@ def _sink(bridge: Bridge, position: SinkPosition, rate: Rates | None) -> list[st
         _line("  position", f"{position.mark} of {bridge.last_id}, {position.gaps} in gaps"),
     ]
     if position.problem is not None:
-        lines.append(_line("  problem", _bad(f"for {age(position.problem_seconds)}: {position.problem}")))
+        lines.append(_line("  problem", f"for {age(position.problem_seconds)}: {position.problem}", bad=True))
     if rate is not None:
         lines.append(_line("  rates", f"{rate.emitted:.0f} emitted, {rate.settled:.0f} settled a second"))
     return lines
@@ -74,32 +76,28 @@ def _guards(guards: Guards, now: Status, settings: Settings) -> str:
         oldest = "-"
     else:
         oldest = f"{age(guards.oldest_transaction_seconds)}: {guards.oldest_transaction}"
-        oldest = _bad(oldest) if guards.oldest_transaction_seconds > _LONG_TRANSACTION else oldest
     queue = f"{guards.notification_queue_usage:.1%} used"
     lines = [
         click.style("database", bold=True),
-        _line("oldest transaction", oldest),
-        _line("NOTIFY queue", _bad(queue) if guards.notification_queue_usage > _FULL_QUEUE else queue),
+        _line("oldest transaction", oldest, bad=(guards.oldest_transaction_seconds or 0.0) > _LONG_TRANSACTION),
+        _line("NOTIFY queue", queue, bad=guards.notification_queue_usage > _FULL_QUEUE),
         _line("log", f"{guards.outbox_bytes / 1e6:.1f} MB"),
     ]
     if guards.oldest_event_at is not None and guards.next_prune_at is not None:
-        lines.append(_line("oldest event", f"{guards.oldest_event_at.isoformat(timespec='seconds')}"))
+        lines.append(_line("oldest event", moment(guards.oldest_event_at)))
         wait = guards.next_prune_at - now.at
         due = f"in {age(wait.total_seconds())}" if wait > timedelta() else "due"
         kept = age(settings.outbox_or_default.retention)
         lines.append(_line("next prune", f"{due} (retention {kept})"))
     for name in guards.held_back_by:
         text = f"bridge {name} has not settled it; run it again, or forget it (docs/operations.md)"
-        lines.append(_line("held back", _bad(text)))
+        lines.append(_line("held back", text, bad=True))
     return "\n".join(lines)
 
 
-def _line(name: str, text: str) -> str:
-    return f"  {name:<20}{text}"
-
-
-def _bad(text: str) -> str:
-    return click.style(text, fg="red")
+def _line(name: str, text: str, *, bad: bool = False) -> str:
+    shown = field(name, text, indent=2, label=18)
+    return click.style(shown, fg="red") if bad else shown
 
 
 @click.command()
