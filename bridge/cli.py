@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "status": ("bridge.commands.status:status", "Shows who leads, what waits, and what endangers the database."),
     "tail": ("bridge.commands.events:tail", "Shows events as they are committed, without consuming them."),
     "topology": ("bridge.commands.topology:topology", "Shows what the brokers have of what these settings need."),
+    "where": ("bridge.commands.where:where", "Follows one event through log, sinks, dead letters and workers."),
 }
 """By name: where the command is, and the line that `pgbridge --help` shows for it."""
 

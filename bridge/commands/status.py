@@ -1,6 +1,7 @@
 """`pgbridge status`: who leads, what waits, and what endangers the database, as text or JSON."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Final
 
 import click
 
-from bridge.postgres.status import Bridge, Guards, Rates, SinkPosition, Status, rates, watch
+from bridge.postgres.status import Bridge, Guards, Pause, Rates, SinkPosition, Status, WorkerStatus, rates, watch
 from bridge.process.tasks import run
 from bridge.process.terminal import age, config_option, exit_codes, field, json_option, moment, print_json
 from bridge.settings import Settings, load
@@ -27,6 +28,8 @@ def status_text(settings: Settings, before: Status | None, now: Status) -> str:
     parts = [_bridge(bridge, before, now) for bridge in now.bridges]
     if not parts:
         parts = ["No bridge has run on this database yet."]
+    if now.workers:
+        parts.append(_workers(now.workers))
     return "\n\n".join([*parts, _guards(now.guards, now, settings)])
 
 
@@ -62,11 +65,35 @@ def _sink(bridge: Bridge, position: SinkPosition, rate: Rates | None) -> list[st
         _line("  oldest unsent", age(position.oldest_unsent_seconds)),
         _line("  position", f"{position.mark} of {bridge.last_id}, {position.gaps} in gaps"),
     ]
+    if position.paused is not None:
+        lines.append(_line("  paused", _pause(position.paused)))
     if position.problem is not None:
         lines.append(_line("  problem", f"for {age(position.problem_seconds)}: {position.problem}", bad=True))
     if rate is not None:
         lines.append(_line("  rates", f"{rate.emitted:.0f} emitted, {rate.settled:.0f} settled a second"))
     return lines
+
+
+def _workers(workers: Sequence[WorkerStatus]) -> str:
+    lines = []
+    for worker in workers:
+        counts = [
+            f"{worker.running} in progress",
+            f"{worker.waiting} waiting for another attempt",
+            f"{worker.finished_last_hour} finished in the last hour",
+        ]
+        bound = "" if worker.exact else " (of the 100,000 events begun last)"
+        lines += [click.style(f"worker {worker.worker}", bold=True), _line("events", ", ".join(counts) + bound)]
+        lines.append(_line("dead letters", str(worker.dead_letters), bad=worker.dead_letters > 0))
+        if worker.held_keys:
+            lines.append(_line("held keys", str(worker.held_keys), bad=True))
+        if worker.paused is not None:
+            lines.append(_line("paused", _pause(worker.paused)))
+    return "\n".join(lines)
+
+
+def _pause(pause: Pause) -> str:
+    return f"since {moment(pause.since)}, by {pause.who}{f': {pause.why}' if pause.why else ''}"
 
 
 def _guards(guards: Guards, now: Status, settings: Settings) -> str:
@@ -114,7 +141,7 @@ def status(config: Path | None, as_json: bool, watching: bool, interval: float) 
     async def look() -> None:
         nonlocal is_led
         before: Status | None = None
-        async for now in watch(settings, interval if watching else None):
+        async for now in watch(settings, interval if watching else None, workers=True):
             is_led = any(bridge.name == settings.name and bridge.leader for bridge in now.bridges)
             if as_json:
                 print_json(_status_json(before, now))
