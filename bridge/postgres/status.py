@@ -170,8 +170,10 @@ async def _look_at_workers(connection: Connection, names: Sequence[str]) -> tupl
         [list(names)],
     )
     return tuple(
-        WorkerStatus(*counts, None if since is None else Pause(since, who, why))
-        for *counts, since, who, why in await cursor.fetchall()
+        WorkerStatus(
+            worker, running, waiting, finished, dead, held, exact, None if since is None else Pause(since, who, why)
+        )
+        for worker, running, waiting, finished, dead, held, exact, since, who, why in await cursor.fetchall()
     )
 
 

@@ -123,7 +123,8 @@ async def test_an_event_without_a_trace_ends_with_1_and_says_where_it_looked(con
 async def test_the_log_is_looked_through_to_its_beginning(bridge_database: str) -> None:
     await execute(bridge_database, "select bridge.emit('a', 'x') from generate_series(1, 25)")
     [(event_id,)] = await execute(bridge_database, "select event_id::text from bridge.outbox where id = 1")
-    steps, before = [], 2**62
+    steps: list[tuple[object, ...]] = []
+    before: object = 2**62
     while True:
         [(found, following)] = await execute(
             bridge_database, "select id, next_before from bridge.find_event(%s::uuid, %s, 10)", event_id, before
