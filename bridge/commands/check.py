@@ -40,14 +40,19 @@ select what from (values
 ) needed (what, granted) where not granted
 """
 
+_OPEN_CHANNEL: Final = (
+    "warning: any role that may connect to this database may NOTIFY it, and so make events of this topic; "
+    "bridge.notify() in its place takes only members of bridge_emitter"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing that was checked."""
 
     subject: str
-    """``postgres``, ``listen``, ``schema``, ``privileges``, ``positions``, ``sink <name>``, ``topology``,
-    ``worker <name>``."""
+    """``postgres``, ``listen``, ``schema``, ``privileges``, ``positions``, ``channel <name>``, ``sink <name>``,
+    ``topology``, ``worker <name>``."""
     ok: bool
     text: str
     """What was found; when it is wrong, with what to do about it."""
@@ -71,6 +76,8 @@ async def findings(settings: Settings) -> AsyncIterator[Finding]:
             yield privileges
             if privileges.ok:
                 yield await _finding("positions", partial(_positions, settings))
+    for channel in settings.channels.listen if settings.channels else ():
+        yield Finding(f"channel {channel}", ok=True, text=_OPEN_CHANNEL)
     for name, sink in settings.sinks.items():
         yield await _finding(f"sink {name}", partial(_sink, sink))
     topology = await _finding("topology", partial(_topology, settings))
