@@ -14,7 +14,7 @@ from bridge.process.tasks import run
 from bridge.process.terminal import config_option, exit_codes
 from bridge.settings import Settings, load
 
-_REACTION: Final = "within some 3 seconds, while it runs"
+_REACTION: Final = "within some 3 seconds"
 
 
 def _what(command: Callable[..., None]) -> Callable[..., None]:
@@ -66,8 +66,8 @@ def pause(sink: str | None, worker: str | None, why: str, config: Path | None) -
     what = _chosen(settings, sink, worker, known=True)
     person = f"{getpass.getuser()}@{socket.gethostname()}"
     done = run(_ask(settings, "select bridge.set_pause(%s, %s, %s, %s, %s)", *what, person, why))
-    said = f"paused, {_REACTION}" if done else "was paused already; its reason stays"
-    click.echo(f"The {what[0]} {what[2]} {'is ' if done else ''}{said}.", err=True)
+    said = f"is paused: it takes nothing more {_REACTION}" if done else "was paused already; its reason stays"
+    click.echo(f"The {what[0]} {what[2]} {said}.", err=True)
 
 
 @click.command()

@@ -32,7 +32,8 @@ dsn = {dsn}
 handler = "tests.support.worker_handlers:echo"
 subscribe = ["shop.order.placed"]
 ordered = {ordered}
-concurrency = 1
+concurrency = 4
+rate = "100/s"
 reply = "shop.rendered"
 {more}
 [observe]
@@ -78,7 +79,7 @@ async def test_two_processes_paused_under_load_lose_and_reorder_nothing_and_stay
         for process in processes:
             await asyncio.to_thread(process.wait_for, "worker.started")
         events: list[Event] = []
-        for number in range(2000):
+        for number in range(600):
             key = f"key-{number % 20}"
             published[key].append(number)
             events.append(make_event(topic="shop.order.placed", key=key, payload=[key, number]))
@@ -90,7 +91,7 @@ async def test_two_processes_paused_under_load_lose_and_reorder_nothing_and_stay
             assert "stocktaking" in line["reason"]
             await asyncio.to_thread(process.wait_for, "worker.resting")
         done = len(replies())
-        assert done < 2000, "paused in the middle"
+        assert done < 600, "paused in the middle"
         [(open_claims,)] = await execute(
             bridge_database, "select count(*) from bridge.inbox where finished_at is null and claim is not null"
         )
@@ -101,7 +102,7 @@ async def test_two_processes_paused_under_load_lose_and_reorder_nothing_and_stay
         assert len(replies()) == done
         await command("resume", "--worker", unique, *config)
         await asyncio.to_thread(processes[1].wait_for, "worker.resumed", 5.0)
-        await until(lambda: len(replies()) >= 2000, "all is done", limit=60)
+        await until(lambda: len(replies()) >= 600, "all is done", limit=60)
     finally:
         for process in processes:
             if process.process is not None:
