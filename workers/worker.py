@@ -27,6 +27,7 @@ from workers.attempt import OUTAGE_BACKOFF, Attempts
 from workers.handler import Run
 from workers.inbox import Inbox
 from workers.metrics import BROKER_UP, DATABASE_UP, HELD_KEYS, IN_HAND, QUEUE_DEPTH
+from workers.pausing import Pausing
 from workers.session import HEARTBEAT
 
 log = structlog.get_logger()
@@ -36,9 +37,6 @@ LOOK_INTERVAL: Final = 10.0
 
 SAMPLE_INTERVAL: Final = 15.0
 """Seconds between two looks at how much waits on the broker, and how many keys are held."""
-
-PAUSE_INTERVAL: Final = 2.5
-"""Seconds between two looks whether a person has paused the worker."""
 
 PRUNE_INTERVAL: Final = 3600.0
 """Seconds between two prunings of the inbox."""
@@ -81,9 +79,7 @@ class Worker:
         self._waiting: object | None = None
         """What is new each time that it waits for a delivery; None while it does not."""
         self._stranded: str | None = None
-        self._pausing: str | None = None
-        """Why it takes nothing, in words, while a person has paused it."""
-        self._pause_changed = asyncio.Event()
+        self._pausing = Pausing(name, inbox.pause)
         self._deadline = math.inf
         """When the process should be gone, by the loop's clock; never before a stop."""
         self._fruitless = 0
@@ -95,9 +91,10 @@ class Worker:
     def health(self) -> Health:
         """What `/health` says. Other threads may ask."""
         unready = None if self._started else "the start is not done"
-        problems = (self._broker.problem, self._stranded, *self._attempts.problems, unready)
+        pausing = self._pausing.now
+        # Whoever pauses a worker may do so because its broker is about to go.
+        problems = (None if pausing else self._broker.problem, self._stranded, *self._attempts.problems, unready)
         role = "stopping" if self._stopping.is_set() else "working" if self._started else "starting"
-        pausing = self._pausing
         paused = () if pausing is None else (f"worker {self._name}: paused {pausing}",)
         return Health(self._name, role, tuple(filter(None, problems)), paused)
 
@@ -116,8 +113,8 @@ class Worker:
 
     async def _start(self) -> None:
         await self._inbox.open()
-        self._found_pause(await self._inbox.pause())
-        if self._pausing is None:
+        await self._pausing.look()
+        if self._pausing.now is None:
             self._queue = await self._open()
         self._started = True
         notify("READY=1")
@@ -126,7 +123,7 @@ class Worker:
     async def _work(self, stop: asyncio.Event) -> None:
         """Consumes until `stop` is set or a task fails, and then drains."""
         consumer = asyncio.create_task(self._consume())
-        jobs = (stop.wait(), self._beat(), self._watch_pause(), self._sample(), self._prune(), watchdog_for_ever())
+        jobs = (stop.wait(), self._beat(), self._pausing.watch(), self._sample(), self._prune(), watchdog_for_ever())
         others = [asyncio.create_task(job) for job in jobs]
         try:
             done, _ = await asyncio.wait([consumer, *others], return_when=asyncio.FIRST_COMPLETED)
@@ -170,7 +167,7 @@ class Worker:
     async def _consume(self) -> None:
         while not self._stopping.is_set():
             try:
-                if self._pausing is not None:
+                if self._pausing.now is not None:
                     await self._close()
                     await self._rest()
                     continue
@@ -200,7 +197,7 @@ class Worker:
         self._leaving = asyncio.Event()
         taking = asyncio.ensure_future(self._take(queue.deliveries(), unsettled))
         looking = asyncio.ensure_future(self._look(queue))
-        pausing = asyncio.ensure_future(self._paused_by_somebody())
+        pausing = asyncio.ensure_future(self._pausing.begun())
         try:
             await asyncio.wait([taking, unsettled, looking, pausing], return_when=asyncio.FIRST_COMPLETED)
             for ended in (unsettled, looking, taking):
@@ -234,41 +231,13 @@ class Worker:
     async def _rest(self) -> None:
         """Until the worker is resumed, or stops."""
         log.info("worker.resting", worker=self._name)
-        resumed = asyncio.ensure_future(self._resumed())
+        resumed = asyncio.ensure_future(self._pausing.ended())
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
             await asyncio.wait([resumed, stopping], return_when=asyncio.FIRST_COMPLETED)
         finally:
             resumed.cancel()
             stopping.cancel()
-
-    async def _paused_by_somebody(self) -> None:
-        while self._pausing is None:
-            await self._pause_changed.wait()
-
-    async def _resumed(self) -> None:
-        while self._pausing is not None:
-            await self._pause_changed.wait()
-
-    def _found_pause(self, pause: str | None) -> None:
-        if (before := self._pausing) == pause:
-            return
-        self._pausing = pause
-        if before is None:
-            log.warning("worker.paused", worker=self._name, reason=pause)
-        elif pause is None:
-            log.info("worker.resumed", worker=self._name)
-        changed, self._pause_changed = self._pause_changed, asyncio.Event()
-        changed.set()
-
-    async def _watch_pause(self) -> None:
-        """Asks whether a person has paused the worker. While the database does not answer, what it said last holds."""
-        while True:
-            await asyncio.sleep(PAUSE_INTERVAL)
-            try:
-                self._found_pause(await self._inbox.pause())
-            except PgbridgeError as error:
-                log.debug("worker.pause_unknown", worker=self._name, reason=str(error))
 
     async def _take(self, deliveries: AsyncIterator[Delivery], unsettled: asyncio.Future[None]) -> None:
         """Starts a task for every delivery. A slot comes first, so that none waits in hand for one."""

@@ -36,6 +36,7 @@ select what from (values
      has_function_privilege(
          'bridge.store_cursor(text, text, bigint, int8multirange, int8multirange, bigint[])', 'execute')),
     ('EXECUTE on bridge.take_lead', has_function_privilege('bridge.take_lead(text, text)', 'execute')),
+    ('EXECUTE on bridge.paused_sinks', has_function_privilege('bridge.paused_sinks(text)', 'execute')),
     ('EXECUTE on bridge.intake', has_function_privilege('bridge.intake(uuid[], text[], text[])', 'execute'))
 ) needed (what, granted) where not granted
 """

@@ -19,9 +19,10 @@ from tests.support.scripted_queue import ScriptedQueue
 from tests.support.shop import Replies
 from tests.support.until import until
 from tests.support.working import settings_of, working
-from workers import worker as worker_module
+from workers import pausing
 from workers.handler import Result
 from workers.inbox import Inbox
+from workers.worker import Worker
 
 SETTINGS = """
 name = "shop"
@@ -119,7 +120,7 @@ async def test_two_processes_paused_under_load_lose_and_reorder_nothing_and_stay
 async def test_a_handler_that_runs_finishes_and_what_was_not_begun_goes_back(
     shop: PostgresSettings, bridge_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "PAUSE_INTERVAL", 0.05)
+    monkeypatch.setattr(pausing, "PAUSE_INTERVAL", 0.05)
     begun, finish = asyncio.Event(), asyncio.Event()
 
     async def run(event: Event) -> Result:
@@ -156,7 +157,7 @@ async def test_a_worker_that_is_paused_stops_at_once(shop: PostgresSettings, bri
 
     queue = ScriptedQueue()
     queue.add(make_event(payload=1))
-    one = worker_module.Worker(
+    one = Worker(
         "invoices", settings_of(), run, lambda: queue, Inbox("invoices", shop, concurrency=1, reply="shop.rendered")
     )
     stop = asyncio.Event()
