@@ -79,6 +79,7 @@ async def test_a_sink_paused_under_load_reads_no_more_and_loses_and_reorders_not
         assert by_key(await numbers(other, 20_000)) == by_key(list(range(1, 20_001))), "the other sink works on"
         await rows_become(bridge_database, "select mark from bridge.cursor where sink = 'other'", [(20_000,)])
         [(mark,)] = await execute(bridge_database, "select mark from bridge.cursor where sink = 'events'")
+        assert isinstance(mark, int)
         assert mark < 20_000
         await execute(bridge_database, EMIT, 20_001, 20_500)
         assert by_key(await numbers(other, 500)) == by_key(list(range(20_001, 20_501)))
