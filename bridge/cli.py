@@ -18,11 +18,14 @@ COMMANDS: Final = {
     ),
     "emit": ("bridge.commands.events:emit", "Sends one event to TOPIC and prints its id."),
     "migrate": ("bridge.commands.migrate:migrate", "Installs the schema `bridge`, or upgrades it."),
+    "pause": ("bridge.commands.pause:pause", "Pauses a sink or a worker, until `pgbridge resume`."),
     "replay": ("bridge.commands.replay:replay", "Publishes part of the log again, in order."),
+    "resume": ("bridge.commands.pause:resume", "Lets a paused sink or worker go on where it was."),
     "run": ("bridge.commands.run:run", "Runs the bridge until SIGTERM or SIGINT."),
     "status": ("bridge.commands.status:status", "Shows who leads, what waits, and what endangers the database."),
     "tail": ("bridge.commands.events:tail", "Shows events as they are committed, without consuming them."),
     "topology": ("bridge.commands.topology:topology", "Shows what the brokers have of what these settings need."),
+    "where": ("bridge.commands.where:where", "Follows one event through log, sinks, dead letters and workers."),
 }
 """By name: where the command is, and the line that `pgbridge --help` shows for it."""
 

@@ -36,6 +36,7 @@ from bridge.sources.doorbell import Doorbell
 from bridge.sources.listener import Listener
 from bridge.sources.log import PageBytes, Reader
 from bridge.sources.outbox import Calls, Outbox, Problem
+from bridge.sources.pauses import Pauses
 from bridge.unrouted import bury_unrouted, no_route
 
 log = structlog.get_logger()
@@ -59,6 +60,7 @@ class Daemon:
             for name in self._sinks
         }
         self._page_bytes = PageBytes(settings.outbox_or_default.page_bytes)
+        self._pauses = Pauses()
         self._postgres = Outage("postgres", _BACKOFF)
         self._beside = {what: Outage(what, _BACKOFF) for what in ("channels", "prune")}
         """Of what runs beside the relay and does not end it."""
@@ -83,10 +85,13 @@ class Daemon:
 
     def health(self) -> Health:
         """What `/health` says. Other threads may ask."""
-        problems = [self._sink_problem(name) for name in self._sinks]
+        paused = self._pauses.now
+        # Whoever pauses a sink, often does so because its broker is about to go.
+        problems = [self._sink_problem(name) for name in self._sinks if name not in paused]
         problems.append(self._postgres.problem if self._started else "the start is not done")
         problems += [outage.problem for outage in self._beside.values()]
-        return Health(self._settings.name, self._role, tuple(filter(None, problems)))
+        said = tuple(f"sink {name}: paused {pause.words}" for name, pause in paused.items())
+        return Health(self._settings.name, self._role, tuple(filter(None, problems)), said)
 
     # Starting
 
@@ -194,7 +199,15 @@ class Daemon:
                     settings.name, settings.postgres, settings.outbox_or_default
                 )
                 await check_version(session)
-                outbox = Outbox(settings.name, session, settings.outbox_or_default, calls.doorbell, self._page_bytes)
+                outbox = Outbox(
+                    settings.name,
+                    session,
+                    settings.outbox_or_default,
+                    calls.doorbell,
+                    self._page_bytes,
+                    self._pauses,
+                )
+                calls.when_paused = outbox.look_soon
                 await self._stand_by(outbox, calls.left)
                 await self._lead(outbox, stop, intake)
         finally:

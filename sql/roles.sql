@@ -69,7 +69,9 @@ grant execute on function
   bridge.store_cursor(text, text, bigint, int8multirange, int8multirange, bigint[]),
   bridge.store_problem(text, text, text, double precision),
   bridge.take_horizon(),
-  bridge.set_asleep(text, boolean)
+  bridge.set_asleep(text, boolean),
+  bridge.paused_sinks(text),
+  bridge.worker_status(text[])
 to bridge_relay;
 
 -- bridge_worker: the worker processes. ---------------------------------------------------------------------
@@ -90,6 +92,7 @@ grant execute on function
   bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb),
   bridge.inbox_prune(text, timestamptz, int),
   bridge.held_keys(text),
+  bridge.worker_pause(text),
   bridge.rate_take(text, int, double precision, double precision),
   -- `pgbridge-worker reconcile` and `listen`
   bridge.open_effects(text, timestamptz),
@@ -118,6 +121,16 @@ grant execute on function
   bridge.refuse_dead_letter(bigint, text, text, int),
   bridge.audit_dead_letter(text, text, uuid, text, text, text, text, text),
   bridge.release_held(text, text, uuid, text),
+  bridge.set_pause(text, text, text, text, text),
+  bridge.end_pause(text, text, text),
+  bridge.paused_sinks(text),
+  bridge.worker_pause(text),
+  bridge.worker_status(text[]),
+  bridge.find_event(uuid, bigint, int),
+  bridge.event_in_log(bigint),
+  bridge.event_positions(bigint, text),
+  bridge.event_inbox(uuid),
+  bridge.set_worker_login(text, name),
   bridge.open_effects(text, timestamptz),
   bridge.settle_effect(text, uuid, text, jsonb, text),
   bridge.add_endpoint(text, text[], text, int, double precision, text),

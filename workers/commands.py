@@ -46,7 +46,7 @@ def list_workers(config: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(workers, indent=2)
     elif workers:
-        table([_row(worker) for worker in workers])
+        table([_row(worker) for worker in workers], whole=("name", "handler", "reply"), wrapped=True)
     else:
         click.echo("The settings define no worker; add a table [workers.<name>].")
 
@@ -65,8 +65,10 @@ def _fields(name: str, settings: Settings) -> dict[str, Any]:
 
 def _row(worker: dict[str, Any]) -> dict[str, str]:
     return {
-        **worker,
-        "topics": ", ".join(worker["topics"]),
+        "name": worker["name"],
+        "sink": worker["sink"],
         "concurrency": str(worker["concurrency"]),
+        "handler": worker["handler"],
         "reply": worker["reply"] or "-",
+        "topics": ", ".join(worker["topics"]),
     }

@@ -11,7 +11,7 @@ import click
 from bridge.errors import UsageError
 from bridge.postgres.connection import connect, database_errors
 from bridge.process.tasks import run
-from bridge.process.terminal import config_option, exit_codes, json_option, print_json, table
+from bridge.process.terminal import config_option, exit_codes, json_option, moment, print_json, table
 from bridge.settings import Settings, WorkerSettings, load
 
 _HELD = """
@@ -38,17 +38,17 @@ def held_keys(name: str, config: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(keys, indent=2)
     elif keys:
-        table([_row(key) for key in keys])
+        table([_row(key) for key in keys], whole=("first event", "key"))
     else:
         click.echo("No key is held.")
 
 
 def _row(key: dict[str, Any]) -> dict[str, str]:
     return {
-        "key": key["key"],
-        "since": f"{key['since'].astimezone():%Y-%m-%d %H:%M:%S}",
         "first event": key["first_event"],
+        "since": moment(key["since"]),
         "events": str(key["events"]),
+        "key": key["key"],
     }
 
 

@@ -48,6 +48,7 @@ _FUNCTIONS: Final = (
     "bridge.inbox_effect_end(text, uuid, bigint, int, text, jsonb)",
     "bridge.inbox_prune(text, timestamptz, int)",
     "bridge.held_keys(text)",
+    "bridge.worker_pause(text)",
     "bridge.rate_take(text, int, double precision, double precision)",
 )
 """All that is called."""
@@ -297,6 +298,13 @@ class Inbox:
         """How many keys dead letters of this worker hold. Raises as `release`."""
         count: int = await self._pool.value("select bridge.held_keys(%s)", self.worker)
         return count
+
+    async def pause(self) -> str | None:
+        """Since when, by whom and why the worker is paused; None while it is not. Raises as `release`."""
+        rows = await self._pool.rows("select since, who, why from bridge.worker_pause(%s)", self.worker)
+        for since, who, why in rows:
+            return f"since {since:%Y-%m-%d %H:%M:%S} UTC, by {who}{f': {why}' if why else ''}"
+        return None
 
     async def prune(self, keep: timedelta, chunk: int = 1000) -> int:
         """Deletes what ended longer than `keep` ago, in chunks; returns how many events that were."""

@@ -28,6 +28,7 @@ from workers.attempt import OUTAGE_BACKOFF, Attempts
 from workers.handler import Run
 from workers.inbox import Inbox
 from workers.metrics import BROKER_UP, DATABASE_UP, HELD_KEYS, IN_HAND, QUEUE_DEPTH
+from workers.pausing import Pausing
 from workers.session import HEARTBEAT
 
 log = structlog.get_logger()
@@ -79,6 +80,7 @@ class Worker:
         self._waiting: object | None = None
         """What is new each time that it waits for a delivery; None while it does not."""
         self._stranded: str | None = None
+        self._pausing = Pausing(name, inbox.pause)
         self._deadline = math.inf
         """When the process should be gone, by the loop's clock; never before a stop."""
         self._fruitless = 0
@@ -90,9 +92,12 @@ class Worker:
     def health(self) -> Health:
         """What `/health` says. Other threads may ask."""
         unready = None if self._started else "the start is not done"
-        problems = (self._broker.problem, self._stranded, *self._attempts.problems, unready)
+        pausing = self._pausing.now
+        # Whoever pauses a worker may do so because its broker is about to go.
+        problems = (None if pausing else self._broker.problem, self._stranded, *self._attempts.problems, unready)
         role = "stopping" if self._stopping.is_set() else "working" if self._started else "starting"
-        return Health(self._name, role, tuple(filter(None, problems)))
+        paused = () if pausing is None else (f"worker {self._name}: paused {pausing}",)
+        return Health(self._name, role, tuple(filter(None, problems)), paused)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Works until `stop` is set.
@@ -109,7 +114,9 @@ class Worker:
 
     async def _start(self) -> None:
         await self._inbox.open()
-        self._queue = await self._open()
+        await self._pausing.look()
+        if self._pausing.now is None:
+            self._queue = await self._open()
         self._started = True
         notify("READY=1")
         log.info("worker.started", worker=self._name, concurrency=self._settings.concurrency)
@@ -117,7 +124,7 @@ class Worker:
     async def _work(self, stop: asyncio.Event) -> None:
         """Consumes until `stop` is set or a task fails, and then drains."""
         consumer = asyncio.create_task(self._consume())
-        jobs = (stop.wait(), self._beat(), self._sample(), self._prune(), watchdog_for_ever())
+        jobs = (stop.wait(), self._beat(), self._pausing.watch(), self._sample(), self._prune(), watchdog_for_ever())
         others = [asyncio.create_task(job) for job in jobs]
         try:
             done, _ = await asyncio.wait([consumer, *others], return_when=asyncio.FIRST_COMPLETED)
@@ -161,10 +168,16 @@ class Worker:
     async def _consume(self) -> None:
         while not self._stopping.is_set():
             try:
+                if self._pausing.now is not None:
+                    await self._close()
+                    await self._rest()
+                    continue
                 if self._queue is None:
                     self._queue = await self._open()
                     self._broker.restored()
-                await in_own_task(self._deliver(self._queue))
+                if await in_own_task(self._deliver(self._queue)):
+                    await self._close()
+                    continue
             except PgbridgeError as error:
                 self._broker.lost(error)
                 await self._close()
@@ -177,25 +190,55 @@ class Worker:
                 if not self._stopping.is_set():
                     raise RuntimeError("the queue ended its deliveries although nobody had stopped it")
 
-    async def _deliver(self, queue: Queue) -> None:
-        """Works on what one connection to the broker delivers. Raises what ends it: the loss of the connection, or the
-        first delivery that could not be settled."""
+    async def _deliver(self, queue: Queue) -> bool:
+        """Works on what one connection to the broker delivers. True where it ended because the worker is paused, and
+        nothing runs any more. Raises what ends it else: the loss of the connection, or the first delivery that could
+        not be settled."""
         unsettled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._leaving = asyncio.Event()
         taking = asyncio.ensure_future(self._take(queue.deliveries(), unsettled))
         looking = asyncio.ensure_future(self._look(queue))
+        pausing = asyncio.ensure_future(self._pausing.begun())
         try:
-            await asyncio.wait([taking, unsettled, looking], return_when=asyncio.FIRST_COMPLETED)
-            await next(ended for ended in (unsettled, looking, taking) if ended.done())
+            await asyncio.wait([taking, unsettled, looking, pausing], return_when=asyncio.FIRST_COMPLETED)
+            for ended in (unsettled, looking, taking):
+                if ended.done():
+                    await ended
+                    return False
+            taking.cancel()
+            await self._come_to_rest(queue, unsettled)
+            return True
         finally:
             self._leaving.set()
-            for task in (taking, looking):
+            for task in (taking, looking, pausing):
                 task.cancel()
-            await asyncio.wait([taking, looking])
+            await asyncio.wait([taking, looking, pausing])
             for task in (taking, looking):
                 if not task.cancelled():
                     task.exception()  # else asyncio would complain where two ended in the same moment
             unsettled.cancel()
+
+    async def _come_to_rest(self, queue: Queue, unsettled: asyncio.Future[None]) -> None:
+        """Takes nothing more, and lets what runs finish, however long that takes. What waits for another attempt or for
+        its turn goes back. Raises as `_deliver`."""
+        await queue.stop()
+        self._leaving.set()
+        self._attempts.stop_waiting()
+        while self._running:
+            await asyncio.wait([*self._running, unsettled], return_when=asyncio.FIRST_COMPLETED)
+            if unsettled.done():
+                await unsettled
+
+    async def _rest(self) -> None:
+        """Until the worker is resumed, or stops."""
+        log.info("worker.resting", worker=self._name)
+        resumed = asyncio.ensure_future(self._pausing.ended())
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait([resumed, stopping], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            resumed.cancel()
+            stopping.cancel()
 
     async def _take(self, deliveries: AsyncIterator[Delivery], unsettled: asyncio.Future[None]) -> None:
         """Starts a task for every delivery. A slot comes first, so that none waits in hand for one."""

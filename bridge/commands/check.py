@@ -38,9 +38,15 @@ select what from (values
      has_function_privilege(
          'bridge.store_cursor(text, text, bigint, int8multirange, int8multirange, bigint[])', 'execute')),
     ('EXECUTE on bridge.take_lead', has_function_privilege('bridge.take_lead(text, text)', 'execute')),
+    ('EXECUTE on bridge.paused_sinks', has_function_privilege('bridge.paused_sinks(text)', 'execute')),
     ('EXECUTE on bridge.intake', has_function_privilege('bridge.intake(uuid[], text[], text[])', 'execute'))
 ) needed (what, granted) where not granted
 """
+
+_OPEN_CHANNEL: Final = (
+    "warning: any role that may connect to this database may NOTIFY it, and so make events of this topic; "
+    "bridge.notify() in its place takes only members of bridge_emitter"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +54,8 @@ class Finding:
     """One thing that was checked."""
 
     subject: str
-    """``postgres``, ``tls``, ``listen``, ``schema``, ``privileges``, ``positions``, ``sink <name>``, ``topology``,
-    ``worker <name>``."""
+    """``postgres``, ``tls``, ``listen``, ``schema``, ``privileges``, ``positions``, ``channel <name>``,
+    ``sink <name>``, ``topology``, ``worker <name>``."""
     ok: bool
     text: str
     """What was found; when it is wrong, with what to do about it."""
@@ -78,6 +84,8 @@ async def findings(settings: Settings) -> AsyncIterator[Finding]:
             yield privileges
             if privileges.ok:
                 yield await _finding("positions", partial(_positions, settings))
+    for channel in settings.channels.listen if settings.channels else ():
+        yield Finding(f"channel {channel}", ok=True, text=_OPEN_CHANNEL, warning=True)
     for name, sink in settings.sinks.items():
         yield await _finding(f"sink {name}", partial(_sink, sink))
     topology = await _finding("topology", partial(_topology, settings))

@@ -157,7 +157,8 @@ def show(config: Path | None, as_json: bool) -> None:
             }
             for bridge in bridges
             for sink in bridge.sinks
-        ]
+        ],
+        whole=("bridge", "sink", "mark"),
     )
 
 

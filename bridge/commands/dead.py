@@ -2,16 +2,17 @@
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from functools import wraps
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Never
 
 import click
 
 from bridge.brokers.contract import Letter
+from bridge.commands.dead_groups import Group, grouped, place_of
 from bridge.commands.dead_letters import Choice, Outcome, find, replay_or_discard, selected_ids, show
 from bridge.errors import PgbridgeError, UsageError
 from bridge.process.logs import configure
@@ -22,17 +23,25 @@ from bridge.process.terminal import (
     config_option,
     dry_run_option,
     exit_codes,
+    field,
     json_option,
+    moment,
     print_json,
     rate_option,
     stop_on_interrupt,
     table,
     topic_option,
+    visible,
 )
 from bridge.settings import load
 
-_LONGEST_REASON: Final = 120
-"""Characters of a reason in a list; `show` has all of it."""
+_GROUPS: Final = "groups"
+"""What `dead list --group` without an id stands for."""
+
+
+_group_option = click.option(
+    "--group", "groups", multiple=True, metavar="ID", help="Letters of this group, see `pgbridge dead list --group`."
+)
 
 
 def _choosing(command: Callable[..., None]) -> Callable[..., None]:
@@ -53,9 +62,10 @@ def _choosing(command: Callable[..., None]) -> Callable[..., None]:
         since: datetime | None,
         ids: tuple[str, ...] = (),
         limit: int | None = None,
+        groups: tuple[str, ...] = (),
         **others: Any,
     ) -> None:
-        command(choice=Choice(selected_ids(ids), topics, codes, sinks, workers, since, limit), **others)
+        command(choice=Choice(selected_ids(ids), topics, codes, sinks, workers, since, limit, groups), **others)
 
     return with_choice
 
@@ -70,23 +80,66 @@ def dead() -> None:
 
 @dead.command("list")
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Most letters shown.")
+@click.option(
+    "--group",
+    is_flag=False,
+    flag_value=_GROUPS,
+    metavar="[ID]",
+    help="Without an id: a line for each group of one worker or sink, code and reason. With one: the letters of it.",
+)
 @config_option
 @json_option
 @exit_codes
 @_choosing
-def list_letters(choice: Choice, config: Path | None, as_json: bool) -> None:
-    """Lists dead letters, oldest first."""
+def list_letters(choice: Choice, group: str | None, config: Path | None, as_json: bool) -> None:
+    """Lists dead letters, oldest first, or the groups that they form.
+
+    Letters of one group failed at one worker or sink, with one code and for one reason, whatever numbers and UUIDs the
+    reason holds. `pgbridge dead replay --group ID` replays them.
+    """
+    if group == _GROUPS:
+        _list_groups(choice, config, as_json)
     limit = choice.limit or 0
-    found, exit_code = _find(config, replace(choice, limit=limit + 1))
+    chosen = replace(choice, limit=limit + 1, groups=() if group is None else (group,))
+    found, exit_code = _find(config, chosen)
     if as_json:
         print_json([_letter_json(letter, payload=False) for letter in found[:limit]], indent=2)
     elif found:
-        table([_letter_row(letter) for letter in found[:limit]])
+        _print_letters(found[:limit])
     elif not exit_code:
         click.echo("There are no such dead letters.")
     if len(found) > limit:
         click.echo(f"There are more than {limit}; --limit shows more, filters fewer.", err=True)
     sys.exit(exit_code)
+
+
+def _list_groups(choice: Choice, config: Path | None, as_json: bool) -> Never:
+    """Every letter counts, whatever the limit of a list is."""
+    found, exit_code = _find(config, replace(choice, limit=None))
+    groups = grouped(found)
+    if as_json:
+        print_json([asdict(group) for group in groups], indent=2)
+    elif groups:
+        table([_group_row(group) for group in groups], whole=("group",))
+    elif not exit_code:
+        click.echo("There are no such dead letters.")
+    sys.exit(exit_code)
+
+
+def _group_row(group: Group) -> dict[str, str]:
+    return {
+        "group": group.id,
+        "letters": str(group.letters),
+        "first": moment(group.first),
+        "last": moment(group.last),
+        "from": group.place,
+        "code": group.code,
+        "reason": group.reason,
+    }
+
+
+def _print_letters(letters: Sequence[Letter]) -> None:
+    table([_letter_row(letter) for letter in letters], whole=("id",))
 
 
 def _find(config: Path | None, choice: Choice) -> tuple[list[Letter], int]:
@@ -105,15 +158,11 @@ def _find(config: Path | None, choice: Choice) -> tuple[list[Letter], int]:
 def _letter_row(letter: Letter) -> dict[str, str]:
     return {
         "id": letter.id,
-        "failed at": f"{letter.failed_at.astimezone():%Y-%m-%d %H:%M:%S}" if letter.failed_at else "-",
-        "topic": letter.topic or "(no event)",
-        "key": letter.key or "-",
-        "sink": letter.sink or "-",
+        "failed at": moment(letter.failed_at),
         "code": letter.code,
-        "attempts": str(letter.attempts),
-        "reason": letter.reason
-        if len(letter.reason) <= _LONGEST_REASON
-        else f"{letter.reason[: _LONGEST_REASON - 1]}…",
+        "topic": letter.topic or "(no event)",
+        "from": place_of(letter),
+        "reason": letter.reason,
     }
 
 
@@ -129,7 +178,10 @@ def _letter_json(letter: Letter, *, payload: bool) -> dict[str, Any]:
 @json_option
 @exit_codes
 def show_letter(id_: str, config: Path | None, as_json: bool) -> None:
-    """Shows one dead letter with its headers, trace and payload."""
+    """Shows one dead letter with its headers, trace and payload.
+
+    Trace and payload are printed as they are, however long their lines.
+    """
     (one,) = selected_ids([id_])
     fields = _letter_json(run(show(load(config), one)), payload=True)
     if as_json:
@@ -138,16 +190,23 @@ def show_letter(id_: str, config: Path | None, as_json: bool) -> None:
     long = {name: fields.pop(name) for name in ("trace", "payload")}
     headers = fields.pop("headers")
     for name, value in (fields | {f"header {name}": value for name, value in headers.items()}).items():
-        click.echo(f"{click.style(f'{name:<12}', bold=True)}  {'-' if value is None else value}")
+        click.echo(field(name, _shown(value)))
     for name, value in long.items():
         if value:
-            click.echo(f"\n{click.style(name, bold=True)}\n{value}")
+            click.echo(f"\n{click.style(name, bold=True)}\n{visible(value)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, datetime):
+        return moment(value)
+    return "-" if value is None else str(value)
 
 
 @dead.command("replay")
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @click.option("--all", "everything", is_flag=True, help="Every dead letter there is.")
 @click.option("--limit", type=click.IntRange(1), help="Most letters that are replayed.")
+@_group_option
 @rate_option
 @dry_run_option
 @config_option
@@ -166,6 +225,7 @@ def replay_letters(choice: Choice, everything: bool, rate: float | None, dry_run
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @click.option("--all", "everything", is_flag=True, help="Every dead letter there is.")
 @click.option("--limit", type=click.IntRange(1), help="Most letters that are discarded.")
+@_group_option
 @click.option("--why", required=True, help="The reason, for the audit in bridge.dead_letter_audit.")
 @dry_run_option
 @config_option
@@ -193,7 +253,7 @@ def _act(
         raise UsageError(f"which letters? Name ids or filters, or say --all: pgbridge dead {action} --help")
     if dry_run:
         found, exit_code = _find(config, choice)
-        table([_letter_row(letter) for letter in found])
+        _print_letters(found)
         click.echo(f"{len(found)} would be {action}ed.", err=True)
         sys.exit(exit_code)
     settings = load(config)
@@ -209,9 +269,12 @@ def _act(
 
     outcome = run(act())
     missing = [] if outcome.stopped else sorted(set(choice.ids) - outcome.seen)
+    empty = [] if outcome.stopped else sorted(set(choice.groups) - outcome.groups)
     click.echo(f"{outcome.done} {action}ed.", err=True)
     if outcome.refused:
         click.echo(f"{outcome.refused} refused again; they stay, with the new reason.", err=True)
     if missing:
         click.echo(f"There are no such letters: {', '.join(missing)}", err=True)
-    sys.exit(130 if outcome.stopped else int(bool(outcome.refused or missing)))
+    if empty:
+        click.echo(f"There is no such group: {', '.join(empty)}; pgbridge dead list --group shows them.", err=True)
+    sys.exit(130 if outcome.stopped else int(bool(outcome.refused or missing or empty)))

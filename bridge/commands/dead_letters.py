@@ -15,6 +15,7 @@ from typing import Literal
 
 from bridge.brokers.contract import DeadLetters, Letter, Order, Verdict
 from bridge.brokers.registry import broker_of
+from bridge.commands.dead_groups import group_id
 from bridge.commands.dead_outbox import (
     OUTBOX,
     Report,
@@ -45,11 +46,14 @@ class Choice:
     """Letters of these workers' queues."""
     since: datetime | None = None
     limit: int | None = None
+    groups: tuple[str, ...] = ()
+    """Ids, as `dead_groups.group_id` gives them."""
 
     @property
     def is_empty(self) -> bool:
         """Whether it restricts nothing."""
-        return not (self.ids or self.topics or self.codes or self.sinks or self.workers or self.since or self.limit)
+        lists = (self.ids, self.topics, self.codes, self.sinks, self.workers, self.groups)
+        return not (any(lists) or self.since or self.limit)
 
     def takes(self, letter: Letter) -> bool:
         """Whether the letter is meant; `limit` is for whoever counts."""
@@ -59,6 +63,7 @@ class Choice:
             and (not self.codes or letter.code in self.codes)
             and (not self.sinks or (letter.box == OUTBOX and letter.sink in self.sinks))
             and (not self.workers or letter.box in self.workers)
+            and (not self.groups or group_id(letter) in self.groups)
             and (self.since is None or (letter.failed_at is not None and letter.failed_at >= self.since))
         )
 
@@ -129,6 +134,8 @@ class Outcome:
     """Letters whose replay was refused again; they stay."""
     seen: set[str] = field(default_factory=set)
     """Ids of the letters that were acted on."""
+    groups: set[str] = field(default_factory=set)
+    """Ids of their groups."""
     stopped: bool = False
     """Whether it was interrupted."""
 
@@ -157,6 +164,7 @@ async def replay_or_discard(
         else:
             outcome.refused += 1
         outcome.seen.add(letter.id)
+        outcome.groups.add(group_id(letter))
         report(letter, problem)
 
     boxes = _boxes(settings, choice)

@@ -16,7 +16,15 @@ from bridge.event import Event
 from bridge.postgres.connection import connect, database_errors
 from bridge.postgres.pooler import require_own_session
 from bridge.process.tasks import run
-from bridge.process.terminal import config_option, exit_codes, json_option, named_values, print_json, topic_option
+from bridge.process.terminal import (
+    config_option,
+    exit_codes,
+    json_option,
+    moment,
+    named_values,
+    print_json,
+    topic_option,
+)
 from bridge.settings import PostgresSettings, load
 from bridge.sources.log import LogReader, Position, Reader, fetch_all
 
@@ -126,4 +134,4 @@ def tail(topics: tuple[str, ...], config: Path | None, as_json: bool) -> None:
 
 def _as_line(event: Event) -> str:
     key = f" [{event.key}]" if event.key is not None else ""
-    return f"{event.time:%H:%M:%S.%f} {click.style(event.topic, bold=True)}{key} {event.payload.decode()}"
+    return f"{moment(event.time, exact=True)} {click.style(event.topic, bold=True)}{key} {event.payload.decode()}"

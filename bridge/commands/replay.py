@@ -27,6 +27,7 @@ from bridge.process.terminal import (
     dry_run_option,
     exit_codes,
     json_option,
+    moment,
     print_json,
     rate_option,
     stop_on_interrupt,
@@ -205,7 +206,7 @@ def replay(
     configure(settings.observe)
     part = Part(since, until or datetime.now(UTC), topics)
     if part.since >= part.until:
-        raise UsageError(f"--from {part.since.isoformat()} is not before --to {part.until.isoformat()}")
+        raise UsageError(f"--from {moment(part.since)} is not before --to {moment(part.until)}")
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
 
     async def work(bar: Progress) -> tuple[Replayed, bool]:
@@ -225,11 +226,12 @@ def replay(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         replayed, stopped = run(work(bar))
     if replayed.log_begins is not None:
-        click.echo(f"The log begins at {replayed.log_begins.isoformat()}; events before that are pruned.", err=True)
+        click.echo(f"The log begins at {moment(replayed.log_begins)}; events before that are pruned.", err=True)
     if as_json:
         print_json({"confirmed": replayed.confirmed, "refused": replayed.refused, "by_topic": replayed.by_topic})
     elif dry_run:
-        table([{"topic": topic, "events": str(count)} for topic, count in sorted(replayed.by_topic.items())])
+        rows = [{"events": str(count), "topic": topic} for topic, count in sorted(replayed.by_topic.items())]
+        table(rows, whole=("topic",))
         click.echo(f"{replayed.by_topic.total()} would be published.", err=True)
     else:
         refused_hint = " and now among the dead letters: pgbridge dead list" if replayed.refused else ""

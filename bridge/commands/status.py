@@ -1,6 +1,7 @@
 """`pgbridge status`: who leads, what waits, and what endangers the database, as text or JSON."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -8,9 +9,9 @@ from typing import Any, Final
 
 import click
 
-from bridge.postgres.status import Bridge, Guards, Rates, SinkPosition, Status, rates, watch
+from bridge.postgres.status import Bridge, Guards, Pause, Rates, SinkPosition, Status, WorkerStatus, rates, watch
 from bridge.process.tasks import run
-from bridge.process.terminal import age, config_option, exit_codes, json_option, print_json
+from bridge.process.terminal import age, config_option, exit_codes, field, json_option, moment, print_json
 from bridge.settings import Settings, load
 
 _LONG_TRANSACTION: Final = 3600.0
@@ -27,6 +28,8 @@ def status_text(settings: Settings, before: Status | None, now: Status) -> str:
     parts = [_bridge(bridge, before, now) for bridge in now.bridges]
     if not parts:
         parts = ["No bridge has run on this database yet."]
+    if now.workers:
+        parts.append(_workers(now.workers))
     return "\n\n".join([*parts, _guards(now.guards, now, settings)])
 
 
@@ -36,13 +39,15 @@ def _bridge(bridge: Bridge, before: Status | None, now: Status) -> str:
     lines = [
         click.style(f"bridge {bridge.name}", bold=True),
         _line(
-            "leader", f"{bridge.leader}, for {since}" if leads else _bad("nobody; no bridge of this name is running")
+            "leader",
+            f"{bridge.leader}, for {since}" if leads else "nobody; no bridge of this name is running",
+            bad=not leads,
         ),
         _line(
             "looks for events",
             "when a NOTIFY wakes it" if bridge.asleep else "all the time: events keep coming, or no sink has room",
         ),
-        _line("dead letters", _bad(str(bridge.dead_letters)) if bridge.dead_letters else "0"),
+        _line("dead letters", str(bridge.dead_letters), bad=bridge.dead_letters > 0),
     ]
     for position in bridge.sinks:
         lines += _sink(bridge, position, rates(before, now, bridge.name, position.sink) if before else None)
@@ -60,11 +65,35 @@ def _sink(bridge: Bridge, position: SinkPosition, rate: Rates | None) -> list[st
         _line("  oldest unsent", age(position.oldest_unsent_seconds)),
         _line("  position", f"{position.mark} of {bridge.last_id}, {position.gaps} in gaps"),
     ]
+    if position.paused is not None:
+        lines.append(_line("  paused", _pause(position.paused)))
     if position.problem is not None:
-        lines.append(_line("  problem", _bad(f"for {age(position.problem_seconds)}: {position.problem}")))
+        lines.append(_line("  problem", f"for {age(position.problem_seconds)}: {position.problem}", bad=True))
     if rate is not None:
         lines.append(_line("  rates", f"{rate.emitted:.0f} emitted, {rate.settled:.0f} settled a second"))
     return lines
+
+
+def _workers(workers: Sequence[WorkerStatus]) -> str:
+    lines = []
+    for worker in workers:
+        counts = [
+            f"{worker.running} in progress",
+            f"{worker.waiting} waiting for another attempt",
+            f"{worker.finished_last_hour} finished in the last hour",
+        ]
+        bound = "" if worker.exact else " (of the 100,000 events begun last)"
+        lines += [click.style(f"worker {worker.worker}", bold=True), _line("events", ", ".join(counts) + bound)]
+        lines.append(_line("dead letters", str(worker.dead_letters), bad=worker.dead_letters > 0))
+        if worker.held_keys:
+            lines.append(_line("held keys", str(worker.held_keys), bad=True))
+        if worker.paused is not None:
+            lines.append(_line("paused", _pause(worker.paused)))
+    return "\n".join(lines)
+
+
+def _pause(pause: Pause) -> str:
+    return f"since {moment(pause.since)}, by {pause.who}{f': {pause.why}' if pause.why else ''}"
 
 
 def _guards(guards: Guards, now: Status, settings: Settings) -> str:
@@ -74,32 +103,28 @@ def _guards(guards: Guards, now: Status, settings: Settings) -> str:
         oldest = "-"
     else:
         oldest = f"{age(guards.oldest_transaction_seconds)}: {guards.oldest_transaction}"
-        oldest = _bad(oldest) if guards.oldest_transaction_seconds > _LONG_TRANSACTION else oldest
     queue = f"{guards.notification_queue_usage:.1%} used"
     lines = [
         click.style("database", bold=True),
-        _line("oldest transaction", oldest),
-        _line("NOTIFY queue", _bad(queue) if guards.notification_queue_usage > _FULL_QUEUE else queue),
+        _line("oldest transaction", oldest, bad=(guards.oldest_transaction_seconds or 0.0) > _LONG_TRANSACTION),
+        _line("NOTIFY queue", queue, bad=guards.notification_queue_usage > _FULL_QUEUE),
         _line("log", f"{guards.outbox_bytes / 1e6:.1f} MB"),
     ]
     if guards.oldest_event_at is not None and guards.next_prune_at is not None:
-        lines.append(_line("oldest event", f"{guards.oldest_event_at.isoformat(timespec='seconds')}"))
+        lines.append(_line("oldest event", moment(guards.oldest_event_at)))
         wait = guards.next_prune_at - now.at
         due = f"in {age(wait.total_seconds())}" if wait > timedelta() else "due"
         kept = age(settings.outbox_or_default.retention)
         lines.append(_line("next prune", f"{due} (retention {kept})"))
     for name in guards.held_back_by:
         text = f"bridge {name} has not settled it; run it again, or forget it (docs/operations.md)"
-        lines.append(_line("held back", _bad(text)))
+        lines.append(_line("held back", text, bad=True))
     return "\n".join(lines)
 
 
-def _line(name: str, text: str) -> str:
-    return f"  {name:<20}{text}"
-
-
-def _bad(text: str) -> str:
-    return click.style(text, fg="red")
+def _line(name: str, text: str, *, bad: bool = False) -> str:
+    shown = field(name, text, indent=2, label=18)
+    return click.style(shown, fg="red") if bad else shown
 
 
 @click.command()
@@ -116,7 +141,7 @@ def status(config: Path | None, as_json: bool, watching: bool, interval: float) 
     async def look() -> None:
         nonlocal is_led
         before: Status | None = None
-        async for now in watch(settings, interval if watching else None):
+        async for now in watch(settings, interval if watching else None, workers=True):
             is_led = any(bridge.name == settings.name and bridge.leader for bridge in now.bridges)
             if as_json:
                 print_json(_status_json(before, now))

@@ -64,5 +64,5 @@ def topology(config: Path | None, apply: bool, as_json: bool) -> None:
     if as_json:
         print_json(rows, indent=2)
     else:
-        table(rows)
+        table(rows, whole=("owner", "name"), wrapped=True)
     require_complete(declared)

@@ -292,7 +292,8 @@ def translated(error: psycopg.Error, key: str = DSN_KEY) -> PgbridgeError:
         case psycopg.errors.InvalidPassword() | psycopg.errors.InvalidAuthorizationSpecification():
             return LoginError(f"{key}: PostgreSQL refuses the login: {text}")
         case psycopg.errors.InsufficientPrivilege():
-            return PrivilegeError(f"{key}: {text}. Grant the role that roles.sql defines for this process")
+            mend = error.diag.message_hint or "Grant the role that roles.sql defines for this process"
+            return PrivilegeError(f"{key}: {text}. {mend}")
         case psycopg.errors.UndefinedTable() | psycopg.errors.InvalidSchemaName() | psycopg.errors.UndefinedFunction():
             return SchemaError(f"{key}: {text}. Install or upgrade the schema: pgbridge migrate")
         case psycopg.errors.ReadOnlySqlTransaction():

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -15,6 +15,16 @@ from bridge.process import metrics
 from bridge.settings import Settings
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """That a sink or a worker takes nothing new, because a person said so."""
+
+    since: datetime
+    who: str
+    why: str
+    """Empty where no reason was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,7 @@ class SinkPosition:
     problem: str | None
     """Why it is behind, in words."""
     problem_seconds: float | None
+    paused: Pause | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,24 @@ class Bridge:
     def oldest_unsent_seconds(self) -> float | None:
         """Age of the oldest event that some sink has not settled."""
         return max((sink.oldest_unsent_seconds or 0.0 for sink in self.sinks), default=None) or None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """How one worker stands, by its inbox."""
+
+    worker: str
+    running: int
+    """Events that living processes have claimed; what runs without a claim is in no inbox yet."""
+    waiting: int
+    """Events that wait for another attempt."""
+    finished_last_hour: int
+    dead_letters: int
+    """That the inbox knows of and nobody has discarded since."""
+    held_keys: int
+    exact: bool
+    """False where only the hundred thousand events begun last were counted."""
+    paused: Pause | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +114,27 @@ class Status:
     at: datetime
     bridges: tuple[Bridge, ...]
     guards: Guards
+    workers: tuple[WorkerStatus, ...] = ()
+    """Where they were asked for."""
 
 
-async def look(connection: Connection, retention: float) -> Status:
-    """Looks once; `retention` in seconds. Raises DatabaseUnavailableError, PrivilegeError, SchemaError."""
+async def look(connection: Connection, retention: float, workers: Sequence[str] | None = None) -> Status:
+    """Looks once; `retention` in seconds. With `workers`, at those too, and at all that have an inbox.
+
+    Raises DatabaseUnavailableError, PrivilegeError, SchemaError.
+    """
     with database_errors():
         cursor = await connection.execute(
             "select clock_timestamp(), name, leader, leader_since, last_id, asleep, dead_letters, sink, mark, gaps, "
             "held, backlog, backlog_exact, oldest_unsent_at, stored_at, problem, problem_since from bridge.status()"
         )
         rows = await cursor.fetchall()
+        names = sorted({row[1] for row in rows})
+        cursor = await connection.execute(
+            "select n, p.sink, p.since, p.who, p.why from unnest(%s::text[]) n, bridge.paused_sinks(n) p", [names]
+        )
+        pauses = {(name, sink): Pause(*pause) for name, sink, *pause in await cursor.fetchall()}
+        working = () if workers is None else await _look_at_workers(connection, workers)
         cursor = await connection.execute(
             "select clock_timestamp(), notification_queue_usage, oldest_transaction_at, oldest_transaction, "
             "sees_sessions, outbox_bytes, bridge.calendar_time(oldest_event_at) from bridge.guards()"
@@ -103,7 +143,7 @@ async def look(connection: Connection, retention: float) -> Status:
     bridges: dict[str, Bridge] = {}
     for at, name, leader, since, last_id, asleep, letters, sink, *place, unsent_at, stored_at, words, began in rows:
         ages = _age(at, unsent_at), _age(at, stored_at) or 0.0, words, _age(at, began)
-        position = SinkPosition(*[sink, *place, *ages])
+        position = SinkPosition(*[sink, *place, *ages, pauses.get((name, sink))])
         known = bridges.get(name) or Bridge(name, leader, since, last_id, asleep, letters, ())
         bridges[name] = replace(known, sinks=(*known.sinks, position))
     return Status(
@@ -119,6 +159,21 @@ async def look(connection: Connection, retention: float) -> Status:
             oldest + timedelta(seconds=retention) if oldest else None,
             tuple(b.name for b in bridges.values() if (b.oldest_unsent_seconds or 0.0) > retention),
         ),
+        working,
+    )
+
+
+async def _look_at_workers(connection: Connection, names: Sequence[str]) -> tuple[WorkerStatus, ...]:
+    cursor = await connection.execute(
+        "select worker, running, waiting, finished_last_hour, dead_letters, held_keys, is_exact, paused_since, "
+        "paused_by, paused_why from bridge.worker_status(%s::text[])",
+        [list(names)],
+    )
+    return tuple(
+        WorkerStatus(
+            worker, running, waiting, finished, dead, held, exact, None if since is None else Pause(since, who, why)
+        )
+        for worker, running, waiting, finished, dead, held, exact, since, who, why in await cursor.fetchall()
     )
 
 
@@ -126,8 +181,8 @@ def _age(now: datetime, then: datetime | None) -> float | None:
     return max(0.0, (now - then).total_seconds()) if then is not None else None
 
 
-async def watch(settings: Settings, interval: float | None) -> AsyncIterator[Status]:
-    """A look, and with `interval` (seconds) further ones without end.
+async def watch(settings: Settings, interval: float | None, *, workers: bool = False) -> AsyncIterator[Status]:
+    """A look, and with `interval` (seconds) further ones without end; with `workers`, at those too.
 
     Raises what `look` and `connect` raise, and UsageError where the settings keep nothing in the database.
     """
@@ -139,7 +194,8 @@ async def watch(settings: Settings, interval: float | None) -> AsyncIterator[Sta
     connection = await connect(settings.postgres, "pgbridge status")
     async with connection:
         while True:
-            yield await look(connection, settings.outbox_or_default.retention)
+            names = sorted(settings.workers) if workers else None
+            yield await look(connection, settings.outbox_or_default.retention, names)
             if interval is None:
                 return
             await asyncio.sleep(interval)

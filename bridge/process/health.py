@@ -36,6 +36,8 @@ class Health:
     ``waiting for PostgreSQL``, ``stopping``."""
     problems: tuple[str, ...] = ()
     """What does not work, one sentence each; none means healthy."""
+    paused: tuple[str, ...] = ()
+    """What a person has paused, one sentence each; that is no failure."""
 
 
 @contextmanager
@@ -98,6 +100,7 @@ def _application(
             "name": now.name,
             "role": now.role,
             "problems": now.problems,
+            "paused": now.paused,
         }
         return _json(start_response, "503 Service Unavailable" if now.problems else "200 OK", body)
 

@@ -4,17 +4,18 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 import click
-from rich.console import Console
-from rich.table import Table
+from rich.cells import cell_len, set_cell_size
 
 from bridge.errors import PgbridgeError, UsageError
 from bridge.process.logs import journal_prefix
@@ -105,15 +106,98 @@ def complain(message: str) -> None:
     click.echo("\n".join(prefix + line for line in said.splitlines()), err=True)
 
 
-def table(rows: Sequence[Mapping[str, str]]) -> None:
-    """Prints rows under the keys of the first one."""
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for column in rows[0] if rows else ():
-        shown.add_column(column, overflow="fold")
-    for row in rows:
-        shown.add_row(*row.values())
-    # In a pipe nothing is folded: programs such as grep read lines.
-    Console(width=None if sys.stdout.isatty() else 10_000, markup=False).print(shown)
+_NARROW: Final = 80
+"""Columns where there is no terminal, and of the usual one."""
+_LEAST_LAST: Final = 24
+"""Columns that the last field of a row has at least, before it gets a line of its own."""
+_GAP: Final = "  "
+
+
+def columns() -> int:
+    """How wide the terminal is; 80 where standard output is none."""
+    return shutil.get_terminal_size((_NARROW, 24)).columns if sys.stdout.isatty() else _NARROW
+
+
+def moment(at: datetime | None, *, exact: bool = False) -> str:
+    """A time as people read it, on this machine's clock and with its zone; a dash for None. `exact`: to the
+    microsecond."""
+    if at is None:
+        return "-"
+    return f"{at.astimezone():{'%Y-%m-%d %H:%M:%S.%f %Z' if exact else '%Y-%m-%d %H:%M:%S %Z'}}"
+
+
+def table(rows: Sequence[Mapping[str, str]], *, whole: Collection[str] = (), wrapped: bool = False) -> None:
+    """Prints rows, aligned, under the keys of the first one, within the width of the terminal.
+
+    A row takes as many lines as its fields need. Those named in `whole` are never cut, so that they can be copied;
+    others take a third of the width at most. The last field has what is left: it is shortened, or with `wrapped` goes
+    on below.
+    """
+    if not rows:
+        return
+    names = list(rows[0])
+    cells = [{name: _one_line(row[name]) for name in names} for row in rows]
+    width = columns()
+    widths = {name: max(cell_len(name), *(cell_len(row[name]) for row in cells)) for name in names}
+    for name in names:
+        if name not in (*whole, names[-1]):
+            widths[name] = max(cell_len(name), min(widths[name], width // 3))
+    lines = _fill(names, widths, width)
+    header = {name: name for name in names}
+    for row in (header, *cells):
+        for number, line in enumerate(lines):
+            text = "" if number == 0 else _GAP
+            for name in line[:-1]:
+                text += _padded(_cut(row[name], widths[name]), widths[name]) + _GAP
+            last = line[-1]
+            left = width - cell_len(text)
+            if last != names[-1]:
+                shown = [_cut(row[last], widths[last])]
+            elif last in whole or row is header:
+                shown = [row[last]]
+            else:
+                shown = _wrap(row[last], left) if wrapped else [_cut(row[last], left)]
+            text += ("\n" + " " * cell_len(text)).join(shown)
+            text = "\n".join(one.rstrip() for one in text.split("\n"))
+            if text or number == 0:
+                click.echo(click.style(text, bold=True) if row is header else text)
+
+
+def _fill(names: Sequence[str], widths: Mapping[str, int], width: int) -> Sequence[Sequence[str]]:
+    """The names in lines, each as full as it may be."""
+    lines: list[list[str]] = [[]]
+    room = width
+    for name in names:
+        wanted = min(widths[name], _LEAST_LAST) if name == names[-1] else widths[name]
+        if lines[-1] and wanted > room:
+            lines.append([])
+            room = width - len(_GAP)
+        lines[-1].append(name)
+        room -= widths[name] + len(_GAP)
+    return lines
+
+
+def field(name: str, value: str, *, indent: int = 0, label: int = 12) -> str:
+    """A line that says one thing under its name, which has `label` columns; what is too long for the terminal goes on
+    below, between words only, so that ids stay whole."""
+    head = f"{' ' * indent}{name:<{label}}{_GAP}"
+    return head + ("\n" + " " * len(head)).join(_wrap(_one_line(value), columns() - len(head)))
+
+
+def _one_line(text: str) -> str:
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, max(width, 1), break_long_words=False, break_on_hyphens=False) or [text]
+
+
+def _padded(text: str, width: int) -> str:
+    return text + " " * (width - cell_len(text))
+
+
+def _cut(text: str, width: int) -> str:
+    return text if cell_len(text) <= width else set_cell_size(text, max(width - 1, 0)).rstrip() + "…"
 
 
 def visible(text: str) -> str:

@@ -306,6 +306,10 @@ class OutboxSettings(Model):
 class ChannelsSettings(Model):
     listen: list[Channel] = Field(min_length=1)
     """Channels of plain pg_notify, exactly as pg_notify() takes them: capitals and spaces matter."""
+    require_prefix: str = ""
+    """What each of these channels must begin with. PostgreSQL lets any role NOTIFY any channel, and its name is the
+    event's topic: with a prefix such as `open_` no such event can have a topic that only `bridge.emit()` and
+    `bridge.notify()` should make."""
     buffer: Literal["outbox", "memory"] = "outbox"
     """`outbox`: what is heard goes into the log first. `memory`: nothing is installed; what cannot be kept is lost."""
     buffer_events: int = Field(100_000, ge=1)
@@ -314,6 +318,15 @@ class ChannelsSettings(Model):
     """How often the listener must hear itself."""
     standby_interval: SomeDuration = 1.0
     """With `memory`: how often a standby tries to take over."""
+
+    @model_validator(mode="after")
+    def _channels_with_the_prefix(self) -> Self:
+        for channel in self.listen:
+            if not channel.startswith(self.require_prefix):
+                raise ValueError(
+                    f"listen: {channel!r} does not begin with channels.require_prefix, {self.require_prefix!r}"
+                )
+        return self
 
 
 class RelaySettings(Model):

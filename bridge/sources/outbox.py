@@ -24,6 +24,7 @@ from bridge.settings import OutboxSettings, PostgresSettings
 from bridge.sources import DeadLetter, Page
 from bridge.sources.doorbell import Doorbell
 from bridge.sources.log import LogReader, PageBytes, Position, Reader, fetch_all, read_multirange, take_horizon
+from bridge.sources.pauses import Pause, Pauses
 
 log = structlog.get_logger()
 
@@ -73,20 +74,25 @@ class Problem(NamedTuple):
 class Calls:
     """What the database calls out to the bridge `name`: that there are events, and that a leader left."""
 
-    CHANNELS = ("bridge_bell", "bridge_lead")
+    CHANNELS = ("bridge_bell", "bridge_lead", "bridge_pause")
 
     def __init__(self, name: str, doorbell: Doorbell) -> None:
         self._name = name
         self.doorbell = doorbell
         self.left = asyncio.Event()
         """Set when a bridge of this name hands the lead over."""
+        self.when_paused: Callable[[], None] = lambda: None
+        """Called when a sink of this bridge was paused or resumed."""
 
     def heard(self, notification: Notify) -> None:
         """Takes a notification of one of CHANNELS."""
         if notification.channel == "bridge_bell":
             self.doorbell.ring()
         elif notification.payload == self._name:
-            self.left.set()
+            if notification.channel == "bridge_pause":
+                self.when_paused()
+            else:
+                self.left.set()
 
 
 class OutboxSource:
@@ -122,6 +128,7 @@ class OutboxSource:
         # What has no route is not worth a bell.
         listens = bool(self.reader.sink)
         while True:
+            await self._outbox.pauses.resumed(self.reader.sink)
             if not listens or not doorbell.asleep:
                 await asyncio.sleep(self._log.rest)
             ring = doorbell.next_ring
@@ -176,15 +183,18 @@ class Outbox:
         settings: OutboxSettings,
         doorbell: Doorbell,
         page_bytes: PageBytes | None = None,
+        pauses: Pauses | None = None,
     ) -> None:
-        """`page_bytes` outlives the session, for whoever opens the next one."""
+        """`page_bytes` and `pauses` outlive the session, for whoever opens the next one."""
         self.name = name
         self.page_bytes = page_bytes or PageBytes(settings.page_bytes)
         self.session = session
         self.settings = settings
         self.doorbell = doorbell
         self.news = asyncio.Event()
-        """Some source has settled something."""
+        """Some source has settled something, or there is something to ask for."""
+        self.pauses = pauses or Pauses()
+        self._look_soon = False
         self.sources: list[OutboxSource] = []
 
     @staticmethod
@@ -210,6 +220,8 @@ class Outbox:
         Raises DatabaseUnavailableError, PrivilegeError, and SchemaError where the log's sequence is behind the log.
         """
         await require_sequence(self.session)
+        # Before a reader begins, and in a standby for what it says of itself.
+        await self._look_at_pauses()
         who = f"{socket.gethostname()}:{os.getpid()}"
         ((leads,),) = await fetch_all(self.session, "select bridge.take_lead($1, $2)", (self.name, who))
         if not leads:
@@ -275,7 +287,7 @@ class Outbox:
                 async with asyncio.timeout(pulse):
                     await self.news.wait()
             await self.store()
-            if time.monotonic() >= next_pulse:
+            if time.monotonic() >= next_pulse or self._look_soon:
                 next_pulse = time.monotonic() + pulse
                 known = await self._pulse(known, problems())
             await asyncio.sleep(self.store_pause)
@@ -287,8 +299,19 @@ class Outbox:
         held = sum(source.held_count for source in self.sources)
         return max(_STORE_PAUSE + _HELD_PAUSE * held, min(_LONGEST_STORE_PAUSE, _STORE_SHARE * took))
 
+    def look_soon(self) -> None:
+        """A sink was paused or resumed: what is paused is asked for now, and not with the next sign of life."""
+        self._look_soon = True
+        self.news.set()
+
+    async def _look_at_pauses(self) -> None:
+        self._look_soon = False
+        rows = await fetch_all(self.session, "select sink, since, who, why from bridge.paused_sinks($1)", (self.name,))
+        self.pauses.found({sink: Pause(*pause) for sink, *pause in rows})
+
     async def _pulse(self, known: Mapping[str, Problem], now: Mapping[str, Problem]) -> Mapping[str, Problem]:
-        await fetch_all(self.session, "select 1", ())
+        # The sign of life.
+        await self._look_at_pauses()
         for sink in {*known, *now}:
             problem, before = now.get(sink), known.get(sink)
             if (problem and problem.words) != (before and before.words):

@@ -1,5 +1,5 @@
 -- Who may do what: each role what its process needs, everybody else nothing.
-select plan(80);
+select plan(99);
 create role pgbridge_test_nobody;
 create function pg_temp.attempt(who name, statement text) returns text language plpgsql as $$
 begin
@@ -103,4 +103,13 @@ select pg_temp.may_not('bridge_operator', 'delete from bridge.outbox');
 select pg_temp.may_not('bridge_operator', 'update bridge.cursor set mark = 0');
 select pg_temp.may_not('bridge_operator', 'insert into bridge.outbox (topic, payload, content_type) values (''t'', ''x'', ''text/plain'')');
 select pg_temp.may_not('bridge_operator', 'select bridge.watch(''pg_catalog.pg_class'')');
+select pg_temp.may('bridge_operator', 'select bridge.set_pause(''sink'', ''b'', ''s'', ''me'', ''''), bridge.end_pause(''sink'', ''b'', ''s'')');
+select pg_temp.may('bridge_operator', 'select from bridge.worker_status(''{w}''), bridge.find_event(gen_random_uuid(), 9, 9), bridge.event_in_log(1), bridge.event_positions(1, ''t''), bridge.event_inbox(gen_random_uuid())');
+select pg_temp.may('bridge_operator', 'select from bridge.pause, bridge.worker_login, bridge.paused_sinks(''b''), bridge.worker_pause(''w'')');
+select pg_temp.may('bridge_operator', 'select bridge.set_worker_login(''w'', ''bridge_worker'')');
+select pg_temp.may('bridge_relay', 'select from bridge.paused_sinks(''b''), bridge.worker_status(''{}'')');
+select pg_temp.may('bridge_worker', 'select from bridge.worker_pause(''w'')');
+select pg_temp.may_not(who, 'select bridge.' || call) from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker']::name[]) who,
+  unnest(array['set_pause(''worker'', '''', ''w'', ''me'', '''')', 'end_pause(''worker'', '''', ''w'')', 'event_inbox(gen_random_uuid())', 'set_worker_login(''w'', ''bridge_worker'')']) call;
+select pg_temp.may_not('bridge_operator', 'delete from bridge.pause');
 select * from finish();

@@ -17,6 +17,7 @@ from bridge.settings import ChannelsSettings, PostgresSettings
 from bridge.sources import listener as listener_module
 from bridge.sources.channels import Intake
 from bridge.sources.listener import Listener
+from tests.support.commands import command
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.metrics import MEMORY, metric
@@ -225,3 +226,16 @@ async def test_a_notification_whose_store_was_not_answered_is_stored_again_under
             "group by payload order by payload",
         )
         assert stored == [("a", 2, 1), ("b", 2, 1)]
+
+
+async def test_check_warns_of_each_forwarded_channel_that_any_role_may_send_to_it(
+    bridge_database: str, messages: Messages, tmp_path: Path
+) -> None:
+    text = settings(bridge_database, messages, '[channels]\nlisten = ["orders", "Stock Level"]')
+    out, _ = await command("check", "--config", str(Daemon(tmp_path, text).config))
+    warned = [line for line in out.splitlines() if "any role that may connect" in line]
+    assert [line.partition("warning")[0].split()[1:] for line in warned] == [
+        ["channel", "orders"],
+        ["channel", "Stock", "Level"],
+    ]
+    assert all("bridge.notify()" in line for line in warned)

@@ -94,8 +94,9 @@ def test_the_list_says_how_each_endpoint_is(command: Command, hooks: Webhooks) -
         endpoint = hooks.one("select id from bridge.webhook_endpoint where url = %s", f"https://{topic}.example")
         mine = [claim for claim in claims if claim.endpoint == endpoint]
         hooks.record(mine[: 4 if topic == "busy" else 6], status, retry_after=retry_after)
-    lines = {line.split()[1]: line for line in command("list").stdout.splitlines()[1:]}
-    assert " ok " in lines["https://ok.example"]
+    shown = command("list").stdout.splitlines()[2:]
+    lines = {first.split()[1]: second for first, second in zip(shown[::2], shown[1::2], strict=True)}
+    assert lines["https://ok.example"].split() == ["ok", "ok"], "its topic, and how it is"
     assert "disabled: it answered 410 Gone" in lines["https://gone.example"]
     assert "failing, next try in" in lines["https://down.example"]
     assert "asked to wait " in lines["https://busy.example"]

@@ -274,7 +274,7 @@ async def test_keys_and_single_events_are_released(ledger: Ledger, bridge_databa
     await asyncio.to_thread(ledger.processes[0].wait_for, "event.dead_lettered", count=5)
     assert [key["events"] for key in await ledger.held()] == [3, 2]
     out, _ = await ledger.command("held", ledger.name, module="workers.cli")
-    assert [line.split()[0] for line in out.splitlines()] == ["key", "a", "b"]
+    assert [line.split()[-1] for line in out.splitlines()] == ["key", "a", "b"]
     assert ledger.ids["a1"] in out
 
     assert f"the event {ledger.ids['b1']} does not hold the key 'a'" in await ledger.release(

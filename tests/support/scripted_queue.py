@@ -54,6 +54,8 @@ class ScriptedQueue:
     refusals: int = 0
     refusal: PgbridgeError = field(default_factory=lambda: BrokerUnavailableError("nobody listens on the port"))
     opened: int = 0
+    stopped: int = 0
+    closed: int = 0
     failures: dict[str, list[Exception]] = field(default_factory=dict)
     _waiting: asyncio.Queue[ScriptedDelivery | str] = field(default_factory=asyncio.Queue)
     _in_hand: list[ScriptedDelivery] = field(default_factory=list)
@@ -92,12 +94,14 @@ class ScriptedQueue:
         return self._waiting.qsize()
 
     async def stop(self) -> None:
+        self.stopped += 1
         self._waiting.put_nowait("stop")
 
     async def topology(self, *, apply: bool) -> Sequence[Declaration]:
         return []
 
     async def close(self) -> None:
+        self.closed += 1
         for delivery in self._in_hand:
             delivery.connected = False
         settled = [delivery for delivery, _, _ in self.settled]
@@ -106,6 +110,11 @@ class ScriptedQueue:
                 self.add(delivery.event, delivery.attempt + 1)
         self._in_hand.clear()
         self.stranded = 0
+        # The next one to open it is a queue of its own, which nobody has stopped.
+        waiting = [self._waiting.get_nowait() for _ in range(self._waiting.qsize())]
+        for item in waiting:
+            if item != "stop":
+                self._waiting.put_nowait(item)
 
     async def outcomes(self, count: int) -> list[tuple[str, object]]:
         """The first `count` settlements, once they are there."""

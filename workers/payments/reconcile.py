@@ -31,6 +31,7 @@ from bridge.process.terminal import (
     dry_run_option,
     exit_codes,
     json_option,
+    moment,
     print_json,
     table,
 )
@@ -106,7 +107,7 @@ def reconcile(name: str, since: datetime, again: bool, dry_run: bool, config: Pa
     if as_json:
         print_json([_fields(finding) for finding in findings], indent=2)
     elif findings:
-        table([_row(finding) for finding in findings])
+        table([_row(finding) for finding in findings], whole=("event",))
     else:
         click.echo("Every payment that was begun has an outcome.")
     unknown = sum(finding.verdict == "unknown" for finding in findings)
@@ -287,7 +288,7 @@ def _row(finding: Finding) -> dict[str, str]:
     return {
         "event": finding.event,
         "what": finding.operation,
-        "begun": f"{finding.begun_at.astimezone():%m-%d %H:%M}",
+        "begun": moment(finding.begun_at),
         "stripe": "nothing" if finding.verdict in ("never", "not_yet") else said,
         "done": finding.done,
     }

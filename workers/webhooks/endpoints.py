@@ -17,7 +17,9 @@ from bridge.process.terminal import (
     age,
     config_option,
     exit_codes,
+    field,
     json_option,
+    moment,
     print_json,
     table,
     visible,
@@ -47,7 +49,6 @@ select id, event_id::text, topic, key, state, attempts, due_at, last_status, las
   from bridge.endpoint_deliveries(%s, %s)
 """
 
-_LONGEST_REASON: Final = 80
 """Characters of an error in a list; `delivery` has all of it."""
 
 _OF_THE_CALLER: Final = (
@@ -182,7 +183,7 @@ def list_endpoints(config: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(found, indent=2)
     elif found:
-        table([_row(endpoint) for endpoint in found])
+        table([_row(endpoint) for endpoint in found], whole=("id", "url"), wrapped=True)
     else:
         click.echo("There are no endpoints; add one: pgbridge-worker webhooks add URL --topic PATTERN")
 
@@ -191,13 +192,13 @@ def _row(endpoint: Mapping[str, Any]) -> dict[str, str]:
     return {
         "id": str(endpoint["id"]),
         "url": endpoint["url"],
-        "topics": ", ".join(endpoint["topics"]),
-        "state": _state(endpoint),
         "due": str(endpoint["due"]),
         "sending": str(endpoint["sending"]),
         "failed": str(endpoint["failed"]),
         "skipped": str(endpoint["skipped"]),
-        "last success": _moment(endpoint["last_success_at"]),
+        "last success": moment(endpoint["last_success_at"]),
+        "topics": ", ".join(endpoint["topics"]),
+        "state": _state(endpoint),
     }
 
 
@@ -235,21 +236,20 @@ def show_endpoint(endpoint: int, limit: int, config: Path | None, as_json: bool)
     _print_fields({"state": _state(fields), **fields})
     if deliveries:
         click.echo()
-        table([_delivery_row(delivery) for delivery in deliveries])
+        table([_delivery_row(delivery) for delivery in deliveries], whole=("delivery",))
 
 
 def _delivery_row(delivery: Mapping[str, Any]) -> dict[str, str]:
-    reason = visible(delivery["last_error"] or "")
     return {
         "delivery": str(delivery["id"]),
-        "topic": visible(delivery["topic"]),
-        "key": visible(delivery["key"] or "-"),
         "state": delivery["state"],
         "attempts": str(delivery["attempts"]),
-        "due": _moment(delivery["due_at"]),
-        "finished": _moment(delivery["finished_at"]),
+        "due": moment(delivery["due_at"]),
+        "finished": moment(delivery["finished_at"]),
+        "topic": delivery["topic"],
+        "key": delivery["key"] or "-",
         "status": str(delivery["last_status"] or "-"),
-        "reason": reason if len(reason) <= _LONGEST_REASON else f"{reason[: _LONGEST_REASON - 1]}…",
+        "reason": delivery["last_error"] or "-",
     }
 
 
@@ -276,7 +276,7 @@ def show_delivery(delivery: int, config: Path | None, as_json: bool) -> None:
     for attempt in attempts:
         status = "no answer" if attempt["status"] is None else f"status {attempt['status']}"
         took = "" if attempt["duration"] is None else f" after {attempt['duration']:.3f} s"
-        head = f"attempt {attempt['number']}, {_moment(attempt['at'])}: {status}{took}"
+        head = f"attempt {attempt['number']}, {moment(attempt['at'])}: {status}{took}"
         click.echo("\n" + click.style(head, bold=True))
         for text in filter(None, (attempt["error"], attempt["answer"])):
             click.echo(visible(text))
@@ -389,7 +389,7 @@ def _ask(config: Path | None, query: LiteralString, *parameters: object) -> Sequ
 def _print_fields(fields: Mapping[str, Any]) -> None:
     width = max(map(len, fields))
     for name, value in fields.items():
-        click.echo(f"{click.style(f'{name:<{width}}', bold=True)}  {_shown(value)}")
+        click.echo(field(name, _shown(value), label=width))
 
 
 def _shown(value: Any) -> str:
@@ -397,12 +397,8 @@ def _shown(value: Any) -> str:
         case None | "":
             return "-"
         case datetime():
-            return _moment(value)
+            return moment(value)
         case list():
             return ", ".join(map(str, value))
         case _:
-            return visible(str(value))
-
-
-def _moment(at: datetime | None) -> str:
-    return "-" if at is None else f"{at.astimezone():%Y-%m-%d %H:%M:%S}"
+            return str(value)
