@@ -44,7 +44,7 @@ select what from (values
 """
 
 _OPEN_CHANNEL: Final = (
-    "warning: any role that may connect to this database may NOTIFY it, and so make events of this topic; "
+    "any role that may connect to this database may NOTIFY it, and so make events of this topic; "
     "bridge.notify() in its place takes only members of bridge_emitter"
 )
 
