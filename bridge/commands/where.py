@@ -39,7 +39,7 @@ async def follow(settings: Settings, asked: str) -> Trace:
     """
     if not settings.reads_outbox:
         raise UsageError('with channels.buffer = "memory" nothing is kept in the database that could be followed')
-    connection = await connect(settings.postgres, "pgbridge where", options="-c timezone=UTC")
+    connection = await connect(settings.postgres, "pgbridge where")
     async with connection:
         number = int(asked) if asked.isdecimal() else None
         event_id = asked

@@ -6,6 +6,7 @@ the socket is watched for as long as the connection lives. Whatever else psycopg
 """
 
 import asyncio
+import contextlib
 import itertools
 import os
 import select
@@ -28,6 +29,10 @@ T = TypeVar("T")
 
 Value = str | int | float | bool | None | Sequence[str | float | None]
 """What a prepared statement takes; a sequence is an array of one dimension."""
+
+_GRACE: Final = 0.2
+"""Seconds in which a statement whose task was cancelled may end by itself, as nearly all do. To cancel it takes another
+connection, which a busy server may be long in giving."""
 
 _CANCEL_LIMIT: Final = 1.0
 """Seconds that the server has to take the request to cancel a statement."""
@@ -222,18 +227,25 @@ class Connection(AsyncConnection[TupleRow]):
     async def _call_off(self, gen: PQGen[T]) -> None:
         """Has the server end the statement of a task that was cancelled, so that the connection can be used again; one
         that does not end is given up."""
+        # What came meanwhile was heard already: hence READY_R.
         try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_GRACE):
+                    await self._drive(gen, READY_R)
+                return
             async with asyncio.timeout(_END_LIMIT):
                 await self.cancel_safe()
-                # What came meanwhile was heard already.
                 await self._drive(gen, READY_R)
-        except psycopg.errors.QueryCanceled:
-            return
-        except BaseException as error:
-            self._unwatch()
-            self.pgconn.finish()
-            if not isinstance(error, psycopg.Error | TimeoutError):
-                raise
+        except (psycopg.Error, TimeoutError):
+            if self.pgconn.transaction_status in (TransactionStatus.ACTIVE, TransactionStatus.UNKNOWN):
+                self._give_up()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        self._unwatch()
+        self.pgconn.finish()
 
     async def cancel_safe(self, *, timeout: float = _CANCEL_LIMIT) -> None:  # noqa: ASYNC109 - psycopg names it so
         try:

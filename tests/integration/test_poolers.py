@@ -158,6 +158,9 @@ async def test_every_command_works_through_session_mode(
     await command("dead", "replay", letters["refuse.one"], *at)
     await command("dead", "discard", letters["refuse.two"], "--why", "a test", *at)
     assert await json_of("dead", "list", *at) == []
+    assert (await json_of("where", "1", *at))["logged"]["topic"] == "refuse.one"
+    await command("pause", "--sink", "events", *at)
+    await command("resume", "--sink", "events", *at)
     assert len(await json_of("cursor", "show", *at)) == 1
     await command("cursor", "set", "events", "--to", "0", *at)
     await command("replay", "--from", "1h", "--topic", "refuse.one", *at)

@@ -52,6 +52,19 @@ async def test_a_statement_that_was_cancelled_on_its_way_can_be_run_again(
     assert await connection.rows("select $1::int", 3) == [(3,)]
 
 
+async def test_a_statement_that_was_cancelled_and_is_refused_leaves_the_connection(
+    connection: Connection, wire: Proxy
+) -> None:
+    wire.delay_to_client = 0.1
+    for run in (connection.execute("select 1 / 0"), connection.rows("select 1 / 0")):
+        running = asyncio.ensure_future(run)
+        await is_active(connection)
+        running.cancel()
+        await asyncio.wait([running])
+        assert running.cancelled()
+        assert await connection.rows("select 1") == [(1,)]
+
+
 async def test_what_runs_long_is_called_off_on_the_server_too(connection: Connection, postgres: PostgresServer) -> None:
     running = asyncio.create_task(connection.rows("select pg_sleep($1)", 120))
     with psycopg.connect(postgres.dsn(), autocommit=True) as other:
