@@ -138,6 +138,8 @@ def handler(
     ``async def`` runs in the worker's event loop, and must not block it; ``def`` runs in a thread of its own, as many
     at once as the worker's `concurrency`.
     """
+    if not all(isinstance(topic, str) for topic in topics):
+        raise TypeError('@handler: write its topics behind it, @handler("shop.order.placed"), or @handler() without')
     wanted = ["the event", *(["its payload"] if payload else []), *(["the worker's options"] if options else [])]
 
     def mark(function: Callable[..., Any]) -> Handler:

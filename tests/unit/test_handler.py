@@ -117,6 +117,15 @@ def test_a_handler_that_yields_is_refused_when_it_is_marked() -> None:
             handler("a")(function)
 
 
+def test_the_mark_without_brackets_says_how_it_is_written() -> None:
+    """Else the function would be taken for a topic, and the module would have no handler."""
+
+    async def one(event: Event) -> None: ...
+
+    with pytest.raises(TypeError, match=r'@handler: write its topics behind it, @handler\("shop.order.placed"\)'):
+        handler(one)  # type: ignore[arg-type]
+
+
 def test_a_handler_that_does_not_take_its_options_is_refused_when_it_is_marked() -> None:
     async def one(event: Event) -> None: ...
 
