@@ -123,7 +123,7 @@ def test_the_mark_without_brackets_says_how_it_is_written() -> None:
     async def one(event: Event) -> None: ...
 
     with pytest.raises(TypeError, match=r'@handler: write its topics behind it, @handler\("shop.order.placed"\)'):
-        handler(one)  # type: ignore[arg-type]
+        handler(one)  # type: ignore[call-overload]
 
 
 def test_a_handler_that_does_not_take_its_options_is_refused_when_it_is_marked() -> None:
