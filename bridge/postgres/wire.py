@@ -106,7 +106,8 @@ class Connection(AsyncConnection[TupleRow]):
     async def _result(self) -> PGresult:
         """What the server says to what was just sent. Raises psycopg's error where it refuses."""
         result: PGresult
-        (result,) = await self.wait(generators.execute(self.pgconn))
+        # The last one: a commit may be refused behind the rows.
+        *_, result = await self.wait(generators.execute(self.pgconn))
         if result.status not in _DONE:
             raise error_from_result(result)
         return result
@@ -256,8 +257,8 @@ class Connection(AsyncConnection[TupleRow]):
 
     def end_wire(self) -> None:
         """Ends the socket, so that whoever waits for an answer gets an error at once."""
-        with socket.socket(fileno=os.dup(self.pgconn.socket)) as wire:
-            wire.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.pgconn.socket)) as wire:
+            wire.shutdown(socket.SHUT_RDWR)  # OSError: the peer was first
 
     async def close(self) -> None:
         """Whoever still waits for an answer gets an error."""

@@ -234,8 +234,8 @@ async def test_check_warns_of_each_forwarded_channel_that_any_role_may_send_to_i
     text = settings(bridge_database, messages, '[channels]\nlisten = ["orders", "Stock Level"]')
     out, _ = await command("check", "--config", str(Daemon(tmp_path, text).config))
     warned = [line for line in out.splitlines() if "any role that may connect" in line]
-    assert [line.partition("warning")[0].split()[1:] for line in warned] == [
-        ["channel", "orders"],
-        ["channel", "Stock", "Level"],
+    assert [line.partition("any role")[0].split() for line in warned] == [
+        ["warn", "channel", "orders"],
+        ["warn", "channel", "Stock", "Level"],
     ]
     assert all("bridge.notify()" in line for line in warned)
