@@ -4970,8 +4970,8 @@ $$;
 
 -- migrations/0022_short_ways.sql ------------------------------------------------------------
 
--- PL/pgSQL prepares every expression anew in every transaction, function by function that stands in it, so for one row
--- that is most of what recording an event costs. Hence fewer of them: one condition asks for all that is rare.
+-- PL/pgSQL prepares every expression anew in every transaction, and each function in it: where one event is recorded, that is
+-- most of what emit() costs above a bare insert. Hence fewer of them: one condition asks for all that is rare.
 
 -- A setting that some transaction of the session had is there ever after, and empty: so has_context() is to be asked too.
 create function bridge.may_have_context() returns boolean

@@ -20,6 +20,7 @@ from psycopg.rows import TupleRow
 
 from bridge.brokers.contract import Failure
 from bridge.errors import DatabaseUnavailableError, PrivilegeError, SchemaError
+from bridge.postgres.pause import Pause
 from bridge.process.batching import Batcher
 from bridge.settings import PostgresSettings
 from workers.claim import Claim, ClaimLostError, NotNow
@@ -302,9 +303,7 @@ class Inbox:
     async def pause(self) -> str | None:
         """Since when, by whom and why the worker is paused; None while it is not. Raises as `release`."""
         rows = await self._pool.rows("select since, who, why from bridge.worker_pause(%s)", self.worker)
-        for since, who, why in rows:
-            return f"since {since:%Y-%m-%d %H:%M:%S} UTC, by {who}{f': {why}' if why else ''}"
-        return None
+        return Pause(*rows[0]).words if rows else None
 
     async def prune(self, keep: timedelta, chunk: int = 1000) -> int:
         """Deletes what ended longer than `keep` ago, in chunks; returns how many events that were."""

@@ -233,12 +233,12 @@ class Worker:
         """Until the worker is resumed, or stops."""
         log.info("worker.resting", worker=self._name)
         resumed = asyncio.ensure_future(self._pausing.ended())
-        stopping = asyncio.ensure_future(self._stopping.wait())
+        stopped = asyncio.ensure_future(self._stopping.wait())
         try:
-            await asyncio.wait([resumed, stopping], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([resumed, stopped], return_when=asyncio.FIRST_COMPLETED)
         finally:
             resumed.cancel()
-            stopping.cancel()
+            stopped.cancel()
 
     async def _take(self, deliveries: AsyncIterator[Delivery], unsettled: asyncio.Future[None]) -> None:
         """Starts a task for every delivery. A slot comes first, so that none waits in hand for one."""

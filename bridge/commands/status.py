@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import click
 
-from bridge.postgres.status import Bridge, Guards, Pause, Rates, SinkPosition, Status, WorkerStatus, rates, watch
+from bridge.postgres.pause import Pause
+from bridge.postgres.status import Bridge, Guards, Rates, SinkPosition, Status, WorkerStatus, rates, watch
 from bridge.process.tasks import run
 from bridge.process.terminal import age, config_option, exit_codes, field, json_option, moment, print_json
 from bridge.settings import Settings, load

@@ -10,21 +10,12 @@ import structlog
 
 from bridge.errors import PgbridgeError, UsageError
 from bridge.postgres.connection import connect, database_errors
+from bridge.postgres.pause import Pause
 from bridge.postgres.wire import Connection
 from bridge.process import metrics
 from bridge.settings import Settings
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Pause:
-    """That a sink or a worker takes nothing new, because a person said so."""
-
-    since: datetime
-    who: str
-    why: str
-    """Empty where no reason was given."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,13 @@ from psycopg.types.json import Jsonb
 
 from bridge.errors import SchemaError
 from bridge.postgres.connection import DSN_KEY, answered, connect
+from bridge.postgres.pause import Pause
 from bridge.postgres.wire import Connection
 from bridge.settings import OutboxSettings, PostgresSettings
 from bridge.sources import DeadLetter, Page
 from bridge.sources.doorbell import Doorbell
 from bridge.sources.log import LogReader, PageBytes, Position, Reader, fetch_all, read_multirange, take_horizon
-from bridge.sources.pauses import Pause, Pauses
+from bridge.sources.pauses import Pauses
 
 log = structlog.get_logger()
 

@@ -2,25 +2,12 @@
 
 import asyncio
 from collections.abc import Mapping
-from datetime import datetime
-from typing import NamedTuple
 
 import structlog
 
+from bridge.postgres.pause import Pause
+
 log = structlog.get_logger()
-
-
-class Pause(NamedTuple):
-    """Since when, by whom, and why; the reason may be empty."""
-
-    since: datetime
-    who: str
-    why: str
-
-    @property
-    def words(self) -> str:
-        """For people."""
-        return f"since {self.since:%Y-%m-%d %H:%M:%S} UTC, by {self.who}{f': {self.why}' if self.why else ''}"
 
 
 class Pauses:
