@@ -62,7 +62,7 @@ def settings_page() -> str:
             for kind, sink in sink_models().items():
                 parts.append(_section(f'`[sinks.<name>]` with `type = "{kind}"`', "", sink))
         elif model is not None:
-            table = f"[[{name}]]" if "list" in str(field.annotation) else f"[{name}]"
+            table = f"[[{name}]]" if _is_in(list, field.annotation) else f"[{name}]"
             if name == "workers":
                 parts.append(_WORKERS)
             table = "[workers.<name>]" if name == "workers" else table
@@ -112,13 +112,20 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
         if name == "workers_login":  # written as workers.dsn
             continue
         nested = _model_in(field.annotation)
-        if nested is not None and (model is Settings or "dict" in str(field.annotation)):
+        if nested is not None and (model is Settings or _is_in(dict, field.annotation)):
             continue
         if nested is not None:
             yield from _rows(nested, f"{prefix}{name}.")
             continue
         meaning = " ".join((field.description or "").split()).replace("|", "\\|")
         yield f"| `{prefix}{name}` | {_kind(field)} | {_default(field)} | {meaning} |"
+
+
+def _is_in(container: type, annotation: Any) -> bool:
+    """Whether a field holds such a container, itself or inside of another or an optional."""
+    return typing.get_origin(annotation) is container or any(
+        _is_in(container, part) for part in typing.get_args(annotation)
+    )
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
@@ -158,7 +165,7 @@ def _kind(field: FieldInfo) -> str:
         annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
         annotation = typing.get_origin(annotation) or annotation
     if typing.get_origin(annotation) in (typing.Annotated, dict):
-        annotation = typing.get_args(annotation)[0] if "Annotated" in str(annotation) else dict
+        annotation = typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else dict
     return names.get(annotation, "text")
 
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -148,7 +149,7 @@ class Process:
             self._guard.stdin.close()
 
 
-class Server:
+class Server(ABC):
     """A server that is ready when `start` returns. Subclasses say how it is launched and how it shows that it answers.
 
     After `kill`, or when it ended by itself, `start` brings it back on the same port with the same data.
@@ -168,13 +169,13 @@ class Server:
         self.port = free_port()
         self._process: Process | None = None
 
+    @abstractmethod
     def _launch(self) -> Process:
         """Starts the program, after preparing its folder when that is new."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _answers(self) -> str | None:
         """Tries the server's own protocol once: None when it answered, else why not."""
-        raise NotImplementedError
 
     @property
     def log(self) -> Path:
