@@ -17,6 +17,7 @@ COMMANDS: Final = {
         "Runs the embedded world: a shop from orders to invoices and payments, live.",
     ),
     "emit": ("bridge.commands.events:emit", "Sends one event to TOPIC and prints its id."),
+    "init": ("bridge.commands.init:init", "Writes bridge.toml, the DBA's SQL, and the broker's accounts."),
     "migrate": ("bridge.commands.migrate:migrate", "Installs the schema `bridge`, or upgrades it."),
     "pause": ("bridge.commands.pause:pause", "Pauses a sink or a worker, until `pgbridge resume`."),
     "replay": ("bridge.commands.replay:replay", "Publishes part of the log again, in order."),

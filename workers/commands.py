@@ -23,7 +23,7 @@ from workers.metrics import REGISTRY
 @exit_codes
 def run_worker(name: str, config: Path | None) -> None:
     """Runs one process of the worker NAME until SIGTERM or SIGINT. Several may run side by side."""
-    settings = load(config)
+    settings = load(config).for_workers
     configure(settings.observe)
     run_daemon(_run(name, settings, partial(load, config)))
 
@@ -41,7 +41,7 @@ async def _run(name: str, settings: Settings, load_again: Callable[[], object]) 
 @exit_codes
 def list_workers(config: Path | None, as_json: bool) -> None:
     """Lists the workers that the settings define."""
-    settings = load(config)
+    settings = load(config).for_workers
     workers = [_fields(name, settings) for name in sorted(settings.workers)]
     if as_json:
         print_json(workers, indent=2)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Literal, Protocol
 
+from bridge.brokers.accounts import Accounts, Installation
 from bridge.event import Event, Malformed
 from bridge.settings import SinkSettings
 
@@ -36,6 +37,14 @@ class Broker(Protocol):
 
     def queue(self, settings: Any, subscription: "Subscription", /) -> "Queue":
         """The queue of one worker, not yet open. Raises SettingsError."""
+
+    @property
+    def example(self) -> str | None:
+        """A place where it may be, for `pgbridge init`, which does not offer a broker without one."""
+
+    def accounts(self, installation: Installation, /) -> Accounts:
+        """What `pgbridge init` writes for it. Raises ValueError, in words that may follow a setting's key, where the
+        place cannot be one. Not called without an `example`."""
 
     def dead_letters(self, settings: Any, worker: str, /, *, lanes: int = 1) -> "DeadLetters | None":
         """What this worker gave up; None on a broker that keeps no dead letters. `lanes` as in `Subscription`, for a

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from bridge.brokers.accounts import Accounts, Installation
 from bridge.brokers.contract import (
     CONFIRMED,
     Broker,
@@ -241,6 +242,10 @@ class Memory:
 
     settings = MemorySettings
     requires = None
+    example = None
+
+    def accounts(self, installation: Installation, /) -> Accounts:
+        raise ValueError("is nowhere: it ends with its process")
 
     def sink(self, settings: MemorySettings, /) -> MemorySink:
         return MemorySink(settings)

@@ -70,7 +70,7 @@ async def findings(settings: Settings) -> AsyncIterator[Finding]:
     connected = await _finding("postgres", partial(_postgres, settings))
     yield connected
     if connected.ok:
-        for postgres in dict.fromkeys((settings.postgres, settings.workers_postgres)):
+        for postgres in dict.fromkeys((settings.postgres, settings.for_workers.workers_postgres)):
             if (text := await _unproven(postgres)) is not None:
                 yield Finding("tls", ok=True, text=text, warning=True)
         yield await _finding("listen", partial(_listen, settings))
@@ -93,7 +93,7 @@ async def findings(settings: Settings) -> AsyncIterator[Finding]:
     if topology.ok and (database_ok or settings.workers_login is not None):
         # The bridge never imports the workers, so what is to be looked at comes through an entry point.
         for point in entry_points(group="pgbridge.checks"):
-            for subject, look in point.load()(settings).items():
+            for subject, look in point.load()(settings.for_workers).items():
                 yield await _finding(subject, look)
 
 

@@ -8,7 +8,7 @@ from bridge.errors import UsageError
 from bridge.postgres import schema
 from bridge.postgres.connection import has_password
 from bridge.process.terminal import config_option, exit_codes
-from bridge.settings import load
+from bridge.settings.load import load_postgres
 
 
 @click.command()
@@ -27,7 +27,7 @@ def migrate(config: Path | None, dsn: str | None, print_sql: bool, dry_run: bool
         click.echo(schema.migrate_sql())
         return
     if dsn is None:
-        dsn = load(config).postgres.dsn.get_secret_value()
+        dsn = load_postgres(config).dsn.get_secret_value()
     elif has_password(dsn):
         raise UsageError(
             "--dsn: others on this machine can read a command's arguments; "

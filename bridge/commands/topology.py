@@ -28,8 +28,9 @@ async def declarations(settings: Settings, *, apply: bool) -> Declared:
     ]
     # The bridge never imports the workers, so what they want comes through an entry point.
     for point in entry_points(group="pgbridge.subscriptions"):
-        for worker, (sink, subscription) in point.load()(settings).items():
-            queue = broker_of(settings.sinks[sink]).queue(settings.sinks[sink], subscription)
+        for worker, (sink, subscription) in point.load()(settings.for_workers).items():
+            settings_of_sink = settings.for_workers.sinks[sink]
+            queue = broker_of(settings_of_sink).queue(settings_of_sink, subscription)
             found.append((f"worker {worker}", await queue.topology(apply=apply)))
     return found
 

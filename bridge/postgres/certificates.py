@@ -66,7 +66,7 @@ def unproven(info: psycopg.ConnectionInfo, pgconn: pq.abc.PGconn) -> str | None:
     """Why it is not sure that this is the server that the DSN names, and what to write there; None where it is, and
     where it is on this machine."""
     used = {option.keyword.decode(): option.val.decode() for option in pgconn.info if option.val}
-    if _is_here(info.host) or used.get("sslmode") == "verify-full":
+    if is_here(info.host) or used.get("sslmode") == "verify-full":
         return None
     return (
         f"sslmode={used.get('sslmode', 'prefer')} does not prove that the server is {info.host}: whoever is in between "
@@ -75,7 +75,8 @@ def unproven(info: psycopg.ConnectionInfo, pgconn: pq.abc.PGconn) -> str | None:
     )
 
 
-def _is_here(host: str) -> bool:
+def is_here(host: str) -> bool:
+    """Whether a host of a DSN is this machine."""
     if not host or host.startswith(("/", "@")) or host.lower() == "localhost":
         return True
     with contextlib.suppress(ValueError):

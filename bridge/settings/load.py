@@ -9,7 +9,8 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from bridge.errors import SettingsError
-from bridge.settings.models import Settings, SinkSettings
+from bridge.settings.models import PostgresSettings, Settings, SinkSettings
 
 ENVIRONMENT_PREFIX: Final = "PGBRIDGE_"
 CONFIG_VARIABLE: Final = "PGBRIDGE_CONFIG"
@@ -35,19 +36,43 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
     Raises SettingsError with one line a mistake, each naming its key.
     """
     path = path or _find(environ)
+    units = _Units([], []) if environ.get(CREDENTIALS_VARIABLE) else _of_units(path.parent)
+    with _told(path, units.closed):
+        settings = _validate(_merged(path, environ, units.readable), path.parent)
+        if len(units.readable) > 1:
+            settings.take_for_workers(_validate(_merged(path, environ, units.readable[::-1]), path.parent))
+    return settings
+
+
+def load_postgres(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> PostgresSettings:
+    """How `load` finds the database, for whoever has no login at a broker, and is to be told nothing of the rest."""
+    path = path or _find(environ)
+    units = _Units([], []) if environ.get(CREDENTIALS_VARIABLE) else _of_units(path.parent)
+    with _told(path, units.closed):
+        try:
+            return PostgresSettings.model_validate(_merged(path, environ, units.readable).get("postgres", {}))
+        except ValidationError as error:
+            raise _Mistakes(_explain(error, PostgresSettings, "postgres")) from None
+
+
+def _merged(path: Path, environ: Mapping[str, str], units: Sequence[Path]) -> dict[str, Any]:
     data = _read(path)
-    named = environ.get(CREDENTIALS_VARIABLE)
-    units = _Units([], []) if named else _of_units(path.parent)
-    for folder in units.readable:
+    for folder in units:
         _overlay(data, _from_credentials(folder), "a credential")
     _overlay(data, _from_environment(environ), "the environment")
-    if named:
+    if named := environ.get(CREDENTIALS_VARIABLE):
         _overlay(data, _from_credentials(Path(named)), "a credential")
+    return data
+
+
+@contextmanager
+def _told(path: Path, closed: Sequence[Path]) -> Iterator[None]:
+    """Raises SettingsError of the mistakes that are found within."""
     try:
-        return _validate(data, path.parent)
+        yield
     except _Mistakes as mistakes:
         lines = "\n".join(f"  {line}" for line in mistakes.lines)
-        for folder in units.closed:
+        for folder in closed:
             lines += f"\n  what {folder} holds is missing, which this user may not read: use sudo, or --credentials"
         raise SettingsError(f"{path}:\n{lines}") from None
 
@@ -100,7 +125,8 @@ class _Units(NamedTuple):
 
 
 def _of_units(beside: Path) -> _Units:
-    """For a command outside of systemd: those beside the settings; what both have is the bridge's."""
+    """For a command outside of systemd: those beside the settings. What both have is the bridge's, and for what is done
+    in the workers' name theirs."""
     found = _Units([], [])
     for unit in ("workers", "bridge"):
         folder = beside / "credentials" / unit

@@ -516,6 +516,18 @@ class Settings(Model):
             raise ValueError("workers.dsn: is a libpq connection string; a worker cannot have this name")  # noqa: TRY004
         return {**data, "workers": workers, "workers_login": dsn}
 
+    _for_workers: "Settings | None" = PrivateAttr(None)
+
+    def take_for_workers(self, settings: "Settings") -> None:
+        """For whoever loads them: the same with the workers' logins wherever they have their own."""
+        self._for_workers = settings
+
+    @property
+    def for_workers(self) -> "Settings":
+        """As the workers' processes see them. A command outside of systemd sees the secrets of bridge and workers; under
+        one key each may have a login of its own."""
+        return self._for_workers or self
+
     @property
     def workers_postgres(self) -> PostgresSettings:
         """The database, as the workers reach it."""

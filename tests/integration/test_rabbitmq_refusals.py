@@ -145,7 +145,7 @@ async def test_a_mistake_on_the_way_is_told_alike(node: TlsRabbitMQServer, uniqu
     known = {"port": node.port, "tls_port": node.tls_port, "folder": node.folder, "user": unique}
     tls = {name: value.format(**known) for name, value in mistake.tls.items()}
     settings = settings_for(mistake.url.format(**known), unique, tls)
-    words = [f"sinks.{SINK}.{mistake.key}: RabbitMQ at {settings.address} "]
+    words = [f"sinks.{SINK}.{mistake.key}: RabbitMQ at {settings.login} "]
     words += [each.format(**known) for each in mistake.says]
     said = await all_are_refused(everything_that_connects(settings, unique), mistake.error, *words, key=mistake.key)
     for each in said.values():
@@ -159,7 +159,7 @@ async def test_a_server_whose_certificate_has_expired_is_to_be_given_another(
     settings = settings_for(f"amqps://guest:hunter2@127.0.0.1:{node.tls_port}/", unique, tls)
     node.show(expired=True)
     try:
-        words = (f"sinks.{SINK}.url: RabbitMQ at {settings.address} ", "certificate has expired", "Renew it")
+        words = (f"sinks.{SINK}.url: RabbitMQ at {settings.login} ", "certificate has expired", "Renew it")
         await all_are_refused(everything_that_connects(settings, unique), RefusedError, *words)
     finally:
         node.show(expired=False)
@@ -289,8 +289,8 @@ async def limited(rabbitmq: RabbitMQServer, unique: str) -> Limited:
 
 
 def is_told(error: PrivilegeError, resource: str, limited: Limited) -> None:
-    said, user = str(error), limited.settings.address.user
-    assert said.startswith(f"sinks.{SINK}.url: RabbitMQ at {limited.settings.address} ")
+    said, user = str(error), limited.settings.login.user
+    assert said.startswith(f"sinks.{SINK}.url: RabbitMQ at {limited.settings.login} ")
     assert f"access to {resource} in vhost '/' refused" in said
     assert f"`rabbitmqctl set_permissions -p / {user} CONFIGURE WRITE READ`" in said
     assert "hunter2" not in said

@@ -144,7 +144,7 @@ def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_workers_are_listed_for_people_and_for_programs(shop: PostgresSettings, tmp_path: Path) -> None:
-    write_settings(tmp_path / "bridge.toml", shop, "amqp://127.0.0.1:1", "events")
+    write_settings(tmp_path / "bridge.toml", shop, "amqp://guest@127.0.0.1:1", "events")
     listed = run_command("list", cwd=tmp_path)
     assert listed.returncode == 0, listed.stderr
     assert "tests.support.worker_handlers:echo" in listed.stdout

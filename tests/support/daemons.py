@@ -15,14 +15,17 @@ class Daemon:
     """`python -m bridge.cli run` (or another module and command) over one settings file."""
 
     def __init__(
-        self, folder: Path, settings: str, *command: str, module: str = "bridge.cli", python: Path | None = None
+        self, folder: Path, settings: str | Path, *command: str, module: str = "bridge.cli", python: Path | None = None
     ) -> None:
-        """`settings` is the text of bridge.toml; `command` defaults to ``run``, `python` to this interpreter; with
+        """`settings` is the text of bridge.toml, or where one is; `command` defaults to ``run``, `python` to this interpreter; with
         another one, what is installed in its environment runs."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.config = folder / "bridge.toml"
-        self.config.write_text(settings, encoding="utf-8")
+        if isinstance(settings, str):
+            self.config = folder / "bridge.toml"
+            self.config.write_text(settings, encoding="utf-8")
+        else:
+            self.config = settings
         interpreter = [sys.executable] if python is None else [str(python), "-P"]
         self.command = [*interpreter, "-m", module, *(command or ("run",)), "--config", str(self.config)]
         self.log = folder / f"{module}.log"

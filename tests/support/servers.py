@@ -84,6 +84,11 @@ class PostgresServer(Server, servers.PostgresServer):
 class RabbitMQServer(Server, servers.RabbitMQServer):
     """Can be commanded by rabbitmqctl."""
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """With which rabbitmqctl reaches this node."""
+        return self._environment()
+
     def ctl(self, *arguments: str) -> str:
         """Runs rabbitmqctl against this node and returns what it prints. Raises UnavailableError when it fails."""
         done = subprocess.run(

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from bridge.brokers.accounts import Accounts, Installation
 from bridge.brokers.contract import (
     CONFIRMED,
     Broker,
@@ -273,6 +274,11 @@ class Sqlite:
 
     settings = SqliteSettings
     requires = None
+    example = "/var/lib/shop/events.db"
+
+    def accounts(self, installation: Installation, /) -> Accounts:
+        how = "let bridge and workers write to {file}"
+        return Accounts({"path": installation.place}, {}, "sqlite.txt", "Whoever may write to the file.\n", how)
 
     def sink(self, settings: SqliteSettings, /) -> Sink:
         return SqliteSink(settings)

@@ -165,7 +165,7 @@ def test_the_schema_for_editors_knows_every_sink() -> None:
 
 
 SINKS = {
-    "rabbitmq": {"type": "rabbitmq", "url": "amqp://h"},
+    "rabbitmq": {"type": "rabbitmq", "url": "amqp://guest@h"},
     "nats": {"type": "nats", "url": "nats://h"},
     "pubsub": {"type": "pubsub", "project": "shop-1"},
     "memory": {"type": "memory"},

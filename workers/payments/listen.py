@@ -74,7 +74,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 @exit_codes
 def listen(name: str, config: Path | None) -> None:
     """Receives Stripe's webhooks for the worker NAME until SIGTERM or SIGINT, and records them as events."""
-    settings = load(config)
+    settings = load(config).for_workers
     configure(settings.observe)
     options = load_options(settings, name, PaymentOptions)
     if options.listen is None:

@@ -30,7 +30,7 @@ def deliver(name: str, config: Path | None) -> None:
 
     The worker itself, `pgbridge-worker run NAME`, only stores what is to be sent.
     """
-    settings = load(config)
+    settings = load(config).for_workers
     configure(settings.observe)
     run_daemon(_deliver(name, settings, partial(load, config)))
 

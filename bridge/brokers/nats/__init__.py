@@ -7,8 +7,9 @@ headers, `topology` declares streams and consumers. `sink` publishes, `queue` co
 
 from typing import Final
 
+from bridge.brokers.accounts import Accounts, Installation
 from bridge.brokers.contract import Broker, DeadLetters, Queue, Sink, Subscription
-from bridge.brokers.nats.settings import NatsSettings
+from bridge.brokers.nats.settings import EXAMPLE, NatsSettings
 
 
 class Nats:
@@ -16,6 +17,12 @@ class Nats:
 
     settings = NatsSettings
     requires = "nats"
+    example = EXAMPLE
+
+    def accounts(self, installation: Installation, /) -> Accounts:
+        from bridge.brokers.nats.accounts import accounts
+
+        return accounts(installation)
 
     def sink(self, settings: NatsSettings, /) -> Sink:
         from bridge.brokers.nats.sink import NatsSink

@@ -18,6 +18,7 @@ from typing import Any, Final
 import nats.aio.client
 import nats.errors
 import structlog
+from nats.aio.client import RawCredentials
 from nats.js import JetStreamContext
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, ServiceUnavailableError
 from nats.protocol.parser import AUTHORIZATION_VIOLATION, PERMISSIONS_ERR
@@ -281,8 +282,11 @@ async def _asked_again(address: str, settings: NatsSettings, tls: ssl.SSLContext
                         await reader.read(1)
         elif settings.encrypted:
             return nats.errors.SecureConnWantedError()
-        who = {"user": settings.servers.user, "pass": settings.servers.password, "auth_token": settings.servers.token}
+        servers, signed = settings.servers, settings.signed_login
+        who = {"user": servers.user, "pass": servers.password, "auth_token": servers.token}
         login = {name: value for name, value in who.items() if value is not None}
+        if signed is not None and "nonce" in greeting:
+            login = signed.answer(greeting["nonce"])
         writer.write(b"CONNECT %b\r\n" % json.dumps({"verbose": True, "pedantic": False, **login}).encode())
         answer = (await reader.readline()).decode(errors="replace").strip()
         return nats.errors.Error(answer.removeprefix("-ERR ")) if answer.startswith("-ERR") else None
@@ -292,6 +296,7 @@ async def _asked_again(address: str, settings: NatsSettings, tls: ssl.SSLContext
 
 async def _open(connection: Connection, settings: NatsSettings, tls: ssl.SSLContext | None) -> None:
     servers = settings.servers
+    nkey, credentials = settings.nkey.get_secret_value(), settings.credentials.get_secret_value()
     async with asyncio.timeout(CONNECT_TIMEOUT):
         await connection.client.connect(
             [f"{'tls' if settings.encrypted else 'nats'}://{address}" for address in servers.addresses],
@@ -300,6 +305,8 @@ async def _open(connection: Connection, settings: NatsSettings, tls: ssl.SSLCont
             user=servers.user,
             password=servers.password,
             token=servers.token,
+            nkeys_seed_str=nkey or None,
+            user_credentials=RawCredentials(credentials) if credentials else None,
             allow_reconnect=False,
             max_reconnect_attempts=1,
             reconnect_time_wait=0,
@@ -371,7 +378,7 @@ def explained(error: Exception, settings: NatsSettings) -> PgbridgeError:
                 "Run `pgbridge topology --apply`"
             )
         case nats.errors.AuthorizationError():
-            return LoginError(f"{url}: {there} refuses the user, the password or the token")
+            return _login_refused(settings)
         case nats.errors.Error() if type(error) is nats.errors.Error:
             return _said(_words_of(error), settings)
         case TimeoutError():
@@ -391,13 +398,23 @@ def _said(words: str, settings: NatsSettings) -> PgbridgeError:
     url, there = settings.key("url"), f"NATS at {settings.servers}"
     lower = words.lower()
     if lower.startswith(_LOGIN_REFUSED):
-        return LoginError(f"{url}: {there} refuses the user, the password or the token: {words}")
+        return _login_refused(settings, words)
     if lower.startswith(PERMISSIONS_ERR):
         return PrivilegeError(
             f"{url}: {there} does not permit this to the user: {words}. "
             "Grant it in the permissions of the user or account"
         )
     return BrokerUnavailableError(f"{url}: {there} says: {words}")
+
+
+def _login_refused(settings: NatsSettings, words: str = "") -> LoginError:
+    field, what = "url", "the user, the password or the token"
+    if settings.nkey.get_secret_value():
+        field, what = "nkey", "the NKey; its public half must be a user's in the server's configuration"
+    elif settings.credentials.get_secret_value():
+        field, what = "credentials", "the JWT; the account that signed it must be one that the server knows"
+    said = f": {words}" if words else ""
+    return LoginError(f"{settings.key(field)}: NATS at {settings.servers} refuses {what}{said}")
 
 
 def _described(error: APIError) -> str:

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 from urllib.parse import unquote, urlsplit
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
+from bridge.brokers.nats.login import SignedLogin, credentials_login, nkey_login
 from bridge.settings.models import Secret, SinkSettings, SomeSize, TlsSettings
+
+EXAMPLE: Final = "nats://localhost:4222"
+"""A place, without a login."""
 
 _PORT: Final = 4222
 _FORM: Final = "write nats://user:password@host:4222, or several with commas"
@@ -35,6 +39,10 @@ class NatsSettings(SinkSettings):
     keeps_history: ClassVar[bool] = True
     url: Secret
     """nats:// or tls:// URL, or several with commas."""
+    nkey: Secret = SecretStr("")
+    """Seed of a user's NKey (SU...), for a server that knows its public half; `nkey_file` names a file that holds it."""
+    credentials: Secret = SecretStr("")
+    """A user's JWT and seed; `credentials_file` names the file that `nsc generate creds` writes."""
     stream: str = Field("events", pattern=r"^[A-Za-z0-9_-]{1,255}$")
     """JetStream stream to publish to; the subject is the event's topic."""
     max_message_bytes: SomeSize = 8_388_608
@@ -48,8 +56,40 @@ class NatsSettings(SinkSettings):
     @field_validator("url")
     @classmethod
     def _that_names_servers(cls, url: SecretStr) -> SecretStr:
-        _parse(url.get_secret_value())
+        parse_url(url.get_secret_value())
         return url
+
+    @field_validator("nkey")
+    @classmethod
+    def _seed_that_signs(cls, nkey: SecretStr) -> SecretStr:
+        if nkey.get_secret_value():
+            nkey_login(nkey.get_secret_value())
+        return nkey
+
+    @field_validator("credentials")
+    @classmethod
+    def _credentials_that_sign(cls, credentials: SecretStr) -> SecretStr:
+        if credentials.get_secret_value():
+            credentials_login(credentials.get_secret_value())
+        return credentials
+
+    @model_validator(mode="after")
+    def _one_login(self) -> Self:
+        given = [name for name in ("nkey", "credentials") if getattr(self, name).get_secret_value()]
+        if self.servers.user is not None or self.servers.token is not None:
+            given.append("a user in the url")
+        if len(given) > 1:
+            raise ValueError(f"{given[0]}: is given beside {given[1]}; a connection has one login, keep one of them")
+        return self
+
+    @property
+    def signed_login(self) -> SignedLogin | None:
+        """Who we are, where that is shown by a signature."""
+        if nkey := self.nkey.get_secret_value():
+            return nkey_login(nkey)
+        if credentials := self.credentials.get_secret_value():
+            return credentials_login(credentials)
+        return None
 
     @property
     def encrypted(self) -> bool:
@@ -59,11 +99,11 @@ class NatsSettings(SinkSettings):
     @cached_property
     def servers(self) -> Servers:
         """What the URL says, parsed."""
-        return _parse(self.url.get_secret_value())
+        return parse_url(self.url.get_secret_value())
 
 
-def _parse(url: str) -> Servers:
-    """Raises ValueError, whose words never hold a part of the URL: it may be a part of the password."""
+def parse_url(url: str) -> Servers:
+    """Takes a URL apart. Raises ValueError, whose words never hold a part of the URL: it may be a part of the password."""
     addresses, logins, encrypted = [], set(), False
     for given in url.split(","):
         text = given.strip()

@@ -7,8 +7,9 @@ topics and subscriptions and declares them, `topology` says which of them a work
 
 from typing import Final
 
+from bridge.brokers.accounts import Accounts, Installation
 from bridge.brokers.contract import Broker, DeadLetters, Queue, Sink, Subscription
-from bridge.brokers.pubsub.settings import PubSubSettings
+from bridge.brokers.pubsub.settings import EXAMPLE, PubSubSettings
 
 
 class PubSub:
@@ -16,6 +17,12 @@ class PubSub:
 
     settings = PubSubSettings
     requires = "google.pubsub_v1"
+    example = EXAMPLE
+
+    def accounts(self, installation: Installation, /) -> Accounts:
+        from bridge.brokers.pubsub.accounts import accounts
+
+        return accounts(installation)
 
     def sink(self, settings: PubSubSettings, /) -> Sink:
         from bridge.brokers.pubsub.sink import PubSubSink

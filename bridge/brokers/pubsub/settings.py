@@ -1,11 +1,15 @@
 """What can be set of Google Cloud Pub/Sub."""
 
 import os
-from typing import ClassVar, Self
+from typing import ClassVar, Final, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from bridge.settings.models import Duration, Secret, SinkSettings, Size, SomeSize
+
+
+EXAMPLE: Final = "my-project"
+"""A project of Google Cloud."""
 
 
 class PubSubSettings(SinkSettings):

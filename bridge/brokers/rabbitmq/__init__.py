@@ -11,8 +11,9 @@ for it, and `copies` publishes it again, for a retry, a dead letter or a replay,
 
 from typing import Final
 
+from bridge.brokers.accounts import Accounts, Installation
 from bridge.brokers.contract import Broker, DeadLetters, Queue, Sink, Subscription
-from bridge.brokers.rabbitmq.settings import RabbitMQSettings
+from bridge.brokers.rabbitmq.settings import EXAMPLE, RabbitMQSettings
 
 
 class RabbitMQ:
@@ -20,6 +21,12 @@ class RabbitMQ:
 
     settings = RabbitMQSettings
     requires = None
+    example = EXAMPLE
+
+    def accounts(self, installation: Installation, /) -> Accounts:
+        from bridge.brokers.rabbitmq.accounts import accounts
+
+        return accounts(installation)
 
     def sink(self, settings: RabbitMQSettings, /) -> Sink:
         from bridge.brokers.rabbitmq.sink import RabbitMQSink

@@ -8,7 +8,9 @@ again: here its properties are left out but for one header, UNREADABLE.
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
 import aio_pika
@@ -26,9 +28,9 @@ from aiormq.exceptions import (
 from pamqp.header import ContentHeader
 
 from bridge.brokers.rabbitmq.closure import Closure, During, Reply, error_of, rabbitmq_at
-from bridge.brokers.rabbitmq.connection import CONNECT_LIMIT, connect
+from bridge.brokers.rabbitmq.connection import CONNECT_LIMIT, connect, first_that_takes_us
 from bridge.brokers.rabbitmq.message import UNDECODABLE, unreadable
-from bridge.brokers.rabbitmq.settings import RabbitMQSettings
+from bridge.brokers.rabbitmq.settings import Address, RabbitMQSettings
 from bridge.brokers.tls import tls_context
 from bridge.errors import BrokerUnavailableError
 
@@ -65,7 +67,11 @@ async def open_client(settings: RabbitMQSettings) -> AbstractConnection:
 
     Raises what `connection.connect` raises; and BrokerUnavailableError where that connects and aio-pika does not.
     """
-    address = settings.address
+    tls = tls_context(settings.tls, settings.key) if settings.login.tls else None
+    return await first_that_takes_us(settings, partial(_open, settings, tls))
+
+
+async def _open(settings: RabbitMQSettings, tls: ssl.SSLContext | None, address: Address) -> AbstractConnection:
     try:
         return await aio_pika.connect(
             host=address.host,
@@ -74,14 +80,16 @@ async def open_client(settings: RabbitMQSettings) -> AbstractConnection:
             password=address.password,
             virtualhost=address.virtual_host,
             ssl=address.tls,
-            ssl_context=tls_context(settings.tls, settings.key) if address.tls else None,
+            ssl_context=tls,
             timeout=CONNECT_LIMIT,
             heartbeat=max(1, round(settings.heartbeat)),
         )
     except LOST as error:
-        own = await connect(settings)
+        own = await connect(settings, at=address)
         await own.close()
-        raise BrokerUnavailableError(f"{rabbitmq_at(settings)} cannot be consumed from: {_text(error)}") from error
+        raise BrokerUnavailableError(
+            f"{rabbitmq_at(settings, at=address)} cannot be consumed from: {_text(error)}"
+        ) from error
 
 
 def closure_of(error: BaseException | None, during: During = "use") -> Closure:

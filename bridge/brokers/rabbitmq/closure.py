@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Literal
 
-from bridge.brokers.rabbitmq.settings import RabbitMQSettings
+from bridge.brokers.rabbitmq.settings import Address, RabbitMQSettings
 from bridge.brokers.tls import OTHER_NAME, OUT_OF_DATE, refuses_ours
 from bridge.errors import (
     BrokerUnavailableError,
@@ -100,20 +100,20 @@ class ClosedError(Exception):
         self.closure = closure
 
 
-def rabbitmq_at(settings: RabbitMQSettings, field: str = "url") -> str:
-    """How a message about this broker begins; `field` is the setting to look at."""
-    return f"{settings.key(field)}: RabbitMQ at {settings.address}"
+def rabbitmq_at(settings: RabbitMQSettings, field: str = "url", *, at: Address | None = None) -> str:
+    """How a message about this broker begins; `field` is the setting to look at, `at` the one host that it is about."""
+    return f"{settings.key(field)}: RabbitMQ at {at or ', '.join(map(str, settings.addresses))}"
 
 
-def error_of(settings: RabbitMQSettings, closure: Closure) -> PgbridgeError:
-    """The error to raise for a closure."""
-    broker, address = rabbitmq_at(settings), settings.address
+def error_of(settings: RabbitMQSettings, closure: Closure, at: Address | None = None) -> PgbridgeError:
+    """The error to raise for a closure; `at` is the host that it came from, where that is known."""
+    broker, address = rabbitmq_at(settings, at=at), settings.login
     said = closure.said or closure.reason
     virtual_host = shlex.quote(address.virtual_host)
     permit = f"`rabbitmqctl set_permissions -p {virtual_host} {shlex.quote(address.user)} CONFIGURE WRITE READ`"
     match closure.during, closure.code:
         case (("greeting" | "login" | "virtual host"), _) if isinstance(closure.cause, ssl.SSLError):
-            return connecting_failed(settings, closure.cause)
+            return connecting_failed(settings, closure.cause, at)
         case "greeting", _ if closure.in_tls:
             return RefusedError(
                 f"{broker} speaks TLS, and the URL begins with amqp://; write amqps://, or the port without TLS "
@@ -146,14 +146,14 @@ def error_of(settings: RabbitMQSettings, closure: Closure) -> PgbridgeError:
 
 
 def _hint(settings: RabbitMQSettings) -> str:
-    if settings.address.tls:
+    if settings.login.tls:
         return f"; where it asks for a client certificate, name one in {settings.key('tls.cert_file')}"
     return "; at a port for TLS the URL begins with amqps://, not amqp://"
 
 
-def connecting_failed(settings: RabbitMQSettings, error: OSError) -> PgbridgeError:
+def connecting_failed(settings: RabbitMQSettings, error: OSError, at: Address | None = None) -> PgbridgeError:
     """The error to raise when the network or TLS kept a connection from being made."""
-    broker, address = rabbitmq_at(settings), settings.address
+    broker, address = rabbitmq_at(settings, at=at), settings.login
     match error:
         case ssl.SSLCertVerificationError() if error.verify_code in OTHER_NAME:
             return RefusedError(
@@ -166,14 +166,14 @@ def connecting_failed(settings: RabbitMQSettings, error: OSError) -> PgbridgeErr
             )
         case ssl.SSLCertVerificationError():
             return RefusedError(
-                f"{rabbitmq_at(settings, 'tls.ca_file')} shows a certificate that is not trusted: "
+                f"{rabbitmq_at(settings, 'tls.ca_file', at=at)} shows a certificate that is not trusted: "
                 f"{error.verify_message}; name a file with the certificate of its authority"
             )
         case ssl.SSLError() if refuses_ours(error):
             own = settings.tls.cert_file
             refused = f"refuses the certificate in {own}" if own else "asks for a client certificate, and none is set"
             return LoginError(
-                f"{rabbitmq_at(settings, 'tls.cert_file')} {refused}: {error.reason}. Name one that is in date and "
+                f"{rabbitmq_at(settings, 'tls.cert_file', at=at)} {refused}: {error.reason}. Name one that is in date and "
                 "that an authority has signed which the broker trusts"
             )
         case ssl.SSLError() if error.reason == "WRONG_VERSION_NUMBER":

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Final, cast
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+from typing import Final, TypeVar, cast
 
 from pamqp import commands, frame
 from pamqp.base import Frame
@@ -12,12 +14,16 @@ from pamqp.common import FieldTable
 from pamqp.header import ProtocolHeader
 from pamqp.heartbeat import Heartbeat
 
+import structlog
+
 import bridge
 from bridge.brokers.rabbitmq.closure import ClosedError, Closure, During, connecting_failed, error_of, rabbitmq_at
 from bridge.brokers.rabbitmq.reader import FRAME_MAX, BrokenStreamError, Delivered, FrameReader
 from bridge.brokers.rabbitmq.settings import Address, RabbitMQSettings
 from bridge.brokers.tls import tls_context
-from bridge.errors import BrokerUnavailableError
+from bridge.errors import BrokerUnavailableError, PgbridgeError, RefusedError
+
+log = structlog.get_logger()
 
 CONNECT_LIMIT: Final = 10.0
 """Seconds that connecting, TLS and the handshake may take together."""
@@ -324,13 +330,43 @@ class Connection(asyncio.Protocol):
             self._on_room()
 
 
-async def connect(settings: RabbitMQSettings, name: str = "pgbridge") -> Connection:
-    """A connection after its handshake, within CONNECT_LIMIT; the broker lists it as ``<name> on <host>``.
+T = TypeVar("T")
+
+
+async def first_that_takes_us(settings: RabbitMQSettings, attempt: Callable[[Address], Awaitable[T]]) -> T:
+    """What `attempt` makes of the first of the hosts at which it does not fail. Where it fails at all of them, raises
+    the first refusal, which says more than that others do not answer; where none answers, the reason of each."""
+    failures: dict[Address, PgbridgeError] = {}
+    for address in settings.addresses:
+        try:
+            made = await attempt(address)
+        except (BrokerUnavailableError, RefusedError) as error:
+            failures[address] = error
+            continue
+        for other, failure in failures.items():
+            log.warning("rabbitmq.host_passed_over", host=str(other), reason=str(failure))
+        return made
+    if refusal := next((error for error in failures.values() if isinstance(error, RefusedError)), None):
+        raise refusal
+    first, *others = failures.values()
+    if not others:
+        raise first
+    reasons = "; ".join(str(error).partition(": ")[2] for error in failures.values())
+    raise BrokerUnavailableError(f"{settings.key('url')}: none of its {len(failures)} hosts answers: {reasons}")
+
+
+async def connect(settings: RabbitMQSettings, name: str = "pgbridge", *, at: Address | None = None) -> Connection:
+    """A connection after its handshake, within CONNECT_LIMIT for each host; the broker lists it as ``<name> on <host>``.
+    `at`: the one host to try.
 
     Raises SettingsError for certificates that cannot be used, BrokerUnavailableError, LoginError, RefusedError.
     """
-    address = settings.address
-    tls = tls_context(settings.tls, settings.key) if address.tls else None
+    tls = tls_context(settings.tls, settings.key) if settings.login.tls else None
+    attempt = partial(_connect, settings, name, tls)
+    return await (first_that_takes_us(settings, attempt) if at is None else attempt(at))
+
+
+async def _connect(settings: RabbitMQSettings, name: str, tls: ssl.SSLContext | None, address: Address) -> Connection:
     loop = asyncio.get_running_loop()
     connection: Connection | None = None
     try:
@@ -342,16 +378,16 @@ async def connect(settings: RabbitMQSettings, name: str = "pgbridge") -> Connect
             connection.abort(Closure("the handshake failed"))
         match error:
             case ClosedError():
-                raise error_of(settings, error.closure) from error
+                raise error_of(settings, error.closure, address) from error
             case TimeoutError() if connection is not None and connection.heard:
                 silence = Closure(f"no more came within {CONNECT_LIMIT:g} s", during=connection.during)
-                raise error_of(settings, silence) from error
+                raise error_of(settings, silence, address) from error
             case TimeoutError():
                 raise BrokerUnavailableError(
-                    f"{rabbitmq_at(settings)} does not answer: nothing came within {CONNECT_LIMIT:g} s"
+                    f"{rabbitmq_at(settings, at=address)} does not answer: nothing came within {CONNECT_LIMIT:g} s"
                 ) from error
             case OSError():
-                raise connecting_failed(settings, error) from error
+                raise connecting_failed(settings, error, address) from error
         raise
     return connection
 

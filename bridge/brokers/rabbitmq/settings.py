@@ -10,6 +10,9 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 
 from bridge.settings.models import Secret, SinkSettings, SomeDuration, SomeSize, TlsSettings
 
+EXAMPLE: Final = "amqp://localhost/shop"
+"""A place, without a login."""
+
 _PORTS: Final = {"amqp": 5672, "amqps": 5671}
 
 _LONGEST_NAME: Final = 127
@@ -17,6 +20,8 @@ _LONGEST_NAME: Final = 127
 
 _LONGEST_HEARTBEAT: Final = 65_535
 """Seconds."""
+
+_GUEST: Final = "guest"
 
 _EXCHANGE: Final = re.compile(r"[a-zA-Z0-9_.:@#,/+ -]+")
 """What AMQP 0-9-1 allows in an exchange's name."""
@@ -37,25 +42,32 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def parse_url(url: str) -> Address:
-    """Takes an ``amqp://`` or ``amqps://`` URL apart; this is the only place that does.
+def parse_url(url: str) -> tuple[Address, ...]:
+    """Takes an ``amqp://`` or ``amqps://`` URL apart, with the hosts of a cluster between commas; this is the only place
+    that does. One address for each host.
 
     Raises ValueError, whose message never shows the URL, since it holds the password.
     """
     try:
         parts = urlsplit(url)
-        port = parts.port
-        (parts.hostname or "").encode("idna")
+        login, _, hosts = parts.netloc.rpartition("@")
+        places = [_place(host) for host in hosts.split(",")]
+        who = urlsplit(f"//{login}@host")
     except ValueError:
         raise ValueError(
-            "is not a URL, or its port is not a number; write amqp://user:password@host:5672/vhost, "
-            "and % and / in user or password as %25 and %2F"
+            "is not a URL, or its port is not a number; write amqp://user:password@host:5672/vhost, hosts of one cluster "
+            "with commas between them, and % and / in user or password as %25 and %2F"
         ) from None
     if parts.scheme not in _PORTS:
         raise ValueError("begins with neither amqp:// nor amqps://")
-    if not parts.hostname:
+    if "," in login.partition("@")[2]:
+        raise ValueError(
+            "names several users; one stands before all hosts: amqp://user:password@host1,host2/vhost, with @ and , in "
+            "user or password as %40 and %2C"
+        )
+    if not all(host for host, _ in places):
         raise ValueError("names no host; write amqp://user:password@host/vhost")
-    if port == 0:
+    if any(port == 0 for _, port in places):
         raise ValueError("has port 0; leave the port out, or write one from 1 to 65535")
     if parts.query or parts.fragment:
         raise ValueError(
@@ -67,19 +79,40 @@ def parse_url(url: str) -> Address:
     virtual_host = unquote(parts.path[1:]) or "/"
     if len(virtual_host) > _LONGEST_NAME:
         raise ValueError(f"has a virtual host of {len(virtual_host)} characters; AMQP takes {_LONGEST_NAME}")
-    return Address(
-        host=parts.hostname,
-        port=port or _PORTS[parts.scheme],
-        user=unquote(parts.username or "guest"),
-        password=unquote(parts.password if parts.password is not None else "guest"),
-        virtual_host=virtual_host,
-        tls=parts.scheme == "amqps",
+    user, password = _login(who.username, who.password)
+    tls = parts.scheme == "amqps"
+    return tuple(
+        Address(host, _PORTS[parts.scheme] if port is None else port, user, password, virtual_host, tls)
+        for host, port in places
     )
+
+
+def _place(text: str) -> tuple[str, int | None]:
+    """Host and port of one host of a URL. Raises ValueError."""
+    parts = urlsplit(f"//{text}")
+    host = parts.hostname or ""
+    host.encode("idna")
+    return host, parts.port
+
+
+def _login(user: str | None, password: str | None) -> tuple[str, str]:
+    """Raises ValueError for a login that is not said: that of the account that every new RabbitMQ has is taken only
+    from its own machine, so that a forgotten one would be a refused one elsewhere, and an open door here."""
+    if user == _GUEST and password is None:
+        password = _GUEST
+    if not user or password is None:
+        missing = "neither user nor password" if not user else "a user and no password"
+        raise ValueError(
+            f"has {missing}; write amqp://user:password@host/vhost, or {_GUEST}@host for the account that a new RabbitMQ "
+            "has for its own machine"
+        )
+    return unquote(user), unquote(password)
 
 
 class RabbitMQSettings(SinkSettings):
     url: Secret
-    """amqp:// or amqps:// URL with user, password and virtual host."""
+    """amqp:// or amqps:// URL with user, password and virtual host. Several hosts of one cluster stand between commas, and
+    are tried in that order: `amqps://user:password@mq1,mq2:5671/shop`."""
     exchange: str = Field("events", min_length=1, max_length=_LONGEST_NAME)
     """Topic exchange to publish to; the routing key is the event's topic."""
     max_message_bytes: SomeSize = 16_777_216
@@ -111,7 +144,7 @@ class RabbitMQSettings(SinkSettings):
 
     @model_validator(mode="after")
     def _certificates_that_are_used(self) -> Self:
-        if self.tls.given is not None and not self.address.tls:
+        if self.tls.given is not None and not self.login.tls:
             raise ValueError(
                 f"tls.{self.tls.given}: is for amqps://, and the URL begins with amqp://, which encrypts nothing; "
                 "write amqps:// and the port for TLS (usually 5671), or leave the certificates out"
@@ -119,6 +152,11 @@ class RabbitMQSettings(SinkSettings):
         return self
 
     @cached_property
-    def address(self) -> Address:
-        """The URL's parts."""
+    def addresses(self) -> tuple[Address, ...]:
+        """The URL's parts, once for each of its hosts."""
         return parse_url(self.url.get_secret_value())
+
+    @property
+    def login(self) -> Address:
+        """Who we are, and where: what is the same at each of the addresses; its host and port are the first one's."""
+        return self.addresses[0]

@@ -268,7 +268,7 @@ async def require(settings: RabbitMQSettings, connection: Connection, needed: Se
     if missing:
         names = ", ".join(f"{each.kind} {each.name}" for each in missing)
         raise TopologyError(
-            f"{rabbitmq_at(settings)} lacks {names} in virtual host {settings.address.virtual_host!r}; {APPLY}"
+            f"{rabbitmq_at(settings)} lacks {names} in virtual host {settings.login.virtual_host!r}; {APPLY}"
         )
 
 
