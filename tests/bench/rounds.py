@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -31,12 +31,20 @@ def say(text: str) -> None:
 
 
 def interleave(plan: Plan, contenders: Mapping[str, Measure]) -> Interleaved[float]:
-    """Measures every contender once a round, in an order that turns by one each round.
+    """Measures every contender once a round, in the order of `order_of`.
 
     A contender that fails is told and left out of later rounds; the others go on. A round in which the machine was not
     quiet is repeated as a whole, since ratios are taken within a round.
     """
     return take_turns(plan, contenders, float)
+
+
+def order_of(names: Sequence[str], turn: int) -> list[str]:
+    """The order of a round, counted from 0: turned by one each time, and backwards every other time. What the one before
+    leaves behind, such as pages to be written or memory to be tidied, would otherwise always burden the same one."""
+    first = turn % len(names)
+    turned = [*names[first:], *names[:first]]
+    return turned[::-1] if turn % 2 else turned
 
 
 def take_turns(plan: Plan, contenders: Mapping[str, Callable[[], T]], shown: Callable[[T], float]) -> Interleaved[T]:
@@ -47,10 +55,10 @@ def take_turns(plan: Plan, contenders: Mapping[str, Callable[[], T]], shown: Cal
     names = list(contenders)
     repeats, done = plan.repeats, 0
     while done < plan.rounds:
-        turn, number = done % len(names), done + 1
+        number = done + 1
         measured: dict[str, T] = {}
         disturbances: list[quiet.Disturbance] = []
-        for name in names[turn:] + names[:turn]:
+        for name in order_of(names, done):
             if name in errors:
                 continue
             began, before = time.monotonic(), plan.look()

@@ -11,7 +11,7 @@ from tests.bench import quiet
 from tests.bench.latency import percentile
 from tests.bench.quiet import Disturbance, Reading, disturbance
 from tests.bench.results import Row, as_json, table
-from tests.bench.rounds import Plan, interleave, take_turns
+from tests.bench.rounds import Plan, interleave, order_of, take_turns
 
 START = Reading(total=5_000, busy=3_000, ours=1_000, stolen=40, kernel={2: 300, 9: 700})
 
@@ -52,6 +52,13 @@ def test_what_is_busy_and_not_ours_is_somebody_elses() -> None:
 )
 def test_a_machine_is_quiet_up_to_the_bounds_however_busy_we_are(after: Reading) -> None:
     assert disturbance(START, after) is None
+
+
+def test_nobody_follows_the_same_one_in_every_round() -> None:
+    orders = [order_of(["a", "b", "c", "d"], turn) for turn in range(4)]
+    assert all(sorted(order) == ["a", "b", "c", "d"] for order in orders)
+    before = {name: {order[order.index(name) - 1] for order in orders if order[0] != name} for name in "abcd"}
+    assert all(len(names) > 1 for names in before.values()), before
 
 
 def test_the_kernels_threads_are_nobodys_also_when_one_ends_with_all_that_it_did() -> None:
