@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from bridge.process.health import serving
+from bridge.process.lazy import flush_each_line
 from bridge.process.logs import configure
 from bridge.process.tasks import run_daemon, stop_on_signals
 from bridge.process.terminal import config_option, exit_codes, json_option, print_json, table
@@ -25,6 +26,7 @@ def run_worker(name: str, config: Path | None) -> None:
     """Runs one process of the worker NAME until SIGTERM or SIGINT. Several may run side by side."""
     settings = load(config).for_workers
     configure(settings.observe)
+    flush_each_line()
     run_daemon(_run(name, settings, partial(load, config)))
 
 

@@ -1,4 +1,4 @@
-"""What `pgbridge init` writes for a worker that ships with pgbridge, found through the entry point `pgbridge.templates`."""
+"""What `pgbridge init` writes for a worker that ships with pgbridge, found through the group ``pgbridge.templates``."""
 
 from typing import Final
 

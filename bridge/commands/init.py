@@ -79,9 +79,9 @@ def init(
 ) -> None:
     """Writes bridge.toml, the DBA's SQL, and the broker's accounts.
 
-    In a terminal it asks for what the options do not say. Each kind of process gets a login of its own in PostgreSQL and
-    at the broker, with a password that is made up here and the rights that it needs. It replaces no file, and talks to no
-    server: what it prints at the end says what to do with the files.
+    In a terminal it asks for what the options do not say. Each kind of process gets a login of its own in PostgreSQL
+    and at the broker, with a password that is made up here and the rights that it needs. It replaces no file, and talks
+    to no server: what it prints at the end says what to do with the files.
     """
     answers = _ask(name, database, broker, at, listen, topics, workers)
     installation = Installation(answers.name, tuple(answers.workers), answers.at)
@@ -213,7 +213,9 @@ def _worker(text: str) -> tuple[str, str]:
         if name in shipped:
             return name, shipped[name]
     module = name.replace("-", "_")
-    return name, f'handler = "{module}:handle"              # `pgbridge-worker new {name}` writes one\n' + _path_to(module)
+    return name, f'handler = "{module}:handle"              # `pgbridge-worker new {name}` writes one\n' + _path_to(
+        module
+    )
 
 
 def _path_to(module: str) -> str:

@@ -51,8 +51,8 @@ grant connect on database {database} to {role};
 """
 
 _WHY: Final = {
-    "owner": "Installs the schema `bridge` (`pgbridge migrate`) and owns it. It sees other sessions' transactions, so that\n"
-    "-- `pgbridge status` can name the one that holds up the rest.",
+    "owner": "Installs the schema `bridge` and owns it. It sees other sessions' transactions, so that `pgbridge\n"
+    "-- status` can name the one that holds up the rest.",
     "bridge": "The daemon: reads the log and stores how far it is.",
     "workers": "Claim events and call their replies. Grant each reply: grant execute on function ... to bridge_worker.",
     "operator": "People: dead letters, replays, pauses. Give each person a login of this kind.",
@@ -94,14 +94,13 @@ def logins(bridge: str, database: str, *, workers: bool) -> Logins:
         role, password = f"{prefix}_{process}", secrets.token_urlsafe(24)
         dsns[process] = conninfo.make_conninfo(**given, user=role, password=password)
         statements = sql.SQL(_OWNER) if group is None else sql.SQL(_MEMBER)
-        pieces += [f"\n-- {_WHY[process]}"] + [
-            statements.format(
-                role=sql.Identifier(role),
-                verifier=sql.Literal(_verifier(role, password)),
-                database=sql.Identifier(name),
-                group=sql.Identifier(group or ""),
-            ).as_string()
-        ]
+        made = statements.format(
+            role=sql.Identifier(role),
+            verifier=sql.Literal(_verifier(role, password)),
+            database=sql.Identifier(name),
+            group=sql.Identifier(group or ""),
+        )
+        pieces.append(f"\n-- {_WHY[process]}{made.as_string()}")
     return Logins("".join([*pieces, _TAIL]), dsns, name)
 
 

@@ -54,3 +54,9 @@ def buffer_output() -> None:
         sys.stdout = io.TextIOWrapper(
             io.BufferedWriter(sys.stdout.detach()), sys.stdout.encoding, sys.stdout.errors, write_through=True
         )
+
+
+def flush_each_line() -> None:
+    """Lets what a handler prints be seen at once in the journal or a file, and not when the process ends."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)

@@ -524,8 +524,8 @@ class Settings(Model):
 
     @property
     def for_workers(self) -> "Settings":
-        """As the workers' processes see them. A command outside of systemd sees the secrets of bridge and workers; under
-        one key each may have a login of its own."""
+        """As the workers' processes see them. A command outside of systemd sees the secrets of bridge and workers;
+        under one key each may have a login of its own."""
         return self._for_workers or self
 
     @property

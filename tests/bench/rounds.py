@@ -40,8 +40,8 @@ def interleave(plan: Plan, contenders: Mapping[str, Measure]) -> Interleaved[flo
 
 
 def order_of(names: Sequence[str], turn: int) -> list[str]:
-    """The order of a round, counted from 0: turned by one each time, and backwards every other time. What the one before
-    leaves behind, such as pages to be written or memory to be tidied, would otherwise always burden the same one."""
+    """The order of a round, counted from 0: turned by one each time, and backwards every other time. What the one
+    before leaves behind, such as pages to be written, would otherwise always burden the same one."""
     first = turn % len(names)
     turned = [*names[first:], *names[:first]]
     return turned[::-1] if turn % 2 else turned

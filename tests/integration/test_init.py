@@ -4,13 +4,13 @@ import json
 import os
 import pty
 import re
+import shutil
 import stat
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
@@ -67,13 +67,14 @@ def install_database(server: PasswordServer, config: Path, database: str) -> str
     return dsn
 
 
-def letters(config: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(command(config, "dead", "list", "--json", credentials="operator"))
-    return found
+def letters(config: Path) -> set[str]:
+    """The topics of those that were given up."""
+    found = json.loads(command(config, "dead", "list", "--json", credentials="operator"))
+    return {letter["topic"] for letter in found}
 
 
 async def everything_works(config: Path, dsn: str, folder: Path) -> None:
-    """Declared by the operator, checked, and run by least privilege: an event is handled, another given up, replayed."""
+    """Declared by the operator, checked, and run with few rights: an event is handled, another one given up."""
     command(config, "topology", "--apply", credentials="operator")
     checked = command(config, "check")
     assert "FAIL" not in checked
@@ -85,8 +86,8 @@ async def everything_works(config: Path, dsn: str, folder: Path) -> None:
         with psycopg.connect(dsn, autocommit=True) as admin:
             admin.execute("select bridge.emit('shop.order.placed', '7'::jsonb), bridge.emit('refuse.it', '8'::jsonb)")
         await rows_become(dsn, "select result ->> 'of' from shop.invoice", [("7",)])
-        await until(lambda: bool(letters(config)), "the other event is a dead letter")
-    assert [letter["topic"] for letter in letters(config)] == ["refuse.it"]
+        await until(lambda: "refuse.it" in letters(config), "the other event is a dead letter")
+    assert letters(config) <= {"refuse.it", "shop.invoice.rendered"}, "the reply's event is for nobody"
     command(config, "dead", "discard", "--all", "--why", "a test", credentials="operator")
 
 
@@ -121,7 +122,7 @@ async def test_on_nats_each_process_works_with_the_rights_that_it_gets(
     server: PasswordServer, unique: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "etc"
-    nats = NatsServer(tmp_path / "nats", lines=[f'include "{folder}/pgbridge.conf"'])
+    nats = NatsServer(tmp_path / "nats", lines=['include "pgbridge.conf"'])
     init(
         folder,
         *("--name", unique, "--database", f"postgresql://127.0.0.1:{server.port}/{unique}"),
@@ -131,6 +132,8 @@ async def test_on_nats_each_process_works_with_the_rights_that_it_gets(
     )
     config = folder / "bridge.toml"
     config.write_text(config.read_text().replace(':echo"\n', ':echo"\nreply = "shop.rendered"\n'))
+    nats.folder.mkdir(parents=True)
+    shutil.copy(folder / "pgbridge.conf", nats.folder)
     with nats:
         await everything_works(config, install_database(server, config, unique), tmp_path)
 
@@ -180,11 +183,15 @@ def test_secrets_stand_where_their_process_alone_finds_them(tmp_path: Path) -> N
         for name, text in texts.items()
         if name.startswith("credentials/")
     }
-    assert {name for name, found in passwords.items() if len(found) == 1} == set(passwords) == {
-        *(f"credentials/{process}/postgres.dsn" for process in ("owner", "bridge", "operator")),
-        *(f"credentials/{process}/sinks.events.url" for process in ("bridge", "workers", "operator")),
-        *(f"credentials/{process}/workers.dsn" for process in ("workers", "operator")),
-    }
+    assert (
+        {name for name, found in passwords.items() if len(found) == 1}
+        == set(passwords)
+        == {
+            *(f"credentials/{process}/postgres.dsn" for process in ("owner", "bridge", "operator")),
+            *(f"credentials/{process}/sinks.events.url" for process in ("bridge", "workers", "operator")),
+            *(f"credentials/{process}/workers.dsn" for process in ("workers", "operator")),
+        }
+    )
     for name in ("bridge.toml", "database.sql"):
         for [found] in passwords.values():
             assert not any(password and password in texts[name] + told for password in found)
@@ -227,7 +234,10 @@ def test_no_file_is_replaced(tmp_path: Path) -> None:
         ((*ANSWERS, *AT, "--database", "postgresql://u:hunter2@h/d"), "--database: holds a user"),
         ((*ANSWERS, *AT, "--database", "postgresql://h/"), "--database: names no database"),
         ((*ANSWERS, *AT, "--database", "hunter2"), "--database: is not a libpq connection string"),
-        ((*ANSWERS, *AT, "--broker", "kafka"), "--broker: there is no broker 'kafka'; installed: rabbitmq, nats, pubsub"),
+        (
+            (*ANSWERS, *AT, "--broker", "kafka"),
+            "--broker: there is no broker 'kafka'; installed: rabbitmq, nats, pubsub",
+        ),
         ((*ANSWERS, "--at", "amqp://u:hunter2@h"), "--at: holds a user"),
         ((*ANSWERS, "--at", "mq.internal"), "--at: begins with neither amqp:// nor amqps://"),
         ((*ANSWERS, *AT, "--worker", "Bad"), "--worker: 'Bad' is no name"),

@@ -1,4 +1,4 @@
-"""Several hosts of one RabbitMQ cluster in a URL: the next one is taken where one does not answer, by all that connect."""
+"""Several hosts of one RabbitMQ cluster in a URL: all that connect take the next one where one does not answer."""
 
 import asyncio
 
@@ -16,8 +16,8 @@ from tests.support.until import until
 pytestmark = pytest.mark.rabbitmq
 
 
-def settings_of(hosts: str, exchange: str, password: str = "guest") -> RabbitMQSettings:
-    table = {"type": "rabbitmq", "url": f"amqp://guest:{password}@{hosts}/", "exchange": exchange}
+def settings_of(hosts: str, exchange: str, login: str = "guest:guest") -> RabbitMQSettings:
+    table = {"type": "rabbitmq", "url": f"amqp://{login}@{hosts}/", "exchange": exchange}
     return RabbitMQSettings.model_validate(table, context={"sink": SINK})
 
 
@@ -47,13 +47,13 @@ async def test_a_sink_whose_host_is_gone_goes_on_at_the_next(rabbitmq: RabbitMQS
 
 
 async def test_where_no_host_answers_each_is_named(unique: str) -> None:
-    settings = settings_of("127.0.0.1:1,127.0.0.1:2", unique, "hunter2")
+    settings = settings_of("127.0.0.1:1,127.0.0.1:2", unique, "guest:hunter2")
     words = ("none of its 2 hosts answers", "127.0.0.1:1 does not answer", "127.0.0.1:2 does not answer")
     await all_are_refused(everything_that_connects(settings, unique), BrokerUnavailableError, *words)
 
 
 async def test_a_refusal_says_more_than_a_host_that_does_not_answer(rabbitmq: RabbitMQServer, unique: str) -> None:
-    settings = settings_of(f"127.0.0.1:{rabbitmq.port},127.0.0.1:1", unique, "hunter2")
+    settings = settings_of(f"127.0.0.1:{rabbitmq.port},127.0.0.1:1", unique, "guest:hunter2")
     words = (f"RabbitMQ at 127.0.0.1:{rabbitmq.port} refuses the user 'guest'",)
     await all_are_refused(everything_that_connects(settings, unique), LoginError, *words)
 

@@ -1,7 +1,7 @@
 """README's "Use it", followed to the letter on fresh servers: from an empty database and broker to a PDF.
 
-What a reader is not told to type is done here, too: `pip install` installs this working tree, and places are those of the
-test's own servers and folder.
+What a reader is not told to type is done here, too: `pip install` installs this working tree, and places are those of
+the test's own servers and folder.
 """
 
 import os
@@ -76,25 +76,35 @@ async def test_an_order_becomes_a_pdf_by_the_readme(
     # What init writes for the shipped worker holds a place, too.
     moved = f"sed -i s,/var/lib/pgbridge,{tmp_path}/lib, {tmp_path}/etc/bridge.toml\n"
     script.write_text("\n".join(["set -euo pipefail", here(install), here(init), moved, here(use), "wait"]))
-    with log.open("w") as out, subprocess.Popen(
-        ["bash", "--noprofile", "--norc", str(script)],
-        cwd=environment.ROOT,
-        env={
-            **environment.environment(tmp_path / "opt" / "bin"),
-            **rabbitmq.environment,
-            "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
-            "PGBRIDGE_CONFIG": f"{tmp_path}/etc/bridge.toml",
-            "PGHOST": "127.0.0.1",
-            "PGPORT": str(server.port),
-            "PGUSER": "postgres",
-        },
-        stdin=subprocess.DEVNULL,
-        stdout=out,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    ) as shell:
+    with (
+        log.open("w") as out,
+        subprocess.Popen(
+            ["bash", "--noprofile", "--norc", str(script)],
+            cwd=environment.ROOT,
+            env={
+                **environment.environment(tmp_path / "opt" / "bin"),
+                **rabbitmq.environment,
+                "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+                "PGBRIDGE_CONFIG": f"{tmp_path}/etc/bridge.toml",
+                "PGHOST": "127.0.0.1",
+                "PGPORT": str(server.port),
+                "PGUSER": "postgres",
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as shell,
+    ):
         try:
-            await until(lambda: "order more: {'sku': 'CUP'" in log.read_text() and rendered(server), log.read_text(), 60)
+            await until(
+                lambda: "order more: {'sku': 'CUP'" in log.read_text() and bool(rendered(server)),
+                "an invoice, and a word on cups",
+                60,
+            )
+        except AssertionError as error:
+            raise AssertionError(log.read_text()) from error
+        else:
             assert shell.poll() is None, log.read_text()
         finally:
             os.killpg(shell.pid, signal.SIGTERM)
@@ -110,7 +120,9 @@ async def test_an_order_becomes_a_pdf_by_the_readme(
 def rendered(server: PasswordServer) -> list[tuple[str, int]]:
     try:
         with psycopg.connect(server.dsn("shop")) as connection:
-            query = "select path, (select count(*) from bridge.dead_letter)::int from shop.invoices where path is not null"
+            query = (
+                "select path, (select count(*) from bridge.dead_letter)::int from shop.invoices where path is not null"
+            )
             return connection.execute(query).fetchall()
     except (psycopg.OperationalError, psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
         return []

@@ -98,7 +98,8 @@ async def test_only_the_sinks_that_the_part_needs_are_opened(
     bridge_database: str, messages: Messages, tmp_path: Path
 ) -> None:
     """One of two sinks is down, and what goes there is not in the part."""
-    dead = '[sinks.dead]\ntype = "rabbitmq"\nurl = "amqp://guest@127.0.0.1:1"\n[[routes]]\ntopic = "other.#"\nsink = "dead"'
+    dead = '[sinks.dead]\ntype = "rabbitmq"\nurl = "amqp://guest@127.0.0.1:1"\n'
+    dead += '[[routes]]\ntopic = "other.#"\nsink = "dead"'
     text = settings(bridge_database, messages, dead).replace('topic = "#"', 'topic = "shop.#"')
     config = str(Daemon(tmp_path, text).config)
     await execute(bridge_database, "select bridge.emit('shop.a', n::text) from generate_series(1, 10) n order by n")

@@ -179,7 +179,9 @@ async def test_each_event_arrives_signed_though_processes_die_and_the_receiver_f
 def test_settings_that_cannot_send_are_refused_with_their_key(
     tmp_path: Path, change: tuple[str, str], code: int, complaint: str
 ) -> None:
-    text = SETTINGS.format(dsn='"host=127.0.0.1 port=1"', url="amqp://guest@127.0.0.1:1", name="hooks", port=free_port())
+    text = SETTINGS.format(
+        dsn='"host=127.0.0.1 port=1"', url="amqp://guest@127.0.0.1:1", name="hooks", port=free_port()
+    )
     assert change[0] in text
     config = tmp_path / "bridge.toml"
     config.write_text(text.replace(*change))

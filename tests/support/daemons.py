@@ -17,8 +17,8 @@ class Daemon:
     def __init__(
         self, folder: Path, settings: str | Path, *command: str, module: str = "bridge.cli", python: Path | None = None
     ) -> None:
-        """`settings` is the text of bridge.toml, or where one is; `command` defaults to ``run``, `python` to this interpreter; with
-        another one, what is installed in its environment runs."""
+        """`settings` is the text of bridge.toml, or where one is; `command` defaults to ``run``, `python` to this
+        interpreter; with another one, what is installed in its environment runs."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(settings, str):

@@ -74,7 +74,6 @@ def test_a_url_in_a_secret_file_is_checked_too(tmp_path: Path) -> None:
     ("url", "address"),
     [
         ("amqp://guest@mq.internal", Address("mq.internal", 5672, "guest", "guest", "/", False)),
-        ("amqp://u:@mq.internal", Address("mq.internal", 5672, "u", "", "/", False)),
         ("amqps://bridge:a%2Fb%40@mq.internal/", Address("mq.internal", 5671, "bridge", "a/b@", "/", True)),
         ("amqp://u:p@127.0.0.1:1234/shop%2Fone", Address("127.0.0.1", 1234, "u", "p", "shop/one", False)),
         ("amqp://u:p@[::1]/", Address("::1", 5672, "u", "p", "/", False)),

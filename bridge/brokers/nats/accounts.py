@@ -1,5 +1,7 @@
-"""The users of pgbridge on NATS, as a piece of the server's configuration. They show who they are by NKeys, of which the
-server knows the public half only, so that the file holds no secret."""
+"""The users of pgbridge on NATS, as a piece of the server's configuration.
+
+They show who they are by NKeys, of which the server knows the public half only, so that the file holds no secret.
+"""
 
 import json
 import os
@@ -27,7 +29,7 @@ def accounts(installation: Installation) -> Accounts:
     if "@" in installation.place:
         raise ValueError(f"holds a user; leave that out, as in {EXAMPLE}: the users are about to be made")
     parse_url(installation.place)
-    import nkeys  # noqa: PLC0415 - the settings load this module's neighbours without it
+    import nkeys
 
     seeds, users = {}, []
     for process in installation.processes:
@@ -44,9 +46,9 @@ def accounts(installation: Installation) -> Accounts:
     account = re.sub(r"\W", "_", installation.bridge).upper()
     text = "\n".join(
         [
-            f"# Written by `pgbridge init`: the users of {installation.bridge}. It holds no secret. In nats-server.conf:",
+            f"# Written by `pgbridge init`: the users of {installation.bridge}. No secret. nats-server.conf says:",
             '#   include "pgbridge.conf"',
-            "# Where that has accounts already, put this one among them. With accounts, nobody connects without a login.",
+            "# If it has accounts, put this one among them. With accounts, nobody connects without a login.",
             "accounts {",
             f"  {account} {{",
             "    jetstream: enabled",
@@ -63,7 +65,7 @@ def accounts(installation: Installation) -> Accounts:
         secrets={process: {"nkey": seed} for process, seed in seeds.items()},
         file="pgbridge.conf",
         text=text,
-        how="include it in the configuration of nats-server, and reload that:\n     {file}",
+        how="beside nats-server.conf, which is to include it; then reload the server:\n     {file}",
     )
 
 

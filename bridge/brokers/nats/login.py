@@ -23,7 +23,7 @@ class SignedLogin:
 
     def answer(self, nonce: str) -> dict[str, str]:
         """What a CONNECT says to a server whose greeting holds this nonce."""
-        import nkeys  # noqa: PLC0415
+        import nkeys
 
         pair = nkeys.from_seed(bytearray(self.seed.encode()))
         who = {"nkey": pair.public_key.decode()} if self.jwt is None else {"jwt": self.jwt}
@@ -50,7 +50,7 @@ def credentials_login(text: str) -> SignedLogin:
 def _require_seed(seed: str) -> None:
     if importlib.util.find_spec("nkeys") is None:
         raise ValueError("needs the package 'nkeys': pip install 'pgbridge[nats]'")
-    import nkeys  # noqa: PLC0415
+    import nkeys
 
     try:
         is_user = _SEED_OF_A_USER.fullmatch(seed) is not None and bool(nkeys.from_seed(bytearray(seed.encode())))

@@ -40,7 +40,7 @@ class NatsSettings(SinkSettings):
     url: Secret
     """nats:// or tls:// URL, or several with commas."""
     nkey: Secret = SecretStr("")
-    """Seed of a user's NKey (SU...), for a server that knows its public half; `nkey_file` names a file that holds it."""
+    """Seed of a user's NKey (SU...), whose public half the server knows; `nkey_file` names a file that holds it."""
     credentials: Secret = SecretStr("")
     """A user's JWT and seed; `credentials_file` names the file that `nsc generate creds` writes."""
     stream: str = Field("events", pattern=r"^[A-Za-z0-9_-]{1,255}$")
@@ -103,7 +103,7 @@ class NatsSettings(SinkSettings):
 
 
 def parse_url(url: str) -> Servers:
-    """Takes a URL apart. Raises ValueError, whose words never hold a part of the URL: it may be a part of the password."""
+    """Takes a URL apart. Raises ValueError, whose words hold no part of the URL: it may be a part of the password."""
     addresses, logins, encrypted = [], set(), False
     for given in url.split(","):
         text = given.strip()

@@ -12,9 +12,9 @@ _TOPIC: Final = "events"
 
 _SCRIPT: Final = Template("""\
 #!/bin/sh
-# Written by `pgbridge init`: the service accounts of $bridge in Google Cloud. Run it in this folder, with `gcloud` logged in as
-# somebody who may administrate the project. The keys that it makes are secrets: it stores them in credentials/. Where the
-# processes run on Google Cloud, give them the accounts instead, and leave the keys out.
+# Written by `pgbridge init`: the service accounts of $bridge in Google Cloud. Run it in this folder, with
+# `gcloud` logged in as somebody who may administrate the project. The keys that it makes are secrets, and are stored
+# in credentials/. Where the processes run on Google Cloud, give them the accounts instead, and leave the keys out.
 set -eu
 umask 077
 project=$project
@@ -25,7 +25,8 @@ account() {
   [ -e "$$2" ] || gcloud iam service-accounts keys create "$$2" --iam-account="$$1@$$project.iam.gserviceaccount.com"
 }
 may() {  # on what, its name, who, the role
-  gcloud pubsub "$$1" add-iam-policy-binding "$$2" --project="$$project" --member="serviceAccount:$$3" --role="$$4" > /dev/null
+  gcloud pubsub "$$1" add-iam-policy-binding "$$2" --project="$$project" --role="$$4" \\
+    --member="serviceAccount:$$3" > /dev/null
 }
 
 $created
@@ -34,7 +35,8 @@ gcloud projects add-iam-policy-binding "$$project" --condition=None --role=roles
   --member="serviceAccount:$operator@$$project.iam.gserviceaccount.com" > /dev/null
 pgbridge topology --apply --config bridge.toml --credentials credentials/operator
 
-agent=service-$$(gcloud projects describe "$$project" --format='value(projectNumber)')@gcp-sa-pubsub.iam.gserviceaccount.com
+number=$$(gcloud projects describe "$$project" --format='value(projectNumber)')
+agent=service-$$number@gcp-sa-pubsub.iam.gserviceaccount.com
 $granted
 """)
 
@@ -75,6 +77,8 @@ def accounts(installation: Installation) -> Accounts:
 def _service_account(installation: Installation, process: Process) -> str:
     """Google takes 6 to 30 small letters, digits and hyphens."""
     name = re.sub(r"[^a-z0-9-]", "-", installation.account(process))
-    if len(name) > 30:  # noqa: PLR2004
-        raise ValueError(f"would get the service account {name!r}, and Google takes 30 characters; choose a shorter name")
+    if len(name) > 30:
+        raise ValueError(
+            f"would get the service account {name!r}, and Google takes 30 characters; choose a shorter name"
+        )
     return name

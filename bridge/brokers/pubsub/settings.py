@@ -7,7 +7,6 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 
 from bridge.settings.models import Duration, Secret, SinkSettings, Size, SomeSize
 
-
 EXAMPLE: Final = "my-project"
 """A project of Google Cloud."""
 

@@ -16,8 +16,8 @@ _DEFAULT_EXCHANGE: Final = r"^amq\.default$"
 
 _SCRIPT: Final = Template("""\
 #!/bin/sh
-# Written by `pgbridge init`: the accounts of $bridge on RabbitMQ. Run it on a node of RabbitMQ, as root or as the user that
-# it runs as. It may be run again. Delete it afterwards, since it holds passwords.
+# Written by `pgbridge init`: the accounts of $bridge on RabbitMQ. Run it on a node of RabbitMQ, as root or as the user
+# that it runs as. It may be run again. Delete it afterwards, since it holds passwords.
 set -eu
 vhost=$vhost
 
@@ -50,9 +50,7 @@ def accounts(installation: Installation) -> Accounts:
     for process, password in passwords.items():
         words = (installation.account(process), password, *_permissions(process, installation.workers))
         lines += [f"# {_WHY[process]}", " ".join(map(shlex.quote, ("account", *words)))]
-    script = _SCRIPT.substitute(
-        bridge=installation.bridge, vhost=shlex.quote(virtual_host), accounts="\n".join(lines)
-    )
+    script = _SCRIPT.substitute(bridge=installation.bridge, vhost=shlex.quote(virtual_host), accounts="\n".join(lines))
     return Accounts(
         settings={"exchange": _EXCHANGE},
         secrets={process: {"url": url} for process, url in urls.items()},

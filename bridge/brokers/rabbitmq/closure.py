@@ -173,8 +173,8 @@ def connecting_failed(settings: RabbitMQSettings, error: OSError, at: Address | 
             own = settings.tls.cert_file
             refused = f"refuses the certificate in {own}" if own else "asks for a client certificate, and none is set"
             return LoginError(
-                f"{rabbitmq_at(settings, 'tls.cert_file', at=at)} {refused}: {error.reason}. Name one that is in date and "
-                "that an authority has signed which the broker trusts"
+                f"{rabbitmq_at(settings, 'tls.cert_file', at=at)} {refused}: {error.reason}. Name one that is in date "
+                "and that an authority has signed which the broker trusts"
             )
         case ssl.SSLError() if error.reason == "WRONG_VERSION_NUMBER":
             return RefusedError(

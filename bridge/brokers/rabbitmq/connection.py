@@ -8,13 +8,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Final, TypeVar, cast
 
+import structlog
 from pamqp import commands, frame
 from pamqp.base import Frame
 from pamqp.common import FieldTable
 from pamqp.header import ProtocolHeader
 from pamqp.heartbeat import Heartbeat
-
-import structlog
 
 import bridge
 from bridge.brokers.rabbitmq.closure import ClosedError, Closure, During, connecting_failed, error_of, rabbitmq_at
@@ -356,8 +355,8 @@ async def first_that_takes_us(settings: RabbitMQSettings, attempt: Callable[[Add
 
 
 async def connect(settings: RabbitMQSettings, name: str = "pgbridge", *, at: Address | None = None) -> Connection:
-    """A connection after its handshake, within CONNECT_LIMIT for each host; the broker lists it as ``<name> on <host>``.
-    `at`: the one host to try.
+    """A connection after its handshake, within CONNECT_LIMIT for each host, or to the one host `at`; the broker lists
+    it as ``<name> on <host>``.
 
     Raises SettingsError for certificates that cannot be used, BrokerUnavailableError, LoginError, RefusedError.
     """

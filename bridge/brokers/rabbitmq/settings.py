@@ -43,8 +43,8 @@ class Address:
 
 
 def parse_url(url: str) -> tuple[Address, ...]:
-    """Takes an ``amqp://`` or ``amqps://`` URL apart, with the hosts of a cluster between commas; this is the only place
-    that does. One address for each host.
+    """Takes an ``amqp://`` or ``amqps://`` URL apart; this is the only place that does. An address for each host, of
+    which several stand between commas.
 
     Raises ValueError, whose message never shows the URL, since it holds the password.
     """
@@ -55,8 +55,8 @@ def parse_url(url: str) -> tuple[Address, ...]:
         who = urlsplit(f"//{login}@host")
     except ValueError:
         raise ValueError(
-            "is not a URL, or its port is not a number; write amqp://user:password@host:5672/vhost, hosts of one cluster "
-            "with commas between them, and % and / in user or password as %25 and %2F"
+            "is not a URL, or its port is not a number; write amqp://user:password@host:5672/vhost, with commas "
+            "between several hosts, and % and / in user or password as %25 and %2F"
         ) from None
     if parts.scheme not in _PORTS:
         raise ValueError("begins with neither amqp:// nor amqps://")
@@ -103,16 +103,16 @@ def _login(user: str | None, password: str | None) -> tuple[str, str]:
     if not user or password is None:
         missing = "neither user nor password" if not user else "a user and no password"
         raise ValueError(
-            f"has {missing}; write amqp://user:password@host/vhost, or {_GUEST}@host for the account that a new RabbitMQ "
-            "has for its own machine"
+            f"has {missing}; write amqp://user:password@host/vhost, or {_GUEST}@host for the account that a new "
+            "RabbitMQ has for its own machine"
         )
     return unquote(user), unquote(password)
 
 
 class RabbitMQSettings(SinkSettings):
     url: Secret
-    """amqp:// or amqps:// URL with user, password and virtual host. Several hosts of one cluster stand between commas, and
-    are tried in that order: `amqps://user:password@mq1,mq2:5671/shop`."""
+    """amqp:// or amqps:// URL with user, password and virtual host. Several hosts of one cluster stand between commas,
+    and are tried in that order: `amqps://user:password@mq1,mq2:5671/shop`."""
     exchange: str = Field("events", min_length=1, max_length=_LONGEST_NAME)
     """Topic exchange to publish to; the routing key is the event's topic."""
     max_message_bytes: SomeSize = 16_777_216
