@@ -45,3 +45,5 @@ class Accounts:
     """What it holds."""
     how: str
     """What the administrator does with it; ``{file}`` is where it is."""
+    stays: bool = False
+    """Whether the broker needs it further on."""

@@ -329,4 +329,5 @@ def _tell_next_steps(folder: Path, answers: _Answers, database: Logins, accounts
         start=1,
     ):
         click.echo(f"  {number}. {step}")
-    click.echo(f"\nThen delete database.sql and {accounts.file}; nothing needs them any more.")
+    done_with = "database.sql" if accounts.stays else f"database.sql and {accounts.file}"
+    click.echo(f"\nThen delete {done_with}, which nothing needs any more.")

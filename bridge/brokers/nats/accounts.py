@@ -66,6 +66,7 @@ def accounts(installation: Installation) -> Accounts:
         file="pgbridge.conf",
         text=text,
         how="beside nats-server.conf, which is to include it; then reload the server:\n     {file}",
+        stays=True,
     )
 
 

@@ -62,7 +62,7 @@ def accounts(installation: Installation) -> Accounts:
 
 _WHY: Final[dict[Process, str]] = {
     "bridge": "Publishes to the exchange, and no more.",
-    "workers": "Read their queues; what is tried again or given up goes through the default exchange.",
+    "workers": "Take from their queues; what is tried again or given up goes through the default exchange.",
     "operator": "Declares exchange and queues (`pgbridge topology --apply`), and tends dead letters.",
 }
 
