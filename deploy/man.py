@@ -26,7 +26,7 @@ SETTINGS: Final = "bridge.toml"
 
 FILES: Final = {
     "/etc/pgbridge/bridge.toml": "The settings of bridge and workers, where no others are named.",
-    "/etc/pgbridge/credentials/": "Secrets, for root alone: a folder `bridge` and a folder `workers`, and in each a file "
+    "/etc/pgbridge/credentials/": "Secrets, for root alone: folders `bridge` and `workers`, and in each a file "
     "for each secret, named as its key (`postgres.dsn`).",
     "/usr/share/doc/pgbridge/": "Documentation, and examples of settings.",
 }
@@ -129,7 +129,12 @@ def command_page(program: str, command: click.Command, context: click.Context) -
             if number == 0:
                 yield ".SH COMMANDS"
             yield f".SS {troff(inner_context.command_path)}"
-            yield from (".PP", usage(inner, inner_context), *paragraphs(inner.help or ""), *options(inner, inner_context))
+            yield from (
+                ".PP",
+                usage(inner, inner_context),
+                *paragraphs(inner.help or ""),
+                *options(inner, inner_context),
+            )
         yield from (".SH SEE ALSO", f".BR {troff(program)} (1),", f".BR {SETTINGS} (5)")
 
     return page(context.command_path.replace(" ", "-"), 1, summary_of(command), lines())

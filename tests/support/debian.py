@@ -97,7 +97,9 @@ def _base(release: str) -> Folder:
             # How mirrors are reached from here, and how old they may be, the host's apt knows.
             lines = _printed(["apt-config", "dump"], 60).splitlines(keepends=True)
             wanted = ("Acquire::Check-", "Acquire::http", "Acquire::Retries")
-            (partial / "etc/apt/apt.conf.d/90host").write_text("".join(line for line in lines if line.startswith(wanted)))
+            (partial / "etc/apt/apt.conf.d/90host").write_text(
+                "".join(line for line in lines if line.startswith(wanted))
+            )
     return Folder(path)
 
 

@@ -28,7 +28,7 @@ def test_every_command_has_a_manual_page(tmp_path: Path) -> None:
     assert "\\fB\\-\\-why TEXT\\fR" in page
 
     page = (tmp_path / "man5" / "bridge.toml.5").read_text().splitlines()
-    assert '.SH [sinks.<name>] with type = \\(dqnats\\(dq' in page
+    assert ".SH [sinks.<name>] with type = \\(dqnats\\(dq" in page
     assert page[page.index("\\fBprune_interval\\fR (duration; \\fB1m\\fR)") + 1].startswith("How often the leader")
 
 
