@@ -9,10 +9,10 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench faults schema docs clean
+.PHONY: help demo test lint format bench faults schema docs deb deb-test clean
 
 help: ## Shows this list.
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
 
 demo: $(STAMP) ## Runs the main job: orders become events, messages and invoices (BROKER=rabbitmq|pubsub, ORDERS=200).
 	$(VENV)/bin/pgbridge demo --broker $(BROKER) --orders $(ORDERS)
@@ -52,6 +52,12 @@ $(STAMP): pyproject.toml requirements.txt
 
 docs: $(STAMP) ## Writes docs/settings.md and docs/bridge.schema.json from the models.
 	$(VENV)/bin/python -m bridge.settings.document docs
+
+deb: ## Builds build/pgbridge_<version>_<arch>.deb, with a virtual environment inside, for the Debian release that this is.
+	@deploy/build-deb
+
+deb-test: $(STAMP) ## Builds, installs, upgrades and purges that package in a Debian 12 and a Debian 13 folder (as root; debootstrap).
+	$(VENV)/bin/pytest -m packages tests/packages $(PYTEST)
 
 clean: ## Removes what the other targets made.
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from bridge.process.extras import how_to_install
 
@@ -38,6 +39,15 @@ class LazyGroup(click.Group):
                 raise
             raise click.UsageError(f"`{cmd_name}` needs the package {error.name}: {how}") from error
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Completes names of commands without loading them, as click would: a second for each press of Tab."""
+        names = [
+            CompletionItem(name, help=help_line)
+            for name, (_, help_line) in self._lazy.items()
+            if name.startswith(incomplete)
+        ]
+        return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -52,7 +52,8 @@ def server(server_folder: Path) -> Iterator[PasswordServer]:
 async def test_an_order_becomes_a_pdf_by_the_readme(
     server: PasswordServer, rabbitmq: RabbitMQServer, tmp_path: Path
 ) -> None:
-    install, init, use, settings, *_ = blocks()
+    package, install, init, use, settings, *_ = blocks()
+    assert package.startswith("make deb"), "tests/packages follows that way"
     assert PIP in install
     assert use.count("psql -d shop -c ") == 1
     log = tmp_path / "log"

@@ -1,5 +1,6 @@
 """`--help` answers at once, and what it says of a command is what the command says of itself."""
 
+import os
 import subprocess
 import sys
 
@@ -41,3 +42,23 @@ def test_help_loads_nothing_heavy(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "Usage: " in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("module", GROUPS)
+def test_completing_a_name_loads_nothing_heavy(module: str) -> None:
+    program = (
+        f"import sys, {module}\n"
+        "try:\n"
+        f"    {module}.main(prog_name='p')\n"
+        "finally:\n"
+        f"    print([name for name in {HEAVY[module]} if name in sys.modules])\n"
+    )
+    name = list(GROUPS[module].COMMANDS)[-1]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "_P_COMPLETE": "bash_complete", "COMP_WORDS": f"p {name[:-1]}", "COMP_CWORD": "1"},
+    )
+    assert done.stdout.splitlines() == [f"plain,{name}", "[]"]
