@@ -9,7 +9,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench faults schema docs deb deb-test clean
+.PHONY: help demo test lint format bench faults schema docs pictures deb deb-test clean
 
 help: ## Shows this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -52,6 +52,9 @@ $(STAMP): pyproject.toml requirements.txt
 
 docs: $(STAMP) ## Writes docs/settings.md and docs/bridge.schema.json from the models.
 	$(VENV)/bin/python -m bridge.settings.document docs
+
+pictures: $(STAMP) servers ## Draws docs/pictures/ from what commands print on a terminal of 80 columns.
+	$(VENV)/bin/python -m tests.pictures
 
 deb: ## Builds build/pgbridge_<version>_<arch>.deb, with a virtual environment inside, for the Debian release that this is.
 	@deploy/build-deb
