@@ -54,7 +54,8 @@ reply = "shop.rendered"
 EVENTS: Final = """
 select bridge.emit('shop.order.placed', to_jsonb(n), 'customer-' || n) from generate_series(1, 40) n;
 select bridge.emit('shop.invoice.requested', to_jsonb(n), 'customer-' || n) from generate_series(1, 7) n;
-select bridge.emit('shop.order.scanned', to_jsonb(repeat('x', 3000 + n)), 'customer-' || n) from generate_series(1, 3) n;
+select bridge.emit('shop.order.scanned', to_jsonb(repeat('x', 3000 + n)), 'customer-' || n)
+  from generate_series(1, 3) n;
 """
 
 # rich's own names a font at another host.

@@ -20,16 +20,11 @@ import pytest
 
 import bridge.cli
 import workers.cli
-from tests.support.debian import Folder, Machine, kept, pip_settings
+from tests.packages.building import NEEDS, build
+from tests.support.debian import Folder, Machine, kept
 from tests.support.environment import ROOT
 
-pytestmark = [
-    pytest.mark.packages,
-    pytest.mark.skipif(
-        os.geteuid() != 0 or not all(map(shutil.which, ("debootstrap", "systemd-nspawn"))),
-        reason="needs root, debootstrap and systemd-nspawn: apt install debootstrap systemd-container",
-    ),
-]
+pytestmark = NEEDS
 
 SETTINGS: Final = """\
 name = "shop"
@@ -74,30 +69,8 @@ class Packages:
 @pytest.fixture(scope="module", params=["bookworm", "trixie"])
 def packages(request: pytest.FixtureRequest) -> Packages:
     release: str = request.param
-    builder = kept(release, "build", ["build-essential", "debhelper", "python3-venv", "lintian"])
-    home = builder.path / "home" / "builder"
-    if not home.exists():
-        builder.run("useradd", "--create-home", "builder")
-    project = home / "pgbridge"
-    shutil.rmtree(project, ignore_errors=True)
-    _copy_sources(project)
-    builder.run("chown", "-R", "builder:", "/home/builder")
-    built = []
-    for revision in ("1", "2"):
-        printed = builder.run(
-            "make", "-C", "/home/builder/pgbridge", "deb", user="builder",
-            environ={"REVISION": revision, **pip_settings()},
-        )  # fmt: skip
-        built.append(project / re.findall(r"^build/pgbridge_.*\.deb$", printed, flags=re.MULTILINE)[-1])
-    return Packages(release, builder, *built)
-
-
-def _copy_sources(target: Path) -> None:
-    listed = ("git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z")
-    for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]:
-        if (ROOT / name).exists():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
+    builder, (old, new) = build(release, ("1", "2"))
+    return Packages(release, builder, old, new)
 
 
 @contextmanager

@@ -123,7 +123,9 @@ def _copy(source: Path, target: Path) -> None:
 class Machine:
     """A copy of a folder, in which systemd runs."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, *, own_network: bool = False) -> None:
+        """`own_network`: it sees itself alone, so that its servers may have their usual ports."""
+        self._network = ["--private-network"] if own_network else []
         self.path = folder.path.with_name(f"{folder.path.name}.{os.getpid()}-{next(_NUMBERS)}")
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
@@ -134,7 +136,7 @@ class Machine:
         log = self.path.with_suffix(".log")
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [*_NSPAWN, f"--directory={self.path}", "--boot"],
+                [*_NSPAWN, *self._network, f"--directory={self.path}", "--boot"],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
