@@ -42,11 +42,13 @@ async def order_more(event: Event) -> None:
     print("order more:", event.json())
 """
 
-ORDER: Final = (
+PLACE: Final = (
     """runuser -u postgres -- psql -qAt -d shop -c "select shop.place_order(gen_random_uuid(), 1, """
-    """'[{\\"sku\\": \\"CUP\\", \\"quantity\\": 90}]')\""""
+    """'[{{\\"sku\\": \\"{sku}\\", \\"quantity\\": {quantity}}}]')\""""
 )
-"""Places an order, after which few cups are left."""
+SCARCE: Final = PLACE.format(sku="CUP", quantity=90)
+"""After this order few are left, which the shop says with plain pg_notify()."""
+ORDER: Final = PLACE.format(sku="TEA-GREEN", quantity=1)
 
 SETTINGS: Final = "/etc/pgbridge/bridge.toml"
 
@@ -94,16 +96,16 @@ def invoices(machine: Machine) -> int:
     return int(machine.do(f'runuser -u postgres -- psql -qAt -d shop -c "{query}"'))
 
 
-def an_order_becomes_a_pdf(machine: Machine) -> None:
+def an_order_becomes_a_pdf(machine: Machine, order: str = ORDER) -> None:
     before = invoices(machine)
-    machine.do(ORDER)
+    machine.do(order)
     wait(lambda: invoices(machine) == before + 1, "the order has its invoice")
 
 
 def test_from_the_package_to_a_pdf(running: Machine) -> None:
     for unit in UNITS:
         assert show(running, unit, "ActiveState") == "active"
-    an_order_becomes_a_pdf(running)
+    an_order_becomes_a_pdf(running, SCARCE)
     listed = running.do("ls /var/lib/pgbridge/invoices")
     assert re.search(r"\.pdf$", listed, flags=re.MULTILINE)
     wait(lambda: "order more" in running.do("journalctl -u pgbridge-worker@reorder --no-pager"), "plain pg_notify came")
@@ -155,7 +157,7 @@ def test_the_watchdog_ends_a_process_that_is_frozen(running: Machine, unit: str)
 
 def test_a_stop_under_load_loses_nothing(running: Machine) -> None:
     before = invoices(running)
-    load = f"for n in $(seq 30); do {ORDER.replace('90', '1')} > /dev/null; done"
+    load = f"for n in $(seq 30); do {ORDER} > /dev/null; done"
     running.do(f"({load}) & sleep 1; systemctl stop pgbridge.target; wait")
     for unit in UNITS:
         assert (show(running, unit, "ActiveState"), show(running, unit, "Result")) == ("inactive", "success")
