@@ -162,9 +162,7 @@ def test_commands_run_without_settings_and_say_what_they_need(machine: Machine) 
 
 
 def test_every_extra_is_there_and_everything_is_compiled(machine: Machine) -> None:
-    modules = (
-        "cryptography, google.cloud.pubsub_v1, grpc, httpcore, nats, obstore, psycopg, stripe, typst, uvloop"
-    )
+    modules = "cryptography, google.cloud.pubsub_v1, grpc, httpcore, nats, obstore, psycopg, stripe, typst, uvloop"
     machine.do(f"/opt/pgbridge/bin/python3 -c 'import {modules}'")
     missing = machine.do("""
         find /opt/pgbridge -name '*.py' -path '*/bridge/*' | while read -r file; do
