@@ -2,9 +2,10 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Final, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Self, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -178,6 +179,16 @@ class TlsSettings(Model):
         return next((name for name, value in self if value is not None), None)
 
 
+class PlainText(NamedTuple):
+    """A host to which a sink's settings let everything go in plain text."""
+
+    host: str
+    key: str
+    """The field that says so."""
+    mend: str
+    """What to write instead."""
+
+
 class SinkSettings(Model):
     """What every kind of broker has. A broker's own model is a subclass, in its folder below `bridge/brokers`."""
 
@@ -206,6 +217,11 @@ class SinkSettings(Model):
     def name(self) -> str:
         """What the settings call this sink; empty when it comes from no settings file."""
         return self._name
+
+    @property
+    def plain_text(self) -> Sequence[PlainText]:
+        """The hosts that are spoken to without TLS."""
+        return ()
 
     def key(self, field: str) -> str:
         """The dotted key of one of its fields, for errors: ``sinks.events.url``."""

@@ -1,5 +1,6 @@
 """What can be set of NATS, and what its URL says."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Final
@@ -7,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 
-from bridge.settings.models import Secret, SinkSettings, SomeSize, TlsSettings
+from bridge.settings.models import PlainText, Secret, SinkSettings, SomeSize, TlsSettings
 
 _PORT: Final = 4222
 _FORM: Final = "write nats://user:password@host:4222, or several with commas"
@@ -60,6 +61,14 @@ class NatsSettings(SinkSettings):
     def servers(self) -> Servers:
         """What the URL says, parsed."""
         return _parse(self.url.get_secret_value())
+
+    @property
+    def plain_text(self) -> Sequence[PlainText]:
+        """See `SinkSettings.plain_text`."""
+        if self.encrypted:
+            return ()
+        mend = "Write tls://, and give the server certificates"
+        return [PlainText(address.rpartition(":")[0], "url", mend) for address in self.servers.addresses]
 
 
 def _parse(url: str) -> Servers:

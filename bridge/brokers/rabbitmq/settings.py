@@ -1,6 +1,7 @@
 """What can be set of RabbitMQ, and where its URL says that it is."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final, Self
@@ -8,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from bridge.settings.models import Secret, SinkSettings, SomeDuration, SomeSize, TlsSettings
+from bridge.settings.models import PlainText, Secret, SinkSettings, SomeDuration, SomeSize, TlsSettings
 
 _PORTS: Final = {"amqp": 5672, "amqps": 5671}
 
@@ -122,3 +123,10 @@ class RabbitMQSettings(SinkSettings):
     def address(self) -> Address:
         """The URL's parts."""
         return parse_url(self.url.get_secret_value())
+
+    @property
+    def plain_text(self) -> Sequence[PlainText]:
+        """See `SinkSettings.plain_text`."""
+        if self.address.tls:
+            return ()
+        return (PlainText(self.address.host, "url", "Write amqps://, and the port for TLS (usually 5671)"),)
