@@ -13,7 +13,7 @@ from collections.abc import Mapping, MutableMapping
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
@@ -29,16 +29,22 @@ _OF_A_FOLDER: Final = re.compile("^(?:bridge|workers)_")
 DEFAULT_PATHS: Final = (Path("bridge.toml"), Path("/etc/pgbridge/bridge.toml"))
 
 
-def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
+Process = Literal["bridge", "workers"]
+"""A kind of process. systemd hands each the credentials of a folder of its own."""
+
+
+def load(path: Path | None = None, environ: Mapping[str, str] = os.environ, *, of: Process = "bridge") -> Settings:
     """The settings in `path`; without one, of ``$PGBRIDGE_CONFIG``, ``bridge.toml`` or ``/etc/pgbridge/bridge.toml``.
+
+    `of`: whose credentials count where a command outside of systemd finds those of both.
 
     Raises SettingsError with one line a mistake, each naming its key.
     """
-    path = path or _find(environ)
-    data = _read(path)
+    path = path or find(environ)
+    data = read(path)
     named = environ.get(CREDENTIALS_VARIABLE)
-    units = _Units([], []) if named else _of_units(path.parent)
-    for folder in units.readable:
+    folders = Units([], []) if named else units(path.parent, of)
+    for folder in folders.readable:
         _overlay(data, _from_credentials(folder), "a credential")
     _overlay(data, _from_environment(environ), "the environment")
     if named:
@@ -47,7 +53,7 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
         return _validate(data, path.parent)
     except _Mistakes as mistakes:
         lines = "\n".join(f"  {line}" for line in mistakes.lines)
-        for folder in units.closed:
+        for folder in folders.closed:
             lines += f"\n  what {folder} holds is missing, which this user may not read: use sudo, or --credentials"
         raise SettingsError(f"{path}:\n{lines}") from None
 
@@ -62,7 +68,11 @@ class _Mistakes(Exception):  # noqa: N818 - never leaves this module
         self.lines = lines
 
 
-def _find(environ: Mapping[str, str]) -> Path:
+def find(environ: Mapping[str, str] = os.environ) -> Path:
+    """The settings file of ``$PGBRIDGE_CONFIG``, ``bridge.toml`` or ``/etc/pgbridge/bridge.toml``.
+
+    Raises SettingsError.
+    """
     if named := environ.get(CONFIG_VARIABLE):
         return Path(named)
     for path in DEFAULT_PATHS:
@@ -74,7 +84,8 @@ def _find(environ: Mapping[str, str]) -> Path:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """The tables of a settings file, as they are written. Raises SettingsError."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -91,7 +102,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-class _Units(NamedTuple):
+class Units(NamedTuple):
     """The folders from which the units take their credentials."""
 
     readable: list[Path]
@@ -99,10 +110,10 @@ class _Units(NamedTuple):
     """Those that this user may not look into."""
 
 
-def _of_units(beside: Path) -> _Units:
-    """For a command outside of systemd: those beside the settings; what both have is the bridge's."""
-    found = _Units([], [])
-    for unit in ("workers", "bridge"):
+def units(beside: Path, of: Process = "bridge") -> Units:
+    """For a command outside of systemd: those beside the settings; what both have is that of this process."""
+    found = Units([], [])
+    for unit in ("workers", "bridge") if of == "bridge" else ("bridge", "workers"):
         folder = beside / "credentials" / unit
         try:
             if folder.is_dir():
