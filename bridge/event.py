@@ -245,6 +245,24 @@ def matches(pattern: str, topic: str) -> bool:
     return all(word == "#" for word in wanted[at:])
 
 
+def overlap(one: str, other: str) -> bool:
+    """Whether some topic is taken by both patterns."""
+    ours, theirs = one.split("."), other.split(".")
+    # From the ends: whether what is left of both from a place on has a topic in common.
+    below = [False] * len(theirs) + [True]
+    for at in range(len(theirs) - 1, -1, -1):
+        below[at] = theirs[at] == "#" and below[at + 1]
+    for word in reversed(ours):
+        here = [False] * len(theirs) + [word == "#" and below[-1]]
+        for at in range(len(theirs) - 1, -1, -1):
+            if "#" in (word, theirs[at]):
+                here[at] = below[at] or here[at + 1]
+            else:
+                here[at] = ("*" in (word, theirs[at]) or word == theirs[at]) and below[at + 1]
+        below = here
+    return below[0]
+
+
 _ONE_SECOND: Final = timedelta(seconds=1)
 _ZERO: Final = timedelta(0)
 

@@ -24,10 +24,10 @@ from workers.metrics import REGISTRY
 @exit_codes
 def run_worker(name: str, config: Path | None) -> None:
     """Runs one process of the worker NAME until SIGTERM or SIGINT. Several may run side by side."""
-    settings = load(config).for_workers
+    settings = load(config, of="workers")
     configure(settings.observe)
     flush_each_line()
-    run_daemon(_run(name, settings, partial(load, config)))
+    run_daemon(_run(name, settings, partial(load, config, of="workers")))
 
 
 async def _run(name: str, settings: Settings, load_again: Callable[[], object]) -> None:
@@ -43,7 +43,7 @@ async def _run(name: str, settings: Settings, load_again: Callable[[], object]) 
 @exit_codes
 def list_workers(config: Path | None, as_json: bool) -> None:
     """Lists the workers that the settings define."""
-    settings = load(config).for_workers
+    settings = load(config, of="workers")
     workers = [_fields(name, settings) for name in sorted(settings.workers)]
     if as_json:
         print_json(workers, indent=2)

@@ -69,7 +69,7 @@ def try_worker(
     PAYLOAD is a file; `-` reads it from standard input. Prints the handler's result and its outside effects, which do
     happen, and ends with 1 where the worker would try the event again or dead-letter it.
     """
-    settings = load(config).for_workers
+    settings = load(config, of="workers")
     own = settings.worker(name)
     handler = load_handler(own.handler, name, own.path)
     bound = handler.configured(own.options, name)

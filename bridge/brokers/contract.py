@@ -14,7 +14,7 @@ knows in which order things must happen.
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 from bridge.brokers.accounts import Accounts, Installation
 from bridge.event import Event, Malformed
@@ -61,6 +61,8 @@ class Declaration:
     state: Literal["present", "missing", "declared", "differs"]
     detail: str = ""
     """What it is declared with; for ``differs``, what is in the way and how to correct it."""
+    assumed: bool = False
+    """Whether ``present`` is not what the broker says, since it does not say, or not to this login."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,19 @@ class Sink(Protocol):
 
     async def close(self) -> None:
         """Disconnects. What is in flight becomes Unknown."""
+
+
+@runtime_checkable
+class InspectableSink(Protocol):
+    """A sink that finds out before a run whether its login may do what a run needs."""
+
+    async def inspect(self, topics: Sequence[str]) -> Sequence[str]:
+        """Looks at all that `open` looks at, and at the permissions for publishing to topics of these patterns. Has no
+        effect on any message, also where the login may do everything.
+
+        Returns what it found in words, also what cannot be known. Needs no `open`; raises what `open` raises, and
+        PrivilegeError.
+        """
 
 
 HELD: Final = "held"
@@ -279,6 +294,19 @@ class Queue(Protocol):
 
     async def close(self) -> None:
         """Disconnects; the broker redelivers whatever was not settled, also what a verb has failed to settle."""
+
+
+@runtime_checkable
+class InspectableQueue(Protocol):
+    """A queue that finds out before a run whether its login may do what a run needs."""
+
+    async def inspect(self) -> Sequence[str]:
+        """Looks at all that `open` looks at, and at the permissions for consuming, settling and giving up. Takes no
+        message, and is nobody's consumer.
+
+        Returns what it found in words, also what cannot be known. Needs no `open`; raises what `open` raises, and
+        PrivilegeError.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,9 @@ Declared = Sequence[tuple[str, Sequence[Declaration]]]
 """Pairs of an owner, ``sink <name>`` or ``worker <name>``, and what it needs."""
 
 
-async def declarations(settings: Settings, *, apply: bool) -> Declared:
+async def declarations(settings: Settings, workers: Settings, *, apply: bool) -> Declared:
     """What every sink and worker needs, and whether its broker has it; with `apply`, declares what is missing first.
+    `workers`: the settings as the workers read them.
 
     Raises BrokerUnavailableError, RefusedError, SettingsError.
     """
@@ -28,9 +29,8 @@ async def declarations(settings: Settings, *, apply: bool) -> Declared:
     ]
     # The bridge never imports the workers, so what they want comes through an entry point.
     for point in entry_points(group="pgbridge.subscriptions"):
-        for worker, (sink, subscription) in point.load()(settings.for_workers).items():
-            settings_of_sink = settings.for_workers.sinks[sink]
-            queue = broker_of(settings_of_sink).queue(settings_of_sink, subscription)
+        for worker, (sink, subscription) in point.load()(workers).items():
+            queue = broker_of(workers.sinks[sink]).queue(workers.sinks[sink], subscription)
             found.append((f"worker {worker}", await queue.topology(apply=apply)))
     return found
 
@@ -56,7 +56,7 @@ def require_complete(declared: Declared) -> None:
 @exit_codes
 def topology(config: Path | None, apply: bool, as_json: bool) -> None:
     """Shows what the brokers have of what these settings need. Ends with 69 when something is missing or different."""
-    declared = run(declarations(load(config), apply=apply))
+    declared = run(declarations(load(config), load(config, of="workers"), apply=apply))
     rows = [
         {"owner": owner, "kind": one.kind, "name": one.name, "state": one.state, "detail": one.detail}
         for owner, all_of_it in declared

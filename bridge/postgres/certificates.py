@@ -1,12 +1,10 @@
 """What TLS proves of the server behind a connection, and what is wrong with a certificate that it shows."""
 
-import contextlib
 import os
 import socket
 import ssl
 import struct
 from collections.abc import Mapping
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +12,7 @@ import psycopg
 from psycopg import pq
 
 from bridge.errors import SettingsError
+from bridge.process.addresses import is_here
 
 _SSL_REQUEST: Final = struct.pack("!ii", 8, 80_877_103)
 """How a client of PostgreSQL's protocol asks for TLS; the server answers S before the handshake."""
@@ -73,12 +72,3 @@ def unproven(info: psycopg.ConnectionInfo, pgconn: pq.abc.PGconn) -> str | None:
         "can read the password and change events. Write sslmode=verify-full sslrootcert=FILE, with the certificate of "
         "the authority that signed the server's"
     )
-
-
-def is_here(host: str) -> bool:
-    """Whether a host of a DSN is this machine."""
-    if not host or host.startswith(("/", "@")) or host.lower() == "localhost":
-        return True
-    with contextlib.suppress(ValueError):
-        return ip_address(host).is_loopback
-    return False

@@ -9,7 +9,7 @@ from typing import Final
 import psycopg
 from psycopg import conninfo, pq, sql
 
-from bridge.postgres.certificates import is_here
+from bridge.process.addresses import is_here
 
 _ROLES: Final[dict[str, str | None]] = {
     "owner": None,

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
 from threading import Semaphore, Thread
 from typing import TYPE_CHECKING, Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, make_server
@@ -22,6 +23,10 @@ _CONNECTIONS: Final = 16
 """Served at once; one more is closed."""
 _PATIENCE: Final = 5.0
 """Seconds in which a connection must say something, or take what it is told."""
+_LOOK: Final = 1.0
+"""Seconds in which whoever has a port must answer."""
+_LARGEST: Final = 1_000_000
+"""Bytes of an answer that are read."""
 _PASSES: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 """Another process still has the port, or a floating address is not on this machine yet."""
 
@@ -74,6 +79,21 @@ def serving(
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def answers_as(listen: str) -> str | None:
+    """The name of the process of ours that serves at an address; None where nothing of ours does. Blocks, where
+    something else is there, for a second at most."""
+    host, _, port = listen.rpartition(":")
+    connection = HTTPConnection(host.strip("[]"), int(port), timeout=_LOOK)
+    try:
+        connection.request("GET", "/health")
+        name = json.loads(connection.getresponse().read(_LARGEST))["name"]
+    except (OSError, HTTPException, ValueError, KeyError, TypeError):
+        return None
+    finally:
+        connection.close()
+    return str(name)
 
 
 def cannot_listen(key: str, listen: str, error: OSError) -> PgbridgeError:

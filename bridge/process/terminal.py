@@ -184,6 +184,28 @@ def field(name: str, value: str, *, indent: int = 0, label: int = 12) -> str:
     return head + ("\n" + " " * len(head)).join(_wrap(_one_line(value), columns() - len(head)))
 
 
+_WHOLE: Final = re.compile(r"`[^`]*`|(?<=[Rr]un: )[^;]*?(?=\.?$|\. |;)|\bpgbridge(?:-worker)? [a-z]+(?: --?[a-z-]+)*")
+"""Commands in a text: they are to be copied, and so never broken."""
+
+_KEPT: Final = "\x00"
+"""Stands for a space at which nothing is broken."""
+
+
+def wrapped(text: str, *, first: int, rest: int) -> str:
+    """A text behind `first` columns of its line, that goes on below behind `rest` columns where it is too long for the
+    terminal; between words only, and commands stay whole."""
+    kept = _WHOLE.sub(lambda found: found[0].replace(" ", _KEPT), _one_line(text))
+    lines = textwrap.wrap(
+        kept,
+        columns(),
+        initial_indent=" " * first,
+        subsequent_indent=" " * rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines).replace(_KEPT, " ")[first:]
+
+
 def _one_line(text: str) -> str:
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
 

@@ -4,7 +4,7 @@ Nothing else in the project reads configuration. `models` says what there is and
 written, `load` where settings come from and what a mistake in them is called, `document` writes the pages about them.
 """
 
-from bridge.settings.load import load
+from bridge.settings.load import Process, find, load
 from bridge.settings.models import (
     ChannelsSettings,
     ObserveSettings,
@@ -23,11 +23,13 @@ __all__ = [
     "ObserveSettings",
     "OutboxSettings",
     "PostgresSettings",
+    "Process",
     "RelaySettings",
     "RouteSettings",
     "Settings",
     "SinkSettings",
     "TlsSettings",
     "WorkerSettings",
+    "find",
     "load",
 ]

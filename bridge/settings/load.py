@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
@@ -30,34 +30,37 @@ _OF_A_FOLDER: Final = re.compile("^(?:bridge|workers)_")
 DEFAULT_PATHS: Final = (Path("bridge.toml"), Path("/etc/pgbridge/bridge.toml"))
 
 
-def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
+Process = Literal["bridge", "workers"]
+"""A kind of process. systemd hands each the credentials of a folder of its own."""
+
+
+def load(path: Path | None = None, environ: Mapping[str, str] = os.environ, *, of: Process = "bridge") -> Settings:
     """The settings in `path`; without one, of ``$PGBRIDGE_CONFIG``, ``bridge.toml`` or ``/etc/pgbridge/bridge.toml``.
+
+    `of`: whose credentials count where a command outside of systemd finds those of both.
 
     Raises SettingsError with one line a mistake, each naming its key.
     """
-    path = path or _find(environ)
-    units = _Units([], []) if environ.get(CREDENTIALS_VARIABLE) else _of_units(path.parent)
-    with _told(path, units.closed):
-        settings = _validate(_merged(path, environ, units.readable), path.parent)
-        if len(units.readable) > 1:
-            settings.take_for_workers(_validate(_merged(path, environ, units.readable[::-1]), path.parent))
-    return settings
+    path = path or find(environ)
+    folders = Units([], []) if environ.get(CREDENTIALS_VARIABLE) else units(path.parent, of)
+    with _told(path, folders.closed):
+        return _validate(_merged(path, environ, folders.readable), path.parent)
 
 
 def load_postgres(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> PostgresSettings:
     """How `load` finds the database, for whoever has no login at a broker, and is to be told nothing of the rest."""
-    path = path or _find(environ)
-    units = _Units([], []) if environ.get(CREDENTIALS_VARIABLE) else _of_units(path.parent)
-    with _told(path, units.closed):
+    path = path or find(environ)
+    folders = Units([], []) if environ.get(CREDENTIALS_VARIABLE) else units(path.parent)
+    with _told(path, folders.closed):
         try:
-            return PostgresSettings.model_validate(_merged(path, environ, units.readable).get("postgres", {}))
+            return PostgresSettings.model_validate(_merged(path, environ, folders.readable).get("postgres", {}))
         except ValidationError as error:
             raise _Mistakes(_explain(error, PostgresSettings, "postgres")) from None
 
 
-def _merged(path: Path, environ: Mapping[str, str], units: Sequence[Path]) -> dict[str, Any]:
-    data = _read(path)
-    for folder in units:
+def _merged(path: Path, environ: Mapping[str, str], folders: Sequence[Path]) -> dict[str, Any]:
+    data = read(path)
+    for folder in folders:
         _overlay(data, _from_credentials(folder), "a credential")
     _overlay(data, _from_environment(environ), "the environment")
     if named := environ.get(CREDENTIALS_VARIABLE):
@@ -87,7 +90,11 @@ class _Mistakes(Exception):  # noqa: N818 - never leaves this module
         self.lines = lines
 
 
-def _find(environ: Mapping[str, str]) -> Path:
+def find(environ: Mapping[str, str] = os.environ) -> Path:
+    """The settings file of ``$PGBRIDGE_CONFIG``, ``bridge.toml`` or ``/etc/pgbridge/bridge.toml``.
+
+    Raises SettingsError.
+    """
     if named := environ.get(CONFIG_VARIABLE):
         return Path(named)
     for path in DEFAULT_PATHS:
@@ -99,7 +106,8 @@ def _find(environ: Mapping[str, str]) -> Path:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """The tables of a settings file, as they are written. Raises SettingsError."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -116,7 +124,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-class _Units(NamedTuple):
+class Units(NamedTuple):
     """The folders from which the units take their credentials."""
 
     readable: list[Path]
@@ -124,11 +132,10 @@ class _Units(NamedTuple):
     """Those that this user may not look into."""
 
 
-def _of_units(beside: Path) -> _Units:
-    """For a command outside of systemd: those beside the settings. What both have is the bridge's, and for what is done
-    in the workers' name theirs."""
-    found = _Units([], [])
-    for unit in ("workers", "bridge"):
+def units(beside: Path, of: Process = "bridge") -> Units:
+    """For a command outside of systemd: those beside the settings; what both have is that of this process."""
+    found = Units([], [])
+    for unit in ("workers", "bridge") if of == "bridge" else ("bridge", "workers"):
         folder = beside / "credentials" / unit
         try:
             if folder.is_dir():

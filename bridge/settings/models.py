@@ -2,9 +2,10 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Final, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Self, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -178,6 +179,16 @@ class TlsSettings(Model):
         return next((name for name, value in self if value is not None), None)
 
 
+class PlainText(NamedTuple):
+    """A host to which a sink's settings let everything go in plain text."""
+
+    host: str
+    key: str
+    """The field that says so."""
+    mend: str
+    """What to write instead."""
+
+
 class SinkSettings(Model):
     """What every kind of broker has. A broker's own model is a subclass, in its folder below `bridge/brokers`."""
 
@@ -206,6 +217,11 @@ class SinkSettings(Model):
     def name(self) -> str:
         """What the settings call this sink; empty when it comes from no settings file."""
         return self._name
+
+    @property
+    def plain_text(self) -> Sequence[PlainText]:
+        """The hosts that are spoken to without TLS."""
+        return ()
 
     def key(self, field: str) -> str:
         """The dotted key of one of its fields, for errors: ``sinks.events.url``."""
@@ -515,18 +531,6 @@ class Settings(Model):
         if not isinstance(dsn, str | None):
             raise ValueError("workers.dsn: is a libpq connection string; a worker cannot have this name")  # noqa: TRY004
         return {**data, "workers": workers, "workers_login": dsn}
-
-    _for_workers: "Settings | None" = PrivateAttr(None)
-
-    def take_for_workers(self, settings: "Settings") -> None:
-        """For whoever loads them: the same with the workers' logins wherever they have their own."""
-        self._for_workers = settings
-
-    @property
-    def for_workers(self) -> "Settings":
-        """As the workers' processes see them. A command outside of systemd sees the secrets of bridge and workers;
-        under one key each may have a login of its own."""
-        return self._for_workers or self
 
     @property
     def workers_postgres(self) -> PostgresSettings:

@@ -24,6 +24,7 @@ from tests.support.metrics import MEMORY, metric
 from tests.support.proxy import Proxy
 from tests.support.servers import PostgresServer, RabbitMQServer, free_port
 from tests.support.until import rows_become, until
+from tests.support.unwrapped import unwrapped
 
 FLOOD = 100_000
 NOTIFY = "select pg_notify('Orders', n::text) from generate_series({}, {}) n order by n"
@@ -233,7 +234,7 @@ async def test_check_warns_of_each_forwarded_channel_that_any_role_may_send_to_i
 ) -> None:
     text = settings(bridge_database, messages, '[channels]\nlisten = ["orders", "Stock Level"]')
     out, _ = await command("check", "--config", str(Daemon(tmp_path, text).config))
-    warned = [line for line in out.splitlines() if "any role that may connect" in line]
+    warned = [line for line in unwrapped(out).splitlines() if "any role that may connect" in line]
     assert [line.partition("any role")[0].split() for line in warned] == [
         ["warn", "channel", "orders"],
         ["warn", "channel", "Stock", "Level"],

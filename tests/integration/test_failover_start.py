@@ -13,6 +13,7 @@ from bridge.postgres.schema import migrate
 from tests.support.daemons import run_command
 from tests.support.servers import NOT_DURABLE, PostgresServer, free_port
 from tests.support.standby import StandbyServer
+from tests.support.unwrapped import unwrapped
 
 SETTINGS = """
 name = "test"
@@ -125,7 +126,7 @@ def test_what_passes_by_itself_ends_with_69(place: tuple[str, str], tmp_path: Pa
     path.write_text(SETTINGS.format(dsn=dsn))
     module = "workers.cli" if command == "worker" else "bridge.cli"
     done = run_command(*COMMANDS[command], "--config", str(path), module=module)
-    said = done.stdout + done.stderr
+    said = unwrapped(done.stdout) + done.stderr
     assert expected in said
     assert "postgres.dsn: " in said
     assert "Traceback" not in said

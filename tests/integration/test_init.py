@@ -205,9 +205,10 @@ def test_secrets_stand_where_their_process_alone_finds_them(tmp_path: Path) -> N
 def test_a_command_of_the_host_uses_for_bridge_and_workers_what_each_may(tmp_path: Path) -> None:
     init(tmp_path, *ANSWERS, *AT, "--worker", "invoices")
     settings = load(tmp_path / "bridge.toml", {})
-    urls = [each.sinks["events"].url.get_secret_value() for each in (settings, settings.for_workers)]  # type: ignore[attr-defined]
+    theirs = load(tmp_path / "bridge.toml", {}, of="workers")
+    urls = [each.sinks["events"].url.get_secret_value() for each in (settings, theirs)]  # type: ignore[attr-defined]
     assert [re.findall(r"//(\w+):", url) for url in urls] == [["shop_bridge"], ["shop_workers"]]
-    assert "user=shop_workers" in settings.workers_postgres.dsn.get_secret_value()
+    assert "user=shop_workers" in theirs.workers_postgres.dsn.get_secret_value()
 
 
 def test_to_another_machine_the_database_must_prove_who_it_is(tmp_path: Path) -> None:

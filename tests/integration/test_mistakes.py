@@ -14,6 +14,7 @@ from bridge.postgres.schema import migrate
 from tests.support.daemons import run_command
 from tests.support.servers import NOT_DURABLE, MissingProgramError
 from tests.support.strict_postgres import PasswordServer, TlsPostgresServer
+from tests.support.unwrapped import unwrapped
 
 BASE = """
 name = "test"
@@ -138,7 +139,7 @@ def test_one_mistake_has_one_answer_in_every_command(
     path.write_text(BASE.format(dsn=dsn.format(port=asking.port)) + handler)
     module = "workers.cli" if command == "worker" else "bridge.cli"
     done = run_command(*COMMANDS[command], "--config", str(path), module=module)
-    said = done.stdout + done.stderr
+    said = unwrapped(done.stdout) + done.stderr
     assert done.returncode == 69, said
     assert "Traceback" not in said
     assert "hunter2" not in said

@@ -26,6 +26,7 @@ from tests.support.pgbouncer import PgBouncer
 from tests.support.servers import MissingProgramError, NatsServer, PostgresServer
 from tests.support.shop import SHOP, Replies
 from tests.support.until import rows_become, until
+from tests.support.unwrapped import unwrapped
 from workers.session import ClaimSession
 from workers.webhooks.deliveries import Deliveries
 
@@ -255,7 +256,7 @@ async def test_the_bridge_its_check_and_a_worker_refuse_transaction_mode_and_lea
         ("workers.cli", ("run", f"{unique}-echo")),
     ):
         done = await asyncio.to_thread(run_command, *words, "--config", str(bridge.config), module=module)
-        said = done.stdout + done.stderr
+        said = unwrapped(done.stdout) + done.stderr
         assert done.returncode == 69, said
         assert "postgres.dsn: " in said
         assert "pooler in transaction mode (PgBouncer)" in said
@@ -310,7 +311,7 @@ async def test_start_parameters_that_the_pooler_does_not_take_are_a_mistake_in_t
     bridge = configured(make_conninfo(pooled, options="-c work_mem=8MB"))
     await command("topology", "--apply", "--config", str(bridge.config))
     for words in (["check"], ["status"], ["migrate"]):
-        said = "".join(await command(*words, "--config", str(bridge.config), expect=78))
+        said = unwrapped("".join(await command(*words, "--config", str(bridge.config), expect=78)))
         assert "postgres.dsn: " in said
         assert "the pooler at 127.0.0.1:" in said
         assert "Remove `options`" in said

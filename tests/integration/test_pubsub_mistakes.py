@@ -176,3 +176,26 @@ async def test_an_endpoint_without_tls_does_answer(tmp_path: Path) -> None:
             everything_that_connects(settings), RefusedError, server.address, "makes no TLS connection", key="endpoint"
         )
         assert not server.calls
+
+
+@pytest.mark.parametrize("module", ["sink", "queue"])
+async def test_topology_of_who_may_not_look_is_taken_for_granted_where_it_may_be_used(
+    scripted: ScriptedPubSub, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    settings = settings_of(endpoint=scripted.address)
+
+    async def as_the_service(settings: PubSubSettings) -> Connection:
+        return Connection(grpc.aio.insecure_channel(settings.endpoint), settings)
+
+    monkeypatch.setattr(f"bridge.brokers.pubsub.{module}.connect", as_the_service)
+    denied = grpc.StatusCode.PERMISSION_DENIED
+    scripted.refusals = {"GetTopic": denied, "GetSubscription": denied}
+    user = PubSubSink(settings) if module == "sink" else queue_of(settings)
+    found = await user.topology(apply=False)
+    assert {each.state for each in found} == {"present"}
+    assert {each.kind for each in found if not each.assumed} == {"permission"}
+    with pytest.raises(PrivilegeError):
+        await user.topology(apply=True)
+    scripted.granted = False
+    with pytest.raises(PrivilegeError):
+        await user.topology(apply=False)

@@ -32,6 +32,7 @@ from tests.support.servers import RabbitMQServer, free_port
 from tests.support.shop import SHOP
 from tests.support.tls_rabbitmq import TlsRabbitMQServer
 from tests.support.until import rows_become
+from tests.support.unwrapped import unwrapped
 
 pytestmark = pytest.mark.rabbitmq
 
@@ -398,7 +399,7 @@ def test_every_process_ends_with_69_when_the_password_is_refused(
     url = f"amqp://guest:hunter2@127.0.0.1:{rabbitmq.port}/"
     config.write_text(PROCESSES.format(dsn=bridge_database, url=url))
     done = run_command(*words, "--config", str(config), module=module)
-    said = done.stdout + done.stderr
+    said = unwrapped(done.stdout) + done.stderr
     assert done.returncode == 69, said
     assert f"sinks.events.url: RabbitMQ at 127.0.0.1:{rabbitmq.port} refuses the user 'guest'" in said
     assert "hunter2" not in said

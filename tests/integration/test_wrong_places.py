@@ -12,6 +12,7 @@ from psycopg import conninfo, sql
 from tests.support.daemons import run_command
 from tests.support.servers import NOT_DURABLE, PostgresServer
 from tests.support.standby import StandbyServer
+from tests.support.unwrapped import unwrapped
 
 SETTINGS = """
 name = "test"
@@ -31,7 +32,7 @@ async def told(tmp_path: Path, dsn: str, expected: str) -> None:
     config.write_text(SETTINGS.format(dsn=dsn))
     for command in ("run", "check"):
         done = await asyncio.to_thread(run_command, command, "--config", str(config))
-        said = done.stdout + done.stderr
+        said = unwrapped(done.stdout) + done.stderr
         assert expected in said, f"{command}: {said}"
         assert "postgres.dsn: " in said
         assert "Traceback" not in said

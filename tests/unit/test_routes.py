@@ -1,8 +1,12 @@
 """Topic patterns as in AMQP, and the routing table."""
 
-import pytest
+import itertools
 
-from bridge.event import matches
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge.event import matches, overlap
 from bridge.routes import Routes
 
 
@@ -47,3 +51,12 @@ def test_every_route_that_matches_applies_and_each_sink_once() -> None:
 def test_more_topics_than_the_cache_holds_are_still_routed() -> None:
     routes = Routes([("shop.#", "a")])
     assert all(routes.sinks_of(f"shop.{n}") == ("a",) for n in range(70_000))
+
+
+PATTERNS = st.lists(st.sampled_from(["a", "b", "*", "#"]), min_size=1, max_size=4).map(".".join)
+TOPICS = [".".join(words) for length in range(1, 8) for words in itertools.product("abc", repeat=length)]
+
+
+@given(PATTERNS, PATTERNS)
+def test_patterns_overlap_where_some_topic_is_taken_by_both(one: str, other: str) -> None:
+    assert overlap(one, other) is any(matches(one, topic) and matches(other, topic) for topic in TOPICS)

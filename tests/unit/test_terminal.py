@@ -105,3 +105,15 @@ def test_times_are_those_of_this_machine_and_name_their_zone(berlin: None) -> No
     assert terminal.moment(datetime(2026, 11, 29, 20, 5, 33, 99, tzinfo=UTC)) == "2026-11-29 21:05:33 CET"
     assert terminal.moment(datetime(2026, 7, 1, 20, 5, 33, tzinfo=UTC)) == "2026-07-01 22:05:33 CEST"
     assert terminal.moment(None) == "-"
+
+
+def test_a_command_in_a_text_is_never_broken() -> None:
+    text = (
+        "postgres.dsn: something is missing. Run: grant bridge_relay to some_role; or use `pgbridge check --for bridge`"
+    )
+    lines = terminal.wrapped(text, first=50, rest=25).split("\n")
+    assert lines == [
+        "postgres.dsn: something is",
+        " " * 25 + "missing. Run: grant bridge_relay to some_role; or use",
+        " " * 25 + "`pgbridge check --for bridge`",
+    ]

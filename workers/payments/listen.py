@@ -74,7 +74,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 @exit_codes
 def listen(name: str, config: Path | None) -> None:
     """Receives Stripe's webhooks for the worker NAME until SIGTERM or SIGINT, and records them as events."""
-    settings = load(config).for_workers
+    settings = load(config, of="workers")
     configure(settings.observe)
     options = load_options(settings, name, PaymentOptions)
     if options.listen is None:
@@ -82,7 +82,7 @@ def listen(name: str, config: Path | None) -> None:
             f"workers.{name}.options.listen: is missing; it names the address that Stripe's webhooks come to, and the "
             "secret that they are signed with"
         )
-    run_daemon(Listener(name, settings, options.listen).run(partial(load, config)))
+    run_daemon(Listener(name, settings, options.listen).run(partial(load, config, of="workers")))
 
 
 class Answer(NamedTuple):

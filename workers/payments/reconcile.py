@@ -102,7 +102,7 @@ def reconcile(name: str, since: datetime, again: bool, dry_run: bool, config: Pa
     and was begun so long ago that nothing can be on its way, may begin again: its dead letter waits for `--again`, or
     for `pgbridge dead replay`. It ends with 1 where something is left that only a person can find out.
     """
-    settings = load(config).for_workers
+    settings = load(config, of="workers")
     findings = run(Reconciliation(settings, name, again=again, dry_run=dry_run).run(since))
     if as_json:
         print_json([_fields(finding) for finding in findings], indent=2)

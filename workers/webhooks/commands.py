@@ -30,9 +30,9 @@ def deliver(name: str, config: Path | None) -> None:
 
     The worker itself, `pgbridge-worker run NAME`, only stores what is to be sent.
     """
-    settings = load(config).for_workers
+    settings = load(config, of="workers")
     configure(settings.observe)
-    run_daemon(_deliver(name, settings, partial(load, config)))
+    run_daemon(_deliver(name, settings, partial(load, config, of="workers")))
 
 
 async def _deliver(name: str, settings: Settings, load_again: Callable[[], object]) -> None:

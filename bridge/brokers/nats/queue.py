@@ -24,6 +24,7 @@ from bridge.brokers.contract import Declaration, Failure, Subscription
 from bridge.brokers.letters import letter_headers
 from bridge.brokers.nats.connection import REQUEST_TIMEOUT, Connection, connect
 from bridge.brokers.nats.message import dead_headers, event_of, topic_of
+from bridge.brokers.nats.permissions import inspected
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.topology import dead_stream, declarations, require
 from bridge.errors import BrokerUnavailableError, PgbridgeError, PrivilegeError, SettingsError
@@ -348,6 +349,31 @@ class NatsQueue:
         try:
             async with connection.asking():
                 return await declarations(connection, self._settings.stream, self._subscription, apply=apply)
+        finally:
+            await connection.close()
+
+    async def inspect(self) -> Sequence[str]:
+        """See `contract.InspectableQueue.inspect`."""
+        wanted, stream = self._subscription, self._settings.stream
+        connection = await connect(self._settings)
+        try:
+            async with connection.asking():
+                require(await declarations(connection, stream, wanted, apply=False), self._settings)
+            return await inspected(
+                connection,
+                self._settings,
+                subjects=[self._next_subject],
+                topics=wanted.topics,
+                below=self._dead_stream,
+                answers=f"$JS.ACK.{stream}.{wanted.worker}.>",
+                better={
+                    f"$JS.API.CONSUMER.UNPIN.{stream}.{wanted.worker}": (
+                        f"after this process stops another one begins only {wanted.ack_wait:g} s later"
+                    )
+                }
+                if wanted.ordered
+                else None,
+            )
         finally:
             await connection.close()
 

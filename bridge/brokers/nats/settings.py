@@ -1,5 +1,6 @@
 """What can be set of NATS, and what its URL says."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Final, Self
@@ -8,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from bridge.brokers.nats.login import SignedLogin, credentials_login, nkey_login
-from bridge.settings.models import Secret, SinkSettings, SomeSize, TlsSettings
+from bridge.settings.models import PlainText, Secret, SinkSettings, SomeSize, TlsSettings
 
 EXAMPLE: Final = "nats://localhost:4222"
 """A place, without a login."""
@@ -100,6 +101,14 @@ class NatsSettings(SinkSettings):
     def servers(self) -> Servers:
         """What the URL says, parsed."""
         return parse_url(self.url.get_secret_value())
+
+    @property
+    def plain_text(self) -> Sequence[PlainText]:
+        """See `SinkSettings.plain_text`."""
+        if self.encrypted:
+            return ()
+        mend = "Write tls://, and give the server certificates"
+        return [PlainText(address.rpartition(":")[0], "url", mend) for address in self.servers.addresses]
 
 
 def parse_url(url: str) -> Servers:

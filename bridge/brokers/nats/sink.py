@@ -26,6 +26,7 @@ from nats.aio.msg import Msg
 from bridge.brokers.contract import CONFIRMED, Declaration, Never, NotSent, Outcome, Refused, Unknown, Unsendable
 from bridge.brokers.nats.connection import PING_INTERVAL, REQUEST_TIMEOUT, Connection, connect
 from bridge.brokers.nats.message import ID_HEADER, headers_of, headers_size, subject_of
+from bridge.brokers.nats.permissions import inspected
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.nats.topology import refuses_single_messages, require, stream_declaration
 from bridge.brokers.silence import LOOK_INTERVAL, STALLED, Silence
@@ -329,6 +330,23 @@ class NatsSink:
         try:
             async with connection.asking():
                 return [await self._stream(connection, apply=apply)]
+        finally:
+            await connection.close()
+
+    async def inspect(self, topics: Sequence[str]) -> Sequence[str]:
+        """See `contract.InspectableSink.inspect`."""
+        connection = await connect(self._settings)
+        try:
+            async with connection.asking():
+                require([await self._stream(connection, apply=False)], self._settings)
+            return await inspected(
+                connection,
+                self._settings,
+                subjects=[],
+                topics=topics,
+                below=self._settings.stream,
+                better={"$JS.API.INFO": "the account's limits are not seen, and a key's events go one by one"},
+            )
         finally:
             await connection.close()
 

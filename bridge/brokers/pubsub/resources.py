@@ -162,3 +162,9 @@ async def permission_declaration(
 
 def _days(seconds: float) -> str:
     return f"{seconds / 86400:g} d" if seconds >= 86400 else f"{seconds / 60:g} min"
+
+
+def unseen(kind: str, name: str) -> Declaration:
+    """Of what these credentials may use, and not look at."""
+    detail = "these credentials may use it, and may not look at it (roles/pubsub.viewer)"
+    return Declaration(kind, name.rpartition("/")[2], "present", detail, assumed=True)

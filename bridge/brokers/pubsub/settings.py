@@ -1,11 +1,12 @@
 """What can be set of Google Cloud Pub/Sub."""
 
 import os
+from collections.abc import Sequence
 from typing import ClassVar, Final, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from bridge.settings.models import Duration, Secret, SinkSettings, Size, SomeSize
+from bridge.settings.models import Duration, PlainText, Secret, SinkSettings, Size, SomeSize
 
 EXAMPLE: Final = "my-project"
 """A project of Google Cloud."""
@@ -52,6 +53,14 @@ class PubSubSettings(SinkSettings):
     def address_key(self) -> str:
         """The dotted key of the setting that says so."""
         return self.key("emulator_host" if self.emulator_host else "endpoint")
+
+    @property
+    def plain_text(self) -> Sequence[PlainText]:
+        """See `SinkSettings.plain_text`."""
+        if not self.emulator_host:
+            return ()
+        host = self.emulator_host.rpartition(":")[0]
+        return (PlainText(host, "emulator_host", "Leave it out: the service itself is spoken to over TLS"),)
 
     @field_validator("retention")
     @classmethod

@@ -6,6 +6,7 @@
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Final, cast
 
 import grpc
@@ -103,13 +104,26 @@ class PubSubSink:
         """See `contract.Sink.topology`: the topic, and on the real service the permission to publish to it."""
         connection = await connect(self._settings)
         try:
-            topic = await resources.topic_declaration(connection, self._topic, self._settings.retention, apply=apply)
-            if topic.state == "missing":
-                return [topic]
-            permissions = await resources.permission_declaration(
-                connection, "topic", self._topic, PERMISSION, ROLE, "the bridge's service account"
+            permissions = partial(
+                resources.permission_declaration,
+                connection,
+                "topic",
+                self._topic,
+                PERMISSION,
+                ROLE,
+                "the bridge's service account",
             )
-            return [topic, *permissions]
+            try:
+                topic = await resources.topic_declaration(
+                    connection, self._topic, self._settings.retention, apply=apply
+                )
+            except PrivilegeError:
+                # Who may only publish cannot look, and need not.
+                found = [] if apply else await permissions()
+                if [each.state for each in found] != ["present"]:
+                    raise
+                return [resources.unseen("topic", self._topic), *found]
+            return [topic] if topic.state == "missing" else [topic, *await permissions()]
         finally:
             await connection.close()
 

@@ -121,6 +121,40 @@ async def declarations(
     connection: Connection, settings: PubSubSettings, wanted: Subscription, names: Names, *, apply: bool
 ) -> list[Declaration]:
     """Each of the worker's topics and subscriptions, in the order in which they must be declared."""
+    try:
+        return await _declarations(connection, settings, wanted, names, apply=apply)
+    except PrivilegeError:
+        # Who may only consume and publish cannot look, and need not.
+        if apply:
+            raise
+        found = []
+        for kind, name, permission, role, who in _needs(names):
+            found += await resources.permission_declaration(connection, kind, name, permission, role, who)
+        if [each.state for each in found] != ["present", "present"]:
+            raise
+        return [
+            resources.unseen("subscription", names.subscription),
+            resources.unseen("topic", names.dead_topic),
+            *found,
+        ]
+
+
+def _needs(names: Names) -> list[tuple[str, str, str, str, str]]:
+    """Kind and name of what a permission is for, the permission, the role that has it, and who needs it."""
+    agent = (
+        "the service agent service-<project number>@gcp-sa-pubsub.iam.gserviceaccount.com, and the worker's account,"
+    )
+    publish, consume = "pubsub.topics.publish", "pubsub.subscriptions.consume"
+    subscriber, publisher = "roles/pubsub.subscriber", "roles/pubsub.publisher"
+    return [
+        ("subscription", names.subscription, consume, subscriber, agent),
+        ("topic", names.dead_topic, publish, publisher, agent),
+    ]
+
+
+async def _declarations(
+    connection: Connection, settings: PubSubSettings, wanted: Subscription, names: Names, *, apply: bool
+) -> list[Declaration]:
     topic = await resources.topic_declaration(connection, names.topic, settings.retention, apply=apply, warn=False)
     dead_topic = await resources.topic_declaration(connection, names.dead_topic, 0, apply=apply, warn=False)
     found = [topic, dead_topic]
@@ -128,18 +162,7 @@ async def declarations(
         found += [await resources.subscription_declaration(connection, each, apply=apply)]
     if any(each.state == "missing" for each in found):
         return found
-    whose = "the worker's service account"
-    agent = (
-        "the service agent service-<project number>@gcp-sa-pubsub.iam.gserviceaccount.com, and the worker's account,"
-    )
-    publish, consume = "pubsub.topics.publish", "pubsub.subscriptions.consume"
-    subscriber, publisher = "roles/pubsub.subscriber", "roles/pubsub.publisher"
-    needs = [
-        ("subscription", names.subscription, consume, subscriber, agent),
-        ("topic", names.dead_topic, publish, publisher, agent),
-        ("subscription", names.dead_subscription, consume, subscriber, f"for `pgbridge dead` {whose}"),
-    ]
-    for kind, name, permission, role, who in needs:
+    for kind, name, permission, role, who in _needs(names):
         found += await resources.permission_declaration(connection, kind, name, permission, role, who)
     return found
 

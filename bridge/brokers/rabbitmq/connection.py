@@ -68,6 +68,8 @@ class Connection(asyncio.Protocol):
         self.blocking = asyncio.Event()
         """Set while `blocked`."""
         self.frame_max = FRAME_MAX
+        self.product = ""
+        """What the broker calls itself."""
         self._loop = loop
         self._transport: asyncio.Transport
         self._paused = False
@@ -173,6 +175,7 @@ class Connection(asyncio.Protocol):
         Raises ClosedError.
         """
         start = cast(commands.Connection.Start, await self._answers[0])
+        self.product = str((start.server_properties or {}).get("product", ""))
         if "PLAIN" not in start.mechanisms.split():
             raise ClosedError(Closure(f"to log in it offers {start.mechanisms}, and PLAIN is needed", during="login"))
         self._during = "login"
@@ -402,7 +405,10 @@ async def connected(settings: RabbitMQSettings, limit: float) -> AsyncIterator[C
         async with answers(settings, limit):
             yield connection
     finally:
-        await connection.close()
+        if connection.blocked is None:
+            await connection.close()
+        else:
+            connection.leave(Closure("this side left a broker that blocks publishers, and reads no goodbye"))
 
 
 @contextlib.asynccontextmanager

@@ -20,6 +20,7 @@ are acknowledged, and not handed out.
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Final
+from uuid import uuid4
 
 import structlog
 from pamqp import commands
@@ -33,9 +34,10 @@ from bridge.brokers.rabbitmq.consumer import Consumer
 from bridge.brokers.rabbitmq.copies import Copies, copy_of
 from bridge.brokers.rabbitmq.frames import CHANNEL
 from bridge.brokers.rabbitmq.message import Message, count_of, event_of
+from bridge.brokers.rabbitmq.permissions import may_consume, may_publish
 from bridge.brokers.rabbitmq.reader import Delivered
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
-from bridge.brokers.rabbitmq.topology import LOOK_LIMIT, WorkerTopology, counts_of, declarations
+from bridge.brokers.rabbitmq.topology import LOOK_LIMIT, WorkerTopology, counts_of, declarations, require
 from bridge.errors import BrokerUnavailableError
 from bridge.event import Event, Malformed, matches
 
@@ -374,6 +376,16 @@ class RabbitMQQueue:
         """The exchange, the queues and their bindings. Raises what `open` raises, but for what is missing."""
         async with connected(self._settings, LOOK_LIMIT) as connection:
             return await declarations(connection, self._topology, apply=apply)
+
+    async def inspect(self) -> Sequence[str]:
+        """See `contract.InspectableQueue.inspect`: the queues that are consumed, and the default exchange, over which
+        retries and dead letters go."""
+        topology = self._topology
+        async with connected(self._settings, LOOK_LIMIT) as connection:
+            await require(self._settings, connection, topology.needed())
+            consumed = topology.queues if topology.lanes == 1 else [*topology.queues, topology.presence]
+            said = await may_consume(self._settings, connection, consumed)
+            return [*said, *await may_publish(self._settings, connection, "", [f"pgbridge.probe.{uuid4()}"])]
 
     async def close(self) -> None:
         """See `contract.Queue.close`."""

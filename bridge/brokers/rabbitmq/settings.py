@@ -1,6 +1,7 @@
 """What can be set of RabbitMQ, and where its URL says that it is."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final, Self
@@ -8,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from bridge.settings.models import Secret, SinkSettings, SomeDuration, SomeSize, TlsSettings
+from bridge.settings.models import PlainText, Secret, SinkSettings, SomeDuration, SomeSize, TlsSettings
 
 EXAMPLE: Final = "amqp://localhost/shop"
 """A place, without a login."""
@@ -160,3 +161,11 @@ class RabbitMQSettings(SinkSettings):
     def login(self) -> Address:
         """Who we are, and where: what is the same at each of the addresses; its host and port are the first one's."""
         return self.addresses[0]
+
+    @property
+    def plain_text(self) -> Sequence[PlainText]:
+        """See `SinkSettings.plain_text`."""
+        if self.login.tls:
+            return ()
+        mend = "Write amqps://, and the port for TLS (usually 5671)"
+        return [PlainText(address.host, "url", mend) for address in self.addresses]

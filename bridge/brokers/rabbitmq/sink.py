@@ -12,6 +12,7 @@ from bridge.brokers.contract import Declaration, NotSent, Outcome
 from bridge.brokers.rabbitmq.closure import Closure
 from bridge.brokers.rabbitmq.connection import Connection, answers, connect, connected
 from bridge.brokers.rabbitmq.frames import Encoder
+from bridge.brokers.rabbitmq.permissions import may_publish
 from bridge.brokers.rabbitmq.publisher import Publisher
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.topology import LOOK_LIMIT, Exchange, declaration, require
@@ -92,3 +93,9 @@ class RabbitMQSink:
         """The durable topic exchange. Raises what `open` raises, but for a missing exchange."""
         async with connected(self._settings, LOOK_LIMIT) as connection:
             return [await declaration(connection, self._exchange, apply=apply)]
+
+    async def inspect(self, topics: Sequence[str]) -> Sequence[str]:
+        """See `contract.InspectableSink.inspect`."""
+        async with connected(self._settings, LOOK_LIMIT) as connection:
+            await require(self._settings, connection, [self._exchange])
+            return await may_publish(self._settings, connection, self._exchange.name, topics) if topics else []

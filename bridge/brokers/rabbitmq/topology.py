@@ -298,7 +298,7 @@ async def declaration(connection: Connection, needed: Needed, *, apply: bool) ->
                 return Declaration(needed.kind, needed.name, "differs", detail)
             case Reply.ACCESS_REFUSED if exists:
                 detail = "it exists, but the user may not declare it, so its properties cannot be compared"
-                return Declaration(needed.kind, needed.name, "present", detail)
+                return Declaration(needed.kind, needed.name, "present", detail, assumed=True)
         raise
     return Declaration(needed.kind, needed.name, "present" if exists else "declared", needed.detail)
 
@@ -308,7 +308,7 @@ async def _binding(connection: Connection, binding: Binding, missing: set[str], 
         return Declaration("binding", binding.name, "missing")
     if not apply:
         detail = "assumed: AMQP cannot ask; --apply binds again, which is no change"
-        return Declaration("binding", binding.name, "present", detail)
+        return Declaration("binding", binding.name, "present", detail, assumed=True)
     await _ask(connection, *binding.declare())
     return Declaration("binding", binding.name, "declared", "again, if it was there")
 
