@@ -495,7 +495,7 @@ BROKEN: Final[Mapping[str, Broken]] = {
         "sink events",
         ["sinks.events.url: RabbitMQ at 127.0.0.1:1 does not answer"],
         69,
-        change={'type = "rabbitmq"\nurl = "': 'type = "rabbitmq"\nurl = "amqp://127.0.0.1:1" # "'},
+        change={'type = "rabbitmq"\nurl = "': 'type = "rabbitmq"\nurl = "amqp://guest@127.0.0.1:1" # "'},
         also=["topology"],
     ),
     "a missing exchange": Broken(
