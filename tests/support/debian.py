@@ -1,7 +1,7 @@
 """Releases of Debian in folders: made by debootstrap, entered by systemd-nspawn. All of it needs root and a mirror.
 
-The folders are kept below $PGBRIDGE_DEBIAN_FOLDERS, by default build/folders, so that a second run is quick. What runs
-in one shares the host's network; it works on a copy where it leaves anything behind.
+The folders are kept below $PGBRIDGE_DEBIAN_FOLDERS, by default build/folders, so that a second run is quick; remove
+them to have newer packages in them. What runs in one shares the host's network.
 """
 
 import itertools
@@ -139,13 +139,22 @@ class Machine:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
+        try:
+            self._wait_until_up(log)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        finally:
+            log.unlink()
+        return self
+
+    def _wait_until_up(self, log: Path) -> None:
+        assert self._process is not None
         deadline = time.monotonic() + 120
         while not self._is_up():
             assert self._process.poll() is None, log.read_text(errors="replace")
             assert time.monotonic() < deadline, log.read_text(errors="replace")
             time.sleep(0.2)
-        log.unlink()
-        return self
 
     def _is_up(self) -> bool:
         assert self._process is not None
