@@ -131,7 +131,7 @@ class Machine:
 
     def __enter__(self) -> Self:
         _copy(self._folder.path, self.path)
-        log = self.path.with_suffix(".log")
+        log = self.path.with_name(f"{self.path.name}.log")
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [*_NSPAWN, f"--directory={self.path}", "--boot"],
@@ -169,8 +169,9 @@ class Machine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._process is not None
-        if self._init and self._process.poll() is None:
-            os.kill(self._init, signal.SIGKILL)  # and all that runs there; what it leaves is thrown away
+        if self._process.poll() is None:
+            # With its first process all that runs there ends; what it leaves is thrown away.
+            os.kill(self._init or self._process.pid, signal.SIGKILL)
         self._process.wait(60)
         shutil.rmtree(self.path)
 
