@@ -1,7 +1,7 @@
 """Releases of Debian in folders: made by debootstrap, entered by systemd-nspawn. All of it needs root and a mirror.
 
-The folders are kept below $PGBRIDGE_DEBIAN_FOLDERS, by default build/folders, so that a second run is quick. What runs
-in one shares the host's network; it works on a copy where it leaves anything behind.
+The folders are kept below $PGBRIDGE_DEBIAN_FOLDERS, by default build/folders, so that a second run is quick; remove
+them to have newer packages in them. What runs in one shares the host's network.
 """
 
 import itertools
@@ -133,7 +133,7 @@ class Machine:
 
     def __enter__(self) -> Self:
         _copy(self._folder.path, self.path)
-        log = self.path.with_suffix(".log")
+        log = self.path.with_name(f"{self.path.name}.log")
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [*_NSPAWN, *self._network, f"--directory={self.path}", "--boot"],
@@ -141,13 +141,22 @@ class Machine:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
+        try:
+            self._wait_until_up(log)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        finally:
+            log.unlink()
+        return self
+
+    def _wait_until_up(self, log: Path) -> None:
+        assert self._process is not None
         deadline = time.monotonic() + 120
         while not self._is_up():
             assert self._process.poll() is None, log.read_text(errors="replace")
             assert time.monotonic() < deadline, log.read_text(errors="replace")
             time.sleep(0.2)
-        log.unlink()
-        return self
 
     def _is_up(self) -> bool:
         assert self._process is not None
@@ -162,8 +171,9 @@ class Machine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._process is not None
-        if self._init and self._process.poll() is None:
-            os.kill(self._init, signal.SIGKILL)  # and all that runs there; what it leaves is thrown away
+        if self._process.poll() is None:
+            # With its first process all that runs there ends; what it leaves is thrown away.
+            os.kill(self._init or self._process.pid, signal.SIGKILL)
         self._process.wait(60)
         shutil.rmtree(self.path)
 
