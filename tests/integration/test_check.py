@@ -895,6 +895,22 @@ async def test_while_rabbitmq_blocks_publishers_it_is_said_what_is_not_known(wor
     assert said["worker invoices"].endswith("may publish to the exchange amq.default")
 
 
+async def test_how_large_the_log_becomes_is_told_from_its_age_and_size(world: World) -> None:
+    world.admin("update bridge.outbox set created_at = now() - interval '2 days'")
+    try:
+        found = await found_in(world.settings("both", on="rabbitmq", change={}))
+    finally:
+        world.admin("update bridge.outbox set created_at = now()")
+    [text] = [finding.text for finding in found if finding.subject == "log"]
+    told = re.match(
+        r"([\d.]+) MB, with events of 2 d; they stay for 7 d: at ([\d.]+) MB a day about ([\d.]+) MB\.", text
+    )
+    assert told is not None, text
+    size, a_day, in_all = map(float, told.groups())
+    assert a_day == pytest.approx(size / 2, abs=0.1)
+    assert in_all == pytest.approx(size * 3.5, abs=0.4)
+
+
 def test_all_that_roles_sql_grants_to_the_bridge_is_asked_for(world: World) -> None:
     with psycopg.connect(world.postgres.dsn("shop")) as admin:
         functions = admin.execute(
