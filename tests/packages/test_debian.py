@@ -111,8 +111,8 @@ def test_it_depends_on_the_python_that_it_was_built_with(packages: Packages) -> 
     assert f"python3 (>= 3.{minor}), python3 (<< 3.{minor + 1})" in depends
 
 
-def test_without_build_dependencies_it_says_which(machine: Machine, packages: Packages) -> None:
-    shutil.copytree(packages.builder.path / "home/builder/pgbridge", machine.path / "srv/pgbridge")
+def test_without_build_dependencies_it_says_which(machine: Machine) -> None:
+    _copy_sources(machine.path / "srv/pgbridge")
     done = machine.run("/srv/pgbridge/deploy/build-deb")
     assert done.returncode == 1
     assert "apt-get install build-essential debhelper python3-venv" in done.stdout
