@@ -5,6 +5,7 @@ Events are marked as replays, so they carry no id that JetStream knows again: wh
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,15 +67,14 @@ async def stored(server: NatsServer, stream: str) -> int:
 
 @contextmanager
 def frozen_most_of_each_second(server: Server) -> Iterator[None]:
-    """Frozen for 0.95 of each second, by a thread, so that the loop may be busy meanwhile."""
+    """Frozen for 0.95 s, then running for 150 ms of processor time, by a thread: the loop may be busy meanwhile."""
     done = Flag()
 
     def freeze_and_thaw() -> None:
         while not done.is_set():
             server.freeze()
             time.sleep(0.95)
-            server.thaw()
-            time.sleep(0.05)
+            server.thaw_for(0.15)
 
     thread = Thread(target=freeze_and_thaw)
     thread.start()
@@ -86,12 +86,13 @@ def frozen_most_of_each_second(server: Server) -> Iterator[None]:
 
 
 async def test_a_server_that_is_frozen_most_of_the_time_gets_every_event_once(server: NatsServer, unique: str) -> None:
-    # In its 50 ms a busy server may not come to its first confirm, so the time-out spans some of them.
+    # Each time a busy server may not come to its first confirm, so the time-out spans some of them.
     sink = await opened(server.url, unique, publish_timeout=5.0)
     with frozen_most_of_each_second(server):
         calls = [asyncio.create_task(sink.publish(marked(5000, payload=bytes(2000)))) for _ in range(8)]
         outcomes = await asyncio.gather(*calls)
-    assert [list(each) for each in outcomes] == [[CONFIRMED] * 5000] * 8
+    # Counted, since pytest would compare long lists for a quarter of an hour.
+    assert Counter(outcome for each in outcomes for outcome in each) == {CONFIRMED: 40_000}
     assert await stored(server, unique) == 40_000
     await sink.close()
 

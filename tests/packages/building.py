@@ -30,7 +30,7 @@ def build(release: str, revisions: Sequence[str]) -> tuple[Folder, list[Path]]:
         builder.run("useradd", "--create-home", "builder")
     project = home / "pgbridge"
     shutil.rmtree(project, ignore_errors=True)
-    _copy_sources(project)
+    copy_sources(project)
     builder.run("chown", "-R", "builder:", "/home/builder")
     built = []
     for revision in revisions:
@@ -41,7 +41,8 @@ def build(release: str, revisions: Sequence[str]) -> tuple[Folder, list[Path]]:
     return builder, built
 
 
-def _copy_sources(target: Path) -> None:
+def copy_sources(target: Path) -> None:
+    """What git knows of this tree, or would."""
     listed = ("git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z")
     for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]:
         if (ROOT / name).exists():

@@ -20,7 +20,7 @@ import pytest
 
 import bridge.cli
 import workers.cli
-from tests.packages.building import NEEDS, build
+from tests.packages.building import NEEDS, build, copy_sources
 from tests.support.debian import Folder, Machine, kept
 from tests.support.environment import ROOT
 
@@ -112,7 +112,7 @@ def test_it_depends_on_the_python_that_it_was_built_with(packages: Packages) -> 
 
 
 def test_without_build_dependencies_it_says_which(machine: Machine) -> None:
-    _copy_sources(machine.path / "srv/pgbridge")
+    copy_sources(machine.path / "srv/pgbridge")
     done = machine.run("/srv/pgbridge/deploy/build-deb")
     assert done.returncode == 1
     assert "apt-get install build-essential debhelper python3-venv" in done.stdout

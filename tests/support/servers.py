@@ -1,8 +1,10 @@
 """The demo's servers with what tests do to them besides: freeze them, alarm them, configure them otherwise."""
 
+import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import LiteralString
@@ -50,6 +52,19 @@ class Server(servers.Server):
     def thaw(self) -> None:
         """Lets them go on (SIGCONT)."""
         guard.send(guard.tree(self.pid), signal.SIGCONT)
+
+    def thaw_for(self, seconds: float) -> None:
+        """Lets them go on until they have used so much processor time, which other programs may keep them from for a
+        while, or have had ten times as long for it; the caller freezes them again."""
+        used = self._processor_seconds()
+        self.thaw()
+        end = time.monotonic() + 10 * seconds
+        while self._processor_seconds() < used + seconds and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def _processor_seconds(self) -> float:
+        fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in guard.tree(self.pid)]
+        return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
         if self.running:
