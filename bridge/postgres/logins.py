@@ -9,6 +9,7 @@ from typing import Final
 import psycopg
 from psycopg import conninfo, pq, sql
 
+from bridge.postgres.schema import group_roles_sql
 from bridge.process.addresses import is_here
 
 _ROLES: Final[dict[str, str | None]] = {
@@ -26,17 +27,7 @@ _HEAD: Final = """\
 begin;
 
 -- The groups whose rights `pgbridge migrate` grants; another database of this server may have them already.
-do $$
-declare
-  name text;
-begin
-  foreach name in array array['bridge_emitter', 'bridge_relay', 'bridge_worker', 'bridge_operator'] loop
-    if not exists (select from pg_catalog.pg_roles where rolname = name) then
-      execute format('create role %I nologin', name);
-    end if;
-  end loop;
-end
-$$;
+{groups}
 """
 
 _OWNER: Final = """
@@ -86,7 +77,7 @@ def logins(bridge: str, database: str, *, workers: bool) -> Logins:
     given = _place(database)
     name = str(given["dbname"])
     prefix = bridge.replace("-", "_")
-    pieces: list[str] = [_HEAD.format(bridge=bridge, database=shlex.quote(name))]
+    pieces: list[str] = [_HEAD.format(bridge=bridge, database=shlex.quote(name), groups=group_roles_sql())]
     dsns = {}
     for process, group in _ROLES.items():
         if process == "workers" and not workers:

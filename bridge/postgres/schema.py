@@ -170,6 +170,12 @@ select current_setting('server_encoding') = 'SQL_ASCII' as without_encoding \\gs
     return "\n".join(parts)
 
 
+def group_roles_sql() -> str:
+    """The beginning of roles.sql: a block that creates the group roles which are not there."""
+    roles = _roles_sql()
+    return roles[roles.index("do $$") : roles.index("$$;") + len("$$;")]
+
+
 def _roles_sql() -> str:
     return (sql_folder() / "roles.sql").read_text(encoding="utf-8")
 

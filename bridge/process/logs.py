@@ -38,6 +38,12 @@ _TO_SERVERS: Final = {
 of these lines only what went wrong beside that counts, and never with a stack trace."""
 
 
+def keep_off_output() -> None:
+    """For a command that sets no logs up: what is logged goes to standard error, since others read what it prints."""
+    if not structlog.is_configured():
+        structlog.configure(logger_factory=lambda *_: structlog.WriteLogger(sys.stderr))
+
+
 def configure(settings: ObserveSettings) -> None:
     """Sets the logs of this process up, on standard error, since standard output belongs to commands."""
     text = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())

@@ -18,7 +18,7 @@ import click
 from rich.cells import cell_len, set_cell_size
 
 from bridge.errors import PgbridgeError, UsageError
-from bridge.process.logs import journal_prefix
+from bridge.process.logs import journal_prefix, keep_off_output
 from bridge.settings.load import CREDENTIALS_VARIABLE
 from bridge.settings.models import parse_duration
 
@@ -261,6 +261,7 @@ def exit_codes(command: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        keep_off_output()
         try:
             command(*args, **kwargs)
         except PgbridgeError as error:

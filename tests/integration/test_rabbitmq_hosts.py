@@ -1,6 +1,8 @@
 """Several hosts of one RabbitMQ cluster in a URL: all that connect take the next one where one does not answer."""
 
 import asyncio
+import json
+from pathlib import Path
 
 import pytest
 import structlog.testing
@@ -8,6 +10,7 @@ import structlog.testing
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
 from bridge.errors import BrokerUnavailableError, LoginError
+from tests.support.daemons import run_command
 from tests.support.proxy import Proxy
 from tests.support.refusals import SINK, all_are_refused, everything_that_connects
 from tests.support.servers import RabbitMQServer
@@ -69,3 +72,16 @@ async def test_a_host_that_is_silent_holds_up_for_the_limit_of_a_connection_and_
         await asyncio.wait_for(sink.open(), 5)
         assert sink.is_open
         await sink.close()
+
+
+async def test_a_host_that_is_passed_over_is_told_beside_what_a_command_prints(
+    rabbitmq: RabbitMQServer, unique: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "bridge.toml"
+    hosts = f"127.0.0.1:1,127.0.0.1:{rabbitmq.port}"
+    config.write_text(
+        f'name = "test"\n[sinks.mine]\ntype = "rabbitmq"\nurl = "amqp://guest@{hosts}"\nexchange = "{unique}"\n'
+    )
+    done = await asyncio.to_thread(run_command, "topology", "--apply", "--json", "--config", str(config))
+    assert [declared["state"] for declared in json.loads(done.stdout)] == ["declared"]
+    assert "rabbitmq.host_passed_over" in done.stderr

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, Self
 
 from bridge.brokers.nats.connection import REQUEST_TIMEOUT, Connection
 from bridge.brokers.nats.settings import NatsSettings
-from bridge.brokers.nats.topology import filters
+from bridge.brokers.nats.topology import filters, overlap
 from bridge.errors import PrivilegeError, RefusedError
 
 QUESTION: Final = "$SYS.REQ.USER.INFO"
@@ -41,10 +41,10 @@ class Permissions:
         words = subject.split(".")
         if any(_covers(each, words) for each in self.denied):
             return "none"
-        if self.allowed is not None and not any(_overlaps(each, words) for each in self.allowed):
+        if self.allowed is not None and not any(overlap(each, words) for each in self.allowed):
             return "none"
         whole = self.allowed is None or any(_covers(each, words) for each in self.allowed)
-        return "all" if whole and not any(_overlaps(each, words) for each in self.denied) else "some"
+        return "all" if whole and not any(overlap(each, words) for each in self.denied) else "some"
 
 
 def _covers(subject: Sequence[str], other: Sequence[str]) -> bool:
@@ -55,16 +55,6 @@ def _covers(subject: Sequence[str], other: Sequence[str]) -> bool:
         if at >= len(other) or other[at] == ">" or word not in ("*", other[at]):
             return False
     return len(subject) == len(other)
-
-
-def _overlaps(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether some subject is taken by both."""
-    for ours, theirs in zip(one, other, strict=False):
-        if ">" in (ours, theirs):
-            return True
-        if ours != theirs and "*" not in (ours, theirs):
-            return False
-    return len(one) == len(other)
 
 
 async def permissions_of(connection: Connection) -> Permissions | None:

@@ -6,13 +6,16 @@ from functools import cached_property
 from typing import ClassVar, Final, Self
 from urllib.parse import unquote, urlsplit
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from bridge.brokers.nats.login import SignedLogin, credentials_login, nkey_login
 from bridge.settings.models import PlainText, Secret, SinkSettings, SomeSize, TlsSettings
 
 EXAMPLE: Final = "nats://localhost:4222"
 """A place, without a login."""
+
+_SIGNED_LOGINS: Final = {"nkey": nkey_login, "credentials": credentials_login}
+"""The settings that hold one, and how it is read."""
 
 _PORT: Final = 4222
 _FORM: Final = "write nats://user:password@host:4222, or several with commas"
@@ -60,23 +63,16 @@ class NatsSettings(SinkSettings):
         parse_url(url.get_secret_value())
         return url
 
-    @field_validator("nkey")
+    @field_validator(*_SIGNED_LOGINS)
     @classmethod
-    def _seed_that_signs(cls, nkey: SecretStr) -> SecretStr:
-        if nkey.get_secret_value():
-            nkey_login(nkey.get_secret_value())
-        return nkey
-
-    @field_validator("credentials")
-    @classmethod
-    def _credentials_that_sign(cls, credentials: SecretStr) -> SecretStr:
-        if credentials.get_secret_value():
-            credentials_login(credentials.get_secret_value())
-        return credentials
+    def _that_signs(cls, secret: SecretStr, info: ValidationInfo) -> SecretStr:
+        if secret.get_secret_value():
+            _SIGNED_LOGINS[str(info.field_name)](secret.get_secret_value())
+        return secret
 
     @model_validator(mode="after")
     def _one_login(self) -> Self:
-        given = [name for name in ("nkey", "credentials") if getattr(self, name).get_secret_value()]
+        given = [name for name in _SIGNED_LOGINS if getattr(self, name).get_secret_value()]
         if self.servers.user is not None or self.servers.token is not None:
             given.append("a user in the url")
         if len(given) > 1:
@@ -86,10 +82,9 @@ class NatsSettings(SinkSettings):
     @property
     def signed_login(self) -> SignedLogin | None:
         """Who we are, where that is shown by a signature."""
-        if nkey := self.nkey.get_secret_value():
-            return nkey_login(nkey)
-        if credentials := self.credentials.get_secret_value():
-            return credentials_login(credentials)
+        for name, login in _SIGNED_LOGINS.items():
+            if secret := getattr(self, name).get_secret_value():
+                return login(secret)
         return None
 
     @property

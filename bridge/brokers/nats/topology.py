@@ -157,14 +157,14 @@ def filters(stream: str, patterns: Sequence[str]) -> list[str]:
             found.add((stream, *quoted, ">"))
         if fixed and all(word == "#" for word in words[len(fixed) :]):
             found.add((stream, *quoted))
-    while pair := next((pair for pair in combinations(sorted(found), 2) if _overlap(*pair)), None):
+    while pair := next((pair for pair in combinations(sorted(found), 2) if overlap(*pair)), None):
         found.difference_update(pair)
         found.add(_cover(*pair))
     return [".".join(words) for words in sorted(found)]
 
 
-def _overlap(one: Words, other: Words) -> bool:
-    """Whether some subject is taken by both."""
+def overlap(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether some subject is taken by both of these filters, given by their words."""
     for ours, theirs in zip(one, other, strict=False):
         if ">" in (ours, theirs):
             return True
