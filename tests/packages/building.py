@@ -15,6 +15,7 @@ from tests.support.environment import ROOT
 
 NEEDS: Final[list[Any]] = [
     pytest.mark.packages,
+    pytest.mark.timeout(3600),  # the first test of a release makes its folder and builds
     pytest.mark.skipif(
         os.geteuid() != 0 or not all(map(shutil.which, ("debootstrap", "systemd-nspawn"))),
         reason="needs root, debootstrap and systemd-nspawn: apt install debootstrap systemd-container",
