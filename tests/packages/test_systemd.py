@@ -3,6 +3,7 @@
 A Debian 12 of its own with PostgreSQL and RabbitMQ, on a network of its own: `make deb-test`.
 """
 
+import os
 import re
 import shutil
 import time
@@ -13,34 +14,18 @@ import pytest
 
 from tests.packages.building import NEEDS, build
 from tests.support.debian import Machine, kept
+from tests.support.environment import ROOT
 
 pytestmark = NEEDS
 
 UNITS: Final = ("pgbridge", "pgbridge-worker@invoices", "pgbridge-worker@reorder")
 
-TRANSCRIPT: Final = (
-    "pgbridge init --folder /etc/pgbridge --name shop --database postgresql://localhost/shop --broker rabbitmq "
-    "--at amqp://localhost/shop --topic shop.invoice.requested --topic 'Low Stock' --listen 'Low Stock' "
-    "--worker invoices --worker reorder=reorder:order_more",
-    "runuser -u postgres -- createdb shop",
-    "runuser -u postgres -- psql -q -v ON_ERROR_STOP=1 -d shop < /etc/pgbridge/database.sql",
-    "pgbridge migrate --credentials /etc/pgbridge/credentials/owner",
-    "runuser -u postgres -- psql -q -v ON_ERROR_STOP=1 -d shop -f /usr/share/doc/pgbridge/examples/shop.sql",
-    "sh /etc/pgbridge/rabbitmq.sh",
-    "pgbridge topology --apply --credentials /etc/pgbridge/credentials/operator",
-    "mkdir -p /var/lib/pgbridge/invoices && chown pgbridge: /var/lib/pgbridge /var/lib/pgbridge/invoices",
-    "pgbridge check",
-    f"systemctl enable --now pgbridge.target {' '.join(UNITS)}",
-)
-
-HANDLER: Final = """\
-from workers import Event, handler
-
-
-@handler("Low Stock")
-async def order_more(event: Event) -> None:
-    print("order more:", event.json())
-"""
+PAGE: Final = ROOT / "docs" / "debian.md"
+SESSION: Final = re.compile(r"(?<=<!-- session -->\n).*(?=<!-- /session -->\n)", flags=re.DOTALL)
+"""What was typed on the page, and what came of it."""
+MOST_LINES: Final = 40
+"""Of one command's output on the page; of a longer one there are `FEW_LINES`."""
+FEW_LINES: Final = 10
 
 PLACE: Final = (
     """runuser -u postgres -- psql -qAt -d shop -c "select shop.place_order(gen_random_uuid(), 1, """
@@ -49,6 +34,40 @@ PLACE: Final = (
 SCARCE: Final = PLACE.format(sku="CUP", quantity=90)
 """After this order few are left, which the shop says with plain pg_notify()."""
 ORDER: Final = PLACE.format(sku="TEA-GREEN", quantity=1)
+
+INSTALL: Final = (
+    "apt-get install -qq /srv/pgbridge_*.deb > /dev/null",
+    "pgbridge init --folder /etc/pgbridge --name shop --database postgresql://localhost/shop --broker rabbitmq "
+    "--at amqp://localhost/shop --topic shop.invoice.requested --topic 'Low Stock' --listen 'Low Stock' "
+    "--worker invoices --worker reorder=reorder:order_more",
+    """\
+cat > /etc/pgbridge/reorder.py <<END
+from workers import Event, handler
+
+@handler("Low Stock")
+async def order_more(event: Event) -> None:
+    print("order more:", event.json())
+END""",
+    "runuser -u postgres -- createdb shop",
+    "runuser -u postgres -- psql -q -v ON_ERROR_STOP=1 -d shop < /etc/pgbridge/database.sql",
+    "pgbridge migrate --credentials /etc/pgbridge/credentials/owner",
+    "runuser -u postgres -- psql -q -v ON_ERROR_STOP=1 -d shop -f /usr/share/doc/pgbridge/examples/shop.sql > /dev/null",
+    "sh /etc/pgbridge/rabbitmq.sh",
+    "pgbridge topology --apply --credentials /etc/pgbridge/credentials/operator",
+    "mkdir -p /var/lib/pgbridge/invoices && chown pgbridge: /var/lib/pgbridge /var/lib/pgbridge/invoices",
+    "pgbridge check",
+    f"systemctl enable -q --now pgbridge.target {' '.join(UNITS)}",
+    SCARCE,
+)
+RESULT: Final = (
+    "systemctl --no-pager --plain --no-legend list-units 'pgbridge*'",
+    "ls -l /var/lib/pgbridge/invoices",
+    "runuser -u postgres -- psql -x -d shop -c 'select * from shop.invoices'",
+    "journalctl --no-pager -o cat -u pgbridge-worker@reorder | grep 'order more'",
+    "pgbridge status",
+    "systemd-analyze security --no-pager | grep -E 'UNIT|pgbridge'",
+)
+"""What is to be seen once the order has become a PDF."""
 
 SETTINGS: Final = "/etc/pgbridge/bridge.toml"
 
@@ -59,18 +78,20 @@ def machine() -> Iterator[Machine]:
     _, [package] = build("bookworm", ("1",))
     with Machine(kept("bookworm", "server", ["postgresql", "rabbitmq-server"]), own_network=True) as machine:
         shutil.copy(package, machine.path / "srv")
-        # No mirror is needed: all that it depends on is there.
-        machine.do(f"dpkg --install /srv/{package.name}")
         machine.do("systemctl start postgresql rabbitmq-server")
         yield machine
 
 
 @pytest.fixture(scope="module")
-def running(machine: Machine) -> Machine:
-    """The installation after its transcript."""
-    (machine.path / "etc/pgbridge/reorder.py").write_text(HANDLER)
-    for command in TRANSCRIPT:
-        print(f"# {command}\n{machine.do(command)}")
+def said() -> dict[str, str]:
+    """By command, what it printed."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def running(machine: Machine, said: dict[str, str]) -> Machine:
+    """The installation, and an order on its way."""
+    said |= {command: machine.do(command) for command in INSTALL}
     return machine
 
 
@@ -96,20 +117,35 @@ def invoices(machine: Machine) -> int:
     return int(machine.do(f'runuser -u postgres -- psql -qAt -d shop -c "{query}"'))
 
 
-def an_order_becomes_a_pdf(machine: Machine, order: str = ORDER) -> None:
+def an_order_becomes_a_pdf(machine: Machine) -> None:
     before = invoices(machine)
-    machine.do(order)
+    machine.do(ORDER)
     wait(lambda: invoices(machine) == before + 1, "the order has its invoice")
 
 
-def test_from_the_package_to_a_pdf(running: Machine) -> None:
+def test_from_the_package_to_a_pdf(running: Machine, said: dict[str, str]) -> None:
     for unit in UNITS:
         assert show(running, unit, "ActiveState") == "active"
-    an_order_becomes_a_pdf(running, SCARCE)
-    listed = running.do("ls /var/lib/pgbridge/invoices")
-    assert re.search(r"\.pdf$", listed, flags=re.MULTILINE)
+    wait(lambda: invoices(running) == 1, "the order has its invoice")
     wait(lambda: "order more" in running.do("journalctl -u pgbridge-worker@reorder --no-pager"), "plain pg_notify came")
-    print(running.do("systemd-analyze security --no-pager 2>/dev/null | grep -E 'pgbridge|UNIT'"))
+    said |= {command: running.do(command) for command in RESULT}
+    assert re.search(r"\.pdf$", said[RESULT[1]], flags=re.MULTILINE)
+    if os.environ.get("UPDATE_PAGES"):
+        session = "".join(map(_shown, said.items()))
+        PAGE.write_text(SESSION.sub(lambda _: session, PAGE.read_text()))
+    shown = SESSION.search(PAGE.read_text())
+    assert shown is not None
+    for command in said:
+        assert _shown((command, "")) in shown[0]
+
+
+def _shown(done: tuple[str, str]) -> str:
+    command, output = done
+    lines = output.strip().splitlines()
+    if len(lines) > MOST_LINES:
+        lines[FEW_LINES:] = [f"[... {len(lines) - FEW_LINES} more lines]"]
+    first, *more = command.splitlines()
+    return "".join(f"    {line}".rstrip() + "\n" for line in [f"# {first}", *more, *lines, ""])
 
 
 def test_every_unit_is_exposed_to_2_at_most(running: Machine) -> None:
