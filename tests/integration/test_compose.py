@@ -3,6 +3,8 @@ real servers, with the settings, the variables and the secrets that the service 
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +15,11 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from bridge.demo.servers.rabbitmq import SCRIPTS
 from bridge.settings import Settings, load
 from bridge.settings.load import CREDENTIALS_VARIABLE
 from tests.support.daemons import Daemon
 from tests.support.environment import ROOT
+from tests.support.narrow import Rights, add_users, url_of
 from tests.support.servers import RabbitMQServer, free_port
 from tests.support.strict_postgres import PasswordServer
 from tests.support.until import until
@@ -32,7 +34,7 @@ INVOICES: Final = "/var/lib/pgbridge/invoices"
 def config(text: str) -> subprocess.CompletedProcess[str]:
     """What Compose makes of it, all profiles and paths resolved."""
     program = Path(sys.prefix) / "bin" / "docker-compose"
-    command = [
+    command: list[str | Path] = [
         program,
         "--project-directory",
         str(FOLDER),
@@ -155,13 +157,18 @@ def server(server_folder: Path) -> Iterator[PasswordServer]:
         yield started
 
 
-def move_to(made: Path, server: PasswordServer, rabbitmq: RabbitMQServer, invoices: Path) -> None:
-    """Puts this machine's servers in the place of the services that have their names."""
+def move_to(made: Path, server: PasswordServer, rabbitmq: RabbitMQServer, virtual_host: str, invoices: Path) -> None:
+    """Puts this machine's servers in the place of the services that have their names. The broker's accounts are made at
+    once, with the rights that rabbitmq.sh gives them; `test_init` runs the script."""
     for file in (made / "credentials").rglob("*.dsn"):
+        assert "host=postgres " in file.read_text()
         file.write_text(make_conninfo(file.read_text(), host="127.0.0.1", port=server.port))
+    lines = re.findall(r"^account (\w.*)$", (made / "rabbitmq.sh").read_text(), flags=re.MULTILINE)
+    accounts = {account: Rights(*rights) for account, _, *rights in map(shlex.split, lines)}
+    add_users(rabbitmq, virtual_host, {f"{account}_{virtual_host}": rights for account, rights in accounts.items()})
     for file in (made / "credentials").rglob("*.url"):
-        assert "@rabbitmq/" in file.read_text()
-        file.write_text(file.read_text().replace("@rabbitmq/", f"@127.0.0.1:{rabbitmq.port}/"))
+        [account] = re.findall(r"^amqp://(\w+):[^@]+@rabbitmq/shop$", file.read_text().strip())
+        file.write_text(url_of(rabbitmq, f"{account}_{virtual_host}", virtual_host))
     toml = made / "bridge.toml"
     toml.write_text(toml.read_text().replace(INVOICES, str(invoices)))
 
@@ -178,16 +185,17 @@ def daemon(compose: Mapping[str, Any], name: str, made: Path, listen: str) -> Da
 
 @pytest.mark.rabbitmq
 async def test_an_order_becomes_a_pdf_with_what_each_service_gets(
-    compose: Mapping[str, Any], made: Path, server: PasswordServer, rabbitmq: RabbitMQServer, tmp_path: Path
+    compose: Mapping[str, Any],
+    made: Path,
+    server: PasswordServer,
+    rabbitmq: RabbitMQServer,
+    unique: str,
+    tmp_path: Path,
 ) -> None:
     invoices = tmp_path / "invoices"
     invoices.mkdir()
-    move_to(made, server, rabbitmq, invoices)
+    move_to(made, server, rabbitmq, unique, invoices)
     dsn = server.create_database(compose["services"]["postgres"]["environment"]["POSTGRES_DB"])
-    environment = rabbitmq.environment | {"PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
-    script = ["sh", str(made / "rabbitmq.sh")]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
     with psycopg.connect(dsn, autocommit=True) as admin:
         admin.execute((made / "database.sql").read_bytes())
         done = run(compose["services"]["migrate"]["command"], environment_of(compose, "migrate", made))

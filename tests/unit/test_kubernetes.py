@@ -17,17 +17,15 @@ from bridge.settings.models import parse_size
 from tests.support.environment import ROOT
 
 FOLDER: Final = ROOT / "deploy" / "kubernetes"
-DOCUMENTS: Final = [
-    pytest.param(document, id=f"{file.stem}-{document['kind']}")
-    for file in sorted(FOLDER.glob("*.yaml"))
-    for document in yaml.safe_load_all(file.read_text())
+DOCUMENTS: Final[list[dict[str, Any]]] = [
+    document for file in sorted(FOLDER.glob("*.yaml")) for document in yaml.safe_load_all(file.read_text())
 ]
 EXIT_ROOM: Final = 5.0
 """Seconds that a process may take beyond its own limit of a stop, for goodbyes."""
 
 
 class Pod(NamedTuple):
-    kind: str
+    name: str
     spec: Mapping[str, Any]
 
     @property
@@ -36,20 +34,18 @@ class Pod(NamedTuple):
 
 
 def of_kind(*kinds: str) -> Iterator[Mapping[str, Any]]:
-    for parameter in DOCUMENTS:
-        [document] = parameter.values
-        if document["kind"] in kinds:
-            yield document
+    return (document for document in DOCUMENTS if document["kind"] in kinds)
 
 
-PODS: Final = [
-    pytest.param(Pod(document["kind"], document["spec"]["template"]["spec"]), id=document["metadata"]["name"])
-    for document in of_kind("Deployment", "Job")
-]
+def named(document: Mapping[str, Any]) -> str:
+    return f"{document['kind']}-{document['metadata']['name']}"
+
+
+PODS: Final = [Pod(named(each), each["spec"]["template"]["spec"]) for each in of_kind("Deployment", "Job")]
 
 
 @pytest.mark.parametrize("version", ["1.30", "1.37"])
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
 def test_kubernetes_takes_every_manifest_to_the_letter(document: Mapping[str, Any], version: str) -> None:
     kubernetes_validate.validate(document, version, strict=True)
     assert "namespace" not in document["metadata"], "it is the one that kubectl is told"
@@ -59,7 +55,7 @@ def test_no_manifest_holds_a_secret() -> None:
     assert list(of_kind("Secret")) == []
 
 
-@pytest.mark.parametrize("pod", PODS)
+@pytest.mark.parametrize("pod", PODS, ids=[pod.name for pod in PODS])
 def test_a_pod_is_restricted(pod: Pod) -> None:
     """Pod Security Standards, the policy `restricted`; and a file system that nobody writes to."""
     context = pod.spec["securityContext"]
@@ -81,8 +77,7 @@ def test_no_variable_of_a_service_is_read_as_a_setting(tmp_path: Path) -> None:
     (tmp_path / "bridge.toml").write_text('name = "shop"\n')
     with pytest.raises(SettingsError, match="service_host: unknown key"):
         load(tmp_path / "bridge.toml", {"PGBRIDGE_SERVICE_HOST": "10.0.0.1"})
-    for parameter in PODS:
-        [pod] = parameter.values
+    for pod in PODS:
         assert pod.spec["enableServiceLinks"] is False
 
 
@@ -137,11 +132,10 @@ def login(settings: Settings) -> tuple[str, str]:
 
 def test_each_program_finds_its_settings_and_its_own_secrets(credentials: Path, tmp_path: Path) -> None:
     found = {}
-    for number, parameter in enumerate(PODS):
-        [pod] = parameter.values
+    for pod in PODS:
         for container in pod.containers:
             if container["name"] != "migrate":  # which has no login at the broker: see below
-                settings = settings_of(pod, container, credentials, tmp_path / f"{number}-{container['name']}")
+                settings = settings_of(pod, container, credentials, tmp_path / container["name"])
                 found[" ".join(container["command"])] = login(settings)
     assert found == {
         "pgbridge run": ("shop_bridge", "shop_bridge"),
@@ -162,7 +156,7 @@ def test_the_migration_is_done_by_the_owner(credentials: Path) -> None:
 def test_a_deployment_fits_the_program_that_it_runs(name: str, credentials: Path, tmp_path: Path) -> None:
     [deployment] = [each for each in of_kind("Deployment") if each["metadata"]["name"] == name]
     template = deployment["spec"]["template"]
-    pod = Pod("Deployment", template["spec"])
+    pod = Pod(name, template["spec"])
     [container] = pod.containers
     settings = settings_of(pod, container, credentials, tmp_path)
     worker = settings.workers.get("invoices") if name == "pgbridge-invoices" else None
