@@ -34,18 +34,8 @@ INVOICES: Final = "/var/lib/pgbridge/invoices"
 def config(text: str) -> subprocess.CompletedProcess[str]:
     """What Compose makes of it, all profiles and paths resolved."""
     program = Path(sys.prefix) / "bin" / "docker-compose"
-    command: list[str | Path] = [
-        program,
-        "--project-directory",
-        str(FOLDER),
-        "--profile",
-        "*",
-        "--file",
-        "-",
-        "config",
-        "--format",
-        "json",
-    ]
+    words = [f"--project-directory={FOLDER}", "--profile=*", "--file=-", "config", "--format=json"]
+    command = [str(program), *words]
     return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
 
 
