@@ -10,6 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from bridge import __version__
 from bridge.errors import SettingsError
 from bridge.settings import Settings, load
 from bridge.settings.load import CREDENTIALS_VARIABLE, DEFAULT_PATHS
@@ -53,6 +54,11 @@ def test_kubernetes_takes_every_manifest_to_the_letter(document: Mapping[str, An
 
 def test_no_manifest_holds_a_secret() -> None:
     assert list(of_kind("Secret")) == []
+
+
+@pytest.mark.parametrize("pod", PODS, ids=[pod.name for pod in PODS])
+def test_a_pod_runs_this_version(pod: Pod) -> None:
+    assert {container["image"] for container in pod.containers} == {f"pgbridge:{__version__}"}
 
 
 @pytest.mark.parametrize("pod", PODS, ids=[pod.name for pod in PODS])
