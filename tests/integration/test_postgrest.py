@@ -146,9 +146,12 @@ def test_everybody_reads_and_changes_what_is_theirs(postgrest: PostgREST, admin:
     with pytest.raises(psycopg.Error, match=f"you have no ticket {ticket}") as raised:
         postgrest.request(BEN, "POST", "/rpc/close_ticket", CLOSE_TICKET, ticket)
     assert raised.value.sqlstate == "PT404"
-    forged = """insert into "api"."tickets" ("title", "opened_by") values ('mine', 'ben') returning '[]'::json"""
-    with pytest.raises(psycopg.errors.InsufficientPrivilege):
-        postgrest.request(ANNA, "POST", "/tickets", forged)
+    for column, value in (("opened_by", "ben"), ("opened_at", "2020-01-01")):
+        forged = (
+            f"""insert into "api"."tickets" ("title", "{column}") values ('mine', '{value}') returning '[]'::json"""
+        )
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied for table tickets"):
+            postgrest.request(ANNA, "POST", "/tickets", forged)
     assert [topic for topic, _, _ in events(admin)] == ["support.ticket.opened"]
 
 
@@ -195,6 +198,10 @@ def test_the_roles_are_those_of_the_configuration(postgrest: PostgREST, admin: p
     query = "select rolinherit, rolsuper, rolcreaterole, rolcanlogin from pg_roles where rolname = %s"
     assert admin.execute(query, ["authenticator"]).fetchone() == (False, False, False, True)
     assert admin.execute(query, [anonymous]).fetchone() == (True, False, False, False)
+    query = """
+        select array_agg(distinct grantee::regrole::text) from pg_proc, aclexplode(proacl)
+        where proname = 'close_ticket' and grantee <> proowner"""
+    assert admin.execute(query).fetchone() == (["authenticated"],)
 
 
 async def test_the_bridge_carries_actor_and_trace_to_the_broker(
