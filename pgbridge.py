@@ -6,9 +6,12 @@ This module has a name that nobody else uses, imports nothing of ours before it 
 what is in the way.
 """
 
+import os
+import signal
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 OURS: Final = ("bridge", "workers")
@@ -20,6 +23,7 @@ EXIT_CODE: Final = 78
 
 def main() -> None:
     """`pgbridge`."""
+    end_when_asked()
     require_ours("pgbridge")
     from bridge.cli import main as group
 
@@ -28,10 +32,24 @@ def main() -> None:
 
 def worker_main() -> None:
     """`pgbridge-worker`."""
+    end_when_asked()
     require_ours("pgbridge-worker")
     from workers.cli import main as group
 
     group(prog_name="pgbridge-worker")
+
+
+def end_when_asked() -> None:
+    """As the first process of a container, ends on SIGTERM as any other process does.
+
+    To that one the kernel does nothing on a signal without a handler, and daemons have theirs only once they run.
+    """
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    os._exit(128 + number)
 
 
 def require_ours(program: str) -> None:

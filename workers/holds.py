@@ -1,7 +1,5 @@
 """`pgbridge-worker held` and `release`: which keys of a worker its dead letters hold, and letting them go."""
 
-import getpass
-import socket
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -10,6 +8,7 @@ import click
 
 from bridge.errors import UsageError
 from bridge.postgres.connection import connect, database_errors
+from bridge.process.person import current_person
 from bridge.process.tasks import run
 from bridge.process.terminal import config_option, exit_codes, json_option, moment, print_json, table
 from bridge.settings import Settings, WorkerSettings, load
@@ -87,7 +86,7 @@ def release_key(name: str, key: str, event: UUID | None, config: Path | None) ->
 
 
 async def _release(settings: Settings, name: str, key: str, event: UUID | None) -> int:
-    person = f"{getpass.getuser()}@{socket.gethostname()}"
+    person = current_person()
     connection = await connect(settings.postgres, "pgbridge release")
     async with connection:
         with database_errors():

@@ -4,9 +4,7 @@
 """
 
 import asyncio
-import getpass
 import math
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -29,6 +27,7 @@ from bridge.errors import PgbridgeError, UsageError
 from bridge.event import matches
 from bridge.postgres.connection import connect, database_errors
 from bridge.postgres.wire import Connection
+from bridge.process.person import current_person
 from bridge.settings import Settings
 
 
@@ -156,7 +155,7 @@ async def replay_or_discard(
     """
     outcome = Outcome()
     pace = Pace(rate)
-    person = f"{getpass.getuser()}@{socket.gethostname()}"
+    person = current_person()
 
     def count(letter: Letter, problem: str | None) -> None:
         if problem is None:

@@ -1,7 +1,5 @@
 """`pgbridge pause` and `resume`: a sink or a worker takes nothing new until a person says so."""
 
-import getpass
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -10,6 +8,7 @@ import click
 
 from bridge.errors import UsageError
 from bridge.postgres.connection import connect, database_errors
+from bridge.process.person import current_person
 from bridge.process.tasks import run
 from bridge.process.terminal import config_option, exit_codes
 from bridge.settings import Settings, load
@@ -64,7 +63,7 @@ def pause(sink: str | None, worker: str | None, why: str, config: Path | None) -
     """
     settings = load(config)
     what = _chosen(settings, sink, worker, known=True)
-    person = f"{getpass.getuser()}@{socket.gethostname()}"
+    person = current_person()
     done = run(_ask(settings, "select bridge.set_pause(%s, %s, %s, %s, %s)", *what, person, why))
     said = f"is paused: it takes nothing more {_REACTION}" if done else "was paused already; its reason stays"
     click.echo(f"The {what[0]} {what[2]} {said}.", err=True)

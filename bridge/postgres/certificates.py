@@ -36,6 +36,19 @@ def require_files(given: Mapping[str, Any], key: str) -> None:
             raise SettingsError(f'{key}: the {what} "{path}" does not exist; correct {parameter} in the DSN')
 
 
+def find_the_systems(given: Mapping[str, Any]) -> None:
+    """Where the server's authority is to be one of the system's, tells libpq's OpenSSL where this machine keeps those.
+
+    The one in psycopg's wheels looks in a folder that is on no machine; Python's looks in the right one.
+    """
+    if given.get("sslrootcert", os.environ.get("PGSSLROOTCERT")) != "system":
+        return
+    places = ssl.get_default_verify_paths()
+    named = {places.openssl_cafile_env: places.cafile, places.openssl_capath_env: places.capath}
+    if not named.keys() & os.environ.keys():
+        os.environ.update({variable: place for variable, place in named.items() if place is not None})
+
+
 def out_of_date(parameters: Mapping[str, Any]) -> str | None:
     """OpenSSL's words where the certificate of one of the hosts is out of date; libpq says only that it is not trusted.
 

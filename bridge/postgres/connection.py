@@ -26,7 +26,7 @@ from bridge.errors import (
     SchemaError,
     SettingsError,
 )
-from bridge.postgres.certificates import require_files
+from bridge.postgres.certificates import find_the_systems, require_files
 from bridge.postgres.refusals import connection_refused
 from bridge.postgres.wire import Connection
 from bridge.settings import PostgresSettings
@@ -103,6 +103,7 @@ def connection_parameters(settings: PostgresSettings, application_name: str) -> 
     if not re.fullmatch(r"[\d,]*", str(given.get("port", ""))):
         raise SettingsError(f"{key}: the port is not a number")
     require_files(given, key)
+    find_the_systems(given)
     return {
         **_DEFAULTS,
         "connect_timeout": max(2, round(settings.connect_timeout)),

@@ -4,6 +4,10 @@ RabbitMQ's part is in `test_rabbitmq_refusals`.
 """
 
 import os
+import shutil
+import ssl
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +25,7 @@ from bridge.postgres.connection import connect, connect_blocking
 from bridge.settings import PostgresSettings, load
 from tests.support.certificates import Authority
 from tests.support.commands import command
+from tests.support.environment import ROOT
 from tests.support.refusals import SINK, all_are_refused, everything_that_connects
 from tests.support.servers import NOT_DURABLE, MissingProgramError, NatsServer
 from tests.support.strict_postgres import TlsPostgresServer
@@ -88,6 +93,32 @@ async def test_a_server_that_is_proven_and_that_trusts_us_is_connected(
         shown = await session.execute("select ssl, client_dn is not null from pg_stat_ssl where pid = pg_backend_pid()")
         assert await shown.fetchall() == [(True, bool(parameters))]
     connect_blocking(settings, "test").close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may put another folder in the place of the machine's")
+def test_authorities_of_the_system_are_found_where_this_machine_keeps_them(
+    server: TlsPostgresServer, client: Client, tmp_path: Path
+) -> None:
+    trusted = tmp_path / "trusted"
+    trusted.mkdir()
+    shutil.copy(server.authority.file, trusted / "authority.pem")
+    subprocess.run(["openssl", "rehash", str(trusted)], check=True)
+    code = (
+        "import sys; from bridge.settings import PostgresSettings\n"
+        "from bridge.postgres.connection import connect_blocking\n"
+        "connect_blocking(PostgresSettings(dsn=sys.argv[1]), 'test').close()"
+    )
+    in_its_place = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
+    place = Path(ssl.get_default_verify_paths().openssl_capath).resolve()
+    dsn = dsn_of(server, client, "sslrootcert=system")
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", in_its_place, "sh", trusted, place, sys.executable, "-c", code, dsn],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},  # no SSL_CERT_FILE
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,11 +16,18 @@ class Daemon:
     """`python -m bridge.cli run` (or another module and command) over one settings file."""
 
     def __init__(
-        self, folder: Path, settings: str | Path, *command: str, module: str = "bridge.cli", python: Path | None = None
+        self,
+        folder: Path,
+        settings: str | Path,
+        *command: str,
+        module: str = "bridge.cli",
+        python: Path | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """`settings` is the text of bridge.toml, or where one is; `command` defaults to ``run``, `python` to this
-        interpreter; with another one, what is installed in its environment runs."""
+        interpreter; with another one, what is installed in its environment runs. `environment` is added to ours."""
         self.folder = folder
+        self._more = environment or {}
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(settings, str):
             self.config = folder / "bridge.toml"
@@ -36,7 +44,7 @@ class Daemon:
         """Starts it; `wait_for` tells when it is where a test wants it."""
         self._read_from = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.command, stderr=log, stdout=log, env=_environment())
+            self.process = subprocess.Popen(self.command, stderr=log, stdout=log, env={**_environment(), **self._more})
 
     def lines(self) -> list[dict[str, Any]]:
         """What was logged since the last start.

@@ -5,8 +5,6 @@ became too old to be used again. What Stripe has is put on record, and the dead 
 hears of it; nothing is ever charged here.
 """
 
-import getpass
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from bridge.brokers.registry import broker_of
 from bridge.errors import LoginError, PrivilegeError, RefusedError, UnavailableError
 from bridge.postgres.connection import connect, database_errors
 from bridge.postgres.wire import Connection
+from bridge.process.person import current_person
 from bridge.process.tasks import run
 from bridge.process.terminal import (
     Moment,
@@ -123,7 +122,7 @@ class Reconciliation:
         """Raises UsageError for a worker that does not pay, and SettingsError."""
         self._options = load_options(settings, name, PaymentOptions)
         self._settings, self._name, self._again, self._dry_run = settings, name, again, dry_run
-        self._person = f"{getpass.getuser()}@{socket.gethostname()}"
+        self._person = current_person()
 
     async def run(self, since: datetime) -> list[Finding]:
         """The oldest first. Raises what the database, Stripe and the broker raise, as PgbridgeError."""
