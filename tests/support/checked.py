@@ -59,7 +59,7 @@ class World:
     """Where settings are."""
     sink: Callable[[str], str] = lambda user: MEMORY
     """The table of the sink for a user of the broker."""
-    ports: Mapping[int, int] = field(default_factory=dict)
+    ports: dict[int, int] = field(default_factory=dict)
     """The broker's, and the usual one in its place."""
 
     def settings(

@@ -35,6 +35,23 @@ def speak_as_to_the_service(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "connect", connected)
 
 
+async def delete(settings: PubSubSettings, name: str) -> None:
+    """Deletes ``topics/<name>`` or ``subscriptions/<name>``."""
+    full = f"projects/{settings.project}/{name}"
+    if name.startswith("topics/"):
+        method, request = "Publisher/DeleteTopic", types.DeleteTopicRequest.pb()(topic=full)
+    else:
+        method, request = "Subscriber/DeleteSubscription", types.DeleteSubscriptionRequest.pb()(subscription=full)
+    connection = await connect(settings)
+    try:
+        delete = connection.channel.unary_unary(
+            f"/google.pubsub.v1.{method}", request_serializer=type(request).SerializeToString
+        )
+        await connection.call(delete, request)
+    finally:
+        await connection.close()
+
+
 class PubSubReader:
     """Reads all that a topic was given since `subscribe`, in the order of each key."""
 

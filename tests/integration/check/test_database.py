@@ -12,6 +12,7 @@ from bridge.commands import check_database
 from bridge.commands.check_database import NAME
 from bridge.postgres.schema import schema_version
 from tests.support.checked import HANDLER, ONLY_BRIDGE, Broken, Section, World, found_in, wrong_of
+from tests.support.owner import owner_without_rights
 from tests.support.until import until
 
 NEWER: Final = (
@@ -55,14 +56,9 @@ async def set_fsync(world: World, value: str) -> None:
 
 
 @asynccontextmanager
-async def owner_without_rights(world: World) -> AsyncIterator[Mapping[str, str]]:
-    """As on a managed server, where the owner of the schema is no superuser."""
-    world.admin(
-        "create role shop_owner; grant usage on schema bridge to shop_owner; "
-        "grant select on bridge.outbox to shop_owner; alter function bridge.guards() owner to shop_owner"
-    )
-    yield {}
-    world.admin("alter function bridge.guards() owner to postgres; drop owned by shop_owner; drop role shop_owner")
+async def narrow_owner(world: World) -> AsyncIterator[Mapping[str, str]]:
+    with owner_without_rights(world.postgres.dsn("shop"), "shop_owner"):
+        yield {}
 
 
 @asynccontextmanager
@@ -225,7 +221,7 @@ BROKEN: Final[Mapping[str, Broken]] = {
     "an owner of the schema who sees no other sessions": Broken(
         "transactions",
         ["whether others have an old one open cannot be known", "grant pg_read_all_stats to shop_owner"],
-        around=owner_without_rights,
+        around=narrow_owner,
     ),
     "a server without room": Broken(
         "connections",
@@ -290,7 +286,7 @@ async def test_an_old_prepared_transaction_is_seen_by_an_owner_who_sees_no_sessi
         connection.execute("select pg_current_xact_id()")
         connection.execute("prepare transaction 'forgotten'")
         try:
-            async with owner_without_rights(shop_world):
+            async with narrow_owner(shop_world):
                 with any_transaction_is_old():
                     [said] = wrong_of(await found_in(shop_world.settings()))
         finally:
