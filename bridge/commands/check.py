@@ -19,7 +19,8 @@ from bridge.commands.check_brokers import (
     subscriptions,
     weighed,
 )
-from bridge.commands.check_database import of_log, of_logins, of_reach, of_room
+from bridge.commands.check_database import of_database, of_logins
+from bridge.commands.check_room import of_room
 from bridge.commands.check_settings import (
     of_channels,
     of_files,
@@ -59,7 +60,7 @@ async def findings(
         yield finding
     database_ok = True
     if bridge_runs:
-        async for finding in _of_bridges_database(settings):
+        async for finding in of_database(settings):
             yield finding
             database_ok = database_ok and (finding.ok or finding.subject not in ("postgres", "schema"))
     logins = [*([settings.postgres] if bridge_runs else []), *([theirs.workers_postgres] if workers_login else [])]
@@ -106,16 +107,6 @@ def _of_this_machine(
     if "workers" in processes and (workers.sinks != settings.sinks or "bridge" not in processes):
         found += of_servers(workers)
     return found
-
-
-async def _of_bridges_database(settings: Settings) -> AsyncIterator[Finding]:
-    reached = False
-    async for finding in of_reach(settings):
-        yield finding
-        reached = reached or (finding.subject == "postgres" and finding.ok)
-    if reached and settings.reads_outbox:
-        async for finding in of_log(settings):
-            yield finding
 
 
 @click.command()

@@ -7,7 +7,6 @@ it needs.
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
 from typing import Final
 
 from bridge.brokers.contract import Declaration, InspectableQueue, InspectableSink, Queue, Sink, Subscription
@@ -16,6 +15,7 @@ from bridge.commands.finding import Finding, failure, warning
 from bridge.commands.topology import require_complete
 from bridge.errors import PgbridgeError, PrivilegeError
 from bridge.settings import Process, Settings, SinkSettings
+from bridge.settings.installed import points
 
 _NAMED: Final = 3
 """Most things of one kind that are listed by their names, where nothing is wrong with them."""
@@ -39,7 +39,7 @@ def subscriptions(settings: Settings) -> Subscriptions:
     """What the workers of these settings want. Raises SettingsError."""
     found: dict[str, tuple[str, Subscription]] = {}
     # The bridge never imports the workers, so what they want comes through an entry point.
-    for point in entry_points(group="pgbridge.subscriptions"):
+    for point in points("pgbridge.subscriptions"):
         found |= point.load()(settings)
     return found
 
@@ -119,7 +119,7 @@ def _listed(found: Sequence[Declaration]) -> str:
 async def of_workers(settings: Settings, wanted: Subscriptions) -> list[Judged]:
     """Whether each worker could start: its handler and its database, at which the workers look, then its queue."""
     looks: dict[str, Callable[[], Awaitable[str]]] = {}
-    for point in entry_points(group="pgbridge.checks"):
+    for point in points("pgbridge.checks"):
         looks |= point.load()(settings)
     found = []
     for worker, (sink_name, subscription) in wanted.items():

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Final, LiteralString, NamedTuple
+from typing import Final, LiteralString
 
 from psycopg.rows import TupleRow
 
@@ -14,7 +14,7 @@ from bridge.postgres.certificates import unproven
 from bridge.postgres.connection import DSN_KEY, connect, database_errors, require_writes
 from bridge.postgres.pooler import is_pooled
 from bridge.postgres.schema import check_version, schema_version
-from bridge.postgres.status import Status, look
+from bridge.postgres.status import Guards, Status, look
 from bridge.postgres.wire import Connection
 from bridge.process.tasks import one_error
 from bridge.process.terminal import age, moment
@@ -78,29 +78,13 @@ from pg_catalog.pg_roles r left join pg_catalog.pg_namespace n on n.nspname = 'b
 where r.rolname = current_user
 """
 
-_ROOM: Final = """
-with taken as (
-    select count(*) filter (where datname = current_database()) as here,
-           count(*) filter (where usename = current_user) as ours,
-           count(*) as everywhere
-    from pg_catalog.pg_stat_activity
-    where datid is not null and usesysid is not null and application_name not like 'pgbridge%'
-)
-select
-    current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
-        - coalesce(current_setting('reserved_connections', true), '0')::int - everywhere,
-    case when datconnlimit >= 0 then datconnlimit - here end,
-    case when rolconnlimit >= 0 then rolconnlimit - ours end
-from taken, pg_catalog.pg_database, pg_catalog.pg_roles
-where datname = current_database() and rolname = current_user
-"""
-"""How many sessions pgbridge may have, by the limits of the server, the database and the role; None for no limit.
-pg_stat_activity hides what others do, but not that they are there."""
-
 _DURABILITY: Final = """
 select name from pg_catalog.pg_settings
 where name in ('fsync', 'full_page_writes', 'synchronous_commit') and setting = 'off' order by name
 """
+
+_OWNER: Final = "select pg_get_userbyid(proowner) from pg_catalog.pg_proc where oid = 'bridge.guards'::regproc"
+"""Whose rights decide what is seen of other sessions."""
 
 _NOT_DURABLE: Final = {
     "fsync": "a crash of the machine may destroy the database, with events that were committed",
@@ -110,11 +94,6 @@ _NOT_DURABLE: Final = {
         "have this too are lost, also where they were published"
     ),
 }
-
-BRIDGE_SESSIONS: Final = 6
-"""What a bridge takes at most."""
-WORKER_SESSIONS: Final = 4
-"""What a worker process takes at most, beside its concurrency."""
 
 MOST_SKEW: Final = 5.0
 """Seconds between two clocks that nobody need hear of."""
@@ -126,37 +105,43 @@ _YOUNG: Final = 3600.0
 """Seconds of log from which nobody can tell how it grows."""
 
 
-async def of_reach(settings: Settings) -> AsyncIterator[Finding]:
-    """Whether the server can be reached and heard. The first of them says whether it can be reached."""
-    connected = await tried("postgres", partial(_postgres, settings))
-    yield connected
-    if connected.ok:
-        yield await tried("listen", partial(_listen, settings))
-        yield await _asked(settings.postgres, "clock", _clock)
-
-
-async def of_log(settings: Settings) -> AsyncIterator[Finding]:
-    """What the bridge needs for the log. The first of them is the schema; what a failure has made meaningless is left
-    out."""
+async def of_database(settings: Settings) -> AsyncIterator[Finding]:
+    """Whether the bridge can reach and hear the server, and what it needs there. The first of them says whether it can
+    be reached; what a failure has made meaningless is left out."""
     postgres = settings.postgres
-    schema = await _asked(postgres, "schema", _schema)
-    yield schema
-    if not schema.ok:
-        return
-    privileges = await _asked(postgres, "privileges", _privileges)
-    yield privileges
-    yield await _asked(postgres, "durability", _durability)
-    if not privileges.ok:
-        return
-    yield await _asked(postgres, "positions", partial(_positions, settings))
     try:
-        async with await connect(postgres, NAME) as connection:
-            status = await look(connection, settings.outbox_or_default.retention)
+        connection = await connect(postgres, NAME)
     except PgbridgeError as error:
-        yield failure("log", error)
+        yield failure("postgres", error)
         return
-    for finding in (_size(settings, status), *_held_back(settings, status), _transactions(status)):
-        yield finding
+    async with connection:
+        ask = partial(_answered, connection, postgres.key("dsn"))
+        reached = await ask("postgres", _postgres)
+        yield reached
+        if not reached.ok:
+            return
+        yield await tried("listen", partial(_listen, settings))
+        yield await ask("clock", _clock)
+        if not settings.reads_outbox:
+            return
+        schema = await ask("schema", _schema)
+        yield schema
+        if not schema.ok:
+            return
+        privileges = await ask("privileges", _privileges)
+        yield privileges
+        yield await ask("durability", _durability)
+        if not privileges.ok:
+            return
+        yield await ask("positions", partial(_positions, settings))
+        try:
+            status = await look(connection, settings.outbox_or_default.retention)
+        except PgbridgeError as error:
+            yield failure("log", error)
+            return
+        for finding in (_size(settings, status), *_held_back(settings, status)):
+            yield finding
+        yield await ask("transactions", partial(_transactions, status.guards))
 
 
 async def of_logins(logins: Sequence[PostgresSettings]) -> AsyncIterator[Finding]:
@@ -174,50 +159,40 @@ async def of_logins(logins: Sequence[PostgresSettings]) -> AsyncIterator[Finding
                 yield warning(subject, f"{postgres.key('dsn')}: {problem}")
 
 
-async def of_room(settings: Settings, theirs: Settings, *, bridge: bool, workers: bool) -> AsyncIterator[Finding]:
-    """Whether there is room for the sessions of the bridge and of one process of each of `theirs` workers. What cannot
-    be reached is told elsewhere."""
-    wanted: dict[PostgresSettings, int] = {}
-    if bridge:
-        wanted[settings.postgres] = BRIDGE_SESSIONS
-    if workers:
-        sessions = sum(worker.concurrency + WORKER_SESSIONS for worker in theirs.workers.values())
-        wanted[theirs.workers_postgres] = wanted.get(theirs.workers_postgres, 0) + sessions
-    for number, (postgres, own) in enumerate(wanted.items()):
-        # What server and database have room for, is said once.
-        needed = _Needed(own, sum(wanted.values()) if number == 0 else 0)
-        found = await _asked(postgres, "connections", partial(_room, postgres.key("dsn"), needed))
-        if found.ok and (number == 0 or found.warning):
-            yield found
-
-
-async def _asked(
+async def asked(
     postgres: PostgresSettings, subject: str, ask: Callable[[Connection], Awaitable[Finding | str]]
 ) -> Finding:
     """What a question gives over a session of its own."""
     try:
         async with await connect(postgres, NAME) as connection:
-            with database_errors(postgres.key("dsn")):
-                found = await ask(connection)
+            return await _answered(connection, postgres.key("dsn"), subject, ask)
+    except PgbridgeError as error:
+        return failure(subject, error)
+
+
+async def _answered(
+    connection: Connection, key: str, subject: str, ask: Callable[[Connection], Awaitable[Finding | str]]
+) -> Finding:
+    try:
+        with database_errors(key):
+            found = await ask(connection)
     except PgbridgeError as error:
         return failure(subject, error)
     return found if isinstance(found, Finding) else Finding(subject, ok=True, text=found)
 
 
-async def _rows(connection: Connection, query: LiteralString, *values: object) -> list[TupleRow]:
+async def rows(connection: Connection, query: LiteralString, *values: object) -> list[TupleRow]:
     return await (await connection.execute(query, values or None)).fetchall()
 
 
-async def _postgres(settings: Settings) -> str:
-    connection = await connect(settings.postgres, NAME, target_session_attrs="any")
-    async with connection:
-        await require_writes(connection)
-        at, version = connection.info, connection.info.server_version
-        pooler = ", through a pooler" if await is_pooled(connection, DSN_KEY) else ""
-        return (
-            f"PostgreSQL {version // 10_000}.{version % 10_000}, {at.host} port {at.port}, "
-            f"database {at.dbname!r} as {at.user!r}{pooler}"
-        )
+async def _postgres(connection: Connection) -> str:
+    await require_writes(connection)
+    at, version = connection.info, connection.info.server_version
+    pooler = ", through a pooler" if await is_pooled(connection, DSN_KEY) else ""
+    return (
+        f"PostgreSQL {version // 10_000}.{version % 10_000}, {at.host} port {at.port}, "
+        f"database {at.dbname!r} as {at.user!r}{pooler}"
+    )
 
 
 async def _listen(settings: Settings) -> str:
@@ -242,7 +217,7 @@ async def _listen(settings: Settings) -> str:
 
 async def _clock(connection: Connection) -> Finding | str:
     before = datetime.now(UTC)
-    [(there,)] = await _rows(connection, "select clock_timestamp()")
+    [(there,)] = await rows(connection, "select clock_timestamp()")
     after = datetime.now(UTC)
     # Where between the two it was answered, is not known.
     apart = max((before - there).total_seconds(), (there - after).total_seconds(), 0.0)
@@ -266,7 +241,7 @@ async def _privileges(connection: Connection) -> str:
     needed = [(name, privilege) for name, privileges in TABLES.items() for privilege in privileges]
     needed += [(name, "execute") for name in FUNCTIONS]
     names, privileges = (list(each) for each in zip(*needed, strict=True))
-    missing = [what for (what,) in await _rows(connection, _MISSING, names, privileges)]
+    missing = [what for (what,) in await rows(connection, _MISSING, names, privileges)]
     if missing:
         raise PrivilegeError(
             f"{DSN_KEY}: the role {connection.info.user!r} does not have {', '.join(missing)}. "
@@ -279,7 +254,7 @@ async def _excess(connection: Connection) -> str | None:
     """What a login may do beyond its work, and what to do about it."""
     user = connection.info.user
     with database_errors():
-        [(superuser, owner)] = await _rows(connection, _RIGHTS)
+        [(superuser, owner)] = await rows(connection, _RIGHTS)
     if superuser:
         return (
             f"{user!r} is a superuser, so whoever has its password has the whole server. Use a login that is in "
@@ -294,7 +269,7 @@ async def _excess(connection: Connection) -> str | None:
 
 
 async def _durability(connection: Connection) -> Finding | str:
-    off = [name for (name,) in await _rows(connection, _DURABILITY)]
+    off = [name for (name,) in await rows(connection, _DURABILITY)]
     if not off:
         return "a commit survives a crash"
     said = "; ".join(f"{name} = off: {_NOT_DURABLE[name]}" for name in off)
@@ -303,7 +278,7 @@ async def _durability(connection: Connection) -> Finding | str:
 
 async def _positions(settings: Settings, connection: Connection) -> Finding | str:
     await require_sequence(connection)
-    [(last_value,)] = await _rows(connection, "select last_value from bridge.sequence_state()")
+    [(last_value,)] = await rows(connection, "select last_value from bridge.sequence_state()")
     status = await look(connection, settings.outbox_or_default.retention)
     own = next((bridge for bridge in status.bridges if bridge.name == settings.name), None)
     if own is None:
@@ -361,44 +336,19 @@ def _held_back(settings: Settings, status: Status) -> Iterator[Finding]:
         )
 
 
-def _transactions(status: Status) -> Finding:
-    guards = status.guards
-    if not guards.sees_sessions:
-        text = "whether an old one is open cannot be known: grant pg_read_all_stats to the owner of the schema bridge"
-        return Finding("transactions", ok=True, text=text)
+async def _transactions(guards: Guards, connection: Connection) -> Finding | str:
     seconds = guards.oldest_transaction_seconds or 0.0
-    if seconds <= OLD_TRANSACTION:
-        return Finding("transactions", ok=True, text=f"none is older than {age(OLD_TRANSACTION)}")
-    return warning(
-        "transactions",
-        f"{guards.oldest_transaction} has one open for {age(seconds)}: vacuum removes nothing that ended since, so the "
-        "log grows, and reading it gets slower. End it",
-    )
-
-
-class _Needed(NamedTuple):
-    """Sessions of one login, and of all logins together."""
-
-    own: int
-    all: int
-
-
-async def _room(key: str, needed: _Needed, connection: Connection) -> Finding | str:
-    if await is_pooled(connection, key):
-        return f"{needed.all} are needed; the pooler's own limits count, see Poolers in docs/operations.md"
-    [(server, database, role)] = await _rows(connection, _ROOM)
-    user, name = connection.info.user, connection.info.dbname
-    limits = (
-        (server, needed.all, "the server, raise its max_connections"),
-        (database, needed.all, f"the database, raise it with `alter database {name} connection limit N`"),
-        (role, needed.own, f"the role, raise it with `alter role {user} connection limit N`"),
-    )
-    for room, wanted, mend in limits:
-        if room is not None and room < wanted:
-            return warning(
-                "connections",
-                f"{key}: bridge and one process of each worker take up to {wanted}, and there is room for "
-                f"{max(room, 0)}: the limit is that of {mend}, or lower the workers' concurrency",
-            )
-    room = min(room for room, _, _ in limits if room is not None)
-    return f"up to {needed.all} are needed, and there is room for {room}"
+    if seconds > OLD_TRANSACTION:
+        return warning(
+            "transactions",
+            f"{guards.oldest_transaction} has one open for {age(seconds)}: vacuum removes nothing that ended since, so "
+            "the log grows, and reading it gets slower. End it",
+        )
+    if not guards.sees_sessions:
+        [(owner,)] = await rows(connection, _OWNER)
+        return warning(
+            "transactions",
+            f"whether others have an old one open cannot be known, and it would make the log grow: {owner!r}, who owns "
+            f"the schema bridge, does not see their sessions. Run: grant pg_read_all_stats to {owner}",
+        )
+    return f"none is older than {age(OLD_TRANSACTION)}"

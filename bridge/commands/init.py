@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +22,7 @@ from bridge.errors import PgbridgeError, SettingsError, UsageError
 from bridge.postgres.logins import Logins, logins
 from bridge.process.terminal import exit_codes
 from bridge.settings import load
+from bridge.settings.installed import points
 from bridge.settings.load import CREDENTIALS_VARIABLE, DEFAULT_PATHS
 from bridge.settings.models import Channel, Name, TopicPattern
 
@@ -177,7 +177,7 @@ def _topic(text: str) -> str:
 
 def _kinds() -> Mapping[str, str]:
     """By broker, a place where it may be."""
-    known = {point.name: point.load() for point in entry_points(group=GROUP)}
+    known = {point.name: point.load() for point in points(GROUP)}
     first = ("rabbitmq", "nats", "pubsub")
     order = sorted(known, key=lambda kind: (first.index(kind) if kind in first else len(first), kind))
     return {kind: known[kind].example for kind in order if known[kind].example is not None}
@@ -190,7 +190,7 @@ def _kind(text: str) -> str:
 
 
 def _broker(kind: str) -> Broker:
-    broker: Broker = next(iter(entry_points(group=GROUP, name=kind))).load()
+    broker: Broker = next(iter(points(GROUP).select(name=kind))).load()
     return broker
 
 
@@ -208,7 +208,7 @@ def _worker(text: str) -> tuple[str, str]:
             raise UsageError(f"--worker: {handler!r} is not of the form MODULE:FUNCTION")
         return name, f'handler = "{handler}"\n' + _path_to(handler.partition(":")[0])
     # The bridge never imports the workers, so what ships with them comes through an entry point.
-    for point in entry_points(group="pgbridge.templates"):
+    for point in points("pgbridge.templates"):
         shipped: Mapping[str, str] = point.load()
         if name in shipped:
             return name, shipped[name]

@@ -98,12 +98,14 @@ def _pause(pause: Pause) -> str:
 
 
 def _guards(guards: Guards, now: Status, settings: Settings) -> str:
-    if not guards.sees_sessions:
-        oldest = "not known: grant pg_read_all_stats to the owner of schema bridge"
-    elif guards.oldest_transaction_seconds is None:
-        oldest = "-"
-    else:
+    if guards.oldest_transaction_seconds is not None:
         oldest = f"{age(guards.oldest_transaction_seconds)}: {guards.oldest_transaction}"
+    else:
+        oldest = "-"
+    if not guards.sees_sessions:
+        # A prepared transaction is seen by everybody.
+        seen = "" if oldest == "-" else f"{oldest}; "
+        oldest = f"{seen}those of others are not known: grant pg_read_all_stats to the owner of schema bridge"
     queue = f"{guards.notification_queue_usage:.1%} used"
     lines = [
         click.style("database", bold=True),

@@ -1,7 +1,6 @@
 """`pgbridge topology`: what the brokers have of what the settings need, and declaring what is missing."""
 
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import click
@@ -12,6 +11,7 @@ from bridge.errors import TopologyError
 from bridge.process.tasks import run
 from bridge.process.terminal import config_option, exit_codes, json_option, print_json, table
 from bridge.settings import Settings, load
+from bridge.settings.installed import points
 
 Declared = Sequence[tuple[str, Sequence[Declaration]]]
 """Pairs of an owner, ``sink <name>`` or ``worker <name>``, and what it needs."""
@@ -28,7 +28,7 @@ async def declarations(settings: Settings, workers: Settings, *, apply: bool) ->
         for name, sink in settings.sinks.items()
     ]
     # The bridge never imports the workers, so what they want comes through an entry point.
-    for point in entry_points(group="pgbridge.subscriptions"):
+    for point in points("pgbridge.subscriptions"):
         for worker, (sink, subscription) in point.load()(workers).items():
             queue = broker_of(workers.sinks[sink]).queue(workers.sinks[sink], subscription)
             found.append((f"worker {worker}", await queue.topology(apply=apply)))

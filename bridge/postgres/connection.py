@@ -129,17 +129,14 @@ def _is_cut_wrongly(dsn: str) -> bool:
     return bool(found) and scheme in ("postgresql", "postgres") and bool(at) and ("@" in behind or "/" in user)
 
 
-async def connect(settings: PostgresSettings, application_name: str, **overrides: str) -> Connection:
-    """An autocommit connection. `overrides` are libpq parameters.
-
-    None of them may be `options`: a pooler refuses start parameters that it does not know, and what a session relies
-    on is set by statements.
+async def connect(settings: PostgresSettings, application_name: str) -> Connection:
+    """An autocommit connection.
 
     Raises SettingsError for what the DSN holds, DatabaseUnavailableError, ReadOnlyServerError, LoginError,
     PrivilegeError, RefusedError for what the server says, and what `require_database` raises.
     """
     key = settings.key("dsn")
-    parameters = connection_parameters(settings, application_name) | overrides
+    parameters = connection_parameters(settings, application_name)
     try:
         with connecting(parameters, key):
             connection = await Connection.connect(**parameters, autocommit=True)

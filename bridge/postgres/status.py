@@ -182,7 +182,7 @@ async def watch(settings: Settings, interval: float | None, *, workers: bool = F
             'with channels.buffer = "memory" nothing is kept in the database, so it has no status; '
             "set observe.listen and look at /health and /metrics"
         )
-    connection = await connect(settings.postgres, "pgbridge status")
+    connection = await connect(settings.postgres, f"pgbridge {settings.name} status")
     async with connection:
         while True:
             names = sorted(settings.workers) if workers else None

@@ -8,7 +8,6 @@ import sys
 import types
 import typing
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -16,6 +15,7 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from bridge.settings.installed import points
 from bridge.settings.models import Settings, SinkSettings, parse_duration, parse_folders, parse_size
 
 _INTRODUCTION: Final = """\
@@ -50,7 +50,7 @@ _WORKERS: Final = """\
 
 def sink_models() -> dict[str, type[SinkSettings]]:
     """The settings' model of every sink that is installed, by type."""
-    return {point.name: point.load().settings for point in sorted(entry_points(group="pgbridge.brokers"))}
+    return {point.name: point.load().settings for point in sorted(points("pgbridge.brokers"))}
 
 
 def settings_page() -> str:

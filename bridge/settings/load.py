@@ -11,7 +11,6 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, NamedTuple
@@ -19,6 +18,7 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from bridge.errors import SettingsError
+from bridge.settings.installed import points
 from bridge.settings.models import PostgresSettings, Settings, SinkSettings
 
 ENVIRONMENT_PREFIX: Final = "PGBRIDGE_"
@@ -210,7 +210,7 @@ class _Broken(SinkSettings):
 
 
 def _sink(name: str, table: object) -> SinkSettings:
-    kinds = {point.name: point for point in entry_points(group="pgbridge.brokers")}
+    kinds = {point.name: point for point in points("pgbridge.brokers")}
     kind = table.get("type") if isinstance(table, dict) else None
     if kind not in kinds:
         known = ", ".join(sorted(kinds))

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 
 from bridge.brokers.nats.settings import NatsSettings
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.settings import SinkSettings
 from tests.support.certificates import self_signed
+from tests.support.pubsub import speak_as_to_the_service
 from tests.support.refusals import SECRET, SINK
 from tests.support.scripted_pubsub import ScriptedPubSub
 from tests.support.servers import NatsServer, RabbitMQServer
@@ -129,8 +131,8 @@ async def pubsub(mistake: str, at: Place) -> Mistake:
             denied = grpc.StatusCode.PERMISSION_DENIED
             methods = ("GetTopic", "GetSubscription", "TestIamPermissions", "Pull")
             service = await _refusing(at, denied, *methods)
-            # Who may not look may still publish and consume; the emulator, as which it is spoken to, grants all.
-            return Mistake(_pubsub(emulator_host=service.address), "credentials", met_late_by=("sink", "queue"))
+            speak_as_to_the_service(at.stack.enter_context(pytest.MonkeyPatch.context()))
+            return Mistake(_pubsub(endpoint=service.address), "credentials")
         case "certificate not trusted":
             tokens = await at.stack.enter_async_context(token_server(*TOKEN))
             secure = ScriptedPubSub(certificate=self_signed(at.folder / "tls"))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 from pydantic import SecretStr
 
 from bridge.brokers.rabbitmq.frames import Encoder, RefusedEvent
@@ -51,8 +52,13 @@ def poisoned(bridge_database: str) -> str:
     return bridge_database
 
 
+def far_from_utc(dsn: str, zone: str) -> PostgresSettings:
+    """Of sessions that begin in another time zone."""
+    return PostgresSettings(dsn=SecretStr(make_conninfo(dsn, options=f"-c timezone={zone}")))
+
+
 async def read(dsn: str, gaps: tuple[tuple[int, int], ...], mark: int) -> list[Event]:
-    connection = await connect(PostgresSettings(dsn=SecretStr(dsn)), "test", options="-c timezone=Pacific/Kiritimati")
+    connection = await connect(far_from_utc(dsn, "Pacific/Kiritimati"), "test")
     async with connection:
         reader = LogReader(connection, "test", page_size=1000, page_bytes=100_000_000)
         reader.start(Position(mark, gaps), None)
@@ -75,7 +81,7 @@ async def test_every_row_of_the_log_is_an_event(poisoned: str, gaps: tuple[tuple
 
 
 async def test_every_dead_letter_is_listed_and_read(poisoned: str) -> None:
-    connection = await connect(PostgresSettings(dsn=SecretStr(poisoned)), "test", options="-c timezone=Etc/GMT+12")
+    connection = await connect(far_from_utc(poisoned, "Etc/GMT+12"), "test")
     async with connection:
         letters = await list_letters(connection, "test")
         shown = await read_letters(connection, "test", [letter.id for letter in letters])

@@ -10,16 +10,14 @@ from typing import Any
 
 import grpc
 import pytest
-from google.pubsub_v1 import types
 
 from bridge.brokers.contract import CONFIRMED, Never, NotSent, Outcome, Unknown
-from bridge.brokers.pubsub.connection import connect
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.sink import PubSubSink
 from bridge.errors import SettingsError, TopologyError
 from bridge.event import Event
 from tests.support.events import make_event
-from tests.support.pubsub import PROJECT, PubSubReader, pubsub_settings
+from tests.support.pubsub import PubSubReader, delete, pubsub_settings
 from tests.support.scripted_pubsub import ScriptedPubSub
 from tests.support.servers import PubSubEmulator
 from tests.support.until import until
@@ -281,14 +279,7 @@ async def test_a_topic_deleted_under_the_sink_stops_it_until_it_is_declared_agai
     sink = PubSubSink(settings)
     await sink.topology(apply=True)
     await sink.open()
-    connection = await connect(settings)
-    delete = connection.channel.unary_unary(
-        "/google.pubsub.v1.Publisher/DeleteTopic",
-        request_serializer=types.DeleteTopicRequest.pb().SerializeToString,
-        response_deserializer=bytes,
-    )
-    await delete(types.DeleteTopicRequest.pb()(topic=f"projects/{PROJECT}/topics/{unique}"))
-    await connection.close()
+    await delete(settings, f"topics/{unique}")
     (outcome,) = await sink.publish([make_event(key="k")])
     assert isinstance(outcome, NotSent)
     with pytest.raises(TopologyError, match="pgbridge topology --apply"):

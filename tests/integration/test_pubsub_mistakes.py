@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from bridge.brokers.contract import Subscription
-from bridge.brokers.pubsub.connection import Connection, connect
+from bridge.brokers.pubsub.connection import connect
 from bridge.brokers.pubsub.queue import PubSubQueue
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.brokers.pubsub.sink import PubSubSink
@@ -25,6 +25,7 @@ from bridge.errors import (
     TopologyError,
 )
 from tests.support.certificates import self_signed
+from tests.support.pubsub import speak_as_to_the_service
 from tests.support.refusals import SINK, all_are_refused, everything_that_connects
 from tests.support.scripted_pubsub import ScriptedPubSub
 from tests.support.servers import free_port
@@ -76,10 +77,13 @@ async def test_a_refusal_is_told_by_its_code(
 
 
 @pytest.mark.parametrize("use", ["sink's topology", "queue's topology", "dead letters"])
-async def test_a_missing_permission_is_told_by_its_code(scripted: ScriptedPubSub, use: str) -> None:
+async def test_a_missing_permission_is_told_by_its_code(
+    scripted: ScriptedPubSub, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    speak_as_to_the_service(monkeypatch)
     scripted.refusals = dict.fromkeys(READING, grpc.StatusCode.PERMISSION_DENIED)
     with pytest.raises(PrivilegeError, match=r"sinks\.mine\.credentials: Pub/Sub at .*docs/pubsub.md lists the roles"):
-        await everything_that_connects(settings_of(scripted.address))[use]()
+        await everything_that_connects(settings_of(endpoint=scripted.address))[use]()
 
 
 @pytest.mark.parametrize("asked", ["granted", "not granted", "may not ask"])
@@ -88,16 +92,12 @@ async def test_who_may_not_look_may_still_publish_or_consume(
     scripted: ScriptedPubSub, monkeypatch: pytest.MonkeyPatch, module: str, asked: str
 ) -> None:
     settings = settings_of(endpoint=scripted.address)
-
-    async def as_the_service(settings: PubSubSettings) -> Connection:
-        return Connection(grpc.aio.insecure_channel(settings.endpoint), settings)
-
-    monkeypatch.setattr(f"bridge.brokers.pubsub.{module}.connect", as_the_service)
+    speak_as_to_the_service(monkeypatch)
     denied = grpc.StatusCode.PERMISSION_DENIED
     scripted.refusals = {"GetTopic": denied, "GetSubscription": denied}
     if asked == "may not ask":
         scripted.refusals["TestIamPermissions"] = denied
-    scripted.granted = asked == "granted"
+    scripted.grants = None if asked == "granted" else []
     user = PubSubSink(settings) if module == "sink" else queue_of(settings)
     if asked == "granted":
         await user.open()
@@ -183,19 +183,14 @@ async def test_topology_of_who_may_not_look_is_taken_for_granted_where_it_may_be
     scripted: ScriptedPubSub, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
     settings = settings_of(endpoint=scripted.address)
-
-    async def as_the_service(settings: PubSubSettings) -> Connection:
-        return Connection(grpc.aio.insecure_channel(settings.endpoint), settings)
-
-    monkeypatch.setattr(f"bridge.brokers.pubsub.{module}.connect", as_the_service)
+    speak_as_to_the_service(monkeypatch)
     denied = grpc.StatusCode.PERMISSION_DENIED
     scripted.refusals = {"GetTopic": denied, "GetSubscription": denied}
     user = PubSubSink(settings) if module == "sink" else queue_of(settings)
     found = await user.topology(apply=False)
-    assert {each.state for each in found} == {"present"}
-    assert {each.kind for each in found if not each.assumed} == {"permission"}
+    assert {(each.state, each.assumed) for each in found} == {("present", True)}
     with pytest.raises(PrivilegeError):
         await user.topology(apply=True)
-    scripted.granted = False
+    scripted.grants = []
     with pytest.raises(PrivilegeError):
         await user.topology(apply=False)

@@ -12,6 +12,7 @@ from tests.support.commands import command, json_of
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.metrics import get
+from tests.support.owner import owner_without_rights
 from tests.support.servers import NatsServer, RabbitMQServer, free_port
 from tests.support.until import rows_become, until
 
@@ -72,6 +73,22 @@ async def test_status_shows_what_waits_and_what_endangers_the_log(
     assert f"pid {holder_pid}" in guards["oldest_transaction"]
     assert guards["held_back_by"] == ["forgotten"]
     assert "bridge forgotten has not settled it" in text
+
+
+async def test_a_prepared_transaction_is_named_where_the_schemas_owner_sees_no_sessions(
+    bridge_database: str, messages: Messages, unique: str, tmp_path: Path
+) -> None:
+    config = str(Daemon(tmp_path, settings(bridge_database, messages)).config)
+    with psycopg.connect(bridge_database, autocommit=True) as holder:
+        for statement in ("begin", "select bridge.emit('held', 'open')", f"prepare transaction '{unique}'"):
+            holder.execute(statement.encode())
+        try:
+            with owner_without_rights(bridge_database, f"{unique}_owner"):
+                text, _ = await command("status", "--config", config, expect=1)
+        finally:
+            holder.execute(f"rollback prepared '{unique}'".encode())
+    assert f"prepared transaction '{unique}'" in text
+    assert "those of others are not known: grant pg_read_all_stats" in " ".join(text.split())
 
 
 async def test_watching_tells_rates(bridge_database: str, messages: Messages, tmp_path: Path) -> None:

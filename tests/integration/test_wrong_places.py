@@ -58,6 +58,17 @@ async def test_a_standby_is_told_although_the_dsn_says_that_any_server_will_do(
     await told(tmp_path, standby.dsn() + "?target_session_attrs=any", "standby")
 
 
+async def test_a_standby_that_is_named_before_the_primary_is_passed_over(
+    primary_and_standby: tuple[PostgresServer, StandbyServer], tmp_path: Path
+) -> None:
+    primary, standby = primary_and_standby
+    config = tmp_path / "bridge.toml"
+    hosts = f"127.0.0.1:{standby.port},127.0.0.1:{primary.port}"
+    config.write_text(SETTINGS.format(dsn=f"postgresql://postgres@{hosts}/postgres"))
+    done = await asyncio.to_thread(run_command, "check", "--config", str(config))
+    assert f", 127.0.0.1 port {primary.port}, database 'postgres'" in unwrapped(done.stdout), done.stdout
+
+
 async def test_a_read_only_user_is_told(bridge_database: str, unique: str, tmp_path: Path) -> None:
     role = sql.Identifier(unique)
     with psycopg.connect(bridge_database, autocommit=True) as connection:

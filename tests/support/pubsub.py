@@ -4,9 +4,12 @@ import asyncio
 import time
 from typing import Any
 
+import grpc
+import pytest
 from google.pubsub_v1 import types
 
-from bridge.brokers.pubsub.connection import connect
+from bridge.brokers.pubsub import dead, queue, sink
+from bridge.brokers.pubsub.connection import Connection, connect
 from bridge.brokers.pubsub.message import from_message
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.event import Event
@@ -19,6 +22,34 @@ def pubsub_settings(address: str, topic: str, **changes: Any) -> PubSubSettings:
     values: dict[str, Any] = {"type": "pubsub", "project": PROJECT, "topic": topic, "emulator_host": address}
     values |= {"max_message_bytes": 100_000} | changes
     return PubSubSettings.model_validate(values, context={"sink": "events"})
+
+
+def speak_as_to_the_service(patch: pytest.MonkeyPatch) -> None:
+    """From now on sinks, queues and dead letters take the server at their `endpoint` for Google's service, without TLS
+    and tokens: of an emulator they would ask no permissions."""
+
+    async def connected(settings: PubSubSettings) -> Connection:
+        return Connection(grpc.aio.insecure_channel(settings.endpoint), settings)
+
+    for module in (sink, queue, dead):
+        patch.setattr(module, "connect", connected)
+
+
+async def delete(settings: PubSubSettings, name: str) -> None:
+    """Deletes ``topics/<name>`` or ``subscriptions/<name>``."""
+    full = f"projects/{settings.project}/{name}"
+    if name.startswith("topics/"):
+        method, request = "Publisher/DeleteTopic", types.DeleteTopicRequest.pb()(topic=full)
+    else:
+        method, request = "Subscriber/DeleteSubscription", types.DeleteSubscriptionRequest.pb()(subscription=full)
+    connection = await connect(settings)
+    try:
+        delete = connection.channel.unary_unary(
+            f"/google.pubsub.v1.{method}", request_serializer=type(request).SerializeToString
+        )
+        await connection.call(delete, request)
+    finally:
+        await connection.close()
 
 
 class PubSubReader:

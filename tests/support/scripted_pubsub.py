@@ -1,7 +1,7 @@
 """A Pub/Sub server that answers as a test says: for refusals and limits that the emulator does not know."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,7 +25,7 @@ async def confirm(messages: Sequence[Any]) -> grpc.StatusCode | None:
 class ScriptedPubSub:
     """Takes publish requests for any topic, and keeps what it confirmed.
 
-    Every topic and subscription exists, unless `refusals` says otherwise.
+    Every topic and subscription exists, unless `refusals` says otherwise; one that was created is as it was created.
     """
 
     def __init__(self, answer: Answer = confirm, *, certificate: tuple[Path, Path] | None = None) -> None:
@@ -35,8 +35,10 @@ class ScriptedPubSub:
         """By the name of a method, as ``GetTopic``: the code with which it is refused."""
         self.gates: dict[str, asyncio.Event] = {}
         """By the name of a method: it answers once this is set."""
-        self.granted = True
-        """Whether all permissions that are asked for are granted, or none."""
+        self.grants: Collection[tuple[str, str]] | None = None
+        """Pairs of the short name of a topic or subscription and a permission that is granted on it; None: all."""
+        self._created: dict[str, Any] = {}
+        """Topics and subscriptions by full name."""
         self.calls: list[str] = []
         """The names of the methods that were called, publishing aside."""
         self._certificate = certificate
@@ -61,15 +63,15 @@ class ScriptedPubSub:
         topic, subscription, empty = types.Topic.pb(), types.Subscription.pb(), empty_pb2.Empty
         services = {
             "google.pubsub.v1.Publisher": {
-                "GetTopic": self._handler("GetTopic", types.GetTopicRequest.pb(), topic, _topic),
-                "CreateTopic": self._handler("CreateTopic", topic, topic, _itself),
+                "GetTopic": self._handler("GetTopic", types.GetTopicRequest.pb(), topic, self._topic),
+                "CreateTopic": self._handler("CreateTopic", topic, topic, self._create),
                 "Publish": _handler(self._publish, types.PublishRequest.pb(), types.PublishResponse.pb()),
             },
             "google.pubsub.v1.Subscriber": {
                 "GetSubscription": self._handler(
-                    "GetSubscription", types.GetSubscriptionRequest.pb(), subscription, _subscription
+                    "GetSubscription", types.GetSubscriptionRequest.pb(), subscription, self._subscription
                 ),
-                "CreateSubscription": self._handler("CreateSubscription", subscription, subscription, _itself),
+                "CreateSubscription": self._handler("CreateSubscription", subscription, subscription, self._create),
                 "Pull": self._handler("Pull", types.PullRequest.pb(), types.PullResponse.pb(), self._pull),
                 "Acknowledge": self._handler("Acknowledge", types.AcknowledgeRequest.pb(), empty, self._acknowledge),
                 "ModifyAckDeadline": self._handler(
@@ -111,7 +113,24 @@ class ScriptedPubSub:
         return _handler(method, request, response)
 
     def _permissions(self, request: Any) -> Any:
-        return iam_policy_pb2.TestIamPermissionsResponse(permissions=request.permissions if self.granted else [])
+        short = request.resource.rpartition("/")[2]
+        granted = [each for each in request.permissions if self.grants is None or (short, each) in self.grants]
+        return iam_policy_pb2.TestIamPermissionsResponse(permissions=granted)
+
+    def _create(self, wanted: Any) -> Any:
+        self._created[wanted.name] = wanted
+        return wanted
+
+    def _topic(self, request: Any) -> Any:
+        topic = types.Topic.pb()(name=request.topic)
+        topic.message_retention_duration.seconds = 86400
+        return self._created.get(request.topic, topic)
+
+    def _subscription(self, request: Any) -> Any:
+        """Of the topic ``events`` in the same project, where it was not created."""
+        name, project = request.subscription, request.subscription.partition("/subscriptions/")[0]
+        subscription = types.Subscription.pb()(name=name, topic=f"{project}/topics/events", ack_deadline_seconds=10)
+        return self._created.get(name, subscription)
 
     def _pull(self, request: Any) -> Any:
         messages, self.to_pull = self.to_pull[: request.max_messages], self.to_pull[request.max_messages :]
@@ -154,19 +173,3 @@ def _handler(method: Any, request: Any, response: Any) -> Any:
     return grpc.unary_unary_rpc_method_handler(
         method, request_deserializer=request.FromString, response_serializer=response.SerializeToString
     )
-
-
-def _topic(request: Any) -> Any:
-    topic = types.Topic.pb()(name=request.topic)
-    topic.message_retention_duration.seconds = 86400
-    return topic
-
-
-def _subscription(request: Any) -> Any:
-    """Of the topic ``events`` in the same project."""
-    project = request.subscription.partition("/subscriptions/")[0]
-    return types.Subscription.pb()(name=request.subscription, topic=f"{project}/topics/events", ack_deadline_seconds=10)
-
-
-def _itself(request: Any) -> Any:
-    return request

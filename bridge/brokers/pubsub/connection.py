@@ -139,12 +139,12 @@ class Connection:
     def _left(self) -> BrokerUnavailableError:
         return BrokerUnavailableError(f"{self.at()} was left: this process closed the connection")
 
-    async def allowed(self, resource: str, permissions: list[str]) -> set[str]:
-        """Which of these permissions these credentials have on a topic or subscription; on the emulator all."""
+    async def allowed(self, resource: str, permission: str) -> bool:
+        """Whether these credentials have a permission on a topic or subscription; on the emulator all."""
         if self.emulated:
-            return set(permissions)
-        request = iam_policy_pb2.TestIamPermissionsRequest(resource=resource, permissions=permissions)
-        return set((await self.call(self.test_iam_permissions, request)).permissions)
+            return True
+        request = iam_policy_pb2.TestIamPermissionsRequest(resource=resource, permissions=[permission])
+        return permission in (await self.call(self.test_iam_permissions, request)).permissions
 
     def at(self, field: str | None = None) -> str:
         """Begins an error: the key of this setting, by default of the address, and where the service is."""

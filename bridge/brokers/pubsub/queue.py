@@ -26,11 +26,12 @@ from google.pubsub_v1 import types
 
 from bridge.brokers.contract import Declaration, Failure, Subscription
 from bridge.brokers.order import MOST_HELD, InOrder
+from bridge.brokers.pubsub import permissions
 from bridge.brokers.pubsub.connection import Connection, connect
 from bridge.brokers.pubsub.lease import Leases
 from bridge.brokers.pubsub.message import FOR_WORKER, from_message, marked
 from bridge.brokers.pubsub.settings import PubSubSettings
-from bridge.brokers.pubsub.topology import MAX_LEASE, Names, ack_deadline, declarations
+from bridge.brokers.pubsub.topology import MAX_LEASE, Names, ack_deadline, declarations, needs
 from bridge.errors import BrokerUnavailableError, PgbridgeError, SettingsError
 from bridge.event import Event, Malformed, matches
 from bridge.process.tasks import one_error
@@ -170,10 +171,22 @@ class PubSubQueue:
             self._lose(error)
 
     async def topology(self, *, apply: bool) -> Sequence[Declaration]:
-        """See `contract.Queue.topology`: topic, subscription, dead-letter topic with its subscription, permissions."""
+        """See `contract.Queue.topology`: topic, subscription, dead-letter topic with its subscription."""
         connection = await connect(self._settings)
         try:
             return await declarations(connection, self._settings, self._wanted, self._names, apply=apply)
+        finally:
+            await connection.close()
+
+    async def inspect(self) -> Sequence[str]:
+        """See `contract.InspectableQueue.inspect`."""
+        connection = await connect(self._settings)
+        try:
+            await ack_deadline(connection, self._wanted, self._names)
+            said = await permissions.require(connection, needs(self._names))
+            if not self._wanted.ordered and not connection.emulated:
+                said.append("what Pub/Sub's service agent may do cannot be known")
+            return said
         finally:
             await connection.close()
 

@@ -147,19 +147,6 @@ def _immutable(found: Any, wanted: Any, names: Sequence[str]) -> str:
     )
 
 
-async def permission_declaration(
-    connection: Connection, kind: str, name: str, permission: str, role: str, whose: str
-) -> list[Declaration]:
-    """Whether these credentials may do what a process needs on a topic or subscription; nothing on the emulator."""
-    if connection.emulated:
-        return []
-    short = name.rpartition("/")[2]
-    grant = f"gcloud pubsub {kind}s add-iam-policy-binding {short} --member=serviceAccount:... --role={role}"
-    detail = f"asked for the credentials in use; {whose} needs it: {grant}"
-    granted = permission in await connection.allowed(name, [permission])
-    return [Declaration("permission", f"{permission} on {kind} {short}", "present" if granted else "missing", detail)]
-
-
 def _days(seconds: float) -> str:
     return f"{seconds / 86400:g} d" if seconds >= 86400 else f"{seconds / 60:g} min"
 

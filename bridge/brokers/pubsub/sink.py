@@ -6,14 +6,13 @@
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from functools import partial
-from typing import Final, cast
+from typing import Any, cast
 
 import grpc
 import structlog
 
 from bridge.brokers.contract import Declaration, NotSent, Outcome, Unsendable
-from bridge.brokers.pubsub import resources
+from bridge.brokers.pubsub import permissions, resources
 from bridge.brokers.pubsub.connection import Connection, connect
 from bridge.brokers.pubsub.message import Encoder
 from bridge.brokers.pubsub.requests import Requests
@@ -23,9 +22,6 @@ from bridge.event import Event
 
 log = structlog.get_logger()
 
-PERMISSION: Final = "pubsub.topics.publish"
-ROLE: Final = "roles/pubsub.publisher"
-
 
 class PubSubSink:
     """Publishes to one topic. See `bridge.brokers.contract.Sink`."""
@@ -33,6 +29,7 @@ class PubSubSink:
     def __init__(self, settings: PubSubSettings) -> None:
         self._settings = settings
         self._topic = f"projects/{settings.project}/topics/{settings.topic}"
+        self._needs = [permissions.publish_to(self._topic)]
         self._encoder = Encoder(ordering=settings.ordering, max_payload=settings.max_message_bytes)
         self._requests: Requests | None = None
         self._watching: list[asyncio.Task[None]] = []
@@ -68,20 +65,24 @@ class PubSubSink:
         self._watching = [asyncio.create_task(watch) for watch in watches]
 
     async def _check_topic(self, connection: Connection) -> None:
+        topic = await self._found_topic(connection)
+        if topic is not None and not await resources.keeps_messages(connection, topic):
+            log.warning("pubsub.messages_not_kept", topic=self._settings.topic, reason=resources.NOT_KEPT)
+
+    async def _found_topic(self, connection: Connection) -> Any | None:
+        """The Topic; None where these credentials may publish to it and not look at it. Raises TopologyError."""
         try:
             topic = await resources.find_topic(connection, self._topic)
         except PrivilegeError:
             # Who may only publish cannot look, and need not.
-            if PERMISSION in await connection.allowed(self._topic, [PERMISSION]):
-                return
-            raise
+            await permissions.require(connection, self._needs)
+            return None
         if topic is None:
             raise TopologyError(
                 f"{connection.at('topic')} has no topic {self._settings.topic!r} in project "
                 f"{self._settings.project!r}, or no such project: run `pgbridge topology --apply`"
             )
-        if not await resources.keeps_messages(connection, topic):
-            log.warning("pubsub.messages_not_kept", topic=self._settings.topic, reason=resources.NOT_KEPT)
+        return topic
 
     async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
         """See `contract.Sink.publish`; order is kept per key, and only there."""
@@ -101,29 +102,24 @@ class PubSubSink:
             return cast("list[Outcome]", call.outcomes)
 
     async def topology(self, *, apply: bool) -> Sequence[Declaration]:
-        """See `contract.Sink.topology`: the topic, and on the real service the permission to publish to it."""
+        """See `contract.Sink.topology`."""
         connection = await connect(self._settings)
         try:
-            permissions = partial(
-                resources.permission_declaration,
-                connection,
-                "topic",
-                self._topic,
-                PERMISSION,
-                ROLE,
-                "the bridge's service account",
-            )
-            try:
-                topic = await resources.topic_declaration(
-                    connection, self._topic, self._settings.retention, apply=apply
-                )
-            except PrivilegeError:
-                # Who may only publish cannot look, and need not.
-                found = [] if apply else await permissions()
-                if [each.state for each in found] != ["present"]:
-                    raise
-                return [resources.unseen("topic", self._topic), *found]
-            return [topic] if topic.state == "missing" else [topic, *await permissions()]
+            return [await resources.topic_declaration(connection, self._topic, self._settings.retention, apply=apply)]
+        except PrivilegeError:
+            # Who may only publish cannot look, and need not.
+            if apply or await permissions.lacking(connection, self._needs):
+                raise
+            return [resources.unseen("topic", self._topic)]
+        finally:
+            await connection.close()
+
+    async def inspect(self, topics: Sequence[str]) -> Sequence[str]:
+        """See `contract.InspectableSink.inspect`. The service has one permission for all events of a topic."""
+        connection = await connect(self._settings)
+        try:
+            await self._found_topic(connection)
+            return await permissions.require(connection, self._needs)
         finally:
             await connection.close()
 

@@ -8,7 +8,7 @@ from google.protobuf import duration_pb2
 from google.pubsub_v1 import types
 
 from bridge.brokers.contract import Declaration, Subscription
-from bridge.brokers.pubsub import resources
+from bridge.brokers.pubsub import permissions, resources
 from bridge.brokers.pubsub.connection import Connection
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.errors import PrivilegeError, SettingsError, TopologyError
@@ -83,14 +83,12 @@ async def ack_deadline(connection: Connection, wanted: Subscription, names: Name
 
     Raises TopologyError when the subscription does not exist, or might withhold what the worker wants; PrivilegeError.
     """
-    permission = "pubsub.subscriptions.consume"
     try:
         found = await resources.find_subscription(connection, names.subscription)
     except PrivilegeError:
         # Who may only consume cannot look. Ten seconds are the shortest deadline that there is.
-        if permission in await connection.allowed(names.subscription, [permission]):
-            return 10
-        raise
+        await permissions.require(connection, [permissions.consume(names.subscription)])
+        return 10
     what = f"subscription {wanted.worker!r} in {names.project}"
     if found is None:
         raise TopologyError(f"{connection.at()} has no {what}: run `pgbridge topology --apply`")
@@ -125,31 +123,14 @@ async def declarations(
         return await _declarations(connection, settings, wanted, names, apply=apply)
     except PrivilegeError:
         # Who may only consume and publish cannot look, and need not.
-        if apply:
+        if apply or await permissions.lacking(connection, needs(names)):
             raise
-        found = []
-        for kind, name, permission, role, who in _needs(names):
-            found += await resources.permission_declaration(connection, kind, name, permission, role, who)
-        if [each.state for each in found] != ["present", "present"]:
-            raise
-        return [
-            resources.unseen("subscription", names.subscription),
-            resources.unseen("topic", names.dead_topic),
-            *found,
-        ]
+        return [resources.unseen("subscription", names.subscription), resources.unseen("topic", names.dead_topic)]
 
 
-def _needs(names: Names) -> list[tuple[str, str, str, str, str]]:
-    """Kind and name of what a permission is for, the permission, the role that has it, and who needs it."""
-    agent = (
-        "the service agent service-<project number>@gcp-sa-pubsub.iam.gserviceaccount.com, and the worker's account,"
-    )
-    publish, consume = "pubsub.topics.publish", "pubsub.subscriptions.consume"
-    subscriber, publisher = "roles/pubsub.subscriber", "roles/pubsub.publisher"
-    return [
-        ("subscription", names.subscription, consume, subscriber, agent),
-        ("topic", names.dead_topic, publish, publisher, agent),
-    ]
+def needs(names: Names) -> list[permissions.Need]:
+    """What a worker must be able to do."""
+    return [permissions.consume(names.subscription), permissions.publish_to(names.dead_topic)]
 
 
 async def _declarations(
@@ -160,10 +141,6 @@ async def _declarations(
     found = [topic, dead_topic]
     for each in (_dead_subscription(names, connection.emulated), _subscription(settings, wanted, names)):
         found += [await resources.subscription_declaration(connection, each, apply=apply)]
-    if any(each.state == "missing" for each in found):
-        return found
-    for kind, name, permission, role, who in _needs(names):
-        found += await resources.permission_declaration(connection, kind, name, permission, role, who)
     return found
 
 
