@@ -19,6 +19,7 @@ import nats
 import psycopg
 import pytest
 from click.testing import CliRunner
+from prometheus_client import CollectorRegistry
 
 from bridge.brokers.registry import broker_of
 from bridge.commands import check_database
@@ -214,7 +215,7 @@ def taken_port(world: World) -> Iterator[Mapping[str, str]]:
 def served_by(name: str) -> Iterator[str]:
     """The address of a process that calls itself so."""
     address = f"127.0.0.1:{free_port()}"
-    with serving("observe.listen", address, lambda: Health(name, "leading")):
+    with serving("observe.listen", address, lambda: Health(name, "leading"), CollectorRegistry()):
         yield address
 
 
