@@ -20,10 +20,11 @@ from bridge.errors import PgbridgeError, SettingsError
 from bridge.event import Event
 from bridge.lane import sink_outage
 from bridge.postgres.prune import prune_for_ever
+from bridge.postgres.sample import sample_for_ever
 from bridge.postgres.schema import check_version
-from bridge.postgres.status import sample_for_ever
+from bridge.process import metrics
+from bridge.process.exposition import Labelled
 from bridge.process.health import Health, serving
-from bridge.process.metrics import DATABASE_UP, LEADING, PER_SINK, SINK_UP
 from bridge.process.outage import Outage
 from bridge.process.systemd import notify, watchdog_for_ever
 from bridge.process.tasks import background, one_error, raise_if_cancelled, stop_on_signals, unless_stopped
@@ -67,15 +68,15 @@ class Daemon:
         self._started = False
         self._relaying = asyncio.Event()
         self._role = "starting"
-        DATABASE_UP.set_function(self._database_up)
+        metrics.begin(self._sinks)
+        metrics.DATABASE_UP.set_function(self._database_up)
         for name, sink in self._sinks.items():
-            SINK_UP.labels(name).set_function(partial(_sink_up, sink))
-            for metric in PER_SINK:
-                metric.labels(name)
+            metrics.SINK_UP.labels(name).set_function(partial(_sink_up, sink))
 
     async def run(self, stop: asyncio.Event) -> None:
         """Runs until `stop` is set. Raises PgbridgeError when the first start fails."""
-        with one_error(), serving("observe.listen", self._settings.observe.listen, self.health):
+        served = Labelled(metrics.REGISTRY, bridge=self._settings.name)
+        with one_error(), serving("observe.listen", self._settings.observe.listen, self.health, served):
             async with background(watchdog_for_ever()):
                 try:
                     await self._open_sinks()
@@ -84,14 +85,22 @@ class Daemon:
                     await self._close_sinks()
 
     def health(self) -> Health:
-        """What `/health` says. Other threads may ask."""
+        """What `/health` and `/readyz` say. Other threads may ask."""
         paused = self._pauses.now
         # Whoever pauses a sink, often does so because its broker is about to go.
         problems = [self._sink_problem(name) for name in self._sinks if name not in paused]
         problems.append(self._postgres.problem if self._started else "the start is not done")
         problems += [outage.problem for outage in self._beside.values()]
         said = tuple(f"sink {name}: paused {pause.words}" for name, pause in paused.items())
-        return Health(self._settings.name, self._role, tuple(filter(None, problems)), said)
+        return Health(self._settings.name, self._role, tuple(filter(None, problems)), said, self._unready())
+
+    def _unready(self) -> str | None:
+        """Leads or stands by it must, and have something to publish to. One sink of several may be down."""
+        if self._role not in ("leading", "standby"):
+            return self._postgres.problem or f"it neither leads nor stands by: {self._role}"
+        if any(sink.is_open or name in self._pauses.now for name, sink in self._sinks.items()):
+            return None
+        return "no sink is connected"
 
     # Starting
 
@@ -143,12 +152,11 @@ class Daemon:
         """Plain pg_notify from memory; the database needs nothing of ours, and its outages do not stop publishing."""
         settings = self._settings
         heard = Channels(settings.name, settings.postgres, channels, self._routes, self._bury_unheard)
-        is_running = partial(self._is_up, "running")
         heard_all = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
             for sink, source in heard.sources.items():
                 tasks.create_task(self._relay(sink, source, heard_all))
-            await self._keep_session(stop, partial(heard.session, is_running))
+            await self._keep_session(stop, partial(heard.session, self._is_up))
             await heard.drain(settings.relay.shutdown_limit)
             heard_all.set()
 
@@ -291,7 +299,7 @@ class Daemon:
     def _be(self, role: str) -> None:
         if role != self._role:
             self._role = role
-            LEADING.set(role == "leading")
+            metrics.LEADING.set(role == "leading")
             notify(f"STATUS={role}")
 
     def _sink_problem(self, name: str) -> str | None:

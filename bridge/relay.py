@@ -138,6 +138,7 @@ class Relay:
         )
         self._pipelined = pipelined
         self._careful = careful
+        self._observe = SETTLE_SECONDS.labels(name).observe
         self._lane: Lane | None = None
         self._pages: deque[_InFlight] = deque()
         self._position: object = None
@@ -276,7 +277,7 @@ class Relay:
             self._pages.popleft()
             self._bytes -= flight.bytes
             if flight.first is not None:
-                SETTLE_SECONDS.observe(max(0.0, (now - flight.first).total_seconds()))
+                self._observe(max(0.0, (now - flight.first).total_seconds()))
         self._gauge(lane)
         self._room.set()
         if not self._pages:
@@ -291,7 +292,7 @@ class Relay:
 def tell_dead_letters(letters: Sequence[DeadLetter]) -> None:
     """Counts and logs events that became dead letters."""
     for letter in letters:
-        EVENTS_DEAD.labels(letter.failure.code).inc()
+        EVENTS_DEAD.labels(letter.sink or "", letter.failure.code).inc()
         log.warning(
             "event.dead_lettered",
             event_id=letter.event.id,

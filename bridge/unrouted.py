@@ -2,6 +2,7 @@
 
 from bridge.brokers.contract import Never
 from bridge.event import Event
+from bridge.process.metrics import NO_ROUTE
 from bridge.relay import tell_dead_letters
 from bridge.sources import DeadLetter, Source
 
@@ -23,4 +24,4 @@ async def bury_unrouted(source: Source) -> None:
 def no_route(event: Event) -> DeadLetter:
     """The dead letter of an event without a route."""
     reason = f"no route takes the topic {event.topic!r}; add one to [[routes]], or set unrouted = 'drop'"
-    return DeadLetter(event, None, Never("no_route", reason), 0)
+    return DeadLetter(event, None, Never(NO_ROUTE, reason), 0)

@@ -86,6 +86,27 @@ def pubsub_emulator(server_folder: Path) -> Iterator[PubSubEmulator]:
     yield from _serve(lambda: PubSubEmulator(server_folder))
 
 
+def _program(name: str) -> Path:
+    found = shutil.which(name)
+    if found is not None:
+        return Path(found)
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI must have {name}: deploy/install-test-servers installs Debian's package prometheus")
+    pytest.skip(f"{name} is not installed; Debian has it in the package prometheus")
+
+
+@pytest.fixture(scope="session")
+def promtool() -> Path:
+    """Prometheus' tool for rules and metrics."""
+    return _program("promtool")
+
+
+@pytest.fixture(scope="session")
+def prometheus() -> Path:
+    """The program of Prometheus, which its test starts."""
+    return _program("prometheus")
+
+
 @pytest.fixture
 def unique() -> str:
     """A short name that no other test uses: of a database, a queue, a stream, a folder."""

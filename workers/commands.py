@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from bridge.process.exposition import Labelled
 from bridge.process.health import serving
 from bridge.process.lazy import flush_each_line
 from bridge.process.logs import configure
@@ -33,7 +34,8 @@ def run_worker(name: str, config: Path | None) -> None:
 async def _run(name: str, settings: Settings, load_again: Callable[[], object]) -> None:
     worker = build(name, settings)
     stop = stop_on_signals("worker", load_again)
-    with serving(f"workers.{name}.listen", settings.workers[name].listen, worker.health, REGISTRY):
+    served = Labelled(REGISTRY, bridge=settings.name, worker=name)
+    with serving(f"workers.{name}.listen", settings.workers[name].listen, worker.health, served):
         await worker.run(stop)
 
 

@@ -51,3 +51,4 @@ DATABASE_UP = Gauge(
 BROKER_UP = Gauge(
     "pgbridge_worker_broker_up", "1 while the connection to the broker works", ["worker"], registry=REGISTRY
 )
+PAUSED = Gauge("pgbridge_worker_paused", "1 while a person has paused the worker", ["worker"], registry=REGISTRY)

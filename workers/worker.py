@@ -16,6 +16,7 @@ from functools import partial
 from typing import Final
 
 import structlog
+from prometheus_client import Gauge
 
 from bridge.brokers.contract import Delivery, Queue
 from bridge.errors import BrokerUnavailableError, PgbridgeError
@@ -27,7 +28,7 @@ from bridge.settings import WorkerSettings
 from workers.attempt import OUTAGE_BACKOFF, Attempts
 from workers.handler import Run
 from workers.inbox import Inbox
-from workers.metrics import BROKER_UP, DATABASE_UP, HELD_KEYS, IN_HAND, QUEUE_DEPTH
+from workers.metrics import BROKER_UP, DATABASE_UP, HELD_KEYS, IN_HAND, PAUSED, QUEUE_DEPTH
 from workers.pausing import Pausing
 from workers.session import HEARTBEAT
 
@@ -88,16 +89,27 @@ class Worker:
         IN_HAND.labels(name).set_function(lambda: len(self._running))
         DATABASE_UP.labels(name).set_function(lambda: not self._attempts.database.lasts)
         BROKER_UP.labels(name).set_function(lambda: self._started and not self._broker.lasts)
+        PAUSED.labels(name).set_function(lambda: self._pausing.now is not None)
 
     def health(self) -> Health:
-        """What `/health` says. Other threads may ask."""
-        unready = None if self._started else "the start is not done"
+        """What `/health` and `/readyz` say. Other threads may ask."""
+        unstarted = None if self._started else "the start is not done"
         pausing = self._pausing.now
         # Whoever pauses a worker may do so because its broker is about to go.
-        problems = (None if pausing else self._broker.problem, self._stranded, *self._attempts.problems, unready)
+        problems = (None if pausing else self._broker.problem, self._stranded, *self._attempts.problems, unstarted)
         role = "stopping" if self._stopping.is_set() else "working" if self._started else "starting"
         paused = () if pausing is None else (f"worker {self._name}: paused {pausing}",)
-        return Health(self._name, role, tuple(filter(None, problems)), paused)
+        return Health(self._name, role, tuple(filter(None, problems)), paused, self._unready(role))
+
+    def _unready(self, role: str) -> str | None:
+        """It must consume, unless a person has paused it, and know what it has done before."""
+        if role != "working":
+            return f"the worker is {role}"
+        if self._attempts.database.lasts:
+            return self._attempts.database.problem
+        if self._pausing.now is None and (self._broker.lasts or self._queue is None):
+            return self._broker.problem or "the worker does not consume yet"
+        return None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Works until `stop` is set.
@@ -356,25 +368,39 @@ class Worker:
             await self._attempts.database.outlast(self._inbox.beat)
 
     async def _sample(self) -> None:
-        """Asks, for whoever looks at the metrics, how much there is to do, and how much of it is held."""
+        """Asks, for whoever looks at the metrics, how much there is to do, and how much of it is held. What is not
+        known, or not any more, is not served."""
         while self._settings.listen is not None:
-            if self._settings.holds and not self._attempts.database.lasts:
-                try:
-                    HELD_KEYS.labels(self._name).set(await self._inbox.held_keys())
-                except PgbridgeError as error:
-                    log.debug("inbox.held_unknown", worker=self._name, reason=str(error))
-            queue = self._queue
-            if queue is not None and not self._broker.lasts:
-                try:
-                    async with asyncio.timeout(SAMPLE_INTERVAL):
-                        depth = await queue.depth()
-                except (PgbridgeError, TimeoutError) as error:
-                    log.debug("queue.depth_unknown", worker=self._name, reason=str(error))
-                else:
-                    if depth is not None:
-                        QUEUE_DEPTH.labels(self._name).set(depth)
+            self._show(HELD_KEYS, await self._held_keys() if self._settings.holds else None)
+            self._show(QUEUE_DEPTH, await self._depth())
             await asyncio.sleep(SAMPLE_INTERVAL)
         await asyncio.Event().wait()
+
+    def _show(self, gauge: Gauge, value: int | None) -> None:
+        if value is None:
+            gauge.remove(self._name)
+        else:
+            gauge.labels(self._name).set(value)
+
+    async def _held_keys(self) -> int | None:
+        if self._attempts.database.lasts:
+            return None
+        try:
+            return await self._inbox.held_keys()
+        except PgbridgeError as error:
+            log.debug("inbox.held_unknown", worker=self._name, reason=str(error))
+            return None
+
+    async def _depth(self) -> int | None:
+        queue = self._queue
+        if queue is None or self._broker.lasts:
+            return None
+        try:
+            async with asyncio.timeout(SAMPLE_INTERVAL):
+                return await queue.depth()
+        except (PgbridgeError, TimeoutError) as error:
+            log.debug("queue.depth_unknown", worker=self._name, reason=str(error))
+            return None
 
     async def _prune(self) -> None:
         while True:

@@ -1,21 +1,15 @@
-"""Where every bridge is in the log: what `pgbridge status` shows, and what the leader's gauges say."""
+"""Where every bridge is in the log: what `pgbridge status` shows, and what the leader's gauges say (`sample.py`)."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
-import structlog
-
-from bridge.errors import PgbridgeError, UsageError
+from bridge.errors import UsageError
 from bridge.postgres.connection import connect, database_errors
 from bridge.postgres.pause import Pause
 from bridge.postgres.wire import Connection
-from bridge.process import metrics
 from bridge.settings import Settings
-
-log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,33 +210,3 @@ def _position(status: Status, name: str, sink: str) -> tuple[int, int] | None:
             if position.sink == sink:
                 return bridge.last_id, position.mark
     return None
-
-
-async def sample_for_ever(settings: Settings) -> None:
-    """Sets the gauges that only the database knows, until it is cancelled; a failure is logged, and tried again."""
-    interval = settings.observe.sample_interval
-    while True:
-        began = time.monotonic()
-        try:
-            async for status in watch(settings, None):
-                _set_gauges(status)
-        except PgbridgeError as error:
-            log.warning("status.not_sampled", reason=str(error))
-        await asyncio.sleep(max(0.0, interval - (time.monotonic() - began)))
-
-
-def _set_gauges(status: Status) -> None:
-    for gauge in (metrics.BACKLOG, metrics.OLDEST_UNSENT, metrics.DEAD_LETTERS):
-        gauge.clear()
-    for bridge in status.bridges:
-        for position in bridge.sinks:
-            metrics.BACKLOG.labels(bridge.name, position.sink).set(position.backlog)
-            metrics.OLDEST_UNSENT.labels(bridge.name, position.sink).set(position.oldest_unsent_seconds or 0.0)
-        metrics.DEAD_LETTERS.labels(bridge.name).set(bridge.dead_letters)
-    guards = status.guards
-    metrics.NOTIFICATION_QUEUE.set(guards.notification_queue_usage)
-    metrics.OLDEST_TRANSACTION.set(guards.oldest_transaction_seconds or 0.0)
-    metrics.OUTBOX_BYTES.set(guards.outbox_bytes)
-    metrics.OLDEST_EVENT.set(
-        (datetime.now(UTC) - guards.oldest_event_at).total_seconds() if guards.oldest_event_at else 0.0
-    )

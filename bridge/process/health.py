@@ -1,28 +1,32 @@
-"""`/metrics` for Prometheus and `/health` for whoever restarts or balances, over HTTP, in a thread of its own."""
+"""What a process tells over HTTP, in threads of its own.
 
+/livez    whether its event loop turns: for whoever restarts what hangs
+/readyz   whether it does its work, or stands by for it: for whoever waits for that, as in a rolling upgrade
+/health   whether all is well, and what is not: for people and alerts
+/metrics  for Prometheus
+"""
+
+import asyncio
 import errno
 import json
-import socket
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
-from threading import Semaphore, Thread
-from typing import TYPE_CHECKING, Any, Final
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from threading import Thread
+from typing import Any, Final
 
-from prometheus_client import REGISTRY, CollectorRegistry, make_wsgi_app
-from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from bridge.errors import PgbridgeError, SettingsError, UnavailableError
+from bridge.process.bounded_server import Answer, BoundedServer
 
-if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
-
-_CONNECTIONS: Final = 16
-"""Served at once; one more is closed."""
-_PATIENCE: Final = 5.0
-"""Seconds in which a connection must say something, or take what it is told."""
+STANDS_STILL: Final = 10.0
+"""Seconds without a turn of the event loop after which `/livez` says so."""
+_BEAT: Final = 1.0
+"""Seconds between two looks at the clock by the event loop."""
 _LOOK: Final = 1.0
 """Seconds in which whoever has a port must answer."""
 _LARGEST: Final = 1_000_000
@@ -33,49 +37,45 @@ _PASSES: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How a process is; what `/health` answers, as JSON."""
+    """How a process is; what `/health` and `/readyz` answer, as JSON."""
 
     name: str
     role: str
-    """A word or two for a person: ``starting``, ``standby``, ``leading``, ``running`` (where nobody need lead),
-    ``waiting for PostgreSQL``, ``stopping``."""
+    """A word or two for a person: ``starting``, ``standby``, ``leading``, ``working``, ``waiting for PostgreSQL``,
+    ``stopping``."""
     problems: tuple[str, ...] = ()
     """What does not work, one sentence each; none means healthy."""
     paused: tuple[str, ...] = ()
     """What a person has paused, one sentence each; that is no failure."""
+    unready: str | None = None
+    """Why it does not do its work now, nor stands by for it; None while it does, also where a person has paused it."""
 
 
 @contextmanager
-def serving(
-    key: str, listen: str | None, health: Callable[[], Health], registry: CollectorRegistry = REGISTRY
-) -> Iterator[None]:
-    """Serves while the body runs; nothing when `listen` (``host:port``) is None. `health` is called in other threads.
-    The metrics are those of `registry`.
+def serving(key: str, listen: str | None, health: Callable[[], Health], metrics: Collector) -> Iterator[None]:
+    """Serves while the body runs; nothing when `listen` (``host:port``) is None. To be called in the event loop that
+    `/livez` tells of; `health` and `metrics` are asked in other threads.
 
     `key` names the setting, for its errors.
 
-    ``/health`` answers 200 when there are no problems, 503 otherwise. Raises SettingsError when the address cannot be
-    listened at, and UnavailableError when it may be later.
+    Raises SettingsError when the address cannot be listened at, and UnavailableError when it may be later.
     """
     if listen is None:
         yield
         return
     host, _, port = listen.rpartition(":")
+    pulse = _Pulse()
     try:
-        server = make_server(
-            host.strip("[]"),
-            int(port),
-            _application(health, registry),
-            server_class=_V6Server if host.startswith("[") else _Server,
-            handler_class=_Silent,
-        )
+        server = BoundedServer(host, int(port), _Pages(pulse, health, metrics).answer)
     except OSError as error:
         raise cannot_listen(key, listen, error) from error
     thread = Thread(target=server.serve_forever, name="health", daemon=True)
     thread.start()
     try:
+        pulse.begin()
         yield
     finally:
+        pulse.end()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -102,19 +102,64 @@ def cannot_listen(key: str, listen: str, error: OSError) -> PgbridgeError:
     return kind(f"{key}: cannot listen at {listen}: {error.strerror or error}")
 
 
-def _application(
-    health: Callable[[], Health], registry: CollectorRegistry
-) -> Callable[["WSGIEnvironment", "StartResponse"], Iterable[bytes]]:
-    metrics = make_wsgi_app(registry)
+class _Pulse:
+    """When the event loop turned last."""
 
-    def application(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        path = environ.get("PATH_INFO", "/")
-        if path == "/metrics":
-            answer: Iterable[bytes] = metrics(environ, start_response)
-            return answer
-        if path != "/health":
-            return _json(start_response, "404 Not Found", {"paths": ["/health", "/metrics"]})
-        now = health()
+    def __init__(self) -> None:
+        self._at = time.monotonic()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        """Beats, in the event loop that runs, until `end`."""
+        self._at = time.monotonic()
+        self._timer = asyncio.get_running_loop().call_later(_BEAT, self.begin)
+
+    def end(self) -> None:
+        """Beats no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    @property
+    def seconds(self) -> float:
+        """Since the last beat. Any thread may ask."""
+        return time.monotonic() - self._at
+
+
+class _Pages:
+    """What is asked, and the answers."""
+
+    def __init__(self, pulse: _Pulse, health: Callable[[], Health], metrics: Collector) -> None:
+        self._pulse = pulse
+        self._health = health
+        self._metrics = metrics
+        self._pages = {
+            "/metrics": self._figures,
+            "/livez": self._live,
+            "/readyz": self._ready,
+            "/health": self._well,
+        }
+
+    def answer(self, path: str, accept: str) -> Answer:
+        """See `BoundedServer`."""
+        page = self._pages.get(path)
+        return _json(404, {"paths": sorted(self._pages)}) if page is None else page(accept)
+
+    def _figures(self, accept: str) -> Answer:
+        encode, content_type = choose_encoder(accept)
+        return Answer(200, content_type, encode(self._metrics))
+
+    def _live(self, _: str) -> Answer:
+        seconds = self._pulse.seconds
+        lives = seconds < STANDS_STILL
+        return _json(200 if lives else 503, {"status": "alive" if lives else "stuck", "seconds": round(seconds, 1)})
+
+    def _ready(self, _: str) -> Answer:
+        now = self._health()
+        told = {"name": now.name, "role": now.role, "reason": now.unready}
+        return _json(503, {"status": "not ready", **told}) if now.unready else _json(200, {"status": "ready", **told})
+
+    def _well(self, _: str) -> Answer:
+        now = self._health()
         body = {
             "status": "failing" if now.problems else "ok",
             "name": now.name,
@@ -122,46 +167,8 @@ def _application(
             "problems": now.problems,
             "paused": now.paused,
         }
-        return _json(start_response, "503 Service Unavailable" if now.problems else "200 OK", body)
-
-    return application
+        return _json(503 if now.problems else 200, body)
 
 
-def _json(start_response: "StartResponse", status: str, body: dict[str, Any]) -> Iterable[bytes]:
-    start_response(status, [("Content-Type", "application/json"), ("Cache-Control", "no-store")])
-    return [json.dumps(body).encode() + b"\n"]
-
-
-class _Server(ThreadingWSGIServer):
-    """One with a thread for each connection, and few of them: file descriptors are for the broker and PostgreSQL."""
-
-    request_queue_size = 64
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._places = Semaphore(_CONNECTIONS)
-        super().__init__(*args, **kwargs)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._places.release()
-
-
-class _V6Server(_Server):
-    address_family = socket.AF_INET6
-
-
-class _Silent(WSGIRequestHandler):
-    """Without a log line for every look."""
-
-    timeout = _PATIENCE
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+def _json(status: int, body: dict[str, Any]) -> Answer:
+    return Answer(status, "application/json", json.dumps(body).encode() + b"\n")

@@ -439,7 +439,7 @@ class WorkerSettings(Model):
     """How long a stop may take, the process is gone by then: three quarters of it for running handlers to finish, the
     rest for giving back those that have not."""
     listen: Listen | None = None
-    """`host:port` at which this worker serves `/metrics` and `/health`; left out: nowhere."""
+    """`host:port` at which this worker serves `/metrics`, `/health`, `/livez` and `/readyz`; left out: nowhere."""
     options: dict[str, Any] = Field(default_factory=dict)
     """What the handler itself reads; see its documentation."""
 
@@ -480,7 +480,8 @@ class ObserveSettings(Model):
     log_format: Literal["auto", "text", "json"] = "auto"
     """`auto`: text on a terminal, JSON otherwise."""
     listen: Listen | None = None
-    """`host:port` at which the bridge serves `/metrics` and `/health`; left out: nowhere. Workers have their own."""
+    """`host:port` at which the bridge serves `/metrics`, `/health`, `/livez` and `/readyz`; left out: nowhere.
+    Workers have their own."""
     sample_interval: SomeDuration = 15.0
     """How often a leader that serves metrics asks the database for those that only it knows."""
 

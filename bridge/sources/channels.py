@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import structlog
 from psycopg import Notify
@@ -156,8 +156,8 @@ class Channels:
         self._number = 0
         """Of the notifications heard: what a place in the log is for other events."""
 
-    async def session(self, ready: Callable[[], None]) -> None:
-        """Listens until a connection is lost; calls `ready` once it is a standby, or listens.
+    async def session(self, be: Callable[[Literal["standby", "leading"]], None]) -> None:
+        """Listens until a connection is lost; calls `be` once it stands by, and once it listens.
 
         Raises DatabaseUnavailableError, PrivilegeError, ListenError, RefusedError on a standby server.
         """
@@ -177,12 +177,12 @@ class Channels:
             # Before the lock, which would stay with the pool, so that nobody could lead any more.
             await require_own_session(lead, self._postgres, name)
             while not await _leads(lead, self._name):
-                ready()
+                be("standby")
                 await asyncio.sleep(self._channels.standby_interval)
             await listener.open()
             with one_error():
                 async with background(_watch(lead)):
-                    await listener.run(partial(self._listens, ready))
+                    await listener.run(partial(self._listens, be))
         except PgbridgeError as error:
             self._deafness.begin(str(error))
             raise
@@ -190,9 +190,9 @@ class Channels:
             await listener.close()
             await lead.close()
 
-    def _listens(self, ready: Callable[[], None]) -> None:
+    def _listens(self, be: Callable[[Literal["leading"]], None]) -> None:
         self._deafness.end()
-        ready()
+        be("leading")
 
     def hear(self, notification: Notify) -> None:
         """Takes one notification, for each sink that a route leads to."""

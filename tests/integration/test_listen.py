@@ -72,7 +72,7 @@ class Listening:
         return httpx.get(f"{self._health}/health").json()
 
     def metric(self, outcome: str) -> float:
-        line = f'pgbridge_listener_notices_total{{outcome="{outcome}",worker="payments"}} '
+        line = f'pgbridge_listener_notices_total{{bridge="shop",outcome="{outcome}",worker="payments"}} '
         found = [each for each in httpx.get(f"{self._health}/metrics").text.splitlines() if each.startswith(line)]
         return float(found[0].removeprefix(line)) if found else 0.0
 

@@ -142,6 +142,7 @@ async def test_a_wire_that_swallows_everything_is_noticed_by_the_missing_answer(
             await until(lambda: any(problem.startswith("postgres: lost") for problem in daemon.health().problems))
             # The pulse comes every 2 s, and its answer may take 1 s here.
             assert time.monotonic() - noticed < 6
+            assert str(daemon.health().unready).startswith("postgres: lost")
             await emit(bridge_database, 11, 20)
             wire.blackhole = False
             assert await take(messages, 10) == list(range(11, 21))
@@ -168,11 +169,14 @@ async def test_a_standby_tells_an_outage_of_the_broker_once_and_its_end(
             running = asyncio.create_task(daemon.run(stop))
             try:
                 await until(lambda: daemon.health().role == "standby")
+                assert daemon.health().unready is None
                 wire.refuse = True
                 wire.cut()
                 await until(lambda: wire.refused >= 3)
+                assert daemon.health().unready == "no sink is connected"
                 wire.refuse = False
                 await until(lambda: not daemon.health().problems)
+                assert daemon.health().unready is None
                 await until(lambda: any(line["event"] == "sink.restored" for line in lines))
             finally:
                 stop.set()

@@ -102,7 +102,7 @@ async def test_a_sink_paused_under_load_reads_no_more_and_loses_and_reorders_not
 
 async def settled(port: int) -> bool:
     _, metrics = await get(port, "/metrics")
-    return 'pgbridge_events_in_flight{sink="events"} 0.0' in metrics
+    return 'pgbridge_events_in_flight{bridge="test",sink="events"} 0.0' in metrics
 
 
 async def test_a_pause_outlasts_the_bridge_and_its_successor(

@@ -434,8 +434,9 @@ async def test_a_reply_that_takes_too_long_is_cancelled_and_is_an_attempt_that_f
 
 
 async def test_metrics_tell_what_a_worker_has_in_hand_and_what_became_of_it(
-    shop: PostgresSettings, unique: str
+    shop: PostgresSettings, unique: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("workers.worker.SAMPLE_INTERVAL", 0.05)
     gate = asyncio.Event()
 
     async def slow(event: Event) -> Result:
@@ -445,7 +446,9 @@ async def test_metrics_tell_what_a_worker_has_in_hand_and_what_became_of_it(
         return {}
 
     queue = ScriptedQueue()
-    worker = Worker(unique, settings_of(), slow, lambda: queue, Inbox(unique, shop, concurrency=4))
+    sampled = settings_of(listen="127.0.0.1:1")
+    worker = Worker(unique, sampled, slow, lambda: queue, Inbox(unique, shop, concurrency=4))
+    assert worker.health().unready == "the worker is starting"
     # Before anything happened: what appears with its first event has no rise that an alert could see.
     assert figure("events_total", unique, outcome="dead_lettered") == 0
     stop = asyncio.Event()
@@ -467,10 +470,18 @@ async def test_metrics_tell_what_a_worker_has_in_hand_and_what_became_of_it(
         "dead_lettered": 1,
     }
     assert figure("attempt_seconds_count", unique) == 2
-    queue.lose(refusals=3)
+    await until(lambda: figure("queue_depth", unique) == 0)
+    assert worker.health().unready is None
+    queue.lose(refusals=30)
     await until(lambda: figure("broker_up", unique) == 0)
+    assert str(worker.health().unready).startswith(f"queue {unique}: lost")
+    # How much waits is not known any more.
+    await until(lambda: figure("queue_depth", unique) is None)
+    queue.refusals = 0
     await until(lambda: figure("broker_up", unique) == 1)
+    await until(lambda: figure("queue_depth", unique) == 0)
     stop.set()
     await task
+    assert worker.health().unready == "the worker is stopping"
     names = {metric.name for metric in REGISTRY.collect()}
     assert not [name for name in names if not name.startswith(("pgbridge_worker_", "process_"))]

@@ -8,6 +8,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from bridge.process.metrics import CODES
 from tests.support.commands import command, json_of
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
@@ -148,21 +149,25 @@ async def test_health_and_metrics_of_leader_and_standby(
             await rows_become(bridge_database, "select backlog from bridge.status()", [(0,)])
             _, metrics = await get(ports[0], "/metrics")
             for line in (
-                "pgbridge_leading 1.0",
-                "pgbridge_database_up 1.0",
-                'pgbridge_sink_up{sink="events"} 1.0',
-                'pgbridge_events_read_total{sink="events"} 50.0',
-                'pgbridge_events_confirmed_total{sink="events"} 50.0',
-                'pgbridge_events_in_flight{sink="events"} 0.0',
-                'pgbridge_events_held{sink="events"} 0.0',
-                'pgbridge_bytes_in_flight{sink="events"} 0.0',
+                'pgbridge_leading{bridge="test"} 1.0',
+                'pgbridge_database_up{bridge="test"} 1.0',
+                'pgbridge_sink_up{bridge="test",sink="events"} 1.0',
+                'pgbridge_events_read_total{bridge="test",sink="events"} 50.0',
+                'pgbridge_events_confirmed_total{bridge="test",sink="events"} 50.0',
+                'pgbridge_events_in_flight{bridge="test",sink="events"} 0.0',
+                'pgbridge_events_held{bridge="test",sink="events"} 0.0',
+                'pgbridge_bytes_in_flight{bridge="test",sink="events"} 0.0',
                 'pgbridge_backlog_events{bridge="test",sink="events"} 0.0',
             ):
                 assert f"\n{line}\n" in metrics
             # What has not risen is there, too, for whoever computes a rate.
             _, metrics = await get(ports[1], "/metrics")
+            for code in CODES:
+                name = f'dead_lettered_total{{bridge="test",code="{code}",sink="events"}}'
+                assert f"\npgbridge_events_{name} 0.0\n" in metrics
+            assert '\npgbridge_events_dead_lettered_total{bridge="test",code="no_route",sink=""} 0.0\n' in metrics
             for name in ("events_read_total", "events_confirmed_total", "events_retried_total", "events_held"):
-                assert f'\npgbridge_{name}{{sink="events"}} 0.0\n' in metrics
+                assert f'\npgbridge_{name}{{bridge="test",sink="events"}} 0.0\n' in metrics
             assert (await get(ports[0], "/elsewhere"))[0] == 404
             one.kill()
             assert (await until_health(ports[1], 200, "leading"))["status"] == "ok"
@@ -226,6 +231,9 @@ listen = "127.0.0.1:{port}"
             worker.wait_for("event.dead_lettered")
             await until_health(port, 200, "working")
             _, metrics = await get(port, "/metrics")
-            assert f'pgbridge_worker_events_total{{outcome="dead_lettered",worker="{unique}"}} 1.0' in metrics
+            assert (
+                f'pgbridge_worker_events_total{{bridge="test",outcome="dead_lettered",worker="{unique}"}} 1.0'
+                in metrics
+            )
             await asyncio.to_thread(broker.kill)
             assert f"queue {unique}: lost for" in str((await until_health(port, 503, "working"))["problems"])

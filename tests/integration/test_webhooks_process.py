@@ -151,7 +151,7 @@ async def test_each_event_arrives_signed_though_processes_die_and_the_receiver_f
             await until(all_done, "all are done", limit=90)
             await asyncio.to_thread(senders[0].wait_for, "webhook.started")
             _, metrics = await get(ports[1], "/metrics")
-            assert f'pgbridge_webhook_attempts_total{{outcome="delivered",worker="{unique}"}}' in metrics
+            assert f'pgbridge_webhook_attempts_total{{bridge="shop",outcome="delivered",worker="{unique}"}}' in metrics
             assert [senders[n].stop() for n in range(2)] == [0, 0]
         finally:
             for process in (worker, *senders):

@@ -119,8 +119,10 @@ async def test_a_database_that_falls_silent_is_told_by_health_and_comes_back_whi
         await until(lambda: worker.health().role == "working", "the worker works")
         proxy.blackhole = True
         await until(lambda: "database" in str(worker.health().problems), "health tells it")
+        assert "database" in str(worker.health().unready)
         proxy.blackhole = False
         await until(lambda: worker.health().problems == (), "health is well again")
+        assert worker.health().unready is None
         queue.add(make_event(payload=1))
         await queue.outcomes(1)
         stop.set()

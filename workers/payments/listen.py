@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 from tenacity import wait_exponential_jitter
 
 from bridge.errors import PgbridgeError, SettingsError
+from bridge.process.exposition import Labelled
 from bridge.process.health import Health, cannot_listen, serving
 from bridge.process.logs import configure
 from bridge.process.outage import Outage
@@ -31,7 +32,7 @@ from bridge.process.terminal import config_option, exit_codes
 from bridge.settings import Settings, load
 from workers.handler import explain
 from workers.loading import load_options
-from workers.payments.metrics import NOTICES, OUTCOMES, REGISTRY
+from workers.payments.metrics import DATABASE_UP, NOTICES, OUTCOMES, REGISTRY
 from workers.payments.options import ListenOptions, PaymentOptions
 from workers.pool import Pool
 
@@ -99,11 +100,13 @@ class Listener:
     def __init__(self, name: str, settings: Settings, options: ListenOptions) -> None:
         self._name, self._options = name, options
         self._key = f"workers.{name}.options.listen"
+        self._served = Labelled(REGISTRY, bridge=settings.name, worker=name)
         self._pool = Pool(settings.workers_postgres, f"pgbridge-listen {name}", size=_CONNECTIONS, limit=_LIMIT)
         self._database = Outage("postgres", wait_exponential_jitter(initial=0.2, max=5.0), worker=name)
         self._role = "starting"
         for outcome in OUTCOMES:
             NOTICES.labels(name, outcome)
+        DATABASE_UP.labels(name).set_function(lambda: self._role == "running" and not self._database.lasts)
 
     async def run(self, load_again: Callable[[], object]) -> None:
         """Until the process is asked to stop; what is being recorded then is answered. Raises SettingsError and
@@ -124,7 +127,7 @@ class Listener:
             )
         )
         with (
-            serving(f"{self._key}.health", self._options.health, self.health, REGISTRY),
+            serving(f"{self._key}.health", self._options.health, self.health, self._served),
             _bound(f"{self._key}.address", self._options.address) as bound,
         ):
             await self._pool.open()
@@ -147,8 +150,10 @@ class Listener:
         log.info("listener.stopped", worker=self._name)
 
     def health(self) -> Health:
+        """What `/health` and `/readyz` say. Other threads may ask."""
         problem = self._database.problem
-        return Health(self._name, self._role, () if problem is None else (problem,))
+        unready = None if self._role == "running" else f"the process is {self._role}"
+        return Health(self._name, self._role, () if problem is None else (problem,), unready=problem or unready)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application: one request."""

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
 
 REGISTRY: Final = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
@@ -16,4 +16,7 @@ NOTICES = Counter(
     "Webhooks of other systems by what became of them",
     ["worker", "outcome"],
     registry=REGISTRY,
+)
+DATABASE_UP = Gauge(
+    "pgbridge_listener_database_up", "1 while PostgreSQL answers this process", ["worker"], registry=REGISTRY
 )

@@ -18,7 +18,7 @@ class ListenOptions(Model):
     topic: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$", max_length=100)] = "stripe"
     """What stands before the type of Stripe's event: ``stripe.payment_intent.succeeded``."""
     health: Listen | None = None
-    """``host:port`` of `/health` and `/metrics`."""
+    """``host:port`` of `/health`, `/livez`, `/readyz` and `/metrics`."""
 
 
 class PaymentOptions(Options):

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from bridge.errors import SettingsError
+from bridge.process.exposition import Labelled
 from bridge.process.health import serving
 from bridge.process.logs import configure
 from bridge.process.tasks import run_daemon, stop_on_signals
@@ -44,8 +45,9 @@ async def _deliver(name: str, settings: Settings, load_again: Callable[[], objec
     limit = settings.workers[name].shutdown_limit
     sender = Sender(name, options, deliveries, client, sign, shutdown_limit=limit)
     stop = stop_on_signals("webhook", load_again)
+    served = Labelled(REGISTRY, bridge=settings.name, worker=name)
     try:
-        with serving(f"workers.{name}.options.listen", options.listen, sender.health, REGISTRY):
+        with serving(f"workers.{name}.options.listen", options.listen, sender.health, served):
             await sender.run(stop)
     finally:
         await client.aclose()

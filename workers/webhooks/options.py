@@ -39,7 +39,7 @@ class WebhookOptions(Options):
     ca_file: Path | None = None
     """Certificates to trust instead of the system's."""
     listen: Listen | None = None
-    """`host:port` at which `deliver` serves `/metrics` and `/health`; left out: nowhere."""
+    """`host:port` at which `deliver` serves `/metrics`, `/health`, `/livez` and `/readyz`; left out: nowhere."""
 
     @model_validator(mode="after")
     def _proxy_that_resolves(self) -> Self:

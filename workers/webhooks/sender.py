@@ -113,12 +113,12 @@ class Sender:
         DATABASE_UP.labels(worker).set_function(lambda: self._started and not self._database.lasts)
 
     def health(self) -> Health:
-        """What `/health` says. Other threads may ask."""
+        """What `/health` and `/readyz` say. Other threads may ask."""
         role = "stopping" if self._stopping.is_set() else "sending" if self._started else "starting"
-        unready = None if self._started else "the start is not done"
-        return Health(
-            self._worker, role, tuple(filter(None, (self._database.problem, self._stalled, self._hanging, unready)))
-        )
+        unstarted = None if self._started else "the start is not done"
+        problems = tuple(filter(None, (self._database.problem, self._stalled, self._hanging, unstarted)))
+        idle = None if role == "sending" else f"the process is {role}"
+        return Health(self._worker, role, problems, unready=self._database.problem or self._stalled or idle)
 
     @property
     def _stalled(self) -> str | None:
@@ -296,18 +296,24 @@ class Sender:
             await asyncio.wait(self._sending, timeout=reserve / 2)
 
     async def _sample(self) -> None:
-        """Asks, for whoever looks at the metrics, how much there is to do."""
+        """Asks, for whoever looks at the metrics, how much there is to do. What is not known is not served."""
         while self._options.listen is not None:
-            if not self._database.lasts:
-                try:
-                    due, open_breakers = await self._deliveries.backlog()
-                except PgbridgeError as error:
-                    log.debug("webhook.backlog_unknown", worker=self._worker, reason=str(error))
-                else:
-                    DUE.labels(self._worker).set(due)
-                    OPEN_BREAKERS.labels(self._worker).set(open_breakers)
+            backlog = None if self._database.lasts else await self._backlog()
+            if backlog is None:
+                DUE.remove(self._worker)
+                OPEN_BREAKERS.remove(self._worker)
+            else:
+                DUE.labels(self._worker).set(backlog[0])
+                OPEN_BREAKERS.labels(self._worker).set(backlog[1])
             await asyncio.sleep(_SAMPLE_INTERVAL)
         await asyncio.Event().wait()
+
+    async def _backlog(self) -> tuple[int, int] | None:
+        try:
+            return await self._deliveries.backlog()
+        except PgbridgeError as error:
+            log.debug("webhook.backlog_unknown", worker=self._worker, reason=str(error))
+            return None
 
     async def _prune(self) -> None:
         while True:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from bridge.commands.check import BOTH
 from bridge.commands.check_settings import of_ports
@@ -21,7 +22,7 @@ from tests.support.servers import free_port
 def served_by(name: str) -> Iterator[str]:
     """The address of a process that calls itself so."""
     address = f"127.0.0.1:{free_port()}"
-    with serving("observe.listen", address, lambda: Health(name, "leading")):
+    with serving("observe.listen", address, lambda: Health(name, "leading"), CollectorRegistry()):
         yield address
 
 

@@ -1,0 +1,95 @@
+"""Gauges that only the database knows: the leader of a bridge asks for them, and only its process serves them.
+
+They are those of this bridge: whoever leads another one on the same log tells of that. A process that has lost the
+lead, or could not ask, serves none, since what it knows is not how things are.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+
+import structlog
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from bridge.errors import PgbridgeError
+from bridge.postgres.status import Status, watch
+from bridge.process.metrics import REGISTRY
+from bridge.settings import Settings
+
+log = structlog.get_logger()
+
+
+class Sample(Collector):
+    """The gauges of the last look, which change all at once."""
+
+    def __init__(self) -> None:
+        self._families: Sequence[Metric] = ()
+
+    def found(self, status: Status, name: str) -> None:
+        """Takes what a look has found of the bridge `name`."""
+        self._families = list(_families(status, name))
+
+    def clear(self) -> None:
+        """Nobody looks any more."""
+        self._families = ()
+
+    def collect(self) -> Sequence[Metric]:
+        return self._families
+
+
+SAMPLE = Sample()
+REGISTRY.register(SAMPLE)
+
+
+async def sample_for_ever(settings: Settings) -> None:
+    """Looks every `observe.sample_interval`, until it is cancelled; a failure is logged, and tried again."""
+    try:
+        while True:
+            began = time.monotonic()
+            try:
+                async for status in watch(settings, None):
+                    SAMPLE.found(status, settings.name)
+            except PgbridgeError as error:
+                SAMPLE.clear()
+                log.warning("status.not_sampled", reason=str(error))
+            await asyncio.sleep(max(0.0, settings.observe.sample_interval - (time.monotonic() - began)))
+    finally:
+        SAMPLE.clear()
+
+
+def _families(status: Status, name: str) -> Iterator[Metric]:
+    backlog = GaugeMetricFamily("pgbridge_backlog_events", "Events of the log that are not settled", labels=["sink"])
+    unsent = GaugeMetricFamily(
+        "pgbridge_oldest_unsent_seconds", "Age of the oldest event that is not settled", labels=["sink"]
+    )
+    paused = GaugeMetricFamily("pgbridge_sink_paused", "1 while a person has paused the sink", labels=["sink"])
+    letters = GaugeMetricFamily("pgbridge_dead_letters", "Dead letters of the outbox")
+    for bridge in status.bridges:
+        if bridge.name == name:
+            letters.add_metric([], bridge.dead_letters)
+            for position in bridge.sinks:
+                backlog.add_metric([position.sink], position.backlog)
+                unsent.add_metric([position.sink], position.oldest_unsent_seconds or 0.0)
+                paused.add_metric([position.sink], position.paused is not None)
+    yield from (backlog, unsent, paused, letters)
+    guards = status.guards
+    yield GaugeMetricFamily(
+        "pgbridge_notification_queue_usage",
+        "Used part of the server's queue for NOTIFY, 0 to 1",
+        value=guards.notification_queue_usage,
+    )
+    if guards.sees_sessions:
+        yield GaugeMetricFamily(
+            "pgbridge_oldest_transaction_seconds",
+            "Age of the oldest transaction",
+            value=guards.oldest_transaction_seconds or 0.0,
+        )
+    yield GaugeMetricFamily("pgbridge_outbox_bytes", "Size of the log, with indexes", value=guards.outbox_bytes)
+    oldest = guards.oldest_event_at
+    yield GaugeMetricFamily(
+        "pgbridge_oldest_event_seconds",
+        "Age of the oldest event in the log",
+        value=0.0 if oldest is None else (status.at - oldest).total_seconds(),
+    )
