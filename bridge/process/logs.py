@@ -33,6 +33,7 @@ _TO_SERVERS: Final = {
     "nats": logging.ERROR,
     "grpc": logging.ERROR,
     "google": logging.ERROR,
+    "opentelemetry": logging.ERROR,
 }
 """Libraries that speak to a server, and the lowest level that is logged of each. An outage is logged by `Outage`, once;
 of these lines only what went wrong beside that counts, and never with a stack trace."""
