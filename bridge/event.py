@@ -57,6 +57,10 @@ class Malformed(ValueError):  # noqa: N818 - named for what the message is
     """A message is not an event: an attribute is missing or not legal. The text says which."""
 
 
+_ODD: Final = frozenset("13579bdf")
+"""What the last digit of `traceparent`'s flags is where the trace is sampled."""
+
+
 class Trace(NamedTuple):
     """Where an event belongs, as its header `traceparent` says."""
 
@@ -64,8 +68,6 @@ class Trace(NamedTuple):
     """32 hexadecimal digits."""
     span_id: str
     """16 of them: the last step before this one."""
-    sampled: bool
-    """Whether whoever began the trace wants to see it."""
 
 
 class Event(NamedTuple):
@@ -114,7 +116,13 @@ class Event(NamedTuple):
         text = self.headers.get(TRACEPARENT)
         if text is None or not _TRACEPARENT.fullmatch(text):
             return None
-        return Trace(text[3:35], text[36:52], bool(int(text[53:55], 16) & 1))
+        return Trace(text[3:35], text[36:52])
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether it belongs to a trace that its beginner wants to see. Quick to say of those that do not."""
+        text = self.headers.get(TRACEPARENT)
+        return text is not None and text[54:55] in _ODD and _TRACEPARENT.fullmatch(text) is not None
 
     @property
     def weight(self) -> int:

@@ -189,7 +189,7 @@ class Attempts:
 
     async def _claimed(self, event: Event, claim: Claim) -> Settle:
         """Runs an event that is ours, and records what became of it."""
-        if self._spans is None or (trace := event.trace) is None or not trace.sampled:
+        if self._spans is None or not event.is_sampled:
             return await self._carry_out(event, claim, None)
         with self._spans.attempt(event, claim.attempt) as span:
             settle = await self._carry_out(event, claim, span)

@@ -46,7 +46,7 @@ class TracedSink:
         """See `contract.Sink.publish`. An event of a sampled trace travels with its span as `traceparent`."""
         spans: dict[int, Span] = {}
         for place, event in enumerate(events):
-            if (trace := event.trace) is not None and trace.sampled:
+            if event.is_sampled:
                 spans[place] = self._begin(event)
         if not spans:
             return await self._sink.publish(events)

@@ -33,7 +33,8 @@ _TO_SERVERS: Final = {
     "nats": logging.ERROR,
     "grpc": logging.ERROR,
     "google": logging.ERROR,
-    "opentelemetry": logging.ERROR,
+    # It warns of variables that it cannot follow; what it says of the collector is kept back, see `spans`.
+    "opentelemetry": logging.WARNING,
 }
 """Libraries that speak to a server, and the lowest level that is logged of each. An outage is logged by `Outage`, once;
 of these lines only what went wrong beside that counts, and never with a stack trace."""

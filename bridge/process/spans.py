@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from threading import Lock, Thread
 from typing import Final
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import structlog
@@ -172,8 +173,8 @@ class _Exporter(SpanExporter):
     def __init__(self, exporter: OTLPSpanExporter, losses: Losses) -> None:
         self._exporter = exporter
         self._losses = losses
-        self._words = _Words()
-        logging.getLogger(OTLPSpanExporter.__module__).addFilter(self._words)
+        self._place = _place()
+        logging.getLogger(OTLPSpanExporter.__module__).addFilter(_words)
         self.taken = 0
         """Spans that came out of the queue."""
         self.sending = 0
@@ -182,13 +183,14 @@ class _Exporter(SpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self.taken += len(spans)
         self.sending = len(spans)
-        self._words.said.clear()
+        _words.said.clear()
         result = self._exporter.export(spans)
         self.sending = 0
         if result is SpanExportResult.SUCCESS:
             self._losses.arrived()
         else:
-            self._losses.lose(len(spans), self._words.said[0] if self._words.said else "the collector does not answer")
+            said = _words.said[0] if _words.said else "the collector does not take them"
+            self._losses.lose(len(spans), f"{self._place}: {said}")
         return result
 
     def shutdown(self) -> None:
@@ -208,6 +210,15 @@ class _Words(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         self.said.append(record.getMessage())
         return False
+
+
+_words: Final = _Words()
+
+
+def _place() -> str:
+    """Where the collector is, without a login that the URL may hold."""
+    given = next(filter(None, (os.environ.get(name) for name in _ENDPOINTS)), "http://localhost:4318")
+    return urlsplit(given).netloc.rpartition("@")[2]
 
 
 def _require_what_we_speak() -> None:
