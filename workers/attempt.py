@@ -31,6 +31,7 @@ from workers.handler import Reject, Result, Retry, Run
 from workers.inbox import Inbox
 from workers.metrics import ATTEMPT_SECONDS, DELIVERIES, OUTCOMES
 from workers.rate import Rate
+from workers.reasons import reason_of
 from workers.result import ReplyError
 from workers.settle import BUSY_DELAY, Settle, names_of, not_ours, tell
 from workers.shared_lock import SharedLock
@@ -264,7 +265,7 @@ class Attempts:
             reason = f"the handler ran longer than workers.{self._worker}.timeout, {self._settings.timeout:g} s"
             return _Failed(_failure("timeout", reason, error.__cause__))
         except Exception as error:  # noqa: BLE001 - whatever an author's code raises is an outcome, with its trace
-            return _Failed(_failure("error", f"{type(error).__name__}: {error}", error))
+            return _Failed(_failure("error", reason_of(error), error))
         try:
             if span is None or self._settings.reply is None:
                 return await self.database.outlast(self._inbox.finish, claim, result)
