@@ -24,6 +24,7 @@ from bridge.settings import PostgresSettings
 from tests.support.collector import Collector, Span
 from tests.support.daemons import Daemon, run_command
 from tests.support.environment import ROOT
+from tests.support.events import make_event
 from tests.support.messages import execute
 from tests.support.servers import NatsServer
 from tests.support.until import rows_become
@@ -267,3 +268,14 @@ def shows(tree: str) -> None:
     found = TREE.search(PAGE.read_text())
     assert found is not None
     assert shape(found[0]) == shape(tree)
+
+
+async def test_a_transaction_begins_a_trace_as_the_page_says(bridge_database: str) -> None:
+    shown = r"select set_config\('bridge.traceparent', format.*?(?=\n +where random)"
+    statement = re.search(shown, PAGE.read_text(), re.DOTALL)
+    assert statement is not None
+    with psycopg.connect(bridge_database) as connection:
+        connection.execute(statement[0].encode())
+        connection.execute("select bridge.emit('shop.test', '{}'::jsonb)")
+        [(text,)] = connection.execute("select headers ->> 'traceparent' from bridge.outbox").fetchall()
+    assert make_event(headers={"traceparent": text}).is_sampled
