@@ -7,6 +7,7 @@ queue of limited length for a thread of the SDK's. What the queue or the collect
 
 import logging
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from threading import Lock, Thread
@@ -32,6 +33,9 @@ log = structlog.get_logger()
 
 FLUSH_LIMIT: Final = 2.0
 """Seconds that a process which stops gives to the last spans."""
+
+_ANSWER_LIMIT: Final = 2.0
+"""Seconds in which a collector must answer that is only asked whether it would take spans."""
 
 _CALM: Final = 60.0
 """Seconds without a loss after which losses are over."""
@@ -67,7 +71,7 @@ class Spans:
             self._exporter = _Exporter(OTLPSpanExporter(), self._losses)
             self._processor = _Processor(self._exporter, _queue_size(), self._losses)
         except (ValueError, OSError) as error:
-            raise SettingsError(f"observe.traces: OpenTelemetry cannot be set up by OTEL_...: {error}") from error
+            raise _not_set_up(error) from error
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(self._processor)
         trace.set_tracer_provider(self._provider)
@@ -97,6 +101,18 @@ def carried(span: Span) -> Mapping[str, str]:
     headers: dict[str, str] = {}
     _W3C.inject(headers, trace.set_span_in_context(span, Context()))
     return headers
+
+
+def ask_collector() -> str | None:
+    """Sends no spans, to learn whether the collector takes any: why it does not, or None. Raises as `Spans`."""
+    _require_what_we_speak()
+    try:
+        exporter = OTLPSpanExporter(timeout=_ANSWER_LIMIT)
+    except (ValueError, OSError) as error:
+        raise _not_set_up(error) from error
+    problem = _export(exporter, ())
+    exporter.shutdown()  # type: ignore[no-untyped-call]
+    return problem
 
 
 class Losses:
@@ -173,8 +189,6 @@ class _Exporter(SpanExporter):
     def __init__(self, exporter: OTLPSpanExporter, losses: Losses) -> None:
         self._exporter = exporter
         self._losses = losses
-        self._place = _place()
-        logging.getLogger(OTLPSpanExporter.__module__).addFilter(_words)
         self.taken = 0
         """Spans that came out of the queue."""
         self.sending = 0
@@ -183,15 +197,13 @@ class _Exporter(SpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self.taken += len(spans)
         self.sending = len(spans)
-        _words.said.clear()
-        result = self._exporter.export(spans)
+        problem = _export(self._exporter, spans)
         self.sending = 0
-        if result is SpanExportResult.SUCCESS:
+        if problem is None:
             self._losses.arrived()
-        else:
-            said = _words.said[0] if _words.said else "the collector does not take them"
-            self._losses.lose(len(spans), f"{self._place}: {said}")
-        return result
+            return SpanExportResult.SUCCESS
+        self._losses.lose(len(spans), problem)
+        return SpanExportResult.FAILURE
 
     def shutdown(self) -> None:
         self._exporter.shutdown()  # type: ignore[no-untyped-call]
@@ -208,17 +220,36 @@ class _Words(logging.Filter):
         self.said: list[str] = []
 
     def filter(self, record: logging.LogRecord) -> bool:
-        self.said.append(record.getMessage())
+        if record.levelno == logging.WARNING and isinstance(record.args, tuple) and record.args:
+            # It is about to try again: the first of its words is why.
+            self.said.append(str(record.args[0]))
+        else:
+            self.said.append(record.getMessage())
         return False
 
 
 _words: Final = _Words()
 
+_OF_THE_SYSTEM: Final = re.compile(r"\[Errno -?\d+\] ([\w ]+)")
 
-def _place() -> str:
-    """Where the collector is, without a login that the URL may hold."""
+
+def _export(exporter: OTLPSpanExporter, spans: Sequence[ReadableSpan]) -> str | None:
+    """Why the collector did not take these; None where it did."""
+    logging.getLogger(OTLPSpanExporter.__module__).addFilter(_words)
+    _words.said.clear()
+    if exporter.export(spans) is SpanExportResult.SUCCESS:
+        return None
     given = next(filter(None, (os.environ.get(name) for name in _ENDPOINTS)), "http://localhost:4318")
-    return urlsplit(given).netloc.rpartition("@")[2]
+    # The URL may hold a login.
+    place = urlsplit(given).netloc.rpartition("@")[2]
+    said = _words.said[0] if _words.said else "it does not answer"
+    # Errors of several libraries, one around the other: the innermost is the system's.
+    system = _OF_THE_SYSTEM.search(said)
+    return f"the collector at {place} takes no spans: {system[1] if system else said}"
+
+
+def _not_set_up(error: Exception) -> SettingsError:
+    return SettingsError(f"observe.traces: OpenTelemetry cannot be set up by OTEL_...: {error}")
 
 
 def _require_what_we_speak() -> None:

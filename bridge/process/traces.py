@@ -31,12 +31,25 @@ def recording(settings: Settings, service: str) -> Iterator["Spans | None"]:
 
 def make_spans(settings: Settings, service: str) -> "Spans":
     """What records them; to be closed. Raises as `recording`."""
-    try:
+    with _installed():
         from bridge.process.spans import Spans
+    return Spans(settings.name, service)
+
+
+def refusal() -> str | None:
+    """Why the collector that the environment names takes no spans; None where it does. Raises as `recording`."""
+    with _installed():
+        from bridge.process.spans import ask_collector
+    return ask_collector()
+
+
+@contextmanager
+def _installed() -> Iterator[None]:
+    try:
+        yield
     except ImportError as error:
         if not (error.name or "").startswith("opentelemetry"):
             raise
         raise SettingsError(
             f"observe.traces: needs the package {error.name}: pip install 'pgbridge[otel]'; or set it to false"
         ) from error
-    return Spans(settings.name, service)

@@ -16,7 +16,7 @@ from bridge.errors import SettingsError
 from bridge.event import Event, Trace, trace_fields
 from bridge.process import spans as module
 from bridge.process.spans import FLUSH_LIMIT, Spans
-from bridge.process.traces import recording
+from bridge.process.traces import recording, refusal
 from bridge.settings import ObserveSettings, Settings, SinkSettings
 from tests.support.collector import Collector
 from tests.support.events import make_event
@@ -112,6 +112,18 @@ def test_a_login_in_the_collectors_url_is_not_said(collector: Collector, monkeyp
         spans.close()
     assert actions(lines) == ["spans.lost", "spans.left"]
     assert "s3cr" not in str(lines)
+
+
+def test_a_collector_is_asked_whether_it_takes_spans(collector: Collector) -> None:
+    assert refusal() is None
+    assert collector.spans == []
+    collector.mode = "refuses"
+    place = collector.url.removeprefix("http://")
+    assert refusal() == (
+        f"the collector at {place} takes no spans: Failed to export spans batch code: 403, reason: Forbidden"
+    )
+    collector.close()
+    assert refusal() == f"the collector at {place} takes no spans: Connection refused"
 
 
 @pytest.mark.parametrize("how", ["refuses", "gone"])
