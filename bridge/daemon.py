@@ -9,7 +9,7 @@ outages outlive it.
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from tenacity import wait_exponential_jitter
@@ -28,9 +28,10 @@ from bridge.process.health import Health, serving
 from bridge.process.outage import Outage
 from bridge.process.systemd import notify, watchdog_for_ever
 from bridge.process.tasks import background, one_error, raise_if_cancelled, stop_on_signals, unless_stopped
+from bridge.process.traces import recording
 from bridge.relay import Limits, Relay, tell_dead_letters
 from bridge.routes import Routes
-from bridge.settings import ChannelsSettings, Settings
+from bridge.settings import ChannelsSettings, Settings, SinkSettings
 from bridge.sources import Source
 from bridge.sources.channels import Channels, Intake
 from bridge.sources.doorbell import Doorbell
@@ -39,6 +40,9 @@ from bridge.sources.log import PageBytes, Reader
 from bridge.sources.outbox import Calls, Outbox, Problem
 from bridge.sources.pauses import Pauses
 from bridge.unrouted import bury_unrouted, no_route
+
+if TYPE_CHECKING:
+    from bridge.process.spans import Spans
 
 log = structlog.get_logger()
 
@@ -51,11 +55,12 @@ _BACKOFF: Final = wait_exponential_jitter(multiplier=0.1, max=5.0, jitter=0.5)
 class Daemon:
     """One bridge."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, spans: "Spans | None" = None) -> None:
+        """`spans`: what is recorded of events that belong to sampled traces; None for nothing."""
         self._settings = settings
         self._limits = Limits(**settings.relay.model_dump())
         self._routes = Routes([(route.topic, route.sink) for route in settings.routes])
-        self._sinks = {name: broker_of(sink).sink(sink) for name, sink in settings.sinks.items()}
+        self._sinks = {name: _make_sink(sink, spans) for name, sink in settings.sinks.items()}
         self._sink_outages = {
             name: sink_outage(name, retry_initial=self._limits.retry_initial, retry_max=self._limits.retry_max)
             for name in self._sinks
@@ -311,6 +316,15 @@ class Daemon:
         return float(self._started and not self._postgres.lasts)
 
 
+def _make_sink(settings: SinkSettings, spans: "Spans | None") -> Sink:
+    sink = broker_of(settings).sink(settings)
+    if spans is None:
+        return sink
+    from bridge.brokers.traced import TracedSink
+
+    return TracedSink(sink, settings, spans)
+
+
 def _sink_up(sink: Sink) -> float:
     return float(sink.is_open)
 
@@ -329,4 +343,5 @@ async def run_until_signalled(settings: Settings, load: Callable[[], object]) ->
 
     Raises PgbridgeError when the start fails.
     """
-    await Daemon(settings).run(stop_on_signals("bridge", load))
+    with recording(settings, "pgbridge") as spans:
+        await Daemon(settings, spans).run(stop_on_signals("bridge", load))

@@ -29,6 +29,9 @@ REPLAYED: Final = "replayed"
 """The header that tells consumers of a replay; its value is that replay's own, see `replay_mark`. The event's id stays
 what it was, so an inbox recognises it."""
 
+TRACEPARENT: Final = "traceparent"
+"""The header with the trace that an event belongs to, and the last step in it (W3C Trace Context)."""
+
 NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 """What an event without headers of its own carries; one object, shared."""
 
@@ -37,6 +40,11 @@ INBOX_NAMESPACE: Final = uuid.UUID("6873494e-5b5e-421c-a6b9-7fee1425ef24")
 """The namespace of `Event.inbox_id`. It never changes: handled events would be handled again."""
 
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
+_TRACEPARENT: Final = re.compile(
+    # Only versions after 00 may say more behind the flags, and there is no version ff.
+    r"(?!ff)(?!00-.{53})[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?"
+)
 
 
 def replay_mark() -> dict[str, str]:
@@ -47,6 +55,19 @@ def replay_mark() -> dict[str, str]:
 
 class Malformed(ValueError):  # noqa: N818 - named for what the message is
     """A message is not an event: an attribute is missing or not legal. The text says which."""
+
+
+_ODD: Final = frozenset("13579bdf")
+"""What the last digit of `traceparent`'s flags is where the trace is sampled."""
+
+
+class Trace(NamedTuple):
+    """Where an event belongs, as its header `traceparent` says."""
+
+    trace_id: str
+    """32 hexadecimal digits."""
+    span_id: str
+    """16 of them: the last step before this one."""
 
 
 class Event(NamedTuple):
@@ -90,6 +111,20 @@ class Event(NamedTuple):
         return self.headers.get(REPLAYED)
 
     @property
+    def trace(self) -> Trace | None:
+        """The trace it belongs to; None without one, and where the header is none of W3C's."""
+        text = self.headers.get(TRACEPARENT)
+        if text is None or not _TRACEPARENT.fullmatch(text):
+            return None
+        return Trace(text[3:35], text[36:52])
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether it belongs to a trace that its beginner wants to see. Quick to say of those that do not."""
+        text = self.headers.get(TRACEPARENT)
+        return text is not None and text[54:55] in _ODD and _TRACEPARENT.fullmatch(text) is not None
+
+    @property
     def weight(self) -> int:
         """Bytes of payload, key and headers: what the event takes of a limit on memory."""
         size = len(self.payload)
@@ -105,6 +140,12 @@ class Event(NamedTuple):
             return json.loads(self.payload)
         except (ValueError, RecursionError) as error:
             raise Malformed(f"the payload of event {self.id} is not JSON: {error}") from error
+
+
+def trace_fields(event: "Event | Malformed") -> Mapping[str, str]:
+    """For log lines about an event: the trace that it belongs to, and the last step in it; nothing without one."""
+    trace = event.trace if isinstance(event, Event) else None
+    return NO_HEADERS if trace is None else {"trace_id": trace.trace_id, "span_id": trace.span_id}
 
 
 def read_headers(texts: str | None) -> Mapping[str, str]:

@@ -21,7 +21,7 @@ from typing import Final
 import structlog
 
 from bridge.brokers.contract import Never, Sink
-from bridge.event import Event
+from bridge.event import Event, trace_fields
 from bridge.lane import Lane, sink_outage
 from bridge.process.metrics import (
     BYTES_IN_FLIGHT,
@@ -300,6 +300,7 @@ def tell_dead_letters(letters: Sequence[DeadLetter]) -> None:
             sink=letter.sink,
             code=letter.failure.code,
             reason=letter.failure.reason,
+            **trace_fields(letter.event),
         )
 
 

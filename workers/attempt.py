@@ -11,15 +11,17 @@ import random
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import structlog
+from structlog.contextvars import bound_contextvars
 from tenacity import wait_random_exponential
 
 from bridge.brokers.contract import Delivery, Failure
 from bridge.errors import PgbridgeError, PrivilegeError, RefusedError, TopologyError
-from bridge.event import Event, Malformed
+from bridge.event import Event, Malformed, trace_fields
 from bridge.process.outage import Outage
 from bridge.settings import WorkerSettings
 from workers.claim import Claim, ClaimLostError
@@ -29,10 +31,14 @@ from workers.handler import Reject, Result, Retry, Run
 from workers.inbox import Inbox
 from workers.metrics import ATTEMPT_SECONDS, DELIVERIES, OUTCOMES
 from workers.rate import Rate
+from workers.reasons import reason_of
 from workers.result import ReplyError
 from workers.settle import BUSY_DELAY, Settle, names_of, not_ours, tell
 from workers.shared_lock import SharedLock
 from workers.threads import worker_loop
+
+if TYPE_CHECKING:
+    from workers.traced import AttemptSpan, AttemptSpans
 
 log = structlog.get_logger()
 
@@ -66,8 +72,12 @@ that brought the delivery has ended."""
 class Attempts:
     """Handles the deliveries of one worker; shared by its concurrent tasks."""
 
-    def __init__(self, worker: str, settings: WorkerSettings, run: Run, inbox: Inbox) -> None:
+    def __init__(
+        self, worker: str, settings: WorkerSettings, run: Run, inbox: Inbox, spans: "AttemptSpans | None" = None
+    ) -> None:
+        """`spans`: what is recorded of events that belong to sampled traces; None for nothing."""
         self._worker = worker
+        self._spans = spans
         self._settings = settings
         self._run = run
         self._inbox = inbox
@@ -100,9 +110,16 @@ class Attempts:
 
         In an ordered worker what is to be tried again stays in hand, and so holds its key: `pause` says when to go on.
 
+        Every line that is logged meanwhile, also by the handler, names the event's trace.
+
         Raises what the broker raises that does not take the outcome. The delivery is in hand then until its queue is
         closed; it comes again, and the inbox knows what was done.
         """
+        fields = trace_fields(delivery.event)
+        with bound_contextvars(**fields) if fields else nullcontext():
+            await self._handle(delivery, pause)
+
+    async def _handle(self, delivery: Delivery, pause: Pause) -> None:
         try:
             while (delay := await self._settle(delivery, await self._become(delivery))) is not None:
                 if not await pause(delay):
@@ -173,9 +190,17 @@ class Attempts:
 
     async def _claimed(self, event: Event, claim: Claim) -> Settle:
         """Runs an event that is ours, and records what became of it."""
+        if self._spans is None or not event.is_sampled:
+            return await self._carry_out(event, claim, None)
+        with self._spans.attempt(event, claim.attempt) as span:
+            settle = await self._carry_out(event, claim, span)
+            span.became(settle)
+            return settle
+
+    async def _carry_out(self, event: Event, claim: Claim, span: "AttemptSpan | None") -> Settle:
         started = time.perf_counter()
         try:
-            ended = await self._attempt(event, claim)
+            ended = await self._attempt(event, claim, span)
         except asyncio.CancelledError:
             await self._unclaim(event, claim)
             raise
@@ -212,7 +237,9 @@ class Attempts:
         except PgbridgeError as error:
             log.warning("event.unreleased", worker=self._worker, **names_of(event), reason=str(error))
 
-    async def _attempt(self, event: Event, claim: Claim) -> _Failed | Literal["finished", "repeated"]:
+    async def _attempt(
+        self, event: Event, claim: Claim, span: "AttemptSpan | None"
+    ) -> _Failed | Literal["finished", "repeated"]:
         """Runs the handler and its reply."""
         if claim.attempt > self._settings.max_attempts:
             reason = f"{claim.attempt - 1} attempts were begun and none ended: the worker's process died in each"
@@ -238,9 +265,12 @@ class Attempts:
             reason = f"the handler ran longer than workers.{self._worker}.timeout, {self._settings.timeout:g} s"
             return _Failed(_failure("timeout", reason, error.__cause__))
         except Exception as error:  # noqa: BLE001 - whatever an author's code raises is an outcome, with its trace
-            return _Failed(_failure("error", f"{type(error).__name__}: {error}", error))
+            return _Failed(_failure("error", reason_of(error), error))
         try:
-            return await self.database.outlast(self._inbox.finish, claim, result)
+            if span is None or self._settings.reply is None:
+                return await self.database.outlast(self._inbox.finish, claim, result)
+            with span.reply(self._settings.reply) as traceparent:
+                return await self.database.outlast(self._inbox.finish, claim, result, traceparent)
         except ReplyError as error:
             return _Failed(_failure("error", str(error), error))
 

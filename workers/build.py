@@ -3,17 +3,21 @@
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from bridge.brokers.contract import Subscription
 from bridge.brokers.registry import broker_of
 from bridge.errors import SettingsError
-from bridge.settings import Settings, WorkerSettings
+from bridge.settings import Settings, SinkSettings, WorkerSettings
 from workers.attempt import retry_delays
 from workers.inbox import Inbox
 from workers.loading import load_handler, require_reply
 from workers.settle import BUSY_DELAY
 from workers.worker import Worker
+
+if TYPE_CHECKING:
+    from bridge.process.spans import Spans
+    from workers.traced import AttemptSpans
 
 LEASE: Final = 30.0
 """Seconds after which a crashed worker's deliveries go to another one; a living one's queue extends them."""
@@ -75,8 +79,11 @@ def make_inbox(name: str, settings: Settings) -> Inbox:
     )
 
 
-def build(name: str, settings: Settings) -> Worker:
-    """The worker `name`, ready to run. Raises UsageError for an unknown name, SettingsError for wrong settings."""
+def build(name: str, settings: Settings, spans: "Spans | None" = None) -> Worker:
+    """The worker `name`, ready to run; `spans` record what belongs to sampled traces.
+
+    Raises UsageError for an unknown name, SettingsError for wrong settings.
+    """
     own = settings.worker(name)
     handler = load_handler(own.handler, name, own.path)
     sink = settings.sinks[settings.sink_of(name)]
@@ -92,4 +99,13 @@ def build(name: str, settings: Settings) -> Worker:
         partial(broker.queue, sink, wanted),
         make_inbox(name, settings),
         keep_finished=max(kept, _REMEMBERED),
+        spans=_attempt_spans(name, sink, spans),
     )
+
+
+def _attempt_spans(name: str, sink: SinkSettings, spans: "Spans | None") -> "AttemptSpans | None":
+    if spans is None:
+        return None
+    from workers.traced import AttemptSpans
+
+    return AttemptSpans(name, sink, spans)

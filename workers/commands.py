@@ -13,6 +13,7 @@ from bridge.process.lazy import flush_each_line
 from bridge.process.logs import configure
 from bridge.process.tasks import run_daemon, stop_on_signals
 from bridge.process.terminal import config_option, exit_codes, json_option, print_json, table
+from bridge.process.traces import recording
 from bridge.settings import Settings, load
 from workers.build import build
 from workers.loading import load_handler
@@ -32,11 +33,12 @@ def run_worker(name: str, config: Path | None) -> None:
 
 
 async def _run(name: str, settings: Settings, load_again: Callable[[], object]) -> None:
-    worker = build(name, settings)
-    stop = stop_on_signals("worker", load_again)
-    served = Labelled(REGISTRY, bridge=settings.name, worker=name)
-    with serving(f"workers.{name}.listen", settings.workers[name].listen, worker.health, served):
-        await worker.run(stop)
+    with recording(settings, f"pgbridge-worker-{name}") as spans:
+        worker = build(name, settings, spans)
+        stop = stop_on_signals("worker", load_again)
+        served = Labelled(REGISTRY, bridge=settings.name, worker=name)
+        with serving(f"workers.{name}.listen", settings.workers[name].listen, worker.health, served):
+            await worker.run(stop)
 
 
 @click.command()

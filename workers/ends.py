@@ -80,8 +80,13 @@ class Ends:
         """See `Line.close`."""
         await self._shared.close()
 
-    async def end(self, claim: Claim, outcome: str | None) -> Literal["finished", "repeated"]:
+    async def end(
+        self, claim: Claim, outcome: str | None, traceparent: str | None = None
+    ) -> Literal["finished", "repeated"]:
         """Records a result, JSON, and hands it to the reply. Says whether it had been done before.
+
+        Events that the reply emits belong to the trace of `traceparent`. Such a reply runs alone: those that share a
+        transaction share its settings.
 
         Raises ReplyError when PostgreSQL or the reply refuses the result, and nothing of it was stored;
         ClaimLostError; DatabaseUnavailableError (RefusedError on a standby), after which the same call may be made
@@ -89,10 +94,10 @@ class Ends:
         "finished".
         """
         state: State = "alone"
-        if self._seconds < _FAST:
+        if self._seconds < _FAST and traceparent is None:
             state = await self._batcher.ask((claim, outcome))
         if state == "alone":
-            state = await self._end_alone(claim, outcome)
+            state = await self._end_alone(claim, outcome, traceparent)
         match state:
             case "finished" | "repeated":
                 return state
@@ -124,11 +129,11 @@ class Ends:
             return [states[claim.event_id] for claim, _ in ends]
         return ["alone"] * len(ends)
 
-    async def _end_alone(self, claim: Claim, outcome: str | None) -> State:
+    async def _end_alone(self, claim: Claim, outcome: str | None, traceparent: str | None) -> State:
         conflicts = 0
         while True:
             try:
-                [(state, seconds)] = await self._pool.statement(self._alone, *claim.fence, outcome)
+                [(state, seconds)] = await self._pool.statement(self._alone, *claim.fence, outcome, traceparent)
             except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected) as error:
                 conflicts += 1
                 if conflicts == _CONFLICTS:
@@ -158,7 +163,7 @@ def said(error: psycopg.Error) -> str:
 
 def _alone(reply: str | None) -> sql.Composed:
     """Finishes one event and calls the reply in one statement, so in one transaction and one round trip: CASE calls the
-    reply only after the inbox has said that the event is ours to finish."""
+    reply only after the inbox has said that the event is ours to finish, and its trace is set for this statement."""
     call: sql.Composable = sql.SQL("null::bigint")
     if reply is not None:
         call = sql.SQL("(select count(*) from (select {}(ended.event, ended.outcome)) as reply)").format(
@@ -166,11 +171,14 @@ def _alone(reply: str | None) -> sql.Composed:
         )
     return sql.SQL(
         "with given as materialized (select"
-        " %s::text as worker, %s::uuid as event, %s::bigint as token, %s::int as attempt, %s::jsonb as outcome),"
-        " ended as materialized (select event, outcome, case"
+        " %s::text as worker, %s::uuid as event, %s::bigint as token, %s::int as attempt, %s::jsonb as outcome,"
+        " %s::text as trace),"
+        " ended as materialized (select event, outcome, trace, case"
         " when token is null then bridge.inbox_finish_unclaimed(worker, event, outcome)"
         " when bridge.inbox_finish(worker, event, token, attempt, outcome) then 'finished'"
         " else 'lost' end as state from given),"
-        " replied as materialized (select state, case when state = 'finished' then {} end from ended)"
+        " replied as materialized (select state, case when state = 'finished'"
+        " and (trace is null or pg_catalog.set_config('bridge.traceparent', trace, true) = trace) then {} end"
+        " from ended)"
         " select state, extract(epoch from clock_timestamp() - statement_timestamp())::float8 from replied"
     ).format(call)

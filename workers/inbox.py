@@ -211,13 +211,16 @@ class Inbox:
         told = None if failure is None else Failure(**{"attempts": attempts, **json.loads(failure)})
         return NotNow(state, float(seconds or 0.0), told)
 
-    async def finish(self, claim: Claim, result: Result) -> Literal["finished", "repeated"]:
-        """Records the result and hands it to the reply function, in one transaction.
+    async def finish(
+        self, claim: Claim, result: Result, traceparent: str | None = None
+    ) -> Literal["finished", "repeated"]:
+        """Records the result and hands it to the reply function, in one transaction; events that it emits belong to the
+        trace of `traceparent`.
 
         Raises ReplyError when the result is no JSON object or the reply function refuses (the claim stays ours: release
         it), and what else `Ends.end` raises.
         """
-        return await self._ends.end(claim, outcome_text(result))
+        return await self._ends.end(claim, outcome_text(result), traceparent)
 
     async def release(self, claim: Claim, *, counted: int, delay: float = 0.0) -> None:
         """Gives the claim up with `counted` attempts on record, for `delay` seconds; one that was lost is gone already.

@@ -19,6 +19,7 @@ from bridge.event import Event, matches
 from bridge.process.logs import configure
 from bridge.process.tasks import run
 from bridge.process.terminal import complain, config_option, exit_codes, json_option, named_values, print_json
+from bridge.process.visible import one_line, visible
 from bridge.settings import WorkerSettings, load
 from workers.attempt import TimedOutError, retry_delays
 from workers.build import subscription
@@ -189,9 +190,9 @@ def _tell(outcome: Outcome, ledger: MemoryLedger) -> None:
         click.echo("result: ", nl=False)
         print_json(outcome.result, indent=2)
     for key, effect in ledger.effects.items():
-        click.echo(f"effect {effect.operation}, key {key}: ", nl=False)
+        click.echo(one_line(f"effect {effect.operation}, key {key}: "), nl=False)
         print_json(effect.result, indent=2)
     if outcome.outcome != "handled":
         if outcome.trace:
-            click.echo(outcome.trace, err=True)
+            click.echo(visible(outcome.trace), err=True)
         complain(f"{outcome.outcome}: {outcome.reason}\nthe worker {outcome.becomes}")

@@ -13,7 +13,7 @@ import math
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 from prometheus_client import Gauge
@@ -31,6 +31,9 @@ from workers.inbox import Inbox
 from workers.metrics import BROKER_UP, DATABASE_UP, HELD_KEYS, IN_HAND, PAUSED, QUEUE_DEPTH
 from workers.pausing import Pausing
 from workers.session import HEARTBEAT
+
+if TYPE_CHECKING:
+    from workers.traced import AttemptSpans
 
 log = structlog.get_logger()
 
@@ -59,14 +62,16 @@ class Worker:
         inbox: Inbox,
         *,
         keep_finished: timedelta = timedelta(days=30),
+        spans: "AttemptSpans | None" = None,
     ) -> None:
-        """`keep_finished`: how long the inbox remembers; longer than any event may be delivered again."""
+        """`keep_finished`: how long the inbox remembers; longer than any event may be delivered again. `spans`: what is
+        recorded of events that belong to sampled traces."""
         self._name = name
         self._settings = settings
         self._make_queue = make_queue
         self._inbox = inbox
         self._keep_finished = keep_finished
-        self._attempts = Attempts(name, settings, run, inbox)
+        self._attempts = Attempts(name, settings, run, inbox, spans)
         self._broker = Outage("queue", OUTAGE_BACKOFF, worker=name)
         self._stopping = asyncio.Event()
         self._slots = asyncio.Semaphore(settings.concurrency)

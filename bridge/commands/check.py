@@ -28,6 +28,7 @@ from bridge.commands.check_settings import (
     of_routes,
     of_servers,
     of_subscriptions,
+    of_traces,
     of_unled_sinks,
 )
 from bridge.commands.finding import Finding, failure
@@ -106,7 +107,7 @@ def _of_this_machine(
         found += [of_routes(settings), *of_unled_sinks(settings), *of_servers(settings)]
     if "workers" in processes and (workers.sinks != settings.sinks or "bridge" not in processes):
         found += of_servers(workers)
-    return found
+    return [*found, *of_traces(settings)]
 
 
 @click.command()

@@ -15,6 +15,7 @@ from bridge.errors import SettingsError
 from bridge.event import matches, overlap
 from bridge.process.addresses import is_here
 from bridge.process.health import answers_as
+from bridge.process.traces import refusal
 from bridge.settings import Process, Settings
 from bridge.settings.secrecy import open_to_all
 
@@ -77,6 +78,24 @@ def of_servers(settings: Settings) -> Iterator[Finding]:
                     f"{sink.key(field)}: nothing is encrypted on the way to {host}: whoever is in between can read the "
                     f"password, and read and change events. {mend}",
                 )
+
+
+def of_traces(settings: Settings) -> Iterator[Finding]:
+    """Where spans are recorded: whether anybody takes them."""
+    if not settings.observe.traces:
+        return
+    try:
+        problem = refusal()
+    except SettingsError as error:
+        yield failure("traces", error)
+        return
+    if problem is None:
+        yield Finding("traces", ok=True, text="the collector takes spans")
+    else:
+        yield warning(
+            "traces",
+            f"observe.traces: {problem}. Start it, or correct OTEL_EXPORTER_OTLP_ENDPOINT, which is this shell's here",
+        )
 
 
 def of_channels(settings: Settings) -> Iterator[Finding]:

@@ -24,6 +24,7 @@ from bridge.process.terminal import (
     dry_run_option,
     exit_codes,
     field,
+    heading,
     json_option,
     moment,
     print_json,
@@ -31,8 +32,8 @@ from bridge.process.terminal import (
     stop_on_interrupt,
     table,
     topic_option,
-    visible,
 )
+from bridge.process.visible import one_line, visible
 from bridge.settings import load
 
 _GROUPS: Final = "groups"
@@ -193,7 +194,7 @@ def show_letter(id_: str, config: Path | None, as_json: bool) -> None:
         click.echo(field(name, _shown(value)))
     for name, value in long.items():
         if value:
-            click.echo(f"\n{click.style(name, bold=True)}\n{visible(value)}")
+            click.echo(f"\n{heading(name)}\n{visible(value)}")
 
 
 def _shown(value: Any) -> str:
@@ -260,7 +261,7 @@ def _act(
     configure(settings.observe)
 
     def report(letter: Letter, problem: str | None) -> None:
-        click.echo(f"{letter.id}  {f'{action}ed' if problem is None else f'refused again: {problem}'}")
+        click.echo(one_line(f"{letter.id}  {f'{action}ed' if problem is None else f'refused again: {problem}'}"))
 
     async def act() -> Outcome:
         stop = asyncio.Event()

@@ -19,12 +19,14 @@ from bridge.process.tasks import run
 from bridge.process.terminal import (
     config_option,
     exit_codes,
+    heading,
     json_option,
     moment,
     named_values,
     print_json,
     topic_option,
 )
+from bridge.process.visible import one_line
 from bridge.settings import PostgresSettings, load
 from bridge.sources.log import LogReader, Position, Reader, fetch_all
 
@@ -133,5 +135,5 @@ def tail(topics: tuple[str, ...], config: Path | None, as_json: bool) -> None:
 
 
 def _as_line(event: Event) -> str:
-    key = f" [{event.key}]" if event.key is not None else ""
-    return f"{moment(event.time, exact=True)} {click.style(event.topic, bold=True)}{key} {event.payload.decode()}"
+    key = f" [{one_line(event.key)}]" if event.key is not None else ""
+    return f"{moment(event.time, exact=True)} {heading(event.topic)}{key} {one_line(event.payload.decode())}"

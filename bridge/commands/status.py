@@ -12,7 +12,7 @@ import click
 from bridge.postgres.pause import Pause
 from bridge.postgres.status import Bridge, Guards, Rates, SinkPosition, Status, WorkerStatus, rates, watch
 from bridge.process.tasks import run
-from bridge.process.terminal import age, config_option, exit_codes, field, json_option, moment, print_json
+from bridge.process.terminal import age, config_option, exit_codes, field, heading, json_option, moment, print_json
 from bridge.settings import Settings, load
 
 _LONG_TRANSACTION: Final = 3600.0
@@ -38,7 +38,7 @@ def _bridge(bridge: Bridge, before: Status | None, now: Status) -> str:
     leads = bridge.leader is not None
     since = age((now.at - bridge.leader_since).total_seconds()) if bridge.leader_since else ""
     lines = [
-        click.style(f"bridge {bridge.name}", bold=True),
+        heading(f"bridge {bridge.name}"),
         _line(
             "leader",
             f"{bridge.leader}, for {since}" if leads else "nobody; no bridge of this name is running",
@@ -61,7 +61,7 @@ _NO_SINK: Final = {"": "events without a route", "*": "all sinks, as before the 
 def _sink(bridge: Bridge, position: SinkPosition, rate: Rates | None) -> list[str]:
     held = f", {position.held} of them held" if position.held else ""
     lines = [
-        "  " + click.style(_NO_SINK.get(position.sink, f"sink {position.sink}"), bold=True),
+        "  " + heading(_NO_SINK.get(position.sink, f"sink {position.sink}")),
         _line("  backlog", f"{'' if position.backlog_exact else 'about '}{position.backlog} events{held}"),
         _line("  oldest unsent", age(position.oldest_unsent_seconds)),
         _line("  position", f"{position.mark} of {bridge.last_id}, {position.gaps} in gaps"),
@@ -84,7 +84,7 @@ def _workers(workers: Sequence[WorkerStatus]) -> str:
             f"{worker.finished_last_hour} finished in the last hour",
         ]
         bound = "" if worker.exact else " (of the 100,000 events begun last)"
-        lines += [click.style(f"worker {worker.worker}", bold=True), _line("events", ", ".join(counts) + bound)]
+        lines += [heading(f"worker {worker.worker}"), _line("events", ", ".join(counts) + bound)]
         lines.append(_line("dead letters", str(worker.dead_letters), bad=worker.dead_letters > 0))
         if worker.held_keys:
             lines.append(_line("held keys", str(worker.held_keys), bad=True))
@@ -108,7 +108,7 @@ def _guards(guards: Guards, now: Status, settings: Settings) -> str:
         oldest = f"{seen}those of others are not known: grant pg_read_all_stats to the owner of schema bridge"
     queue = f"{guards.notification_queue_usage:.1%} used"
     lines = [
-        click.style("database", bold=True),
+        heading("database"),
         _line("oldest transaction", oldest, bad=(guards.oldest_transaction_seconds or 0.0) > _LONG_TRANSACTION),
         _line("NOTIFY queue", queue, bad=guards.notification_queue_usage > _FULL_QUEUE),
         _line("log", f"{guards.outbox_bytes / 1e6:.1f} MB"),

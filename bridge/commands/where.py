@@ -15,7 +15,16 @@ from bridge.errors import PgbridgeError, UsageError
 from bridge.postgres.connection import connect
 from bridge.postgres.where import AtSink, AtWorker, DeadRow, Whereabouts, in_log, whereabouts
 from bridge.process.tasks import run
-from bridge.process.terminal import complain, config_option, exit_codes, field, json_option, moment, print_json
+from bridge.process.terminal import (
+    complain,
+    config_option,
+    exit_codes,
+    field,
+    heading,
+    json_option,
+    moment,
+    print_json,
+)
 from bridge.settings import Settings, load
 
 
@@ -120,7 +129,7 @@ def _as_json(trace: Trace) -> dict[str, object]:
 
 def _lines(trace: Trace) -> list[str]:
     known = trace.known
-    lines = [_head(f"event {known.event_id}")]
+    lines = [heading(f"event {known.event_id}")]
     if known.logged is not None:
         logged = known.logged
         lines += [
@@ -136,16 +145,16 @@ def _lines(trace: Trace) -> list[str]:
     shown = {(row.bridge, row.sink or "") for row in known.dead_letters} & {(s.bridge, s.sink) for s in known.sinks}
     for row in known.dead_letters:
         if (row.bridge, row.sink or "") not in shown:
-            lines += [_head(_sink_name(row.bridge, row.sink or "")), *_dead(row)]
+            lines += [heading(_sink_name(row.bridge, row.sink or "")), *_dead(row)]
     letters = {letter.box: letter for letter in trace.letters}
     for worker in known.workers:
-        lines += [_head(f"worker {worker.worker}"), *_worker(worker), *_letter(letters.pop(worker.worker, None))]
+        lines += [heading(f"worker {worker.worker}"), *_worker(worker), *_letter(letters.pop(worker.worker, None))]
     for name, letter in letters.items():
-        lines += [_head(f"worker {name}"), *_letter(letter)]
+        lines += [heading(f"worker {name}"), *_letter(letter)]
     if known.logged is not None and not known.workers and not letters:
-        lines += [_head("workers"), _line("inbox", "no worker has claimed or finished it")]
+        lines += [heading("workers"), _line("inbox", "no worker has claimed or finished it")]
     if known.actions:
-        lines.append(_head("what people did"))
+        lines.append(heading("what people did"))
     for action in known.actions:
         why = f": {action.why}" if action.why else ""
         lines.append(_line(action.action, f"{moment(action.at)}, {action.letter}, by {action.person}{why}"))
@@ -153,7 +162,7 @@ def _lines(trace: Trace) -> list[str]:
 
 
 def _sink(sink: AtSink, dead: Sequence[DeadRow]) -> list[str]:
-    lines = [_head(_sink_name(sink.bridge, sink.sink))]
+    lines = [heading(_sink_name(sink.bridge, sink.sink))]
     rows = [row for row in dead if (row.bridge, row.sink or "") == (sink.bridge, sink.sink)]
     if rows:
         return lines + _dead(rows[0])
@@ -229,10 +238,6 @@ def _letter(letter: Letter | None) -> list[str]:
 
 def _pause(since: datetime, who: str | None, why: str | None) -> str:
     return f"since {moment(since)}, by {who}{f': {why}' if why else ''}"
-
-
-def _head(text: str) -> str:
-    return click.style(text, bold=True)
 
 
 def _line(name: str, text: str) -> str:

@@ -1,7 +1,6 @@
 """What the commands share: options, how they print, how they stop, and what they end with."""
 
 import asyncio
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from rich.cells import cell_len, set_cell_size
 
 from bridge.errors import PgbridgeError, UsageError
 from bridge.process.logs import journal_prefix, keep_off_output
+from bridge.process.visible import json_text, one_line, visible
 from bridge.settings.load import CREDENTIALS_VARIABLE
 from bridge.settings.models import parse_duration
 
@@ -96,14 +96,14 @@ def named_values(option: str, texts: Sequence[str]) -> dict[str, str]:
 
 def print_json(value: object, *, indent: int | None = None) -> None:
     """Prints a value for programs: on one line, or indented; times as ISO 8601."""
-    click.echo(json.dumps(value, indent=indent, ensure_ascii=False, default=datetime.isoformat))
+    click.echo(json_text(value, indent=indent, default=datetime.isoformat))
 
 
 def complain(message: str) -> None:
     """Prints an error on standard error, behind the program's name; in the journal with the priority of an error."""
     prefix = journal_prefix("error")
-    said = f"{click.get_current_context().find_root().info_name}: {message}"
-    click.echo("\n".join(prefix + line for line in said.splitlines()), err=True)
+    said = visible(f"{click.get_current_context().find_root().info_name}: {message}")
+    click.echo("\n".join(prefix + line for line in said.split("\n")), err=True)
 
 
 _NARROW: Final = 80
@@ -136,7 +136,7 @@ def table(rows: Sequence[Mapping[str, str]], *, whole: Collection[str] = (), wra
     if not rows:
         return
     names = list(rows[0])
-    cells = [{name: _one_line(row[name]) for name in names} for row in rows]
+    cells = [{name: one_line(row[name]) for name in names} for row in rows]
     width = columns()
     widths = {name: max(cell_len(name), *(cell_len(row[name]) for row in cells)) for name in names}
     for name in names:
@@ -177,11 +177,16 @@ def _fill(names: Sequence[str], widths: Mapping[str, int], width: int) -> Sequen
     return lines
 
 
+def heading(text: str) -> str:
+    """A line above others."""
+    return click.style(one_line(text), bold=True)
+
+
 def field(name: str, value: str, *, indent: int = 0, label: int = 12) -> str:
     """A line that says one thing under its name, which has `label` columns; what is too long for the terminal goes on
     below, between words only, so that ids stay whole."""
-    head = f"{' ' * indent}{name:<{label}}{_GAP}"
-    return head + ("\n" + " " * len(head)).join(_wrap(_one_line(value), columns() - len(head)))
+    head = f"{' ' * indent}{one_line(name):<{label}}{_GAP}"
+    return head + ("\n" + " " * len(head)).join(_wrap(one_line(value), columns() - len(head)))
 
 
 _WHOLE: Final = re.compile(r"`[^`]*`|(?<=[Rr]un: )[^;]*?(?=\.?$|\. |;)|\bpgbridge(?:-worker)? [a-z]+(?: --?[a-z-]+)*")
@@ -194,7 +199,7 @@ _KEPT: Final = "\x00"
 def wrapped(text: str, *, first: int, rest: int) -> str:
     """A text behind `first` columns of its line, that goes on below behind `rest` columns where it is too long for the
     terminal; between words only, and commands stay whole."""
-    kept = _WHOLE.sub(lambda found: found[0].replace(" ", _KEPT), _one_line(text))
+    kept = _WHOLE.sub(lambda found: found[0].replace(" ", _KEPT), one_line(text))
     lines = textwrap.wrap(
         kept,
         columns(),
@@ -204,10 +209,6 @@ def wrapped(text: str, *, first: int, rest: int) -> str:
         break_on_hyphens=False,
     )
     return "\n".join(lines).replace(_KEPT, " ")[first:]
-
-
-def _one_line(text: str) -> str:
-    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _wrap(text: str, width: int) -> list[str]:
@@ -220,12 +221,6 @@ def _padded(text: str, width: int) -> str:
 
 def _cut(text: str, width: int) -> str:
     return text if cell_len(text) <= width else set_cell_size(text, max(width - 1, 0)).rstrip() + "…"
-
-
-def visible(text: str) -> str:
-    """Text that somebody else wrote, with control characters, which could do something to a terminal, written out.
-    Lines stay lines."""
-    return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)
 
 
 def age(seconds: float | None) -> str:

@@ -223,6 +223,20 @@ class SinkSettings(Model):
         """The hosts that are spoken to without TLS."""
         return ()
 
+    @property
+    def messaging_system(self) -> str:
+        """What OpenTelemetry's conventions call this kind of broker."""
+        return self.type
+
+    @property
+    def destination(self) -> str:
+        """What events are published to, for the names of spans: an exchange, a stream, a topic."""
+        return self._name
+
+    def destination_of(self, topic: str) -> str:
+        """Where an event of this topic goes, as OpenTelemetry's conventions write it for this kind of broker."""
+        return self.destination
+
     def key(self, field: str) -> str:
         """The dotted key of one of its fields, for errors: ``sinks.events.url``."""
         return f"sinks.{self._name}.{field}" if self._name else field
@@ -484,6 +498,9 @@ class ObserveSettings(Model):
     Workers have their own."""
     sample_interval: SomeDuration = 15.0
     """How often a leader that serves metrics asks the database for those that only it knows."""
+    traces: bool = False
+    """Whether bridge and workers record spans of the events that belong to a sampled trace, and send them to an
+    OpenTelemetry collector, as OTEL_EXPORTER_OTLP_ENDPOINT and its like say. Needs the extra `otel`."""
 
 
 class Settings(Model):

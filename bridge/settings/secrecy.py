@@ -15,8 +15,10 @@ _PUBLIC: Final = re.compile(r"(?:ca|cert)_file")
 _SECRET: Final = re.compile(r"(?:.*_)?(?:secret|password|token|credentials|api_key)")
 """Keys whose values are secret, whatever they look like."""
 
-_WITH_PASSWORD: Final = re.compile(r"\w+://(?!guest:guest@)[^/@\s]*:[^/@\s]+@|\bpassword\s*=\s*\S")
-"""A URL or a connection string that holds a password; that of a fresh RabbitMQ is no secret."""
+_WITH_PASSWORD: Final = re.compile(
+    r"\w+://(?!guest:guest@)[^/@\s]*:[^/@\s]+@|\b(?:nats|tls)://[^/@\s]+@|\bpassword\s*=\s*\S"
+)
+"""A URL or a connection string that holds a password, or NATS' token; that of a fresh RabbitMQ is no secret."""
 
 
 def open_to_all(path: Path, environ: Mapping[str, str] = os.environ) -> Iterator[tuple[str, Path]]:

@@ -2,8 +2,12 @@
 
 import asyncio
 import json
+import logging
 import random
 from pathlib import Path
+
+import structlog
+from opentelemetry import trace
 
 from bridge.event import Event
 from workers import Options, Reject, handler
@@ -44,3 +48,18 @@ async def book(event: Event, options: BookOptions) -> Result:
     if event.json() in json.loads(options.refused.read_text()):
         raise Reject("there is no such account")
     return {"of": event.json()}
+
+
+@handler("shop.invoice.requested")
+async def typeset(event: Event) -> Result:
+    """Records a span of its own, and logs a line."""
+    with trace.get_tracer("shop").start_as_current_span("typeset"):
+        structlog.get_logger().info("shop.typeset")
+    return {"of": event.json()}
+
+
+@handler("shop.invoice.rendered")
+def mail(event: Event) -> Result:
+    """Runs in a thread, and logs a line by way of the standard library."""
+    logging.getLogger("shop").warning("mailed")
+    return None

@@ -13,6 +13,7 @@ from tests.support.scripted_queue import ScriptedQueue
 from workers.handler import Result, Run
 from workers.inbox import Inbox
 from workers.metrics import REGISTRY
+from workers.traced import AttemptSpans
 from workers.worker import Worker
 
 
@@ -22,13 +23,18 @@ def settings_of(**values: Any) -> WorkerSettings:
 
 @contextlib.asynccontextmanager
 async def working(
-    run: Run, shop: PostgresSettings, queue: ScriptedQueue | None = None, **values: Any
+    run: Run,
+    shop: PostgresSettings,
+    queue: ScriptedQueue | None = None,
+    *,
+    spans: AttemptSpans | None = None,
+    **values: Any,
 ) -> AsyncIterator[ScriptedQueue]:
     """A worker that runs until the block ends, and then must stop in order."""
     settings = settings_of(**values)
     queue = queue or ScriptedQueue()
     inbox = Inbox("invoices", shop, concurrency=settings.concurrency, reply="shop.rendered", holds=settings.holds)
-    worker = Worker("invoices", settings, run, lambda: queue, inbox)
+    worker = Worker("invoices", settings, run, lambda: queue, inbox, spans=spans)
     stop = asyncio.Event()
     task = asyncio.create_task(worker.run(stop))
     await asyncio.wait([task, asyncio.create_task(queue.changed.wait())], return_when=asyncio.FIRST_COMPLETED)

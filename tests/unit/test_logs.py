@@ -178,3 +178,35 @@ def test_an_error_that_ends_a_command_has_a_priority_too(tmp_path: Path) -> None
     assert done.returncode == 78
     assert len(lines) == 3
     assert all(line.startswith("<3>") for line in lines)
+
+
+HOSTILE = """
+hostile = "a\\x1b[2Jb\\x9b31m\\u202ec\\x07"
+log.warning("event.dead_lettered", topic=hostile, reason="it has " + hostile, several=[hostile])
+logging.getLogger("somebodys.library").warning("it says %s", hostile)
+try:
+    raise ValueError(hostile)
+except ValueError as error:
+    log.error("event.crashed", exc_info=error)
+    logging.getLogger("somebodys.library").exception(hostile)
+"""
+
+
+@pytest.mark.parametrize("format", ["json", "text"])
+def test_what_others_wrote_does_nothing_to_a_terminal(tmp_path: Path, format: str) -> None:
+    lines = said(HOSTILE, tmp_path, format=format)
+    assert all(line.replace("\t", "").isprintable() for line in lines)
+    if format == "json":
+        assert json.loads(lines[0])["topic"] == "a\x1b[2Jb\x9b31m\u202ec\x07"
+
+
+def test_what_a_command_logs_holds_neither_values_nor_what_does_something_to_a_terminal(tmp_path: Path) -> None:
+    program = (
+        "import logging, structlog\nfrom bridge.process.logs import keep_off_output\nkeep_off_output()\n"
+        f"log = structlog.get_logger()\n{FAILS}{HOSTILE}"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == ""
+    assert "event.dead_lettered" in done.stderr
+    assert "s3cret7" not in done.stderr
+    assert all(line.replace("\t", "").isprintable() for line in done.stderr.split("\n"))

@@ -18,12 +18,13 @@ from bridge.process.terminal import (
     config_option,
     exit_codes,
     field,
+    heading,
     json_option,
     moment,
     print_json,
     table,
-    visible,
 )
+from bridge.process.visible import visible
 from bridge.settings import load
 from bridge.settings.models import parse_duration, parse_rate
 from workers.webhooks.signature import new_key_pair
@@ -277,10 +278,10 @@ def show_delivery(delivery: int, config: Path | None, as_json: bool) -> None:
         status = "no answer" if attempt["status"] is None else f"status {attempt['status']}"
         took = "" if attempt["duration"] is None else f" after {attempt['duration']:.3f} s"
         head = f"attempt {attempt['number']}, {moment(attempt['at'])}: {status}{took}"
-        click.echo("\n" + click.style(head, bold=True))
+        click.echo("\n" + heading(head))
         for text in filter(None, (attempt["error"], attempt["answer"])):
             click.echo(visible(text))
-    click.echo(f"\n{click.style('body', bold=True)}\n{visible(body)}")
+    click.echo(f"\n{heading('body')}\n{visible(body)}")
 
 
 @webhooks.command("resend")

@@ -98,6 +98,11 @@ class NatsSettings(SinkSettings):
         return parse_url(self.url.get_secret_value())
 
     @property
+    def destination(self) -> str:
+        """See `SinkSettings.destination`."""
+        return self.stream
+
+    @property
     def plain_text(self) -> Sequence[PlainText]:
         """See `SinkSettings.plain_text`."""
         if self.encrypted:

@@ -241,7 +241,7 @@ class NatsSink:
             # Somebody else subscribes to the subject, and answers. JetStream's own answer is still to come.
             self._strange_answers += 1
             if self._strange_answers == 1:
-                log.warning("nats.strange_answer", sink=self._settings.name, answer=repr(message.data[:200]))
+                log.warning("nats.strange_answer", sink=self._settings.name, bytes=len(message.data))
             return
         self._silence.end()
         if outcome is CONFIRMED:

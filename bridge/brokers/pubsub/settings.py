@@ -55,6 +55,16 @@ class PubSubSettings(SinkSettings):
         return self.key("emulator_host" if self.emulator_host else "endpoint")
 
     @property
+    def messaging_system(self) -> str:
+        """See `SinkSettings.messaging_system`."""
+        return "gcp_pubsub"
+
+    @property
+    def destination(self) -> str:
+        """See `SinkSettings.destination`."""
+        return self.topic
+
+    @property
     def plain_text(self) -> Sequence[PlainText]:
         """See `SinkSettings.plain_text`."""
         if not self.emulator_host:

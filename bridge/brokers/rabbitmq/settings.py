@@ -163,6 +163,15 @@ class RabbitMQSettings(SinkSettings):
         return self.addresses[0]
 
     @property
+    def destination(self) -> str:
+        """See `SinkSettings.destination`."""
+        return self.exchange
+
+    def destination_of(self, topic: str) -> str:
+        """See `SinkSettings.destination_of`."""
+        return f"{self.exchange}:{topic}"
+
+    @property
     def plain_text(self) -> Sequence[PlainText]:
         """See `SinkSettings.plain_text`."""
         if self.login.tls:

@@ -92,6 +92,14 @@ BROKEN: Final[Mapping[str, Broken]] = {
         ["sinks.spare: no route leads to it"],
         change={"[[routes]]": '[sinks.spare]\ntype = "memory"\n[[routes]]', HANDLER: f'{HANDLER}\nsink = "events"'},
     ),
+    "no collector for the spans": Broken(
+        "traces",
+        [
+            "observe.traces: the collector at localhost:4318 takes no spans: Connection refused",
+            "correct OTEL_EXPORTER_OTLP_ENDPOINT",
+        ],
+        change={"[[routes]]": "[observe]\ntraces = true\n[[routes]]"},
+    ),
     "a channel that no route takes": Broken(
         "channel stock",
         ["channels.listen: no route takes the topic 'stock', so what is heard becomes a dead letter"],
