@@ -99,12 +99,24 @@ class Guards:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """Events that are scheduled, and not in the log before their time."""
+
+    events: int
+    exact: bool
+    """False where there are more than were counted: 100,000."""
+    next_at: datetime | None
+    """When the first is due; past where no bridge leads, or somebody is cancelling it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """A look at everything."""
 
     at: datetime
     bridges: tuple[Bridge, ...]
     guards: Guards
+    scheduled: Waiting
     workers: tuple[WorkerStatus, ...] = ()
     """Where they were asked for."""
 
@@ -131,6 +143,8 @@ async def look(connection: Connection, retention: float, workers: Sequence[str] 
             "sees_sessions, outbox_bytes, bridge.calendar_time(oldest_event_at) from bridge.guards()"
         )
         [(now, queue, transaction_at, transaction, sees, size, oldest)] = await cursor.fetchall()
+        cursor = await connection.execute("select waiting, is_exact, next_at from bridge.scheduled_status()")
+        [waiting] = await cursor.fetchall()
     bridges: dict[str, Bridge] = {}
     for at, name, leader, since, last_id, asleep, letters, sink, *place, unsent_at, stored_at, words, began in rows:
         ages = _age(at, unsent_at), _age(at, stored_at) or 0.0, words, _age(at, began)
@@ -150,6 +164,7 @@ async def look(connection: Connection, retention: float, workers: Sequence[str] 
             oldest + timedelta(seconds=retention) if oldest else None,
             tuple(b.name for b in bridges.values() if (b.oldest_unsent_seconds or 0.0) > retention),
         ),
+        Waiting(*waiting),
         working,
     )
 
@@ -246,3 +261,5 @@ def _set_gauges(status: Status) -> None:
     metrics.OLDEST_EVENT.set(
         (datetime.now(UTC) - guards.oldest_event_at).total_seconds() if guards.oldest_event_at else 0.0
     )
+    metrics.SCHEDULED.set(status.scheduled.events)
+    metrics.OVERDUE.set(_age(status.at, status.scheduled.next_at) or 0.0)

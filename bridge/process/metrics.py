@@ -39,3 +39,5 @@ NOTIFICATION_QUEUE = Gauge("pgbridge_notification_queue_usage", "Used part of th
 OLDEST_TRANSACTION = Gauge("pgbridge_oldest_transaction_seconds", "Age of the oldest transaction that is seen")
 OUTBOX_BYTES = Gauge("pgbridge_outbox_bytes", "Size of the log, with indexes")
 OLDEST_EVENT = Gauge("pgbridge_oldest_event_seconds", "Age of the oldest event in the log")
+SCHEDULED = Gauge("pgbridge_scheduled_events", "Events that wait for their time, of 100,000 at most")
+OVERDUE = Gauge("pgbridge_scheduled_overdue_seconds", "For how long the first of them has been due")

@@ -1,8 +1,8 @@
 """Scheduled events, those of `emit(at => ...)`: moved from `bridge.scheduled` into the log when they are due.
 
 The leader does it, on the session that it leads by. A move is one statement, so an event is in one table or the other,
-whoever dies meanwhile. The session sleeps until the next event is due; `emit()` wakes it for one that comes before. A look
-every poll interval backs that, for times at which a clock was set and for wakings that were lost.
+whoever dies meanwhile. It looks when the next event is due; `emit()` wakes it for one that comes before. A look every
+poll interval backs that, for clocks that are set and wakings that are lost.
 """
 
 import asyncio
@@ -73,6 +73,6 @@ class Schedule:
             await asyncio.sleep(time.monotonic() - began)
             if not moved and now_blocked <= blocked:
                 return self._poll_interval if next_in is None else next_in
-            # Not from the beginning unless it must be: rows that are gone are walked through while an old snapshot lives.
+            # Not from the beginning without need: while an old snapshot lives, rows that are gone are walked through.
             behind = _Place(last_at, last_id) if moved and not now_blocked else _BEGINNING
             blocked = now_blocked

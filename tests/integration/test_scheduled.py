@@ -15,10 +15,12 @@ from psycopg import AsyncConnection
 from bridge.postgres.schema import migrate
 from bridge.sources import scheduled as module
 from bridge.sources.scheduled import Schedule
+from tests.support.commands import command, json_of
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
+from tests.support.metrics import get
 from tests.support.outbox import lead, open_outbox
-from tests.support.servers import PostgresServer
+from tests.support.servers import PostgresServer, free_port
 from tests.support.until import rows_become, until
 
 RESTING = "[outbox]\npoll_interval = 60"
@@ -62,7 +64,9 @@ async def test_an_event_is_sent_when_it_is_due_and_a_sleeping_bridge_wakes_for_i
 ) -> None:
     with Daemon(tmp_path, settings(bridge_database, messages, RESTING)) as bridge:
         bridge.wait_for("bridge.leading")
-        emit = "select bridge.emit('due', %s, at => clock_timestamp() + %s::interval, key => 'k', headers => '{\"a\": 1}')"
+        emit = (
+            "select bridge.emit('due', %s, at => clock_timestamp() + %s::interval, key => 'k', headers => '{\"a\": 1}')"
+        )
         await execute(bridge_database, emit, "hour", "1 hour")
         # The bridge sleeps until then, and must hear of one that comes before; that one's time wakes it by itself.
         [(event_id,)] = await execute(bridge_database, emit, "soon", "1.5 s")
@@ -253,3 +257,79 @@ async def test_only_what_is_due_before_all_others_wakes_the_bridge(
         await preparing.execute(emit, ("1 minute",))
         await preparing.commit()
     assert heard() == 0, "a transaction that is to be prepared may not notify"
+
+
+@pytest.fixture
+def config(bridge_database: str, messages: Messages, tmp_path: Path) -> str:
+    return str(Daemon(tmp_path, settings(bridge_database, messages)).config)
+
+
+async def test_commands_schedule_list_follow_and_cancel_an_event(bridge_database: str, config: str) -> None:
+    of = ("--config", config)
+    emit = ("emit", "shop.reminder", '{"n": 1}', "--key", "k", "--header", "a=b")
+    _, said = await command(*emit, "--at", "2099-01-01T00:00:00Z", *of, expect=2)
+    assert "an event of topic 'shop.reminder' cannot wait until 2099-01-01 00:00:00+00; 10 years are allowed" in said
+    out, _ = await command(*emit, "--at", "2h", *of)
+    event_id = out.strip()
+    [(other_id,)] = await execute(
+        bridge_database, "select bridge.emit('other', 'x', at => now() + interval '1 year')::text"
+    )
+    [(sent_id,)] = await execute(bridge_database, "select bridge.emit('other', 'x')::text")
+
+    [found] = await json_of("scheduled", "list", "--topic", "shop.#", *of)
+    assert {name: found[name] for name in ("event_id", "topic", "key", "content_type", "bytes")} == {
+        "event_id": event_id, "topic": "shop.reminder", "key": "k", "content_type": "application/json", "bytes": 8,
+    }  # fmt: skip
+    wait = datetime.fromisoformat(found["at"]) - datetime.fromisoformat(found["scheduled_at"])
+    assert 7140 < wait.total_seconds() < 7260
+    out, err = await command("scheduled", "list", "--limit", "1", *of)
+    assert event_id in out, "the next one first"
+    assert str(other_id) not in out
+    assert "more than 1" in err
+
+    where = await json_of("where", event_id, *of)
+    assert (where["scheduled"], where["logged"]) == (found, None)
+    out, _ = await command("where", event_id, *of)
+    assert "waits" in out
+    assert (await json_of("status", *of, expect=1))["scheduled"] == {
+        "events": 2, "exact": True, "next_at": found["at"],
+    }  # fmt: skip
+    out, _ = await command("status", *of, expect=1)
+    assert "2 events, the next in 1 h 59 min" in out
+
+    _, err = await command("scheduled", "cancel", event_id, str(sent_id), *of, expect=1)
+    assert "1 cancelled" in err
+    assert f"the event {sent_id} does not wait for its time" in err
+    _, err = await command("where", event_id, *of, expect=1)
+    assert "it does not wait for its time" in err
+
+
+async def test_what_is_overdue_shows_in_status_and_in_the_leaders_metrics(
+    bridge_database: str, messages: Messages, tmp_path: Path
+) -> None:
+    port = free_port()
+    text = settings(bridge_database, messages, f'[observe]\nlisten = "127.0.0.1:{port}"\nsample_interval = 0.2')
+    bridge = Daemon(tmp_path, text)
+    await execute(bridge_database, MANY.format("clock_timestamp() + interval '1 hour'", 1, 3))
+    await execute(bridge_database, "update bridge.scheduled set at = now() - interval '1 hour' where payload = '1'")
+    out, _ = await command("status", "--config", str(bridge.config), expect=1)
+    assert "3 events, the next overdue for 1 h" in out, "nobody leads"
+    async with await AsyncConnection.connect(bridge_database) as canceller:
+        await canceller.execute("select bridge.cancel(event_id) from bridge.scheduled where payload = '1'")
+        with bridge:
+            bridge.wait_for("bridge.leading")
+
+            async def tells(waiting: int, *, overdue: bool) -> bool:
+                _, metrics = await get(port, "/metrics")
+                figures = dict(
+                    line.split(" ") for line in metrics.splitlines() if line.startswith("pgbridge_scheduled")
+                )
+                return (
+                    float(figures["pgbridge_scheduled_events"]) == waiting
+                    and (float(figures["pgbridge_scheduled_overdue_seconds"]) >= 3600) == overdue
+                )
+
+            await until(lambda: tells(3, overdue=True))
+            await canceller.commit()
+            await until(lambda: tells(2, overdue=False))
+            assert bridge.stop() == 0
