@@ -13,12 +13,15 @@ from typing import Final, NamedTuple
 from bridge.postgres.wire import Connection
 from bridge.sources.log import fetch_all
 
-_AT_ONCE: Final = 1000
+_AT_ONCE: Final = 500
 """Events of one move: some ten milliseconds, in which the session reads nothing."""
 _BYTES_AT_ONCE: Final = 8_000_000
 """Of payloads, one move."""
 _SHORTEST_REST: Final = 0.02
 """Seconds between two rounds, however soon the next event is due."""
+_BEGINNING_SHARE: Final = 10
+"""A look from the beginning comes no sooner than after so many times what the last one took. While an old snapshot
+lives, it walks through all rows that were moved since."""
 
 _MOVE: Final = """
 select moved, blocked, moved_until, last_at, last_id, next_in
@@ -45,6 +48,9 @@ class Schedule:
         self._session = session
         self._poll_interval = poll_interval
         self._news = asyncio.Event()
+        self._behind = _BEGINNING
+        """What is visible up to here was moved. What commits later than its time may still appear."""
+        self._look_from_beginning_at = time.monotonic()
 
     def wake(self) -> None:
         """An event was scheduled that is due before all others."""
@@ -64,15 +70,22 @@ class Schedule:
 
         Rests after each move for as long as it took, so that the session has half of its time for the log.
         """
-        until, behind, blocked = None, _BEGINNING, 0
+        place = _BEGINNING if time.monotonic() >= self._look_from_beginning_at else self._behind
+        until, blocked = None, 0
         while True:
             began = time.monotonic()
             [(moved, now_blocked, until, last_at, last_id, next_in)] = await fetch_all(
-                self._session, _MOVE, (until, behind.at, behind.id, _AT_ONCE + blocked, _BYTES_AT_ONCE)
+                self._session, _MOVE, (until, place.at, place.id, _AT_ONCE + blocked, _BYTES_AT_ONCE)
             )
-            await asyncio.sleep(time.monotonic() - began)
+            took = time.monotonic() - began
+            if place is _BEGINNING:
+                self._look_from_beginning_at = began + _BEGINNING_SHARE * took
+            await asyncio.sleep(took)
             if not moved and now_blocked <= blocked:
                 return self._poll_interval if next_in is None else next_in
-            # Not from the beginning without need: while an old snapshot lives, rows that are gone are walked through.
-            behind = _Place(last_at, last_id) if moved and not now_blocked else _BEGINNING
+            if now_blocked:
+                # Whatever follows in a key of theirs must see them.
+                place = _BEGINNING
+            else:
+                place = self._behind = _Place(last_at, last_id)
             blocked = now_blocked

@@ -30,38 +30,34 @@ exception when feature_not_supported then
 end
 $$;
 
--- Whoever leads is woken only for what is due before all that it may know of, since NOTIFY takes a lock of the whole
--- cluster. What is past is not looked at: rows that were moved are still in the index while an old snapshot lives.
-create function bridge.is_next_due(at timestamptz) returns boolean
-  language sql volatile
-  set search_path = pg_catalog, bridge, pg_temp
-  set enable_seqscan = off
-  set enable_bitmapscan = off
-as $$
-  select not exists (
-    select from bridge.scheduled s where s.at > clock_timestamp() and s.at <= is_next_due.at)
-$$;
-
 create function bridge.schedule_event(
     topic text, payload text, content_type text, key text, headers jsonb, at timestamptz) returns uuid
   language plpgsql volatile security definer
   set search_path = pg_catalog, bridge, pg_temp
+  -- Planner: estimates on a table that fills and empties are always stale.
+  set enable_seqscan = off
+  set enable_bitmapscan = off
 as $$
 declare
+  present constant timestamptz := clock_timestamp();
   event uuid;
 begin
-  if not isfinite(at) or at > clock_timestamp() + interval '10 years' then
+  if not isfinite(at) or at > present + interval '10 years' then
     raise exception 'an event of topic % cannot wait until %; 10 years are allowed', quote_literal(topic), at
       using errcode = 'invalid_parameter_value',
             hint = 'Give a time within the next 10 years, such as now() + interval ''1 hour''. '
                    'What is past, and null, is recorded at once.';
-  elsif at is null or at <= clock_timestamp() then
+  elsif at is null or at <= present then
     return bridge.append_event(topic, payload, content_type, key, headers);
   end if;
   if bridge.needs_care(topic, payload, key, headers) then
     headers := bridge.headers_with_care(topic, payload, key, headers);
   end if;
-  if bridge.is_next_due(at) and coalesce(current_setting('bridge.doorbell', true), '') <> 'off' then
+  -- NOTIFY takes a lock of the whole cluster, so whoever leads is woken only for what is due before all that it can know
+  -- of. The past is not looked at: while an old snapshot lives, the index has all that was moved. A transaction that is still
+  -- open when an earlier event is due may be found late, by the bridge's next poll.
+  if not exists (select from bridge.scheduled s where s.at > present and s.at <= schedule_event.at)
+     and coalesce(current_setting('bridge.doorbell', true), '') <> 'off' then
     perform pg_notify('bridge_scheduled', '');
   end if;
   insert into bridge.scheduled as s (at, topic, key, payload, content_type, headers)

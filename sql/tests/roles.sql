@@ -1,5 +1,5 @@
 -- Who may do what: each role what its process needs, everybody else nothing.
-select plan(114);
+select plan(113);
 create role pgbridge_test_nobody;
 create function pg_temp.attempt(who name, statement text) returns text language plpgsql as $$
 begin
@@ -40,7 +40,6 @@ select pg_temp.may('bridge_emitter', 'select bridge.emit(''t'', ''{}''::json)');
 select pg_temp.may('bridge_emitter', 'select bridge.emit(''t'', ''x'', at => now() + interval ''1 hour''), bridge.emit(''t'', ''{}''::json, at => now()), bridge.emit(''t'', ''{}''::jsonb, at => null)');
 select pg_temp.may('bridge_emitter', 'select bridge.cancel(gen_random_uuid())');
 select pg_temp.may_not('bridge_emitter', 'select from bridge.scheduled');
-select pg_temp.may_not('bridge_emitter', 'select bridge.is_next_due(now())');
 select pg_temp.may('bridge_emitter', 'select bridge.notify(''c'', ''x'')');
 select pg_temp.may('bridge_emitter', 'select * from bridge.emitted()');
 select pg_temp.may_not('bridge_emitter', 'insert into bridge.outbox (topic, payload, content_type) values (''t'', ''x'', ''text/plain'')');
