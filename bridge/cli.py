@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "replay": ("bridge.commands.replay:replay", "Publishes part of the log again, in order."),
     "resume": ("bridge.commands.pause:resume", "Lets a paused sink or worker go on where it was."),
     "run": ("bridge.commands.run:run", "Runs the bridge until SIGTERM or SIGINT."),
+    "scheduled": ("bridge.commands.scheduled:scheduled", "Lists and cancels events that wait for their time."),
     "status": ("bridge.commands.status:status", "Shows who leads, what waits, and what endangers the database."),
     "tail": ("bridge.commands.events:tail", "Shows events as they are committed, without consuming them."),
     "topology": ("bridge.commands.topology:topology", "Shows what the brokers have of what these settings need."),

@@ -39,6 +39,7 @@ from bridge.sources.listener import Listener
 from bridge.sources.log import PageBytes, Reader
 from bridge.sources.outbox import Calls, Outbox, Problem
 from bridge.sources.pauses import Pauses
+from bridge.sources.scheduled import Schedule
 from bridge.unrouted import bury_unrouted, no_route
 
 if TYPE_CHECKING:
@@ -220,9 +221,10 @@ class Daemon:
                     self._page_bytes,
                     self._pauses,
                 )
-                calls.when_paused = outbox.look_soon
+                schedule = Schedule(session, settings.outbox_or_default.poll_interval)
+                calls.when_paused, calls.when_scheduled = outbox.look_soon, schedule.wake
                 await self._stand_by(outbox, calls.left)
-                await self._lead(outbox, stop, intake)
+                await self._lead(outbox, schedule, stop, intake)
         finally:
             self._relaying.clear()
             await listener.close()
@@ -247,12 +249,13 @@ class Daemon:
                     self._sink_outages[name].restored()
                 raise_if_cancelled()
 
-    async def _lead(self, outbox: Outbox, stop: asyncio.Event, intake: Intake | None) -> None:
+    async def _lead(self, outbox: Outbox, schedule: Schedule, stop: asyncio.Event, intake: Intake | None) -> None:
         log.info("bridge.leading", name=self._settings.name)
         self._be("leading")
         self._relaying.set()
         beside: list[Coroutine[Any, Any, None]] = [
             outbox.keep(self._problems),
+            schedule.move_for_ever(),
             prune_for_ever(self._settings, self._beside["prune"]),
         ]
         relays: list[Coroutine[Any, Any, None]] = []

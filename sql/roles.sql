@@ -31,8 +31,13 @@ grant execute on function
   bridge.emit(text, jsonb, text, jsonb),
   bridge.emit(text, json, text, jsonb),
   bridge.emit(text, text, text, jsonb),
+  bridge.emit(text, jsonb, timestamptz, jsonb, text),
+  bridge.emit(text, json, timestamptz, jsonb, text),
+  bridge.emit(text, text, timestamptz, jsonb, text),
+  bridge.cancel(uuid),
   bridge.notify(text, text),
   bridge.append_event(text, text, text, text, jsonb),
+  bridge.schedule_event(text, text, text, text, jsonb, timestamptz),
   bridge.emitted()
 to bridge_emitter;
 
@@ -71,7 +76,9 @@ grant execute on function
   bridge.take_horizon(),
   bridge.set_asleep(text, boolean),
   bridge.paused_sinks(text),
-  bridge.worker_status(text[])
+  bridge.worker_status(text[]),
+  bridge.move_due(timestamptz, timestamptz, bigint, int, bigint),
+  bridge.scheduled_status()
 to bridge_relay;
 
 -- bridge_worker: the worker processes. ---------------------------------------------------------------------
@@ -131,6 +138,8 @@ grant execute on function
   bridge.event_positions(bigint, text),
   bridge.event_inbox(uuid),
   bridge.set_worker_login(text, name),
+  bridge.scheduled_status(),
+  bridge.cancel(uuid),
   bridge.open_effects(text, timestamptz),
   bridge.settle_effect(text, uuid, text, jsonb, text),
   bridge.add_endpoint(text, text[], text, int, double precision, text),

@@ -60,6 +60,8 @@ FUNCTIONS: Final = (
     "bridge.set_asleep(text, boolean)",
     "bridge.paused_sinks(text)",
     "bridge.worker_status(text[])",
+    "bridge.move_due(timestamptz, timestamptz, bigint, int, bigint)",
+    "bridge.scheduled_status()",
 )
 """What roles.sql grants to bridge_relay, by privilege; a test compares them."""
 

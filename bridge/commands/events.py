@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +18,7 @@ from bridge.postgres.connection import connect, database_errors
 from bridge.postgres.pooler import require_own_session
 from bridge.process.tasks import run
 from bridge.process.terminal import (
+    Due,
     config_option,
     exit_codes,
     heading,
@@ -35,9 +37,15 @@ _TAIL_POLL: Final = 0.2
 
 
 async def emit_event(
-    settings: PostgresSettings, topic: str, payload: str, key: str | None, headers: Mapping[str, str]
+    settings: PostgresSettings,
+    topic: str,
+    payload: str,
+    key: str | None,
+    headers: Mapping[str, str],
+    at: datetime | None = None,
 ) -> str:
-    """Emits one event and returns its id; a payload that is JSON is sent as such, any other as text.
+    """Emits one event, not to be sent before `at`, and returns its id; a payload that is JSON is sent as such, any
+    other as text.
 
     Raises UsageError for what `bridge.emit()` does not take, and what `connect` and `translated` raise.
     """
@@ -46,8 +54,8 @@ async def emit_event(
     async with connection:
         with database_errors(), _refused_words():
             cursor = await connection.execute(
-                f"select bridge.emit(%s::text, %s::{kind}, %s::text, %s::jsonb)::text",
-                (topic, payload, key, json.dumps(dict(headers))),
+                f"select bridge.emit(%s::text, %s::{kind}, %s::timestamptz, %s::jsonb, %s::text)::text",
+                (topic, payload, at, json.dumps(dict(headers)), key),
             )
             [(event_id,)] = await cursor.fetchall()
     return str(event_id)
@@ -102,14 +110,20 @@ async def tail_events(settings: PostgresSettings, name: str, topics: tuple[str, 
 @click.argument("payload")
 @click.option("--key", help="Events with one key are published in order.")
 @click.option("--header", "headers", multiple=True, metavar="NAME=VALUE", help="A header of your own; may be repeated.")
+@click.option("--at", type=Due(), help='Not before then: "2026-02-03 14:05", or in "2h".')
 @config_option
 @exit_codes
-def emit(topic: str, payload: str, key: str | None, headers: tuple[str, ...], config: Path | None) -> None:
-    """Sends one event to TOPIC and prints its id. PAYLOAD is JSON or text; `-` reads it from standard input."""
+def emit(
+    topic: str, payload: str, key: str | None, headers: tuple[str, ...], at: datetime | None, config: Path | None
+) -> None:
+    """Sends one event to TOPIC and prints its id. PAYLOAD is JSON or text; `-` reads it from standard input.
+
+    With --at it waits in the database until then; `pgbridge scheduled cancel` takes it back.
+    """
     pairs = named_values("--header", headers)
     with _refused_words():
         text = sys.stdin.read() if payload == "-" else payload
-    click.echo(run(emit_event(load(config).postgres, topic, text, key, pairs)))
+    click.echo(run(emit_event(load(config).postgres, topic, text, key, pairs, at)))
 
 
 @click.command()

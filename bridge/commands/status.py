@@ -10,13 +10,15 @@ from typing import Any, Final
 import click
 
 from bridge.postgres.pause import Pause
-from bridge.postgres.status import Bridge, Guards, Rates, SinkPosition, Status, WorkerStatus, rates, watch
+from bridge.postgres.status import Bridge, Guards, Rates, SinkPosition, Status, Waiting, WorkerStatus, rates, watch
 from bridge.process.tasks import run
 from bridge.process.terminal import age, config_option, exit_codes, field, heading, json_option, moment, print_json
 from bridge.settings import Settings, load
 
 _LONG_TRANSACTION: Final = 3600.0
 """Seconds from which a transaction is shown in red."""
+_OVERDUE: Final = 5.0
+"""Seconds from which a scheduled event that is due, and not in the log, is shown in red."""
 _FULL_QUEUE: Final = 0.5
 """Used part of the NOTIFY queue, 0 to 1, from which it is shown in red."""
 
@@ -113,6 +115,8 @@ def _guards(guards: Guards, now: Status, settings: Settings) -> str:
         _line("NOTIFY queue", queue, bad=guards.notification_queue_usage > _FULL_QUEUE),
         _line("log", f"{guards.outbox_bytes / 1e6:.1f} MB"),
     ]
+    if now.scheduled.events:
+        lines.append(_scheduled(now.scheduled, now))
     if guards.oldest_event_at is not None and guards.next_prune_at is not None:
         lines.append(_line("oldest event", moment(guards.oldest_event_at)))
         wait = guards.next_prune_at - now.at
@@ -123,6 +127,13 @@ def _guards(guards: Guards, now: Status, settings: Settings) -> str:
         text = f"bridge {name} has not settled it; run it again, or forget it (docs/operations.md)"
         lines.append(_line("held back", text, bad=True))
     return "\n".join(lines)
+
+
+def _scheduled(waiting: Waiting, now: Status) -> str:
+    wait = (waiting.next_at - now.at).total_seconds() if waiting.next_at is not None else 0.0
+    due = f"in {age(wait)}" if wait >= 0 else f"overdue for {age(-wait)}"
+    more = "" if waiting.exact else "at least "
+    return _line("scheduled", f"{more}{waiting.events} events, the next {due}", bad=wait < -_OVERDUE)
 
 
 def _line(name: str, text: str, *, bad: bool = False) -> str:

@@ -95,8 +95,8 @@ def _progress(down_to: int) -> None:
 def where(event_id: str, config: Path | None, as_json: bool) -> None:
     """Follows one event through log, sinks, dead letters and workers.
 
-    EVENT_ID is the UUID that `bridge.emit()` returned, or the event's number in the log. Ends with 1 when there is no
-    trace of it.
+    EVENT_ID is the UUID that `bridge.emit()` returned, or the event's number in the log. An event that waits for its
+    time is found, too. Ends with 1 when there is no trace of it.
     """
     settings = load(config)
     trace = run(follow(settings, event_id))
@@ -109,8 +109,9 @@ def where(event_id: str, config: Path | None, as_json: bool) -> None:
         click.echo("\n".join(_lines(trace)))
     if not is_known:
         complain(
-            f"no trace of the event {trace.known.event_id}: it is not in the log (never committed, or pruned), not "
-            f"among the dead letters of the outbox, in no worker's inbox, and not among the dead letters of "
+            f"no trace of the event {trace.known.event_id}: it does not wait for its time, it is not in the log (never "
+            f"committed, or pruned), not among the dead letters of the outbox, in no worker's inbox, and not among the "
+            f"dead letters of "
             f"{', '.join(box for box in trace.boxes if box not in trace.unreachable) or 'any worker'}"
         )
         sys.exit(1)
@@ -137,6 +138,15 @@ def _lines(trace: Trace) -> list[str]:
             _line("topic", logged.topic),
             _line("key", "-" if logged.key is None else logged.key),
             _line("payload", f"{logged.bytes} bytes, {logged.content_type}"),
+        ]
+    elif known.scheduled is not None:
+        waits = known.scheduled
+        lines += [
+            _line("waits", f"until {moment(waits.at)}, and is not in the log before"),
+            _line("scheduled", moment(waits.scheduled_at)),
+            _line("topic", waits.topic),
+            _line("key", "-" if waits.key is None else waits.key),
+            _line("payload", f"{waits.bytes} bytes, {waits.content_type}"),
         ]
     else:
         lines.append(_line("log", "it is not there: pruned, or it came from another database"))

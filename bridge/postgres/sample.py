@@ -93,3 +93,12 @@ def _families(status: Status, name: str) -> Iterator[Metric]:
         "Age of the oldest event in the log",
         value=0.0 if oldest is None else (status.at - oldest).total_seconds(),
     )
+    yield GaugeMetricFamily(
+        "pgbridge_scheduled_events", "Events that wait for their time, of 100,000 at most", value=status.scheduled.events
+    )
+    due = status.scheduled.next_at
+    yield GaugeMetricFamily(
+        "pgbridge_scheduled_overdue_seconds",
+        "For how long the first of them has been due",
+        value=0.0 if due is None else max(0.0, (status.at - due).total_seconds()),
+    )

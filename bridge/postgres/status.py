@@ -93,12 +93,24 @@ class Guards:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """Events that are scheduled, and not in the log before their time."""
+
+    events: int
+    exact: bool
+    """False where there are more than were counted: 100,000."""
+    next_at: datetime | None
+    """When the first is due; past where no bridge leads, or somebody is cancelling it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """A look at everything."""
 
     at: datetime
     bridges: tuple[Bridge, ...]
     guards: Guards
+    scheduled: Waiting
     workers: tuple[WorkerStatus, ...] = ()
     """Where they were asked for."""
 
@@ -125,6 +137,8 @@ async def look(connection: Connection, retention: float, workers: Sequence[str] 
             "sees_sessions, outbox_bytes, bridge.calendar_time(oldest_event_at) from bridge.guards()"
         )
         [(now, queue, transaction_at, transaction, sees, size, oldest)] = await cursor.fetchall()
+        cursor = await connection.execute("select waiting, is_exact, next_at from bridge.scheduled_status()")
+        [waiting] = await cursor.fetchall()
     bridges: dict[str, Bridge] = {}
     for at, name, leader, since, last_id, asleep, letters, sink, *place, unsent_at, stored_at, words, began in rows:
         ages = _age(at, unsent_at), _age(at, stored_at) or 0.0, words, _age(at, began)
@@ -144,6 +158,7 @@ async def look(connection: Connection, retention: float, workers: Sequence[str] 
             oldest + timedelta(seconds=retention) if oldest else None,
             tuple(b.name for b in bridges.values() if (b.oldest_unsent_seconds or 0.0) > retention),
         ),
+        Waiting(*waiting),
         working,
     )
 

@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar
 from psycopg.rows import class_row
 
 from bridge.postgres.connection import database_errors
+from bridge.postgres.scheduled import Scheduled, find_scheduled
 from bridge.postgres.wire import Connection
 
 _CHUNK: Final = 100_000
@@ -103,6 +104,8 @@ class Whereabouts:
     """Everything that the database knows of one event."""
 
     event_id: str
+    scheduled: Scheduled | None
+    """While it waits for its time; the log does not have it then."""
     logged: Logged | None
     """None where it is not in the log: it never was, or is pruned."""
     sinks: list[AtSink]
@@ -113,7 +116,7 @@ class Whereabouts:
     @property
     def is_known(self) -> bool:
         """Whether there is any trace of it."""
-        return bool(self.logged or self.dead_letters or self.workers or self.actions)
+        return bool(self.scheduled or self.logged or self.dead_letters or self.workers or self.actions)
 
 
 async def whereabouts(connection: Connection, event_id: str, number: int | None, progress: Progress) -> Whereabouts:
@@ -129,9 +132,12 @@ async def whereabouts(connection: Connection, event_id: str, number: int | None,
         "where bridge = any(array(select distinct name from bridge.cursor)) and event_id = %s::uuid order by id",
         event_id,
     )  # fmt: skip
+    scheduled = None
     if number is None and dead:
         number = dead[0].sequence
     if number is None:
+        scheduled = await find_scheduled(connection, event_id)
+    if number is None and scheduled is None:
         number = await find(connection, event_id, progress)
     logged = None if number is None else await in_log(connection, number)
     sinks: list[AtSink] = []
@@ -154,7 +160,7 @@ async def whereabouts(connection: Connection, event_id: str, number: int | None,
         "order by id",
         event_id,
     )  # fmt: skip
-    return Whereabouts(event_id, logged, sinks, dead, workers, actions)
+    return Whereabouts(event_id, scheduled, logged, sinks, dead, workers, actions)
 
 
 async def in_log(connection: Connection, number: int) -> Logged | None:

@@ -64,23 +64,34 @@ class Moment(click.ParamType[datetime]):
     """A time: ISO 8601 (local without an offset), or how long ago, as in ``2h``."""
 
     name = "time"
+    _direction = -1
+    _in_words = "how long ago"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
         if isinstance(value, datetime):
             return value
         if re.fullmatch(r"[\d.]+\s*[a-z]+", value):
             try:
-                return datetime.now(UTC) - timedelta(seconds=parse_duration(value))
+                return datetime.now(UTC) + self._direction * timedelta(seconds=parse_duration(value))
             except ValueError as error:
                 self.fail(f"{value!r} {error}", param, ctx)
+            except OverflowError:
+                self.fail(f"{value!r} is no time of this calendar", param, ctx)
         try:
             return datetime.fromisoformat(value).astimezone(UTC)
         except ValueError:
             self.fail(
-                f'{value!r} is not a time; write "2026-02-03 14:05", "2026-02-03T14:05:00Z", or how long ago: "2h"',
+                f'{value!r} is not a time; write "2026-02-03 14:05", "2026-02-03T14:05:00Z", or {self._in_words}: "2h"',
                 param,
                 ctx,
             )
+
+
+class Due(Moment):
+    """A time to come: as a Moment, but that ``2h`` is in two hours."""
+
+    _direction = 1
+    _in_words = "in how long"
 
 
 def named_values(option: str, texts: Sequence[str]) -> dict[str, str]:

@@ -73,9 +73,9 @@ class Problem(NamedTuple):
 
 
 class Calls:
-    """What the database calls out to the bridge `name`: that there are events, and that a leader left."""
+    """What the database calls out to the bridge `name`: that there are events, now or soon, and that a leader left."""
 
-    CHANNELS = ("bridge_bell", "bridge_lead", "bridge_pause")
+    CHANNELS = ("bridge_bell", "bridge_lead", "bridge_pause", "bridge_scheduled")
 
     def __init__(self, name: str, doorbell: Doorbell) -> None:
         self._name = name
@@ -84,11 +84,15 @@ class Calls:
         """Set when a bridge of this name hands the lead over."""
         self.when_paused: Callable[[], None] = lambda: None
         """Called when a sink of this bridge was paused or resumed."""
+        self.when_scheduled: Callable[[], None] = lambda: None
+        """Called when an event was scheduled that is due before all others."""
 
     def heard(self, notification: Notify) -> None:
         """Takes a notification of one of CHANNELS."""
         if notification.channel == "bridge_bell":
             self.doorbell.ring()
+        elif notification.channel == "bridge_scheduled":
+            self.when_scheduled()
         elif notification.payload == self._name:
             if notification.channel == "bridge_pause":
                 self.when_paused()

@@ -1,5 +1,5 @@
 -- Who may do what: each role what its process needs, everybody else nothing.
-select plan(99);
+select plan(113);
 create role pgbridge_test_nobody;
 create function pg_temp.attempt(who name, statement text) returns text language plpgsql as $$
 begin
@@ -37,6 +37,9 @@ select is_empty(
 select pg_temp.may('bridge_emitter', 'select bridge.emit(''t'', ''x'')');
 select pg_temp.may('bridge_emitter', 'select bridge.emit(''t'', ''{}''::jsonb, ''k'', ''{"a": 1}'')');
 select pg_temp.may('bridge_emitter', 'select bridge.emit(''t'', ''{}''::json)');
+select pg_temp.may('bridge_emitter', 'select bridge.emit(''t'', ''x'', at => now() + interval ''1 hour''), bridge.emit(''t'', ''{}''::json, at => now()), bridge.emit(''t'', ''{}''::jsonb, at => null)');
+select pg_temp.may('bridge_emitter', 'select bridge.cancel(gen_random_uuid())');
+select pg_temp.may_not('bridge_emitter', 'select from bridge.scheduled');
 select pg_temp.may('bridge_emitter', 'select bridge.notify(''c'', ''x'')');
 select pg_temp.may('bridge_emitter', 'select * from bridge.emitted()');
 select pg_temp.may_not('bridge_emitter', 'insert into bridge.outbox (topic, payload, content_type) values (''t'', ''x'', ''text/plain'')');
@@ -107,6 +110,12 @@ select pg_temp.may('bridge_operator', 'select bridge.set_pause(''sink'', ''b'', 
 select pg_temp.may('bridge_operator', 'select from bridge.worker_status(''{w}''), bridge.find_event(gen_random_uuid(), 9, 9), bridge.event_in_log(1), bridge.event_positions(1, ''t''), bridge.event_inbox(gen_random_uuid())');
 select pg_temp.may('bridge_operator', 'select from bridge.pause, bridge.worker_login, bridge.paused_sinks(''b''), bridge.worker_pause(''w'')');
 select pg_temp.may('bridge_operator', 'select bridge.set_worker_login(''w'', ''bridge_worker'')');
+select pg_temp.may('bridge_relay', 'select from bridge.move_due(null, ''-infinity'', 0, 1, 1), bridge.scheduled_status()');
+select pg_temp.may_not('bridge_relay', 'select from bridge.scheduled');
+select pg_temp.may_not('bridge_relay', 'select bridge.cancel(gen_random_uuid())');
+select pg_temp.may('bridge_operator', 'select from bridge.scheduled, bridge.scheduled_status(), bridge.cancel(gen_random_uuid())');
+select pg_temp.may_not(who, 'delete from bridge.scheduled') from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker', 'bridge_operator']::name[]) who;
+select pg_temp.may_not(who, 'select from bridge.move_due(null, ''-infinity'', 0, 1, 1)') from unnest(array['bridge_emitter', 'bridge_worker', 'bridge_operator']::name[]) who;
 select pg_temp.may('bridge_relay', 'select from bridge.paused_sinks(''b''), bridge.worker_status(''{}'')');
 select pg_temp.may('bridge_worker', 'select from bridge.worker_pause(''w'')');
 select pg_temp.may_not(who, 'select bridge.' || call) from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker']::name[]) who,

@@ -1,5 +1,5 @@
 -- append_event() is SECURITY DEFINER without a fixed search_path: nothing of the caller's may take the place of ours.
-select plan(9);
+select plan(11);
 create role pgbridge_test_evil in role bridge_emitter;
 create schema evil authorization pgbridge_test_evil;
 set local role pgbridge_test_evil;
@@ -48,6 +48,8 @@ select is(pg_temp.attempt($$ select bridge.emit('t', '{}'::pg_catalog.jsonb, 'k'
 select is(pg_temp.attempt($$ select bridge.emit('t', '{}'::pg_catalog.jsonb, 'k', '{"a": "x"}') $$), 'done', 'emit() with headers that are texts');
 select is(pg_temp.attempt($$ select bridge.emit('t', '{}'::json) $$), 'done', 'emit() of json');
 select is(pg_temp.attempt($$ select bridge.notify('t', 'x') $$), 'done', 'notify()');
+select is(pg_temp.attempt($$ select bridge.emit('t', 'x', at => 'infinity') $$), 'an event of topic ''t'' cannot wait until infinity; 10 years are allowed', 'emit() with a time');
+select is(pg_temp.attempt($$ select bridge.emit('t', '{}'::json, at => null, key => 'k') $$), 'done', 'and with none after all');
 select set_config('bridge.actor', '{"sub": "a"}', true);
 select is(pg_temp.attempt($$ select bridge.emit('t', 'x', headers => '{"b": 1}') $$), 'done', 'emit() with context');
 select is((select headers from bridge.emitted() order by id desc limit 1), '{"b": "1", "actor": "{\"sub\": \"a\"}"}', 'is whole');

@@ -80,6 +80,8 @@ BY_LEADER = frozenset(
         "oldest_transaction_seconds",
         "outbox_bytes",
         "oldest_event_seconds",
+        "scheduled_events",
+        "scheduled_overdue_seconds",
     )
 )
 
