@@ -94,7 +94,9 @@ def _families(status: Status, name: str) -> Iterator[Metric]:
         value=0.0 if oldest is None else (status.at - oldest).total_seconds(),
     )
     yield GaugeMetricFamily(
-        "pgbridge_scheduled_events", "Events that wait for their time, of 100,000 at most", value=status.scheduled.events
+        "pgbridge_scheduled_events",
+        "Events that wait for their time, of 100,000 at most",
+        value=status.scheduled.events,
     )
     due = status.scheduled.next_at
     yield GaugeMetricFamily(
