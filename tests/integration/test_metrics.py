@@ -149,7 +149,7 @@ def running(postgres: PostgresServer, nats_server: NatsServer, _migrated: str, f
 
     async def until_all_are_ready() -> None:
         for process, port in ports.items():
-            await until(partial(is_ready, port), f"{process} is ready")
+            await until(partial(is_ready, port), f"{process} is ready", limit=120)
         await until(lambda: measures(ports["bridge"]), "the leader measures")
 
     with ExitStack() as stack:
