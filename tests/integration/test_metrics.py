@@ -17,6 +17,8 @@ import yaml
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from bridge.postgres.sample import SAMPLE, sample_for_ever
+from bridge.settings import load
 from tests.support.commands import command
 from tests.support.daemons import Daemon
 from tests.support.environment import ROOT
@@ -149,7 +151,7 @@ def running(postgres: PostgresServer, nats_server: NatsServer, _migrated: str, f
 
     async def until_all_are_ready() -> None:
         for process, port in ports.items():
-            await until(partial(is_ready, port), f"{process} is ready")
+            await until(partial(is_ready, port), f"{process} is ready", limit=120)
         await until(lambda: measures(ports["bridge"]), "the leader measures")
 
     with ExitStack() as stack:
@@ -359,3 +361,28 @@ listen = "127.0.0.1:PORT"
             # There is no log to measure.
             assert BY_LEADER & (await families(ports[1])).keys() == set()
             assert two.stop() == 0
+
+
+async def test_gauges_go_while_the_leader_cannot_ask(bridge_database: str, tmp_path: Path) -> None:
+    text = f"""
+name = "shop"
+[postgres]
+dsn = "{bridge_database}"
+[sinks.events]
+type = "memory"
+[[routes]]
+topic = "#"
+sink = "events"
+[observe]
+sample_interval = "0.05s"
+"""
+    (tmp_path / "bridge.toml").write_text(text)
+    sampling = asyncio.create_task(sample_for_ever(load(tmp_path / "bridge.toml")))
+    await until(lambda: len(SAMPLE.collect()) > 0, "the gauges are known")
+    await execute(bridge_database, "alter schema bridge rename to away")
+    await until(lambda: len(SAMPLE.collect()) == 0, "they are not known any more")
+    await execute(bridge_database, "alter schema away rename to bridge")
+    await until(lambda: len(SAMPLE.collect()) > 0, "they are known again")
+    sampling.cancel()
+    await asyncio.wait([sampling])
+    assert len(SAMPLE.collect()) == 0
