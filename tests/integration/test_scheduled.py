@@ -115,9 +115,9 @@ async def test_kills_of_the_leader_while_it_moves_lose_nothing_and_repeat_nothin
             # One is due every millisecond, so that a kill falls into a move or between two.
             await execute(
                 bridge_database,
-                "update bridge.scheduled set at = now() + interval '1 ms' * (payload::int - %s) where payload::int >= %s",
-                start,
-                start,
+                "update bridge.scheduled set at = interval '1 ms' * ((payload::int - 1) %% 1500) + ("
+                "  select greatest(now(), max(at)) from bridge.scheduled where at < now() + interval '30 minutes') "
+                "where at > now() + interval '30 minutes'",
             )
             await until(lambda before=before: grown(bridge_database, before))  # type: ignore[misc]
             leader.kill()
