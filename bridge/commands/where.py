@@ -109,9 +109,9 @@ def where(event_id: str, config: Path | None, as_json: bool) -> None:
         click.echo("\n".join(_lines(trace)))
     if not is_known:
         complain(
-            f"no trace of the event {trace.known.event_id}: it does not wait for its time, it is not in the log (never "
-            f"committed, or pruned), not among the dead letters of the outbox, in no worker's inbox, and not among the "
-            f"dead letters of "
+            f"no trace of the event {trace.known.event_id}: it is not in the log (never committed, or pruned), not "
+            f"among those that wait for their time, not among the dead letters of the outbox, in no worker's inbox, "
+            f"and not among the dead letters of "
             f"{', '.join(box for box in trace.boxes if box not in trace.unreachable) or 'any worker'}"
         )
         sys.exit(1)

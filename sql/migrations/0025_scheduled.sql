@@ -126,7 +126,7 @@ begin
   until := least(until, clock_timestamp());
   moved_until := until::text;
   if exists (select from bridge.scheduled s where s.at <= until and (s.at, s.id) > (after_at, after_id))
-     -- Bridges of several names may lead on one log: one at a time, so that the order holds.
+     -- Bridges of several names may lead on one log: one would take what another moves for what is being cancelled.
      and pg_try_advisory_xact_lock(hashtextextended('pgbridge scheduled', 0)) then
     -- The leader's session does not wait for the disk. Here a crash must not bring back what was published.
     perform set_config('synchronous_commit', 'local', true);
