@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -328,10 +329,9 @@ async def test_what_is_overdue_shows_in_status_and_in_the_leaders_metrics(
 
             async def tells(waiting: int, *, overdue: bool) -> bool:
                 _, metrics = await get(port, "/metrics")
-                figures = dict(
-                    line.split(" ") for line in metrics.splitlines() if line.startswith("pgbridge_scheduled")
-                )
-                return (
+                figures = dict(re.findall(r"^(pgbridge_scheduled_\w+){.*} (.+)$", metrics, flags=re.MULTILINE))
+                # The leader has asked when they are there.
+                return bool(figures) and (
                     float(figures["pgbridge_scheduled_events"]) == waiting
                     and (float(figures["pgbridge_scheduled_overdue_seconds"]) >= 3600) == overdue
                 )
