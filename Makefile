@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BROKER ?= embedded
 ORDERS ?= 200
 # Test processes side by side, each with servers of its own. A file's tests stay together, and share them.
-JOBS ?= 2
+JOBS ?= 3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
@@ -17,7 +17,7 @@ help: ## Shows this list.
 demo: $(STAMP) ## Runs the main job: orders become events, messages and invoices (BROKER=rabbitmq|pubsub, ORDERS=200).
 	$(VENV)/bin/pgbridge demo --broker $(BROKER) --orders $(ORDERS)
 
-test: $(STAMP) servers ## Installs the servers that the tests need, and runs all tests (JOBS=2 processes, PYTEST= more words).
+test: $(STAMP) servers ## Installs the servers that the tests need, and runs all tests (JOBS=3 processes, PYTEST= more words).
 	$(VENV)/bin/pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST)
 
 lint: $(STAMP) ## Checks format, style, types and import directions.
