@@ -137,7 +137,7 @@ def test_from_the_package_to_a_pdf(running: Machine, said: dict[str, str]) -> No
     shown = SESSION.search(PAGE.read_text())
     assert shown is not None
     for command in said:
-        assert _shown((command, "")) in shown[0]
+        assert _shown((command, "")).rstrip() in shown[0]
 
 
 def _shown(done: tuple[str, str]) -> str:
