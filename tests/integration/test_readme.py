@@ -27,7 +27,9 @@ pytestmark = pytest.mark.rabbitmq
 
 README: Final = (environment.ROOT / "README.md").read_text()
 
-PIP: Final = "/opt/pgbridge/bin/pip install '.[invoices]'          # or [nats], [pubsub], [payments], [webhooks], [otel]\n"
+PIP: Final = (
+    "/opt/pgbridge/bin/pip install '.[invoices]'          # or [nats], [pubsub], [payments], [webhooks], [otel]\n"
+)
 
 WAITS: Final = """
 until grep -q channels.listening {log} && [ "$(grep -c worker.started {log})" = 2 ]; do sleep 0.1; done
