@@ -24,8 +24,8 @@ class PgBouncer(Server):
     state of a server connection (DISCARD ALL) before another client gets it, in session mode."""
 
     name = "pgbouncer"
-    # At once, and it has nothing to lose: since 1.23 it waits for its clients after SIGTERM, and in what a shell started
-    # with `&`, such as a run of all tests, SIGQUIT is ignored.
+    # At once, and it has nothing to lose: since 1.23 it waits for its clients after SIGTERM, and SIGQUIT is ignored in
+    # what a shell started with `&`, such as a run of all tests.
     stop_signal = signal.SIGKILL
 
     def __init__(
