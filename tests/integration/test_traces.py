@@ -21,15 +21,13 @@ from opentelemetry.trace import SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from bridge.settings import PostgresSettings
-from tests.support.collector import Collector, Span
+from tests.support.collector import SAMPLED, TRACE, Collector, Span, collecting
 from tests.support.daemons import Daemon, run_command
 from tests.support.environment import ROOT
 from tests.support.events import make_event
 from tests.support.messages import execute
 from tests.support.servers import NatsServer
 from tests.support.until import rows_become
-
-TRACE: Final = "0af7651916cd43dd8448eb211c80319c"
 
 SETTINGS: Final = """\
 name = "shop"
@@ -53,9 +51,7 @@ traces = {traces}
 
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    with Collector() as collector:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
-        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+    with collecting(monkeypatch, delay=100) as collector:
         yield collector
 
 
@@ -179,7 +175,7 @@ async def test_without_traces_nothing_is_sent_and_the_log_names_the_trace_of_the
     quiet = Shop(tmp_path, bridge_database, shop.dsn.get_secret_value(), sink, unique, traces=False)
     try:
         quiet.start()
-        quiet.order(f"00-{TRACE}-b7ad6b7169203331-01")
+        quiet.order(SAMPLED)
         await quiet.is_done(1)
         quiet.stop()
     finally:
@@ -211,7 +207,7 @@ async def test_a_collector_that_hangs_holds_up_neither_events_nor_a_stop(
             bridge_database,
             "select bridge.emit('shop.other', 'x', headers => jsonb_build_object('traceparent', %s::text))"
             " from generate_series(1, 5000)",
-            f"00-{TRACE}-b7ad6b7169203331-01",
+            SAMPLED,
         )
         await rows_become(bridge_database, "select sum(backlog)::int from bridge.status()", [(0,)])
         began = time.monotonic()

@@ -10,21 +10,16 @@ from opentelemetry import trace
 from bridge.event import Event
 from bridge.process.spans import Spans
 from bridge.settings import PostgresSettings, SinkSettings
-from tests.support.collector import Collector, Span
+from tests.support.collector import SAMPLED, TRACE, Collector, Span, collecting
 from tests.support.events import make_event
 from tests.support.working import fail, working
 from workers.handler import Reject, Result
 from workers.traced import AttemptSpans
 
-TRACE = "0af7651916cd43dd8448eb211c80319c"
-SAMPLED = f"00-{TRACE}-b7ad6b7169203331-01"
-
 
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    with Collector() as collector:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
-        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+    with collecting(monkeypatch) as collector:
         yield collector
 
 

@@ -140,6 +140,21 @@ Around = Callable[[World], AbstractAsyncContextManager[Mapping[str, str]]]
 """Breaks something for a while; gives what is to be replaced in the settings."""
 
 
+async def lacks_nothing(world: World, user: str, processes: Sequence[Process], subject: str, says: str) -> None:
+    """Requires that an account of the broker is found to have all that these processes need, and what is said of it."""
+    found = await found_in(world.settings(user), processes)
+    assert wrong_of(found) == []
+    assert says in next(finding.text for finding in found if finding.subject == subject)
+
+
+async def each_uses_its_own(world: World, user: str, urls: Mapping[Process, str]) -> None:
+    """Requires that each process is looked at with the URL that systemd hands to it, whatever `user` may do."""
+    path = world.settings(user)
+    with credentials(world.folder, "sinks.events.url", urls):
+        out = await printed("--config", str(path))
+    assert {line[:4] for line in first_lines(out)} == {"ok  "}, out
+
+
 @asynccontextmanager
 async def _unbroken(world: World) -> AsyncIterator[Mapping[str, str]]:
     yield {}

@@ -2,13 +2,19 @@
 
 import gzip
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Condition, Event, Thread
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
+import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+TRACE: Final = "0af7651916cd43dd8448eb211c80319c"
+SAMPLED: Final = f"00-{TRACE}-b7ad6b7169203331-01"
+"""A `traceparent` of that trace, which its beginner samples."""
 
 _BRANCH: Final = ("├─ ", "└─ ")
 _TRUNK: Final = ("│  ", "   ")
@@ -157,3 +163,12 @@ def _rows(span: Span, among: list[Span], head: str, below: str) -> Iterator[tupl
     for number, child in enumerate(children, 1):
         last = number == len(children)
         yield from _rows(child, among, below + _BRANCH[last], below + _TRUNK[last])
+
+
+@contextmanager
+def collecting(monkeypatch: pytest.MonkeyPatch, delay: int = 20) -> Iterator[Collector]:
+    """A collector to which the environment sends spans, some `delay` milliseconds after they ended."""
+    with Collector() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", str(delay))
+        yield collector

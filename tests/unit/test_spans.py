@@ -18,18 +18,13 @@ from bridge.process import spans as module
 from bridge.process.spans import FLUSH_LIMIT, Spans
 from bridge.process.traces import recording, refusal
 from bridge.settings import ObserveSettings, Settings, SinkSettings
-from tests.support.collector import Collector
+from tests.support.collector import SAMPLED, TRACE, Collector, collecting
 from tests.support.events import make_event
-
-TRACE = "0af7651916cd43dd8448eb211c80319c"
-SAMPLED = f"00-{TRACE}-b7ad6b7169203331-01"
 
 
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    with Collector() as collector:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
-        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+    with collecting(monkeypatch) as collector:
         yield collector
 
 

@@ -17,11 +17,10 @@ from tests.support.checked import (
     Broken,
     Section,
     World,
-    credentials,
     declare,
-    first_lines,
+    each_uses_its_own,
     found_in,
-    printed,
+    lacks_nothing,
     wrong_of,
 )
 from tests.support.narrow import ASKS, NATS_BRIDGE, NATS_WORKERS, nats_users, url_of
@@ -162,11 +161,7 @@ async def test_where_nothing_is_broken_every_line_is_ok(world: World) -> None:
 async def test_each_account_that_systemd_hands_over_is_looked_at_with_its_own_credentials(
     world: World, server: NatsServer
 ) -> None:
-    path = world.settings("mute")
-    urls = {process: url_of(server, process) for process in BOTH}
-    with credentials(world.folder, "sinks.events.url", urls):
-        out = await printed("--config", str(path))
-    assert {line[:4] for line in first_lines(out)} == {"ok  "}, out
+    await each_uses_its_own(world, "mute", {process: url_of(server, process) for process in BOTH})
 
 
 @pytest.mark.parametrize(
@@ -181,9 +176,7 @@ async def test_each_account_that_systemd_hands_over_is_looked_at_with_its_own_cr
 async def test_an_account_that_may_do_what_is_needed_lacks_nothing(
     world: World, user: str, processes: Sequence[Process], subject: str, says: str
 ) -> None:
-    found = await found_in(world.settings(user), processes)
-    assert wrong_of(found) == []
-    assert says in next(finding.text for finding in found if finding.subject == subject)
+    await lacks_nothing(world, user, processes, subject, says)
 
 
 async def test_nats_hands_out_and_stores_nothing(world: World, server: NatsServer) -> None:

@@ -16,10 +16,11 @@ from tests.support.checked import (
     Broken,
     Section,
     World,
-    credentials,
     declare,
+    each_uses_its_own,
     first_lines,
     found_in,
+    lacks_nothing,
     printed,
     wrong_of,
 )
@@ -164,11 +165,7 @@ async def test_one_kind_of_process_may_be_looked_at_alone(world: World) -> None:
 async def test_each_account_that_systemd_hands_over_is_looked_at_with_its_own_credentials(
     world: World, rabbitmq: RabbitMQServer
 ) -> None:
-    path = world.settings("nobody")
-    urls = {process: url_of(rabbitmq, process, HOST) for process in BOTH}
-    with credentials(world.folder, "sinks.events.url", urls):
-        out = await printed("--config", str(path))
-    assert {line[:4] for line in first_lines(out)} == {"ok  "}, out
+    await each_uses_its_own(world, "nobody", {process: url_of(rabbitmq, process, HOST) for process in BOTH})
 
 
 @pytest.mark.parametrize(
@@ -188,9 +185,7 @@ async def test_each_account_that_systemd_hands_over_is_looked_at_with_its_own_cr
 async def test_an_account_that_may_do_what_is_needed_lacks_nothing(
     world: World, user: str, processes: Sequence[Process], subject: str, says: str
 ) -> None:
-    found = await found_in(world.settings(user), processes)
-    assert wrong_of(found) == []
-    assert says in next(finding.text for finding in found if finding.subject == subject)
+    await lacks_nothing(world, user, processes, subject, says)
 
 
 async def test_no_message_is_published_and_none_is_taken(world: World, rabbitmq: RabbitMQServer) -> None:
