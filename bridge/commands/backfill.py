@@ -127,8 +127,8 @@ class _Backfilling:
         sinks = [at for at in await self._behind() if at.bridge == settings.name]
         if sinks and not any(at.takes for at in sinks):
             raise SettingsError(
-                f"routes: the bridge {settings.name!r} does not publish the topic {topic!r} yet, so no row would reach a "
-                "broker. Let it read its settings: restart it, or send it SIGHUP"
+                f"routes: the bridge {settings.name!r} does not publish the topic {topic!r} yet, so no row would reach "
+                "a broker. Let it read its settings: restart it, or send it SIGHUP"
             )
 
     async def go_on(self, stop: asyncio.Event, told: Callable[[Progressed], None]) -> None:
@@ -316,8 +316,8 @@ def _remark(begun: Begun) -> None:
         click.echo(f"The table's watch does not tell of {missing}: what they change meanwhile is not sent.", err=True)
     if begun.unkeyed:
         click.echo(
-            "The watched columns leave out a part of the primary key: a row whose key is changed meanwhile, to one that was passed, "
-            "is not sent.",
+            "The watched columns leave out a part of the primary key: a row whose key is changed meanwhile, to one that "
+            "was passed, is not sent.",
             err=True,
         )
 

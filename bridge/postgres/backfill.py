@@ -108,7 +108,7 @@ async def begin(connection: Connection, key: str, table: str, topic: str | None,
 
 
 async def chunk(connection: Connection, key: str, run: int, most: int, most_skipped: int) -> Step:
-    """Records the next rows, in the order of the primary key. Raises BusyError, UsageError and what `translated` gives."""
+    """Records the next rows, in the order of the primary key. Raises BusyError, UsageError, and as `begin`."""
     query = "select taken, skipped, walked, finished from bridge.backfill_chunk(%s, %s, %s)"
     return Step(**await _one(connection, key, query, run, most, most_skipped))
 

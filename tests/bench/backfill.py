@@ -1,4 +1,4 @@
-"""`pgbridge backfill` of a large table, alone and beside clients that update it; and whether the log then tells the table."""
+"""`pgbridge backfill` of a large table, alone and beside clients that update it, and whether the log tells it all."""
 
 import json
 import os
@@ -28,7 +28,8 @@ UPDATE = "\\set id random(1, {rows})\nupdate public.stock set v = v + 1 where id
 
 WRONG = """
 with event as (
-  select id, key::bigint as row, (payload::jsonb #>> '{new,v}')::bigint as v, payload like '{"operation": "read"%' as read
+  select id, key::bigint as row, (payload::jsonb #>> '{new,v}')::bigint as v,
+         payload like '{"operation": "read"%' as read
   from bridge.outbox
 ), in_order as (
   select e.*, lag(e.v) over own as before, lead(e.id) over own is null as is_last from event e
@@ -75,7 +76,7 @@ def _fill(world: World, rows: int, *, updated: bool) -> Filled:
         connection.execute("checkpoint")
         config = world.folder / f"{world.unique('backfill')}.toml"
         # Nothing connects to the sink.
-        sink = {"type": "rabbitmq", "url": "amqp://127.0.0.1:1", "exchange": "none"}
+        sink = {"type": "rabbitmq", "url": "amqp://guest@127.0.0.1:1", "exchange": "none"}
         config.write_text(settings_of("bench", dsn, sink))
         with _updating(world, dsn, rows) if updated else nullcontext():
             command = [

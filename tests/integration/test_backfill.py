@@ -30,7 +30,9 @@ insert into shop.stock (id) select n * 10 from generate_series(1, {rows}) n;
 select bridge.watch('shop.stock');
 """
 EVENTS = "select id, topic, key, payload::jsonb, headers from bridge.outbox order by id"
-SENT = "select payload::jsonb -> 'new' -> 'id' from bridge.outbox where payload::jsonb ->> 'operation' = 'read' order by id"
+SENT = (
+    "select payload::jsonb #> '{new,id}' from bridge.outbox where payload::jsonb ->> 'operation' = 'read' order by id"
+)
 
 
 def text(dsn: str) -> str:
@@ -41,7 +43,7 @@ name = "test"
 dsn = "{dsn}"
 [sinks.events]
 type = "rabbitmq"
-url = "amqp://127.0.0.1:1"
+url = "amqp://guest@127.0.0.1:1"
 exchange = "none"
 [[routes]]
 topic = "#"
@@ -138,7 +140,8 @@ class Writers:
                 await connection.execute("delete from shop.stock where id = any(%s)", (many[:2],))
             case 1:
                 await connection.execute(
-                    "insert into shop.stock (id) select n from unnest(%s::int[]) n order by n desc on conflict do nothing",
+                    "insert into shop.stock (id) select n from unnest(%s::int[]) n order by n desc "
+                    "on conflict do nothing",
                     (many[:2],),
                 )
             case 2:  # ahead of every backfill, to a place that is this row's only
@@ -272,15 +275,13 @@ async def test_a_second_one_is_refused_and_a_cancelled_one_ends(bridge_database:
     of = ("--config", config(tmp_path, bridge_database))
     async with process("shop.stock", "--rate", "500", *of) as running:
         await until(lambda: more_than(bridge_database, 100))
-        _, said = await command("backfill", "shop.stock", *of, expect=2)
-        assert "a backfill of shop.stock runs already" in said
+        with pytest.raises(UsageError, match=r"a backfill of shop\.stock runs already"):
+            await backfilled(tmp_path, bridge_database, Wish("shop.stock"))
         _, said = await command("backfill", "shop.stock", "--cancel", *of)
         assert "is cancelled" in said
         _, err = await asyncio.wait_for(running.communicate(), 20)
         assert running.returncode == 2
         assert b"has ended. Somebody has cancelled or restarted it" in err
-    out, _ = await command("backfill", "--list", *of)
-    assert "cancelled" in out
     done = await backfilled(tmp_path, bridge_database, Wish("shop.stock"))
     assert done.sent == 2000, "the next one begins at the beginning"
     assert [one["outcome"] for one in await json_of("backfill", "--list", *of)] == ["finished", "cancelled"]
@@ -293,10 +294,10 @@ async def test_changes_that_may_have_passed_unseen_end_an_interrupted_one(bridge
     await until(lambda: more_than(bridge_database, 10))
     stop.set()
     assert not (await stopping).finished
-    with pytest.raises(UsageError, match="has the topic 'shop.stock.read'. Leave --topic out"):
+    with pytest.raises(UsageError, match=r"has the topic 'shop\.stock\.read'\. Leave --topic out"):
         await backfilled(tmp_path, bridge_database, Wish("shop.stock", topic="other"))
     await execute(bridge_database, "select bridge.watch('shop.stock')")
-    with pytest.raises(UsageError, match="the table was watched again. Changes .* --restart"):
+    with pytest.raises(UsageError, match=r"the table was watched again\. Changes .* --restart"):
         await backfilled(tmp_path, bridge_database, Wish("shop.stock"))
     done = await backfilled(tmp_path, bridge_database, Wish("shop.stock", anew=True, topic="other"))
     assert (done.sent, done.topic, done.finished) == (300, "other", True)
@@ -325,7 +326,10 @@ async def test_it_waits_while_a_sink_of_its_topic_is_far_behind(bridge_database:
 
 async def looked_again(dsn: str) -> bool:
     """Whether its session has begun a statement since this was asked."""
-    query = "select query_start from pg_stat_activity where application_name = 'pgbridge backfill' and datname = current_database()"
+    query = (
+        "select query_start from pg_stat_activity "
+        "where application_name = 'pgbridge backfill' and datname = current_database()"
+    )
     [(before,)] = await execute(dsn, query)
     await until(lambda: began_after(dsn, query, before))
     return True
@@ -427,7 +431,7 @@ async def test_a_row_has_the_key_and_the_form_of_its_changes_whatever_its_primar
         connection.execute("update t set v = 1")
         read, updated = (
             connection.execute(
-                "select key, payload::jsonb -> 'new' - 'v' from bridge.outbox "
+                "select key, (payload::jsonb -> 'new') - 'v' from bridge.outbox "
                 "where payload::jsonb ->> 'operation' = %s order by key",
                 (operation,),
             ).fetchall()
