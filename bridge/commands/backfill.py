@@ -316,8 +316,8 @@ def _remark(begun: Begun) -> None:
         click.echo(f"The table's watch does not tell of {missing}: what they change meanwhile is not sent.", err=True)
     if begun.unkeyed:
         click.echo(
-            "The watched columns leave out a part of the primary key: a row whose key is changed meanwhile, to one that "
-            "was passed, is not sent.",
+            "The watched columns leave out a part of the primary key: a row whose key is changed meanwhile, to one "
+            "that was passed, is not sent.",
             err=True,
         )
 

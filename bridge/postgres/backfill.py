@@ -132,8 +132,8 @@ async def backfills(connection: Connection, key: str, most: int) -> list[Backfil
     async with connection.cursor(row_factory=class_row(Backfill)) as cursor:
         with _errors(connection, key):
             await cursor.execute(
-                "select b.id as run, format('%%I.%%I', b.schema_name, b.table_name) as table, b.topic, b.sent, b.about, "
-                "jsonb_array_length(b.skipped) as skipped, b.ended_at is null and exists ("
+                "select b.id as run, format('%%I.%%I', b.schema_name, b.table_name) as table, b.topic, b.sent, "
+                "b.about, jsonb_array_length(b.skipped) as skipped, b.ended_at is null and exists ("
                 "  select from pg_locks l where l.locktype = 'advisory' and l.granted and l.objsubid = 1"
                 "    and l.database = (select d.oid from pg_database d where d.datname = current_database())"
                 "    and (l.classid::bigint << 32) + l.objid::bigint = bridge.backfill_lock(b.relation)) as running, "
