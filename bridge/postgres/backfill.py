@@ -9,7 +9,7 @@ from typing import Any, Final, LiteralString
 import psycopg
 from psycopg.rows import class_row, dict_row
 
-from bridge.errors import UsageError
+from bridge.errors import DatabaseUnavailableError, UsageError
 from bridge.postgres.connection import silence_limited, translated
 from bridge.postgres.wire import Connection
 
@@ -90,14 +90,15 @@ class Backfill:
     ended_at: datetime | None
 
 
-class BusyError(Exception):
+class BusyError(DatabaseUnavailableError):
     """Somebody holds a lock, or has changed what a step was about to lock. Nothing was done; try again."""
 
 
 async def begin(connection: Connection, key: str, table: str, topic: str | None, person: str, *, anew: bool) -> Begun:
     """Begins the backfill of a table, or finds the one that has not ended, and locks out others for this session.
 
-    Raises UsageError where there is no such table or it cannot be, PrivilegeError, and what `translated` gives.
+    Raises UsageError where there is no such table or it cannot be, PrivilegeError, BusyError while the table is locked,
+    and what `translated` gives.
     """
     with _errors(connection, key):
         await connection.execute("select set_config('lock_timeout', %s, false)", (LOCK_LIMIT,))
@@ -186,7 +187,7 @@ def _errors(connection: Connection, key: str) -> Iterator[None]:
         psycopg.errors.DeadlockDetected,
         psycopg.errors.SerializationFailure,
     ) as error:
-        raise BusyError(error.diag.message_primary) from error
+        raise BusyError(f"{key}: PostgreSQL cannot do this now: {error.diag.message_primary}") from error
     except psycopg.errors.InvalidName as error:
         raise UsageError(str(error.diag.message_primary)) from error
     except psycopg.Error as error:

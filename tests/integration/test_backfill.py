@@ -15,7 +15,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.conninfo import make_conninfo
 
 from bridge.commands.backfill import Progressed, Wish, backfill_table
-from bridge.errors import PrivilegeError, SettingsError, UsageError
+from bridge.errors import DatabaseUnavailableError, PrivilegeError, SettingsError, UsageError
 from bridge.settings import load
 from tests.support.commands import command, json_of
 from tests.support.daemons import Daemon
@@ -270,6 +270,35 @@ async def locked_by_others(dsn: str) -> bool:
     return int(str(waiting)) >= 2
 
 
+async def test_a_table_that_somebody_has_locked_is_waited_for(bridge_database: str, tmp_path: Path) -> None:
+    await execute(bridge_database, TABLE.format(rows=60))
+    seen: list[str | None] = []
+    async with await AsyncConnection.connect(bridge_database) as holder:
+        await holder.execute("lock table shop.stock in access exclusive mode")
+        with pytest.raises(DatabaseUnavailableError, match="lock timeout"):
+            await backfilled(tmp_path, bridge_database, Wish("shop.stock"))
+        await holder.rollback()
+        running = asyncio.create_task(
+            backfill_table(
+                load(Path(config(tmp_path, bridge_database))),
+                Wish("shop.stock", rate=50),
+                stop=asyncio.Event(),
+                told=lambda so_far: seen.append(so_far.waits_for),
+            )
+        )
+        try:
+            await until(lambda: more_than(bridge_database, 10))
+            await holder.execute("lock table shop.stock in exclusive mode")
+            await until(lambda: "a lock of the table" in seen)
+            # Nothing that it holds stands in the way.
+            await holder.execute("alter table shop.stock add column w int")
+            await holder.commit()
+            assert (await asyncio.wait_for(running, 20)).sent == 60
+        finally:
+            running.cancel()
+    assert await deadlocks(bridge_database) == 0
+
+
 async def test_a_second_one_is_refused_and_a_cancelled_one_ends(bridge_database: str, tmp_path: Path) -> None:
     await execute(bridge_database, TABLE.format(rows=2000))
     of = ("--config", config(tmp_path, bridge_database))
@@ -457,7 +486,7 @@ async def test_a_row_that_moves_to_another_partition_is_not_lost(bridge_database
             while not stop.is_set():
                 await connection.execute(
                     "update t set r = case r when 'a' then 'b' else 'a' end, v = v + 1 where id = %s",
-                    (chosen.randint(1, 1000),),
+                    (3 * chosen.randint(0, 332) + seed + 1,),  # two who move one row fail by themselves
                 )
 
     async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
