@@ -222,8 +222,8 @@ class Reader:
         updates = "UPDATE_PAGES" in os.environ
         deadline = time.monotonic() + (3 if updates else 15)
         while True:
-            printed, _ = self.type(self._as_here(command))
-            printed = self._as_shown(printed)
+            here, _ = self.type(self._as_here(command))
+            printed = self._as_shown(here)
             if shows(shown, printed):
                 break
             if not _LOOK.fullmatch(command) or time.monotonic() > deadline:
@@ -233,7 +233,7 @@ class Reader:
                     break
                 raise AssertionError(f"{command} printed:\n" + "\n".join(printed))
             time.sleep(0.1)
-        ids = [re.findall(ID, "\n".join(lines)) for lines in (shown, printed)]
+        ids = [re.findall(ID, "\n".join(lines)) for lines in (shown, here)]
         if len(ids[0]) == len(ids[1]):
             self._ids.update(zip(*ids, strict=True))
 
