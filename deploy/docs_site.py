@@ -46,7 +46,8 @@ _MARK: Final = "\N{INVISIBLE SEPARATOR}"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that are not in docs/."""
+    """Adds the pages that are not in docs/, and the style."""
+    files.append(File.generated(config, "docs_site.css", abs_src_path=str(ROOT / "deploy" / "docs_site.css")))
     for source, name in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         if source == "ARCHITECTURE.md":
@@ -144,7 +145,12 @@ def _listing(path: str) -> str:
 
 def _text_of(path: str) -> str:
     """The page of a file."""
-    text = (ROOT / path).read_text(encoding="utf-8")
+    try:
+        text = (ROOT / path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PluginError(
+            f"{path}: a page links to it, or to its folder, and it is no text that could be shown"
+        ) from error
     try:
         language = get_lexer_for_filename(path).aliases[0]
     except ClassNotFound:

@@ -1,5 +1,6 @@
 """The documentation's site: it builds without a warning, says what the repository says, and needs no other server."""
 
+import json
 import posixpath
 import re
 import subprocess
@@ -24,10 +25,36 @@ NAMES: Final = {"README.md": "overview", "CHANGELOG.md": "changelog", "CONTRIBUT
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the site, which was built strictly: a bad link or heading, or a page left out, ends with 1."""
     folder = tmp_path_factory.mktemp("site")
-    program = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, said = build(ROOT, folder)
+    assert code == 0, said
     return folder
+
+
+def build(clone: Path, folder: Path) -> tuple[int, str]:
+    """Builds the site as `make docs-site` does; its exit code, and what it said."""
+    program = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(program, cwd=clone, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_link_that_leads_nowhere_and_a_page_without_a_place_end_the_build(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    for name in (".gitignore", "docs", "deploy", "sql", "mkdocs.yml", *(path.name for path in ROOT.glob("*.md"))):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(clone)], check=True)
+    links = ["gone.md", "settings.md#gone", "#gone", "../deploy/gone.yml", "../deploy/gone/", "/settings.md"]
+    with (clone / "docs" / "wire.md").open("a") as page:
+        page.writelines(f"[link]({link})\n" for link in links)
+    (clone / "docs" / "orphan.md").write_text("# Orphan\n")
+    (clone / "deploy" / "secret").write_text("hunter2")
+    subprocess.run(["git", "init", "--quiet"], cwd=clone, check=True)
+    subprocess.run(["git", "add", "--all", ":!deploy/secret"], cwd=clone, check=True)
+    code, said = build(clone, tmp_path / "site")
+    assert code == 1
+    assert f"Aborted with {len(links) + 1} warnings in strict mode!" in said
+    assert [link for link in links if f"'{link}'" not in said] == []
+    assert "orphan.md" in said
+    assert not list((tmp_path / "site").rglob("*secret*")), "Git does not know it"
 
 
 class Reading(HTMLParser):
@@ -142,7 +169,7 @@ def test_each_link_leads_to_a_page_and_a_heading_of_the_site(site: Path) -> None
 
 def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     foreign = [(page, url) for page in pages(site) for url in addresses(page).loaded if urlsplit(url).netloc]
-    styles = [*site.rglob("*.css"), *pages(site)]
+    styles = [*(path for path in site.rglob("*.css") if path.is_file()), *pages(site)]
     imports = [
         (style, url)
         for style in styles
@@ -150,6 +177,12 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     ]
     assert not foreign
     assert not imports
+
+
+def test_the_search_knows_each_page_and_no_file_of_the_repository(site: Path) -> None:
+    index = json.loads((site / "search" / "search_index.json").read_text())
+    found = {entry["location"].partition("#")[0].rstrip("/") for entry in index["docs"]}
+    assert found == {name.removeprefix(".") for name in sources()} | {"architecture", "decisions"}
 
 
 def test_files_that_pages_link_to_are_shown_and_secrets_are_not(site: Path) -> None:
