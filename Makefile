@@ -9,7 +9,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench faults schema docs pictures deb deb-test clean
+.PHONY: help demo test lint format bench faults schema docs docs-site pictures deb deb-test clean
 
 help: ## Shows this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -50,8 +50,12 @@ $(STAMP): pyproject.toml requirements.txt
 	  else $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[dev]'; fi
 	touch $@
 
-docs: $(STAMP) ## Writes docs/settings.md and docs/bridge.schema.json from the models.
+docs: $(STAMP) ## Writes docs/settings.md, docs/bridge.schema.json and docs/commands.md from the models and the commands.
 	$(VENV)/bin/python -m bridge.settings.document docs
+	PYTHONPATH=$(CURDIR) $(VENV)/bin/python deploy/commands_page.py docs
+
+docs-site: $(STAMP) ## Builds the documentation as a site, build/site, and fails at a link that leads nowhere.
+	$(VENV)/bin/python -m mkdocs build --strict
 
 pictures: $(STAMP) servers ## Draws docs/pictures/ from what commands print on a terminal of 80 columns.
 	$(VENV)/bin/python -m tests.pictures

@@ -9,6 +9,10 @@ from bridge.process.lazy import LazyGroup
 from pgbridge import require_ours
 
 COMMANDS: Final = {
+    "backfill": (
+        "bridge.commands.backfill:backfill",
+        "Sends the present rows of a watched table as events, beside its changes.",
+    ),
     "check": ("bridge.commands.check:check", "Checks settings, database, privileges, brokers, topology and workers."),
     "cursor": ("bridge.commands.cursor:cursor", "Shows, moves and removes the positions of sinks in the log."),
     "dead": ("bridge.commands.dead:dead", "Shows, replays and discards dead letters."),

@@ -169,6 +169,27 @@ grant execute on function
   bridge.any_header_texts(jsonb),
   bridge.take_horizon()
 to bridge_operator;
+-- Backfilling a table takes the right to read and lock its rows besides, since these functions read it as their caller.
+grant execute on function
+  bridge.begin_backfill(regclass, text, text, boolean),
+  bridge.backfill_chunk(bigint, int, int),
+  bridge.backfill_skipped(bigint, int),
+  bridge.backfill_rows(bridge.backfill, regclass, text, boolean),
+  bridge.require_backfill(bigint),
+  bridge.backfill_lock(oid),
+  bridge.open_backfill(text, text, oid, text[], text, text[], text[], bigint, text),
+  bridge.record_read(bigint, text, text),
+  bridge.advance_backfill(bigint, bigint, jsonb, jsonb, boolean),
+  bridge.end_backfill(text, text, text),
+  bridge.watch_of(regclass),
+  bridge.primary_key(regclass),
+  bridge.key_condition(text[], text[], text, text, jsonb),
+  bridge.watched_key(text, text[]),
+  bridge.watched_part(text, text[]),
+  bridge.json_object(text),
+  bridge.refuse_foreign_casts(regclass),
+  bridge.sinks_behind(text)
+to bridge_operator;
 -- Watching a table takes its owner, and more trust than emitting: its rows are converted with the rights of the
 -- owner of schema bridge. So it is not for bridge_emitter, which a web role may have.
 grant execute on function

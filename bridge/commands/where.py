@@ -25,6 +25,7 @@ from bridge.process.terminal import (
     moment,
     print_json,
 )
+from bridge.process.visible import json_text
 from bridge.settings import Settings, load
 
 
@@ -228,7 +229,7 @@ def _worker(worker: AtWorker) -> list[str]:
     if worker.failure is not None:
         lines.append(_line("reason", f"{worker.failure.get('code')}: {worker.failure.get('reason')}"))
     if worker.result is not None:
-        lines.append(_line("result", str(worker.result)))
+        lines.append(_line("result", json_text(worker.result)))
     for operation, effect in worker.effects.items():
         begun = effect.get("started_at")
         since = "not begun" if begun is None else f"begun {moment(datetime.fromisoformat(begun))}"

@@ -1,5 +1,5 @@
 -- Who may do what: each role what its process needs, everybody else nothing.
-select plan(113);
+select plan(124);
 create role pgbridge_test_nobody;
 create function pg_temp.attempt(who name, statement text) returns text language plpgsql as $$
 begin
@@ -121,4 +121,8 @@ select pg_temp.may('bridge_worker', 'select from bridge.worker_pause(''w'')');
 select pg_temp.may_not(who, 'select bridge.' || call) from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker']::name[]) who,
   unnest(array['set_pause(''worker'', '''', ''w'', ''me'', '''')', 'end_pause(''worker'', '''', ''w'')', 'event_inbox(gen_random_uuid())', 'set_worker_login(''w'', ''bridge_worker'')']) call;
 select pg_temp.may_not('bridge_operator', 'delete from bridge.pause');
+select pg_temp.may('bridge_operator', 'select from bridge.backfill, bridge.sinks_behind(''t''), bridge.end_backfill(''s'', ''t'', ''cancelled'')');
+select pg_temp.may_not('bridge_operator', 'update bridge.backfill set sent = 0');
+select pg_temp.may_not(who, 'select bridge.' || call) from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker']::name[]) who,
+  unnest(array['begin_backfill(''pg_class'', null, ''me'', false)', 'record_read(1, ''k'', ''{}'')', 'end_backfill(''s'', ''t'', ''cancelled'')']) call;
 select * from finish();

@@ -9,14 +9,27 @@ from pathlib import Path
 
 import click
 
-from tests.bench import brokers, gaps, latency, ordered, relay, scale, sql, trickle, trouble, webhooks, workers
+from tests.bench import (
+    backfill,
+    brokers,
+    gaps,
+    latency,
+    ordered,
+    relay,
+    scale,
+    sql,
+    trickle,
+    trouble,
+    webhooks,
+    workers,
+)
 from tests.bench.quiet import at_rest
 from tests.bench.registry import ORDER, measure, selected
 from tests.bench.results import Row, table, write_json
 from tests.bench.rounds import Plan, say
 from tests.bench.world import World
 
-REGISTERED = (relay, brokers, sql, workers, ordered, latency, trickle, scale, gaps, trouble, webhooks)
+REGISTERED = (relay, brokers, sql, backfill, workers, ordered, latency, trickle, scale, gaps, trouble, webhooks)
 """Importing these modules registers their themes."""
 
 OUTPUT = Path("build/bench.json")

@@ -18,6 +18,7 @@ ORDER = (
     "pubsub",
     "emit",
     "watch",
+    "backfill",
     "workers",
     "ordered",
     "latency",

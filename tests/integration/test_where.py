@@ -98,6 +98,7 @@ async def test_what_each_workers_inbox_knows_of_the_event_and_its_effects_is_sho
         out, _ = await command("where", event_id, "--config", config)
     assert max(map(cell_len, out.splitlines())) <= 80
     assert f"stock:{event_id}:charge" in out, "a key is never broken"
+    assert '{"pdf": 1}' in out, "a result is JSON"
     # The process is gone, and its claim with it.
     found = await json_of("where", event_id, "--config", config)
     assert found["workers"][2]["state"] == "waiting"

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.support.environment import ROOT
+from tests.support.pages import anchors
 
 RULES = ROOT / "deploy/prometheus/pgbridge.rules.yml"
 SCENARIOS = sorted((ROOT / "deploy/prometheus/tests").glob("*.yml"))
@@ -17,12 +18,6 @@ SCENARIOS = sorted((ROOT / "deploy/prometheus/tests").glob("*.yml"))
 def alerts() -> dict[str, Any]:
     groups = yaml.safe_load(RULES.read_text())["groups"]
     return {rule["alert"]: rule for group in groups for rule in group["rules"]}
-
-
-def anchors(page: Path) -> set[str]:
-    """Of the page's headings, as GitHub and mkdocs make them."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def run(promtool: Path, *words: str | Path) -> None:
@@ -60,15 +55,3 @@ def test_each_alert_has_a_severity_and_a_runbook_that_exists(name: str) -> None:
 def test_the_page_has_no_section_of_an_alert_that_is_gone() -> None:
     sections = re.findall(r"^### (.+)$", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE)
     assert sections == list(alerts())
-
-
-def test_links_between_pages_about_operation_lead_somewhere() -> None:
-    for name in ("alerts.md", "operations.md", "troubleshooting.md"):
-        page = ROOT / "docs" / name
-        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-            if link.startswith("http"):
-                continue
-            target, _, anchor = link.partition("#")
-            path = (page.parent / target).resolve() if target else page
-            assert path.exists(), f"{name}: {link}"
-            assert not anchor or anchor in anchors(path), f"{name}: {link}"
