@@ -43,7 +43,7 @@ to bridge_emitter;
 
 -- bridge_relay: the daemon. --------------------------------------------------------------------------------
 
-grant select on bridge.outbox, bridge.migration to bridge_relay;
+grant select on bridge.outbox, bridge.migration, bridge.event_schema to bridge_relay;
 grant select on sequence bridge.outbox_id_seq to bridge_relay; -- to see that it is not behind the log
 grant select, insert, update on bridge.leader, bridge.bell to bridge_relay;
 grant select, insert, update, delete on bridge.cursor to bridge_relay;
@@ -78,7 +78,11 @@ grant execute on function
   bridge.paused_sinks(text),
   bridge.worker_status(text[]),
   bridge.move_due(timestamptz, timestamptz, bigint, int, bigint),
-  bridge.scheduled_status()
+  bridge.scheduled_status(),
+  -- `pgbridge asyncapi`
+  bridge.watches(regclass),
+  bridge.watch_of(regclass),
+  bridge.json_object(text)
 to bridge_relay;
 
 -- bridge_worker: the worker processes. ---------------------------------------------------------------------
@@ -140,6 +144,8 @@ grant execute on function
   bridge.set_worker_login(text, name),
   bridge.scheduled_status(),
   bridge.cancel(uuid),
+  bridge.register_schema(text, json, text, text),
+  bridge.unregister_schema(text),
   bridge.open_effects(text, timestamptz),
   bridge.settle_effect(text, uuid, text, jsonb, text),
   bridge.add_endpoint(text, text[], text, int, double precision, text),
@@ -195,6 +201,7 @@ to bridge_operator;
 grant execute on function
   bridge.watch(regclass, text, text, text[], text[]),
   bridge.unwatch(regclass),
+  bridge.watches(regclass),
   bridge.write_capture(text, text, text[], text[]),
   bridge.drop_captures(),
   bridge.check_topic(text),

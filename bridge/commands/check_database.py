@@ -32,6 +32,7 @@ TABLES: Final = {
     "bridge.bell": ("select", "insert", "update"),
     "bridge.cursor": ("select", "insert", "update", "delete"),
     "bridge.dead_letter": ("insert",),
+    "bridge.event_schema": ("select",),
 }
 FUNCTIONS: Final = (
     "bridge.intake(text[], text[])",
@@ -62,6 +63,9 @@ FUNCTIONS: Final = (
     "bridge.worker_status(text[])",
     "bridge.move_due(timestamptz, timestamptz, bigint, int, bigint)",
     "bridge.scheduled_status()",
+    "bridge.watches(regclass)",
+    "bridge.watch_of(regclass)",
+    "bridge.json_object(text)",
 )
 """What roles.sql grants to bridge_relay, by privilege; a test compares them."""
 

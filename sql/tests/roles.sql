@@ -1,5 +1,5 @@
 -- Who may do what: each role what its process needs, everybody else nothing.
-select plan(124);
+select plan(136);
 create role pgbridge_test_nobody;
 create function pg_temp.attempt(who name, statement text) returns text language plpgsql as $$
 begin
@@ -125,4 +125,14 @@ select pg_temp.may('bridge_operator', 'select from bridge.backfill, bridge.sinks
 select pg_temp.may_not('bridge_operator', 'update bridge.backfill set sent = 0');
 select pg_temp.may_not(who, 'select bridge.' || call) from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker']::name[]) who,
   unnest(array['begin_backfill(''pg_class'', null, ''me'', false)', 'record_read(1, ''k'', ''{}'')', 'end_backfill(''s'', ''t'', ''cancelled'')']) call;
+
+select pg_temp.may('bridge_operator', 'select bridge.register_schema(''t'', ''{}''), bridge.unregister_schema(''t'')');
+select pg_temp.may_not(who, 'select bridge.register_schema(''t'', ''{}'')') from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker']::name[]) who;
+select pg_temp.may_not(who, 'select bridge.unregister_schema(''t'')') from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker']::name[]) who;
+select pg_temp.may_not('bridge_operator', 'insert into bridge.event_schema values (''t'', ''{}'', '''', ''text/plain'')');
+create table public.pgbridge_test_watched (id int primary key);
+select bridge.watch('public.pgbridge_test_watched');
+select pg_temp.may(who, 'select from bridge.watches(), bridge.watch_of(''public.pgbridge_test_watched''), bridge.event_schema')
+  from unnest(array['bridge_operator', 'bridge_relay']::name[]) who;
+select pg_temp.may_not(who, 'select from bridge.watches()') from unnest(array['bridge_emitter', 'bridge_worker']::name[]) who;
 select * from finish();
