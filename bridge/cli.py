@@ -9,6 +9,10 @@ from bridge.process.lazy import LazyGroup
 from pgbridge import require_ours
 
 COMMANDS: Final = {
+    "asyncapi": (
+        "bridge.commands.asyncapi:asyncapi",
+        "Writes an AsyncAPI document of what this database emits, and where it goes.",
+    ),
     "backfill": (
         "bridge.commands.backfill:backfill",
         "Sends the present rows of a watched table as events, beside its changes.",

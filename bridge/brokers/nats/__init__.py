@@ -9,6 +9,7 @@ from typing import Final
 
 from bridge.brokers.accounts import Accounts, Installation
 from bridge.brokers.contract import Broker, DeadLetters, Queue, Sink, Subscription
+from bridge.brokers.description import Description
 from bridge.brokers.nats.settings import EXAMPLE, NatsSettings
 
 
@@ -39,6 +40,11 @@ class Nats:
         from bridge.brokers.nats.dead import NatsDeadLetters
 
         return NatsDeadLetters(settings, worker)
+
+    def description(self, settings: NatsSettings, /) -> Description:
+        from bridge.brokers.nats.description import NatsDescription
+
+        return NatsDescription(settings)
 
 
 BROKER: Final[Broker] = Nats()

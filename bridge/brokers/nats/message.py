@@ -66,12 +66,17 @@ def _quote_name(name: str) -> str:
     return f"%{ord(quoted[0]):02X}{quoted[1:]}" if _ACTING.match(quoted) else quoted
 
 
+def quote_value(value: str) -> str:
+    """A header's value as it travels. Raises UnicodeError for a string that UTF-8 cannot hold."""
+    return quote(value, safe=_VALUE_SAFE)
+
+
 def quote_headers(flat: Mapping[str, str]) -> dict[str, str]:
     """Attributes and headers as they travel. Raises UnicodeError for a string that UTF-8 cannot hold."""
     values: Iterable[str] = flat.values()
     # One look at all of them, since most need nothing.
     if not _VALUE.fullmatch("".join(values)):
-        values = [quote(value, safe=_VALUE_SAFE) for value in values]
+        values = map(quote_value, values)
     return dict(zip(map(_quote_name, flat), values, strict=True))
 
 

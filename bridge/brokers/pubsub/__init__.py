@@ -9,6 +9,7 @@ from typing import Final
 
 from bridge.brokers.accounts import Accounts, Installation
 from bridge.brokers.contract import Broker, DeadLetters, Queue, Sink, Subscription
+from bridge.brokers.description import Description
 from bridge.brokers.pubsub.settings import EXAMPLE, PubSubSettings
 
 
@@ -38,6 +39,11 @@ class PubSub:
         from bridge.brokers.pubsub.dead import PubSubDeadLetters
 
         return PubSubDeadLetters(settings, worker)
+
+    def description(self, settings: PubSubSettings, /) -> Description:
+        from bridge.brokers.pubsub.description import PubSubDescription
+
+        return PubSubDescription(settings)
 
 
 BROKER: Final[Broker] = PubSub()

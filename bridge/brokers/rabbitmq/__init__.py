@@ -13,6 +13,7 @@ from typing import Final
 
 from bridge.brokers.accounts import Accounts, Installation
 from bridge.brokers.contract import Broker, DeadLetters, Queue, Sink, Subscription
+from bridge.brokers.description import Description
 from bridge.brokers.rabbitmq.settings import EXAMPLE, RabbitMQSettings
 
 
@@ -42,6 +43,11 @@ class RabbitMQ:
         from bridge.brokers.rabbitmq.dead import RabbitMQDeadLetters
 
         return RabbitMQDeadLetters(settings, worker, lanes)
+
+    def description(self, settings: RabbitMQSettings, /) -> Description:
+        from bridge.brokers.rabbitmq.description import RabbitMQDescription
+
+        return RabbitMQDescription(settings)
 
 
 BROKER: Final[Broker] = RabbitMQ()
