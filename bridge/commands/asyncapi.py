@@ -89,3 +89,4 @@ def asyncapi(
             output.write_text(text, encoding="utf-8")
         except OSError as error:
             raise UsageError(f"--output: {output} cannot be written: {error.strerror}") from error
+        click.echo(f"wrote {output}", err=True)

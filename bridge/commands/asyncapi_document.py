@@ -21,6 +21,9 @@ from bridge.settings import Settings
 
 ASYNCAPI: Final = "3.0.0"
 
+UNSAYABLE_ADDRESS: Final = "x-address"
+"""Under which a channel has an address that AsyncAPI has no way to write."""
+
 _JSON: Final = "application/json"
 _TEXT: Final = "text/plain"
 
@@ -244,10 +247,11 @@ def _servers(sink: str, description: Description) -> Json:
 
 
 def _channel(sink: str, channel: Channel, description: Description, servers: Sequence[str]) -> Json:
-    # In an address, braces hold the name of a parameter, and there is no way to write one that is none.
-    address = None if re.search(r"[{}]", channel.address) else channel.address
+    # In an address braces hold the name of a parameter, and no others can be written.
+    sayable = re.search(r"[{}]", channel.address) is None
     content = {
-        "address": address,
+        "address": channel.address if sayable else None,
+        UNSAYABLE_ADDRESS: None if sayable else channel.address,
         "title": channel.name,
         "servers": [{"$ref": f"#/servers/{name}"} for name in servers],
         "messages": {},
