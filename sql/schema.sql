@@ -6123,13 +6123,14 @@ begin
     when keyword in ('properties', 'patternProperties', 'definitions', '$defs', 'dependencies') and kind <> 'object'
       then 'must be an object, with a schema under each name'
     when keyword in ('allOf', 'anyOf', 'oneOf') and (kind <> 'array' or held = '[]') then 'must be an array of schemas'
+    when keyword = 'items' and held = '[]' then 'must be a schema, or an array of some'
     when keyword = 'required' and not bridge.are_distinct_strings(held) then 'must be an array of names, each once'
     when keyword = 'enum' and (kind <> 'array' or held = '[]') then 'must be an array of values'
     when keyword = 'examples' and kind <> 'array' then 'must be an array'
-    when keyword in ('title', 'description', '$comment', 'format', 'pattern', 'contentEncoding', 'contentMediaType', '$ref')
-         and kind <> 'string' then 'must be a string'
+    when keyword in ('title', 'description', '$comment', 'format', 'pattern', 'contentEncoding', 'contentMediaType', '$ref',
+                     'discriminator') and kind <> 'string' then 'must be a string'
     when keyword in ('minLength', 'maxLength', 'minItems', 'maxItems', 'minProperties', 'maxProperties')
-         and not (kind = 'number' and held::text ~ '^\d+$') then 'must be a whole number, of zero or more'
+         and not (kind = 'number' and held::text ~ '^\d+(\.0+)?$') then 'must be a whole number, of zero or more'
     when keyword in ('minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum') and kind <> 'number' then 'must be a number'
     when keyword = 'multipleOf' and not case kind when 'number' then held::numeric > 0 else false end
       then 'must be a number above zero'
@@ -6138,12 +6139,28 @@ begin
                      'minContains', 'maxContains', '$anchor', '$dynamicRef', '$dynamicAnchor', '$recursiveRef')
       then 'is of a later draft of JSON Schema; AsyncAPI has draft-07'
     when keyword in ('$id', '$schema') then 'may stand at the top only'
+    when keyword = 'externalDocs' then 'is not taken; write it into the description'
   end;
 end
 $$;
 
--- What is wrong with a JSON Schema, with the place as a JSON pointer; null where nothing is. `whole`: what a $ref leads into.
-create function bridge.json_schema_fault(schema jsonb, whole jsonb, place text) returns text
+-- A $ref that leads nowhere in the schema; null where each leads somewhere. Those in examples and constants count: whoever reads
+-- the document follows them, too.
+create function bridge.stray_ref(schema jsonb) returns text
+  language sql immutable
+  set search_path = pg_catalog, bridge, pg_temp
+  return (
+    select r.target
+    from jsonb_path_query(schema, '$.** ? (@.type() == "object").keyvalue() ? (@.key == "$ref" && @.value.type() == "string")') as k(ref)
+    cross join lateral (select k.ref ->> 'value') as r(target)
+    where r.target !~ '^#(/|$)' or r.target <> '#' and schema #> array(
+      select replace(replace(p.part, '~1', '/'), '~0', '~')
+      from unnest((string_to_array(r.target, '/'))[2:]) with ordinality as p(part, n) order by p.n) is null
+    limit 1
+  );
+
+-- What is wrong with a JSON Schema, with the place as a JSON pointer; null where nothing is.
+create function bridge.json_schema_fault(schema jsonb, place text) returns text
   language plpgsql immutable
   set search_path = pg_catalog, bridge, pg_temp
 as $$
@@ -6165,14 +6182,6 @@ begin
     fault := bridge.json_schema_wants(word.key, word.held);
     if fault is not null then
       return format('%s %s', word.place, fault);
-    elsif word.key = '$ref' then
-      if word.held #>> '{}' !~ '^#(/|$)' then
-        return format('%s leads out of the schema; put what it means under definitions, and write #/definitions/...', word.place);
-      elsif word.held #>> '{}' <> '#' and whole #> array(
-              select replace(replace(p.part, '~1', '/'), '~0', '~')
-              from unnest((string_to_array(word.held #>> '{}', '/'))[2:]) with ordinality as p(part, n) order by p.n) is null then
-        return format('%s leads to %s, which is not there', word.place, word.held);
-      end if;
     end if;
     for part in
       select word.held as held, word.place as place
@@ -6188,7 +6197,7 @@ begin
       where word.key in ('properties', 'patternProperties', 'definitions', '$defs')
          or word.key = 'dependencies' and not bridge.are_distinct_strings(e.value)
     loop
-      fault := bridge.json_schema_fault(part.held, whole, part.place);
+      fault := bridge.json_schema_fault(part.held, part.place);
       if fault is not null then
         return fault;
       end if;
@@ -6224,7 +6233,10 @@ begin
     when jsonb_typeof(parsed) <> 'object' then format('it is a JSON %s, and not an object', jsonb_typeof(parsed))
     when draft !~ '^https?://json-schema\.org/draft-07/schema#?$' then
       format('#/$schema is %s, and AsyncAPI has draft-07 (http://json-schema.org/draft-07/schema#)', quote_literal(draft))
-    else bridge.json_schema_fault(parsed - '{$schema,$id}'::text[], parsed, '#') end;
+    when bridge.stray_ref(parsed) is not null then
+      format('a $ref leads to %s, which is not in it; put it under definitions, and write #/definitions/...',
+             quote_literal(bridge.stray_ref(parsed)))
+    else bridge.json_schema_fault(parsed - '{$schema,$id}'::text[], '#') end;
   if fault is not null then
     raise exception 'the schema of topic % is no JSON Schema: %', quote_literal(topic), fault
       using errcode = 'invalid_parameter_value',
@@ -6251,8 +6263,8 @@ end
 $$;
 comment on function bridge.unregister_schema(text) is 'Forgets the schema of a topic. False: none is registered.';
 
--- The triggers of watch(), of one table or of all, that are enabled. `told` is what watch() was told; null where an older version did
--- not write it down.
+-- The triggers of watch(), of one table or of all, that are enabled. `told` is what watch() was told; null where an older version
+-- did not write it down.
 create function bridge.watches(of_table regclass default null)
   returns table (watched regclass, capture text, operation text, told jsonb)
   language sql stable

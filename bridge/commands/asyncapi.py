@@ -27,7 +27,7 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
 
 
 def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = "'" if text[:1] in set("0123456789+-.") else None
+    style = "|" if "\n" in text else "'" if text[:1] in set("0123456789+-.") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

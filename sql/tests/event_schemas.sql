@@ -1,5 +1,5 @@
 -- Schemas of events that are emitted by hand, and what watches() tells of the tables that are watched.
-select plan(49);
+select plan(51);
 create function pg_temp.registered() returns table (topic text, schema text, description text, content_type text) language sql as
   $$ select topic, schema::text, description, content_type from bridge.event_schema order by topic $$;
 create function pg_temp.refused(schema json, why text) returns text language sql as $test$
@@ -58,8 +58,12 @@ select pg_temp.refused('{"$schema": "https://json-schema.org/draft/2020-12/schem
   '#/$schema is ''https://json-schema.org/draft/2020-12/schema'', and AsyncAPI has draft-07 (http://json-schema.org/draft-07/schema#)');
 select pg_temp.refused('{"items": {"$id": "x"}}', '#/items/$id may stand at the top only');
 select pg_temp.refused('{"$ref": "https://example.com/order.json"}',
-  '#/$ref leads out of the schema; put what it means under definitions, and write #/definitions/...');
-select pg_temp.refused('{"items": {"$ref": "#/definitions/a"}, "definitions": {"b": {}}}', '#/items/$ref leads to "#/definitions/a", which is not there');
+  'a $ref leads to ''https://example.com/order.json'', which is not in it; put it under definitions, and write #/definitions/...');
+select pg_temp.refused('{"items": {"$ref": "#/definitions/a"}, "definitions": {"b": {}}}',
+  'a $ref leads to ''#/definitions/a'', which is not in it; put it under definitions, and write #/definitions/...');
+select pg_temp.refused('{"examples": [{"$ref": "order.json"}]}',
+  'a $ref leads to ''order.json'', which is not in it; put it under definitions, and write #/definitions/...');
+select pg_temp.refused('{"externalDocs": {}}', '#/externalDocs is not taken; write it into the description');
 select pg_temp.refused('{"dependencies": {"a": ["b", 1]}}', '#/dependencies/a is a JSON array; a schema is an object, or true or false');
 
 select pg_temp.taken('{}');

@@ -6,17 +6,22 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
+import hypothesis
 import psycopg
 import pytest
 import yaml
 from click.testing import CliRunner
+from hypothesis import strategies
+from jsonschema import Draft7Validator
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from psycopg.types.json import Jsonb
 
 from bridge.cli import main
 from bridge.postgres.schema import migrate
 from tests.support import awkward
 from tests.support.asyncapi import faults, parse
+from tests.support.environment import ROOT
 from tests.support.messages import execute
 
 RABBITMQ: Final = """
@@ -196,6 +201,48 @@ async def test_a_registered_schema_leads_into_itself_wherever_it_stands(bridge_d
     assert list(made["components"]["schemas"]["topic.shop.order.placed"]["properties"]) == ["order", "total", "parts"]
 
 
+_WORDS: Final = (
+    *(
+        "type",
+        "properties",
+        "patternProperties",
+        "definitions",
+        "dependencies",
+        "items",
+        "additionalItems",
+        "not",
+        "if",
+    ),
+    *("additionalProperties", "contains", "propertyNames", "allOf", "anyOf", "oneOf", "required", "examples", "title"),
+    *("minLength", "maxItems", "minProperties", "minimum", "multipleOf", "uniqueItems", "readOnly", "const", "default"),
+)
+_LEAVES: Final = strategies.sampled_from(
+    [None, True, False, 0, 1, -1, 2.0, 0.5, "", "a", "string", "integer", "any"]
+) | strategies.lists(strategies.sampled_from(["string", "null", "a", "b", 1, True]), max_size=3)
+_SCHEMAS: Final = strategies.recursive(
+    strategies.dictionaries(strategies.sampled_from(_WORDS), _LEAVES, max_size=2),
+    lambda inner: strategies.dictionaries(
+        strategies.sampled_from(_WORDS),
+        inner | strategies.lists(inner, max_size=2) | strategies.dictionaries(strategies.just("a"), inner | _LEAVES),
+        max_size=2,
+    ),
+    max_leaves=6,
+)
+
+
+def test_what_can_be_registered_is_what_the_schema_of_json_schema_takes(bridge_database: str) -> None:
+    metaschema = Draft7Validator(Draft7Validator.META_SCHEMA)
+    with psycopg.connect(bridge_database, autocommit=True) as connection:
+
+        @hypothesis.settings(max_examples=300)
+        @hypothesis.given(_SCHEMAS)
+        def compare(schema: dict[str, Any]) -> None:
+            [(fault,)] = connection.execute("select bridge.json_schema_fault(%s, '#')", [Jsonb(schema)])
+            assert (fault is None) is metaschema.is_valid(schema), (schema, fault)
+
+        compare()
+
+
 async def test_topics_that_look_alike_and_tables_that_share_one_stay_apart(
     bridge_database: str, tmp_path: Path
 ) -> None:
@@ -289,3 +336,17 @@ async def test_tables_of_which_it_is_not_known_how_they_are_watched_are_named(
         connection.execute("alter table t rename w to v")
         _, words = await run(tmp_path, text, expect=69, said=None)
         assert "bridge.watch() was told of the column w, which public.t no longer has. Watch the table again" in words
+
+
+async def test_the_page_shows_what_the_command_writes(bridge_database: str, tmp_path: Path, unique: str) -> None:
+    page = (ROOT / "docs" / "asyncapi.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    await execute(bridge_database, "create schema shop")
+    for statements in [text for kind, text in blocks if kind == "sql"]:
+        await execute(bridge_database, statements)
+    sink = '[sinks.events]\ntype = "rabbitmq"\nurl = "amqps://bridge:secret@mq.internal/shop"'
+    out, _ = await run(tmp_path, settings(bridge_database, sink))
+    shown = [text for kind, text in blocks if kind == "yaml"]
+    assert len(shown) == 4
+    for text in shown:
+        assert text in out
