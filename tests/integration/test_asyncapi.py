@@ -144,7 +144,9 @@ async def test_the_parser_of_asyncapi_finds_nothing_to_mend(bridge_database: str
     text = settings(bridge_database, EVERY_KIND, more='channels = {listen = ["open channel"]}')
     out, _ = await run(tmp_path, text)
     made = await document(tmp_path, text)
-    broken = json.dumps(made | {"info": {"title": "has no version"}})
+    broken = json.dumps(
+        made | {"info": {"title": "has no version"}, "channels": {}, "operations": {}, "components": {}}
+    )
     of_yaml, of_broken = parse(out, broken)
     # 3.0 is what tools read; 3.1 has nothing that is needed here.
     assert [one for one in of_yaml["diagnostics"] if one["code"] != "asyncapi-latest-version"] == []
@@ -188,6 +190,21 @@ async def test_routes_decide_what_is_where_and_what_none_takes_is_said(bridge_da
     made = json.loads(out)
     assert list(made["channels"]) == ["far.shop.a", "far.shop.b", "stream.shop.b"]
     assert "topic.other" not in made["components"]["schemas"]
+
+
+async def test_a_broker_that_does_not_describe_itself_is_left_out(bridge_database: str, tmp_path: Path) -> None:
+    await execute(bridge_database, "select bridge.register_schema('a', '{}')")
+    sinks = f'[sinks.here]\ntype = "memory"\n{RABBITMQ}'
+    said = "pgbridge: sinks.here: a broker of type 'memory' does not describe itself, so it is left out\n"
+    out, _ = await run(tmp_path, settings(bridge_database, sinks), said=said)
+    assert list(yaml.safe_load(out)["channels"]) == ["far.a"]
+
+
+async def test_without_a_schema_it_knows_of_channels(database: str, tmp_path: Path) -> None:
+    text = settings(database, RABBITMQ, more='channels = {listen = ["a b"], buffer = "memory"}')
+    [channel] = (await document(tmp_path, text))["channels"].values()
+    [message] = channel["messages"].values()
+    assert (channel["address"], message["contentType"], message["payload"]) == ("a b", "text/plain", {"type": "string"})
 
 
 async def test_a_registered_schema_leads_into_itself_wherever_it_stands(bridge_database: str, tmp_path: Path) -> None:
