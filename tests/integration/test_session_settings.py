@@ -100,8 +100,8 @@ async def test_a_migration_waits_for_longer_than_the_role_allows_a_statement(dat
         await migrating
 
 
-async def test_an_older_server_without_the_newest_settings_is_fine(database15: str) -> None:
-    session = await connect(PostgresSettings(dsn=SecretStr(database15)), "test")
+async def test_an_older_server_without_the_newest_settings_is_fine(debian_database: str) -> None:
+    session = await connect(PostgresSettings(dsn=SecretStr(debian_database)), "test")
     async with session:
         assert await (await session.execute("show statement_timeout")).fetchone() == ("0",)
 
