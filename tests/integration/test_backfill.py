@@ -157,7 +157,6 @@ async def rows_of(dsn: str) -> dict[int, dict[str, Any]]:
 
 
 async def deadlocks(dsn: str) -> int:
-    await execute(dsn, "select pg_stat_force_next_flush()")
     [(count,)] = await execute(dsn, "select deadlocks from pg_stat_database where datname = current_database()")
     return int(str(count))
 
