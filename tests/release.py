@@ -27,7 +27,7 @@ def main(release: str, words: list[str]) -> None:
     project.mkdir(exist_ok=True)
     for path in [*project.iterdir(), *(folder.path / "tmp").iterdir()]:
         if path.name != ".venv":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     copy_sources(project)
     # Some tests ask git for the files of this tree.
     subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
