@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.packages.building import copy_sources
-from tests.support.debian import kept, pip_settings
+from tests.support.debian import KEPT, kept, pip_settings
 
 # deploy/install-test-servers installs the rest, from within.
 _PACKAGES: Final = ("make", "git", "python3-venv", "default-jre-headless")
@@ -22,6 +22,7 @@ _PROJECT: Final = Path("/home/pgbridge")
 
 def main(release: str, words: list[str]) -> None:
     """Becomes systemd-nspawn, so that the exit code is that of the tests, and Ctrl-C ends all of it."""
+    print(f"All tests on Debian's {release}, in {KEPT}", flush=True)
     folder = kept(release, "suite", _PACKAGES)
     project = folder.path / _PROJECT.relative_to("/")
     project.mkdir(exist_ok=True)
