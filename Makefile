@@ -9,16 +9,23 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench faults schema docs docs-site pictures dist dist-test deb deb-test clean
+.PHONY: help demo test test-debian13 test-postgres lint format bench faults schema docs docs-site pictures dist dist-test deb deb-test clean
 
 help: ## Shows this list.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 15
 
 demo: $(STAMP) ## Runs the main job: orders become events, messages and invoices (BROKER=rabbitmq|pubsub, ORDERS=200).
 	$(VENV)/bin/pgbridge demo --broker $(BROKER) --orders $(ORDERS)
 
 test: $(STAMP) servers ## Installs the servers that the tests need, and runs all tests (JOBS=3 processes, PYTEST= more words).
 	$(VENV)/bin/pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST)
+
+test-debian13: $(STAMP) ## Runs all tests in a folder with Debian 13: PostgreSQL 17, RabbitMQ 4.0, Python 3.13 (as root; debootstrap; JOBS=, PYTEST=).
+	JOBS=$(JOBS) $(VENV)/bin/python -m tests.release trixie $(PYTEST)
+
+test-postgres: $(STAMP) servers ## Runs the tests on another PostgreSQL than 18: VERSION=14 to 17 (JOBS=, PYTEST= as for test).
+	programs=$$(deploy/postgres-programs $(VERSION)) && \
+	  POSTGRES_PROGRAMS=$$programs $(VENV)/bin/pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST)
 
 lint: $(STAMP) ## Checks format, style, types and import directions.
 	$(VENV)/bin/ruff format --check .

@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 
 from bridge.postgres.schema import migrate
-from tests.support.postgres15 import Postgres15Server
+from tests.support.debian_postgres import DebianPostgresServer
 from tests.support.servers import (
     NOT_DURABLE,
     MissingProgramError,
@@ -58,14 +58,14 @@ def server_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def postgres(server_folder: Path) -> Iterator[PostgresServer]:
-    """PostgreSQL 18."""
+    """PostgreSQL 18, or the one that POSTGRES_PROGRAMS names."""
     yield from _serve(lambda: PostgresServer(server_folder, settings=NOT_DURABLE))
 
 
 @pytest.fixture(scope="session")
-def postgres15(server_folder: Path) -> Iterator[PostgresServer]:
-    """PostgreSQL 15."""
-    yield from _serve(lambda: Postgres15Server(server_folder, settings=NOT_DURABLE))
+def debian_postgres(server_folder: Path) -> Iterator[PostgresServer]:
+    """Debian's PostgreSQL."""
+    yield from _serve(lambda: DebianPostgresServer(server_folder, settings=NOT_DURABLE))
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +115,7 @@ def unique() -> str:
 
 @pytest.fixture
 def database(postgres: PostgresServer, unique: str) -> Iterator[str]:
-    """The DSN, as superuser, of an empty database of this test's own on PostgreSQL 18."""
+    """The DSN, as superuser, of an empty database of this test's own on `postgres`."""
     yield postgres.create_database(unique)
     postgres.drop_database(unique)
 
@@ -129,13 +129,13 @@ def _migrated(postgres: PostgresServer) -> str:
 
 @pytest.fixture
 def bridge_database(postgres: PostgresServer, unique: str, _migrated: str) -> Iterator[str]:
-    """The DSN, as superuser, of a database of this test's own with the schema `bridge`, on PostgreSQL 18."""
+    """The DSN, as superuser, of a database of this test's own with the schema `bridge`, on `postgres`."""
     yield postgres.copy_database(unique, _migrated)
     postgres.drop_database(unique)
 
 
 @pytest.fixture
-def database15(postgres15: PostgresServer, unique: str) -> Iterator[str]:
-    """The same on PostgreSQL 15."""
-    yield postgres15.create_database(unique)
-    postgres15.drop_database(unique)
+def debian_database(debian_postgres: PostgresServer, unique: str) -> Iterator[str]:
+    """The same as `database` on Debian's PostgreSQL."""
+    yield debian_postgres.create_database(unique)
+    debian_postgres.drop_database(unique)

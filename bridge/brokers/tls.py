@@ -1,7 +1,7 @@
 """Certificates of the settings, as an SSL context, and what the errors of one mean."""
 
 from collections.abc import Callable
-from ssl import SSLContext, SSLError, create_default_context
+from ssl import SSLCertVerificationError, SSLContext, SSLError, create_default_context
 from typing import Final
 
 from bridge.errors import SettingsError
@@ -12,6 +12,9 @@ OTHER_NAME: Final = frozenset({62, 64})
 
 OUT_OF_DATE: Final = frozenset({9, 10})
 """OpenSSL's codes X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED."""
+
+_NOT_AS_RFC_5280: Final = range(80, 94)
+"""OpenSSL's codes for what it refuses only in its strict mode, X509_V_FLAG_X509_STRICT."""
 
 _REFUSALS: Final = (
     "BAD_CERTIFICATE",
@@ -29,6 +32,16 @@ _REFUSALS: Final = (
 def refuses_ours(error: SSLError) -> bool:
     """Whether it is the server that does not take our certificate, or wants one."""
     return str(error.reason).endswith(_REFUSALS)
+
+
+def trust_it(error: SSLCertVerificationError) -> str:
+    """What to do about a certificate that is not trusted, though it is in date and for this host."""
+    if error.verify_code in _NOT_AS_RFC_5280:
+        return (
+            "Python insists on RFC 5280 from version 3.13 on: issue the authority's certificate anew for its key, with "
+            "keyUsage=critical,keyCertSign,cRLSign and what else docs/versions.md names"
+        )
+    return "Name the file of the authority that signed it"
 
 
 def tls_context(tls: TlsSettings, key: Callable[[str], str]) -> SSLContext:

@@ -84,7 +84,7 @@ def row_of(made: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(params=["18", "15"])
 def odd_database(request: pytest.FixtureRequest) -> str:
     """A database with the awkward table, of each version."""
-    dsn: str = request.getfixturevalue("bridge_database" if request.param == "18" else "database15")
+    dsn: str = request.getfixturevalue("bridge_database" if request.param == "18" else "debian_database")
     if request.param == "15":
         migrate(dsn)
     awkward.create_table(dsn, virtual=request.param == "18")

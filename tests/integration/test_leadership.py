@@ -35,7 +35,7 @@ async def test_two_bridges_give_no_duplicate_in_20000_events_without_a_fault(
     with one, two:
         one.wait_for("bridge.started")
         two.wait_for("bridge.started")
-        taking = asyncio.create_task(messages.take(20_000))
+        taking = asyncio.create_task(messages.take(20_000, 120.0))
         for start in range(1, 20_001, 1000):
             await execute(bridge_database, LOAD.format(start, start + 999))
         taken = await taking

@@ -17,9 +17,8 @@ from bridge.postgres.connection import connect
 from bridge.postgres.schema import Migration, check_version, migrate, migrate_sql, migrations, pending, schema_version
 from bridge.settings import PostgresSettings
 from tests.support.daemons import run_command
-from tests.support.servers import PostgresServer
-
-PSQL = Path("/usr/lib/postgresql/15/bin/psql")
+from tests.support.debian_postgres import debian_programs
+from tests.support.servers import MissingProgramError, PostgresServer
 
 
 def versions(dsn: str) -> list[int]:
@@ -33,6 +32,16 @@ class Role:
 
     dsn: str
     name: sql.Identifier
+
+
+def run_script(dsn: str) -> subprocess.CompletedProcess[str]:
+    """Lets Debian's psql, where it is installed, run what `migrate --sql` prints."""
+    try:
+        psql = debian_programs() / "psql"
+    except MissingProgramError as error:
+        pytest.skip(str(error))
+    command = [str(psql), "-X", "-d", dsn, "-f", "-"]
+    return subprocess.run(command, input=migrate_sql(), text=True, check=False, capture_output=True)
 
 
 @pytest.fixture
@@ -57,8 +66,8 @@ def test_migrate_applies_everything_once(database: str) -> None:
     assert versions(database) == [m.version for m in migrations()]
 
 
-def test_migrate_works_on_postgres_15(database15: str) -> None:
-    assert migrate(database15) == list(migrations())
+def test_migrate_works_on_debians_postgres(debian_database: str) -> None:
+    assert migrate(debian_database) == list(migrations())
 
 
 def test_simultaneous_migrations_apply_each_one_once(database: str) -> None:
@@ -164,15 +173,11 @@ async def test_a_database_without_an_encoding_is_refused(database_without_encodi
         migrate(database_without_encoding)
     with pytest.raises(SchemaError, match=r"SQL_ASCII"):
         await connect(PostgresSettings(dsn=SecretStr(database_without_encoding)), "test")
-    if PSQL.exists():
-        done = subprocess.run(
-            [str(PSQL), "-X", "-d", database_without_encoding, "-f", "-"],
-            input=migrate_sql(), text=True, check=False, capture_output=True,
-        )  # fmt: skip
-        assert done.returncode == 3
-        assert "SQL_ASCII" in done.stderr
-        with psycopg.connect(database_without_encoding) as connection:
-            assert connection.execute("select to_regnamespace('bridge')").fetchone() == (None,)
+    done = run_script(database_without_encoding)
+    assert done.returncode == 3
+    assert "SQL_ASCII" in done.stderr
+    with psycopg.connect(database_without_encoding) as connection:
+        assert connection.execute("select to_regnamespace('bridge')").fetchone() == (None,)
 
 
 def test_a_wrong_dsn_is_named_without_its_secret() -> None:
@@ -199,22 +204,14 @@ async def test_check_version_tells_what_is_missing(database: str) -> None:
             await check_version(connection)
 
 
-@pytest.mark.parametrize("fixture", ["database", "database15"])
+@pytest.mark.parametrize("fixture", ["database", "debian_database"])
 def test_the_script_for_a_dba_does_what_migrate_does_and_may_run_again(
     request: pytest.FixtureRequest, fixture: str
 ) -> None:
-    if not PSQL.exists():
-        pytest.skip("psql is not installed: apt install postgresql-15")
     dsn: str = request.getfixturevalue(fixture)
 
     def run() -> str:
-        done = subprocess.run(
-            [str(PSQL), "-X", "-d", dsn, "-f", "-"],
-            input=migrate_sql(),
-            text=True,
-            check=False,
-            capture_output=True,
-        )
+        done = run_script(dsn)
         assert (done.returncode, done.stderr) == (0, "")
         return done.stdout
 

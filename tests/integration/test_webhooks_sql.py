@@ -307,6 +307,8 @@ def test_a_clock_that_went_back_does_not_stop_an_endpoint_with_a_rate(hooks: Web
 
 def test_what_is_due_is_found_without_looking_at_the_history(hooks: Webhooks) -> None:
     """On a table whose statistics know of nothing, and in which nearly all is done."""
+    if hooks.connection.info.server_version < 150_000:
+        pytest.skip("PostgreSQL 14 tells what a session has read only some time later")
     endpoint = hooks.add(concurrency=10)
     hooks.connection.execute("set session_replication_role = replica")  # without a message for each
     hooks.connection.execute(

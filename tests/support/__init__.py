@@ -1,1 +1,1 @@
-"""Servers that only tests need: Debian's PostgreSQL 15, and a proxy that breaks the wire."""
+"""Servers that only tests need: Debian's PostgreSQL, and a proxy that breaks the wire."""

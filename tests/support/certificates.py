@@ -5,13 +5,27 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+
+_AUTHORITY: Final = x509.BasicConstraints(ca=True, path_length=None)
+_SIGNING: Final = x509.KeyUsage(
+    digital_signature=True,
+    content_commitment=False,
+    key_encipherment=True,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=True,
+    crl_sign=True,
+    encipher_only=False,
+    decipher_only=False,
+)
+"""RFC 5280 wants it of every authority, and Python asks for that from 3.13 on."""
 
 
 class Certificate(NamedTuple):
@@ -30,10 +44,11 @@ class Authority:
     _key: RSAPrivateKey
 
     @classmethod
-    def make(cls, folder: Path, name: str = "authority") -> "Authority":
-        """Writes ``certificate.pem``."""
+    def make(cls, folder: Path, name: str = "authority", *, says_what_for: bool = True) -> "Authority":
+        """Writes ``certificate.pem``, which says that its key signs certificates, or leaves that out."""
         key, subject = _new_key(), _named(name)
-        certificate = _signed(subject, key, subject, key, [x509.BasicConstraints(ca=True, path_length=None)])
+        usage = [_SIGNING] if says_what_for else []
+        certificate = _signed(subject, key, subject, key, [_AUTHORITY, *usage])
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "certificate.pem"
         file.write_bytes(certificate.public_bytes(Encoding.PEM))
@@ -51,7 +66,7 @@ class Authority:
 def self_signed(folder: Path, *, name: str = "IP:127.0.0.1", expired: bool = False) -> Certificate:
     """Writes ``certificate.pem``, its own authority, for this subject alternative name, and ``key.pem``."""
     key, subject = _new_key(), _named("localhost")
-    what_it_is = [x509.BasicConstraints(ca=True, path_length=None), x509.SubjectAlternativeName(_alternatives(name))]
+    what_it_is = [_AUTHORITY, _SIGNING, x509.SubjectAlternativeName(_alternatives(name))]
     return _write(folder, _signed(subject, key, subject, key, what_it_is, expired=expired), key)
 
 
@@ -87,7 +102,9 @@ def _signed(
     own = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     signers = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuers_key.public_key())
     for extension in (*extensions, own, signers):
-        builder = builder.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
+        builder = builder.add_extension(
+            extension, critical=isinstance(extension, x509.BasicConstraints | x509.KeyUsage)
+        )
     return builder.sign(issuers_key, SHA256())
 
 

@@ -40,11 +40,15 @@ class Folder:
 
     def run(self, *command: str, user: str = "root", environ: Mapping[str, str] | None = None) -> str:
         """What a command prints. Raises AssertionError with all of it where it fails."""
+        return _printed(self.enter(*command, user=user, environ=environ), timeout=1800)
+
+    def enter(self, *command: str, user: str = "root", environ: Mapping[str, str] | None = None) -> list[str]:
+        """The words that run a command inside. With it ends all that it started, and no mount is left."""
         values = {**_ENVIRONMENT, "HOME": "/root" if user == "root" else f"/home/{user}", **(environ or {})}
-        words = [*_NSPAWN, f"--directory={self.path}", "--pipe", f"--user={user}"]
+        words = [*_NSPAWN, f"--directory={self.path}", "--pipe", "--as-pid2", f"--user={user}"]
         words += [f"--setenv={name}={value}" for name, value in values.items()]
         words += [f"--bind-ro={path}" for path in _files_in((environ or {}).values())]
-        return _printed([*words, *command], timeout=1800)
+        return [*words, *command]
 
 
 def _files_in(values: Iterable[str]) -> list[str]:

@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import LiteralString
+from typing import Final, LiteralString
 
 import psycopg
 from psycopg import sql
@@ -32,6 +32,9 @@ __all__ = [
 
 NOT_DURABLE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 """Faster, and enough here: only a crash of the machine could tell. A test that kills a server starts a durable one."""
+
+PROGRAMS_VARIABLE: Final = "POSTGRES_PROGRAMS"
+"""The environment variable that names the folder of another PostgreSQL's programs, for the tests of older versions."""
 
 DEFAULT_WATERMARK = "0.4"
 """RabbitMQ's own default: the part of the memory beyond which it blocks publishers."""
@@ -81,6 +84,23 @@ class PostgresServer(Server, servers.PostgresServer):
         self.settings |= {"max_prepared_transactions": "50"} | dict(settings or {})
         if self.settings.get("fsync") == "off":
             self.initdb_options = (*self.initdb_options, "--no-sync")
+
+    @property
+    def major(self) -> int:
+        """The major version of its programs."""
+        printed = subprocess.run([self._bin_dir / "postgres", "--version"], capture_output=True, text=True, check=True)
+        return int(printed.stdout.split()[2].partition(".")[0])
+
+    def program(self, name: str) -> Path:
+        """One of its client programs, such as pg_dump. Raises MissingProgramError where it has none."""
+        path = self._bin_dir / name
+        if not path.exists():
+            raise MissingProgramError(f"there is no {name} beside the server's programs in {self._bin_dir}")
+        return path
+
+    def _find_programs(self) -> Path:
+        chosen = os.environ.get(PROGRAMS_VARIABLE)
+        return Path(chosen) if chosen else super()._find_programs()
 
     def copy_database(self, name: str, template: str) -> str:
         """Creates a database like another, and returns its DSN. Nobody may be connected to the other meanwhile."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tests.support.certificates import Authority
-from tests.support.postgres15 import Postgres15Server
+from tests.support.debian_postgres import DebianPostgresServer
 from tests.support.servers import PostgresServer
 
 
@@ -23,7 +23,7 @@ class PasswordServer(PostgresServer):
         )
 
 
-class TlsPostgresServer(Postgres15Server):
+class TlsPostgresServer(DebianPostgresServer):
     """Speaks TLS with a certificate of `authority` for `db.test`, and wants one of the role `certified`. The embedded
     server is built without TLS."""
 

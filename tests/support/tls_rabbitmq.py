@@ -1,5 +1,6 @@
 """A RabbitMQ that also listens for TLS."""
 
+import socket
 from pathlib import Path
 
 from tests.support.certificates import Authority
@@ -27,6 +28,14 @@ class TlsRabbitMQServer(RabbitMQServer):
         """Changes its certificate for new connections."""
         self.authority.issue(self.folder, expired=expired)
         self.ctl("eval", "ssl:clear_pem_cache().")
+
+    def _answers(self) -> str | None:
+        # RabbitMQ opens this port after the other.
+        try:
+            socket.create_connection((self.host, self.tls_port), timeout=5).close()
+        except OSError as error:
+            return f"for TLS: {error}"
+        return super()._answers()
 
     def _write_configuration(self) -> None:
         super()._write_configuration()

@@ -25,7 +25,7 @@ from nats.protocol.parser import AUTHORIZATION_VIOLATION, PERMISSIONS_ERR
 
 import bridge
 from bridge.brokers.nats.settings import NatsSettings
-from bridge.brokers.tls import OTHER_NAME, OUT_OF_DATE, refuses_ours, tls_context
+from bridge.brokers.tls import OTHER_NAME, OUT_OF_DATE, refuses_ours, tls_context, trust_it
 from bridge.errors import (
     BrokerUnavailableError,
     LoginError,
@@ -342,7 +342,7 @@ def explained(error: Exception, settings: NatsSettings) -> PgbridgeError:
         case ssl.SSLCertVerificationError():
             return RefusedError(
                 f"{tls}.ca_file: {there} shows a certificate that is not trusted: {error.verify_message}. "
-                "Name the file of the authority that signed it"
+                f"{trust_it(error)}"
             )
         case ssl.SSLError() if refuses_ours(error):
             return LoginError(

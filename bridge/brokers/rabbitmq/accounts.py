@@ -27,7 +27,8 @@ rabbitmqctl --quiet list_vhosts | grep -qxF -- "$$vhost" || rabbitmqctl --quiet 
 account() {
   verb=add_user
   if rabbitmqctl --quiet list_users | cut -f1 | grep -qxF -- "$$1"; then verb=change_password; fi
-  printf '%s\\n' "$$2" | rabbitmqctl --quiet "$$verb" "$$1" > /dev/null
+  # No --quiet here: with any word more RabbitMQ 4 does not read what comes through the pipe, and waits for ever.
+  printf '%s\\n' "$$2" | rabbitmqctl "$$verb" "$$1" > /dev/null
   rabbitmqctl --quiet set_permissions -p "$$vhost" "$$1" "$$3" "$$4" "$$5"
 }
 

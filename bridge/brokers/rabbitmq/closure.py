@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import Final, Literal
 
 from bridge.brokers.rabbitmq.settings import Address, RabbitMQSettings
-from bridge.brokers.tls import OTHER_NAME, OUT_OF_DATE, refuses_ours
+from bridge.brokers.tls import OTHER_NAME, OUT_OF_DATE, refuses_ours, trust_it
 from bridge.errors import (
     BrokerUnavailableError,
     LoginError,
@@ -167,7 +167,7 @@ def connecting_failed(settings: RabbitMQSettings, error: OSError, at: Address | 
         case ssl.SSLCertVerificationError():
             return RefusedError(
                 f"{rabbitmq_at(settings, 'tls.ca_file', at=at)} shows a certificate that is not trusted: "
-                f"{error.verify_message}; name a file with the certificate of its authority"
+                f"{error.verify_message}. {trust_it(error)}"
             )
         case ssl.SSLError() if refuses_ours(error):
             own = settings.tls.cert_file

@@ -3,7 +3,8 @@
 AMQP has no question for it. So each thing is asked for in a form that RabbitMQ refuses (406) behind its look at the
 permissions (403), and before it does anything:
 
-- a message whose sender is another user, and whose time to live is no number, is refused before it is routed;
+- a message whose sender is another user is refused before it is routed; for an account that may send in others' names
+  (tag `impersonator`) it is part of a transaction that is rolled back;
 - a consumer whose priority is no number is refused before the queue hears of it.
 
 Each leaves a line in the broker's log.
@@ -31,7 +32,10 @@ _PRODUCT: Final = "RabbitMQ"
 _WORD: Final = "pgbridge"
 """Stands for each wildcard of a pattern."""
 
-_REFUSED_BY_FORM: Final = commands.Basic.Properties(user_id="pgbridge check", expiration="never")
+_REFUSED_BY_FORM: Final = commands.Basic.Properties(user_id="pgbridge check")
+"""The one thing that every version looks at behind the topic: RabbitMQ 4 looks at all the rest of a message before."""
+
+_DONE: Final = Closure("the broker did what it was expected to refuse")
 
 
 async def may_publish(
@@ -59,7 +63,7 @@ async def may_publish(
                 f"{rabbitmq_at(settings)} does not permit user {user!r} to publish the topic {topic!r}: "
                 f"{closure.said}; grant it with `rabbitmqctl set_topic_permissions`"
             )
-        elif closure.code != Reply.PRECONDITION_FAILED:
+        elif closure is not _DONE and closure.code != Reply.PRECONDITION_FAILED:
             raise _lacking(settings, closure, "WRITE", name)
     if unsure:
         found.append(
@@ -116,11 +120,12 @@ async def _refusal_of_message(connection: Connection, exchange: str, topic: str,
 
 async def _answer_to_message(connection: Connection, exchange: str, topic: str) -> Closure:
     await connection.call(_CHANNEL, commands.Channel.Open())
+    await connection.call(_CHANNEL, commands.Tx.Select())
     publish = commands.Basic.Publish(exchange=exchange, routing_key=topic, mandatory=True)
     header = ContentHeader(0, 0, _REFUSED_BY_FORM)
     connection.write(frame.marshal(publish, _CHANNEL) + frame.marshal(header, _CHANNEL))
     # A message is not answered, unless it is refused; this is, and not behind a refusal.
-    return await _refusal(connection, commands.Basic.Qos(prefetch_count=1))
+    return await _refusal(connection, commands.Tx.Rollback())
 
 
 async def _refusal(connection: Connection, method: Frame) -> Closure:
@@ -130,4 +135,4 @@ async def _refusal(connection: Connection, method: Frame) -> Closure:
     except ClosedError as error:
         return error.closure
     await connection.call(_CHANNEL, commands.Channel.Close(200, "", 0, 0))
-    return Closure("the broker did what it was expected to refuse")
+    return _DONE

@@ -49,9 +49,12 @@ def parse_url(url: str) -> tuple[Address, ...]:
 
     Raises ValueError, whose message never shows the URL, since it holds the password.
     """
+    # Newer Pythons refuse the brackets of an IPv6 address among several hosts, so urlsplit() sees each host alone.
+    scheme, _, after = url.partition("//")
+    netloc = re.split("[/?#]", after, maxsplit=1)[0]
     try:
-        parts = urlsplit(url)
-        login, _, hosts = parts.netloc.rpartition("@")
+        parts = urlsplit(f"{scheme}//host{after.removeprefix(netloc)}")
+        login, _, hosts = netloc.rpartition("@")
         places = [_place(host) for host in hosts.split(",")]
         who = urlsplit(f"//{login}@host")
     except ValueError:

@@ -40,6 +40,7 @@ USERS: Final[Mapping[str, Rights]] = {
     "nobody": Rights(),
     "reader": Rights(read="^invoices.*"),
     "narrow": Rights(write=r"^(events|amq\.default)$", read="^invoices.*"),
+    "impersonator": Rights(write=r"^(events|amq\.default)$", read="^invoices.*"),
 }
 """The topics of `narrow` are limited to those below shop.order."""
 
@@ -188,14 +189,17 @@ async def test_an_account_that_may_do_what_is_needed_lacks_nothing(
     await lacks_nothing(world, user, processes, subject, says)
 
 
-async def test_no_message_is_published_and_none_is_taken(world: World, rabbitmq: RabbitMQServer) -> None:
+@pytest.mark.parametrize("user", ["both", "impersonator"])
+async def test_no_message_is_published_and_none_is_taken(world: World, rabbitmq: RabbitMQServer, user: str) -> None:
+    # Who has this tag may name another user as the sender, which is what others are refused for.
+    await asyncio.to_thread(rabbitmq.ctl, "set_user_tags", "impersonator", "impersonator")
     async with await aio_pika.connect(url_of(rabbitmq, "admin", HOST)) as connection:
         channel = await connection.channel()
         everything = await channel.declare_queue(exclusive=True)
         await everything.bind("events", "#")
         worker = await channel.declare_queue("invoices", passive=True)
         await channel.default_exchange.publish(aio_pika.Message(b"waits"), "invoices")
-        assert wrong_of(await found_in(world.settings("both"))) == []
+        assert wrong_of(await found_in(world.settings(user))) == []
         assert await everything.get(fail=False) is None
         message = await worker.get()
         assert message is not None
