@@ -78,7 +78,8 @@ grant execute on function
   bridge.paused_sinks(text),
   bridge.worker_status(text[]),
   bridge.move_due(timestamptz, timestamptz, bigint, int, bigint),
-  bridge.scheduled_status()
+  bridge.scheduled_status(),
+  bridge.store_samples(text, text[], double precision, jsonb[], jsonb[], double precision)
 to bridge_relay;
 
 -- bridge_worker: the worker processes. ---------------------------------------------------------------------
@@ -100,6 +101,7 @@ grant execute on function
   bridge.inbox_prune(text, timestamptz, int),
   bridge.held_keys(text),
   bridge.worker_pause(text),
+  bridge.store_worker_sample(text, double precision, jsonb, jsonb, double precision),
   bridge.rate_take(text, int, double precision, double precision),
   -- `pgbridge-worker reconcile` and `listen`
   bridge.open_effects(text, timestamptz),
@@ -137,6 +139,9 @@ grant execute on function
   bridge.event_in_log(bigint),
   bridge.event_positions(bigint, text),
   bridge.event_inbox(uuid),
+  bridge.search_events(bigint, bigint, int, int, bigint, text[], text, timestamptz, timestamptz, text, text, text),
+  bridge.event_neighbours(bigint, text, int, int),
+  bridge.event_content(bigint, int),
   bridge.set_worker_login(text, name),
   bridge.scheduled_status(),
   bridge.cancel(uuid),

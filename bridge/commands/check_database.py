@@ -62,6 +62,7 @@ FUNCTIONS: Final = (
     "bridge.worker_status(text[])",
     "bridge.move_due(timestamptz, timestamptz, bigint, int, bigint)",
     "bridge.scheduled_status()",
+    "bridge.store_samples(text, text[], double precision, jsonb[], jsonb[], double precision)",
 )
 """What roles.sql grants to bridge_relay, by privilege; a test compares them."""
 

@@ -497,7 +497,8 @@ class ObserveSettings(Model):
     """`host:port` at which the bridge serves `/metrics`, `/health`, `/livez` and `/readyz`; left out: nowhere.
     Workers have their own."""
     sample_interval: SomeDuration = 15.0
-    """How often a leader that serves metrics asks the database for those that only it knows."""
+    """How often a leader asks the database for the metrics that only it knows; every 15 s in any case, when it also
+    stores a sample for charts."""
     traces: bool = False
     """Whether bridge and workers record spans of the events that belong to a sampled trace, and send them to an
     OpenTelemetry collector, as OTEL_EXPORTER_OTLP_ENDPOINT and its like say. Needs the extra `otel`."""
