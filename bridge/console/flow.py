@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from starlette.requests import Request
 
+from bridge.console.charts import Charts, charts, span_of
 from bridge.console.parts import Page, Parts
 from bridge.console.reader import Seen
 from bridge.errors import SettingsError
@@ -13,6 +14,9 @@ from bridge.postgres.pause import Pause
 from bridge.postgres.problems import leader_words, problem_words, problems
 from bridge.postgres.status import Bridge, Rates, SinkPosition, Status, WorkerStatus, rates
 from bridge.settings import Settings
+
+_SAMPLED: Final = 10.0
+"""Seconds for which charts are kept; there is a sample every 15 s."""
 
 _LATE: Final = 10.0
 """Seconds that an event may wait for its sink before the picture calls the sink behind."""
@@ -53,7 +57,21 @@ class Way:
 
 async def _show(parts: Parts, request: Request) -> dict[str, Any]:
     seen = await parts.reader.look()
-    return {"seen": seen, **picture(parts.settings, seen)}
+    return {"seen": seen, **picture(parts.settings, seen), "charts": await _charts(parts, request, seen)}
+
+
+async def _charts(parts: Parts, request: Request, seen: Seen) -> Charts | None:
+    """Of the span that the address names; None while the database is gone."""
+    if seen.status is None or seen.outage is not None:
+        return None
+    settings, span = parts.settings, span_of(request.query_params.get("charts"))
+    workers = [worker.worker for worker in seen.status.workers]
+
+    async def ask() -> Charts:
+        async with parts.database.connection() as connection:
+            return await charts(connection, settings.name, workers, span)
+
+    return await parts.recent.get(("charts", span), _SAMPLED, ask)
 
 
 def picture(settings: Settings, seen: Seen) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from bridge.console import bridges, flow
+from bridge.console import bridges, event, events, flow
 from bridge.console.parts import Page
 
-PAGES: Final[tuple[Page, ...]] = (flow.PAGE, bridges.PAGE)
+PAGES: Final[tuple[Page, ...]] = (flow.PAGE, events.PAGE, event.PAGE, bridges.PAGE)

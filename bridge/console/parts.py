@@ -9,6 +9,7 @@ from starlette.requests import Request
 from bridge.console.access import Person
 from bridge.console.database import Database
 from bridge.console.reader import Reader
+from bridge.console.recent import Recent
 from bridge.settings import Settings
 
 
@@ -20,6 +21,8 @@ class Parts:
     database: Database
     """For what only one page asks. What all pages show comes from the reader."""
     reader: Reader
+    recent: Recent = field(default_factory=Recent)
+    """What pages ask for themselves, once for all browsers."""
 
 
 Show: TypeAlias = Callable[[Parts, Request], Awaitable[dict[str, Any]]]

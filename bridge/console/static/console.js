@@ -22,6 +22,20 @@
     }
   }
 
+  // Copying: there is nothing to do it with without a script.
+
+  function offerCopies(root) {
+    for (const button of root.querySelectorAll("[data-copy]")) button.hidden = false;
+  }
+
+  document.addEventListener("click", async ({ target }) => {
+    const from = target.dataset?.copy && document.getElementById(target.dataset.copy);
+    if (!from) return;
+    getSelection().selectAllChildren(from);
+    await navigator.clipboard?.writeText(from.textContent);  // where there is none, it is marked for the keys
+    target.textContent = navigator.clipboard ? "Copied" : "Marked";
+  });
+
   // Renewal: what is the same stays, and with it the focus, a selection, and what somebody is writing.
 
   function renewAttributes(old, fresh) {
@@ -83,6 +97,7 @@
     opened.onmessage = ({ data }) => {
       const fresh = new DOMParser().parseFromString(`<div>${data}</div>`, "text/html").body.firstChild;
       localize(fresh);
+      offerCopies(fresh);
       renew(region, fresh);
       tell("Live", "live");
     };
@@ -106,6 +121,7 @@
   }
 
   localize(document);
+  offerCopies(document);
   if (region === null || bar === null) return;
   bar.querySelector("button").addEventListener("click", () => {
     paused = !paused;
