@@ -6326,7 +6326,7 @@ do $$
 declare
   name text;
 begin
-  foreach name in array array['bridge_emitter', 'bridge_relay', 'bridge_worker', 'bridge_operator'] loop
+  foreach name in array array['bridge_emitter', 'bridge_relay', 'bridge_worker', 'bridge_operator', 'bridge_viewer'] loop
     if not exists (select from pg_catalog.pg_roles where rolname = name) then
       begin
         execute format('create role %I nologin', name);
@@ -6342,7 +6342,7 @@ revoke all on schema bridge from public;
 revoke all on all tables in schema bridge from public;
 revoke all on all sequences in schema bridge from public;
 revoke all on all routines in schema bridge from public;
-grant usage on schema bridge to bridge_emitter, bridge_relay, bridge_worker, bridge_operator;
+grant usage on schema bridge to bridge_emitter, bridge_relay, bridge_worker, bridge_operator, bridge_viewer;
 
 -- bridge_emitter: those who record events. -----------------------------------------------------------------
 
@@ -6524,3 +6524,33 @@ grant execute on function
   bridge.check_topic(text),
   bridge.capture()
 to bridge_operator;
+
+-- bridge_viewer: people who look, and change nothing. ------------------------------------------------------
+
+grant select on all tables in schema bridge to bridge_viewer;
+revoke all on bridge.webhook_secret from bridge_viewer;
+grant select on sequence bridge.outbox_id_seq to bridge_viewer;
+grant execute on function
+  bridge.status(),
+  bridge.guards(),
+  bridge.scheduled_status(),
+  bridge.paused_sinks(text),
+  bridge.worker_pause(text),
+  bridge.worker_status(text[]),
+  bridge.find_event(uuid, bigint, int),
+  bridge.event_in_log(bigint),
+  bridge.event_positions(bigint, text),
+  bridge.event_inbox(uuid),
+  bridge.open_effects(text, timestamptz),
+  bridge.endpoint_deliveries(bigint, int),
+  bridge.position_at(timestamptz),
+  bridge.events_between(text, text, bigint, bigint, int),
+  bridge.sequence_state(),
+  bridge.topic_regex(text[]),
+  bridge.topic_test(text[]),
+  bridge.takes(text, text[], text),
+  bridge.event_bytes(text, text, jsonb),
+  bridge.calendar_time(timestamptz),
+  bridge.header_texts(jsonb),
+  bridge.any_header_texts(jsonb)
+to bridge_viewer;

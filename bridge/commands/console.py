@@ -25,10 +25,10 @@ def console(config: Path | None) -> None:
     settings = load(config, of="console")
     configure(settings.observe)
     try:
-        from bridge.console.server import serve
+        from bridge.console.server import run_until_signalled
     except ModuleNotFoundError as error:
         how = how_to_install(error.name or "")
         if how is None:
             raise
         raise SettingsError(f"the console needs the package {error.name}: {how}") from error
-    run_daemon(serve(settings, partial(load, config, of="console")))
+    run_daemon(run_until_signalled(settings, partial(load, config, of="console")))

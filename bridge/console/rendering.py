@@ -25,6 +25,11 @@ def _size(number: int) -> str:
     return f"{number / 1e6:,.1f} MB"
 
 
+def _bytes(number: int) -> str:
+    """Bytes of what may be small."""
+    return f"{number / 1e3:,.0f} kB" if number < 1e6 else _size(number)
+
+
 def _rate(number: float | None) -> str:
     """Times a second."""
     return "–" if number is None else f"{number:,.0f}/s"
@@ -47,7 +52,7 @@ _ENVIRONMENT: Final = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.filters |= {"age": age, "count": _count, "size": _size, "rate": _rate, "when": _when}
+_ENVIRONMENT.filters |= {"age": age, "count": _count, "size": _size, "bytes": _bytes, "rate": _rate, "when": _when}
 _ENVIRONMENT.globals["version"] = __version__
 
 

@@ -27,55 +27,62 @@ _STOP_LIMIT: Final = 2
 """Seconds in which answers that are under way may end at a stop; streams end at once."""
 
 
-async def serve(settings: Settings, load_again: Callable[[], object]) -> None:
-    """Until the process is asked to stop.
+async def run_until_signalled(settings: Settings, load_again: Callable[[], object]) -> None:
+    """Serves until SIGTERM or SIGINT, or SIGHUP where `load_again` finds nothing wrong. Raises as `Console`."""
+    console = Console(settings)
+    await console.run(stop_on_signals("console", load_again))
 
-    Raises SettingsError, and UnavailableError where it cannot listen yet; a database that cannot be reached is shown on
-    the pages, which is what they are for.
-    """
-    access = Access(settings)
-    database = Database(settings)
-    reader = Reader(settings, database)
-    stop = stop_on_signals("console", load_again)
-    app = make_app(Parts(settings, database, reader), access, stop)
-    server = _Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            http="h11",
-            ws="none",
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=_AT_ONCE,
-            timeout_keep_alive=15,
-            timeout_graceful_shutdown=_STOP_LIMIT,
+
+class Console:
+    """One process. A database that cannot be reached is shown on the pages, which is what they are for."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises SettingsError where it would be open to a network, UsageError where there is nothing to show."""
+        self._settings = settings
+        self._access = Access(settings)
+        self._database = Database(settings)
+        self.reader = Reader(settings, self._database)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until `stop` is set. Raises SettingsError, and UnavailableError where it cannot listen yet."""
+        app = make_app(Parts(self._settings, self._database, self.reader), self._access, stop)
+        server = _Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                http="h11",
+                ws="none",
+                server_header=False,
+                proxy_headers=False,
+                limit_concurrency=_AT_ONCE,
+                timeout_keep_alive=15,
+                timeout_graceful_shutdown=_STOP_LIMIT,
+            )
         )
-    )
-    try:
-        with one_error(), _bound(settings.console.listen) as bound:
-            async with background(watchdog_for_ever()):
-                serves = asyncio.create_task(server.serve(sockets=[bound]))
-                _started(settings, access)
-                await asyncio.wait([serves, asyncio.create_task(stop.wait())], return_when=asyncio.FIRST_COMPLETED)
-                server.should_exit = True
-                await serves
-    finally:
-        await reader.close()
-        await database.close()
-    log.info("console.stopped")
+        try:
+            with one_error(), _bound(self._settings.console.listen) as bound:
+                async with background(watchdog_for_ever()):
+                    serves = asyncio.create_task(server.serve(sockets=[bound]))
+                    self._started()
+                    stopped = asyncio.create_task(stop.wait())
+                    await asyncio.wait([serves, stopped], return_when=asyncio.FIRST_COMPLETED)
+                    server.should_exit = True
+                    await serves
+        finally:
+            await self.reader.close()
+            await self._database.close()
+        log.info("console.stopped")
 
-
-def _started(settings: Settings, access: Access) -> None:
-    url = settings.console.url or f"http://{settings.console.listen}"
-    log.info("console.started", url=url)
-    if access.is_plain:
-        log.warning(
-            "console.plain_text",
-            hint="tokens and pages cross the network without TLS: put a proxy in front, and name it in console.url",
-        )
-    notify("READY=1")
+    def _started(self) -> None:
+        log.info("console.started", url=self._settings.console.url or f"http://{self._settings.console.listen}")
+        if self._access.is_plain:
+            log.warning(
+                "console.plain_text",
+                hint="tokens and pages cross the network without TLS: put a proxy in front, and name it in console.url",
+            )
+        notify("READY=1")
 
 
 class _Server(uvicorn.Server):

@@ -10,7 +10,7 @@ from bridge.postgres.wire import Connection
 
 _SIZES: Final = """
 select c.relname as name, pg_table_size(c.oid) as bytes, pg_indexes_size(c.oid) as index_bytes,
-    greatest(c.reltuples, 0)::bigint as rows
+    case when c.reltuples >= 0 then c.reltuples::bigint end as rows
 from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
 where n.nspname = 'bridge' and c.relkind = 'r'
 order by pg_total_relation_size(c.oid) desc, c.relname
@@ -26,8 +26,8 @@ class TableSize:
     bytes: int
     """Of the rows, with what is stored beside them."""
     index_bytes: int
-    rows: int
-    """As the server estimated them last; 0 where it never has."""
+    rows: int | None
+    """As the server estimated them last; None where it never has."""
 
 
 async def table_sizes(connection: Connection, key: str = DSN_KEY) -> list[TableSize]:
