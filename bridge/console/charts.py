@@ -15,7 +15,9 @@ class Charts:
     """What the template ``_charts.html`` shows."""
 
     span: Span
-    figures: Sequence[Markup]
+    figures: Sequence[Markup] = ()
+    problem: str | None = None
+    """Why there are none."""
 
 
 def span_of(name: str | None) -> Span:

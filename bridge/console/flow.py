@@ -9,7 +9,7 @@ from starlette.requests import Request
 from bridge.console.charts import Charts, charts, span_of
 from bridge.console.parts import Page, Parts
 from bridge.console.reader import Seen
-from bridge.errors import SettingsError
+from bridge.errors import PgbridgeError, SettingsError
 from bridge.postgres.pause import Pause
 from bridge.postgres.problems import leader_words, problem_words, problems
 from bridge.postgres.status import Bridge, Rates, SinkPosition, Status, WorkerStatus, rates
@@ -71,7 +71,10 @@ async def _charts(parts: Parts, request: Request, seen: Seen) -> Charts | None:
         async with parts.database.connection() as connection:
             return await charts(connection, settings.name, workers, span)
 
-    return await parts.recent.get(("charts", span), _SAMPLED, ask)
+    try:
+        return await parts.recent.get(("charts", span), _SAMPLED, ask)
+    except PgbridgeError as error:  # the rest of the page is known
+        return Charts(span, problem=str(error))
 
 
 def picture(settings: Settings, seen: Seen) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 -- Who may do what: each role what its process needs, everybody else nothing.
-select plan(137);
+select plan(153);
 create role pgbridge_test_nobody;
 create function pg_temp.attempt(who name, statement text) returns text language plpgsql as $$
 begin
@@ -131,4 +131,11 @@ select pg_temp.may('bridge_operator', 'select from bridge.backfill, bridge.sinks
 select pg_temp.may_not('bridge_operator', 'update bridge.backfill set sent = 0');
 select pg_temp.may_not(who, 'select bridge.' || call) from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker']::name[]) who,
   unnest(array['begin_backfill(''pg_class'', null, ''me'', false)', 'record_read(1, ''k'', ''{}'')', 'end_backfill(''s'', ''t'', ''cancelled'')']) call;
+select pg_temp.may('bridge_relay', 'select from bridge.store_samples(''b'', ''{null,s}'', 15, ''{"{}","{}"}'', ''{"{}","{}"}'', 0.5)');
+select pg_temp.may('bridge_worker', 'select from bridge.store_worker_sample(''w'', 15, ''{}'', ''{}'', 0.5)');
+select pg_temp.may_not(who, 'select from bridge.store_samples(''b'', ''{s}'', 15, ''{"{}"}'', ''{"{}"}'', 0.5)') from unnest(array['bridge_emitter', 'bridge_worker', 'bridge_operator', 'bridge_viewer']::name[]) who;
+select pg_temp.may_not(who, 'select from bridge.store_worker_sample(''w'', 15, ''{}'', ''{}'', 0.5)') from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_operator', 'bridge_viewer']::name[]) who;
+select pg_temp.may(who, 'select from bridge.sample, bridge.event_neighbours(1, ''k'', 1, 1), bridge.event_content(1, 1), bridge.search_events(1, 0, 1, 1, 1, null, null, null, null, null, null, null)') from unnest(array['bridge_operator', 'bridge_viewer']::name[]) who;
+select pg_temp.may_not(who, 'select from bridge.sample') from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker']::name[]) who;
+select pg_temp.may_not('bridge_worker', 'select from bridge.search_events(1, 0, 1, 1, 1, null, null, null, null, null, null, null)');
 select * from finish();
