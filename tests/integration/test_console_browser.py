@@ -126,13 +126,13 @@ def test_a_sink_is_paused_and_goes_on_and_what_is_being_written_outlasts_renewal
 ) -> None:
     log_in(browser, shop, path="/bridges")
     browser.sees("Live")
-    browser.find("#why-1").send_keys("the broker")
+    browser.find("#why-events").send_keys("the broker")
     before = browser.ask("return document.querySelector('.facts').textContent")
     shop.emit(3)
     browser.until(
         lambda: bool(browser.ask("return document.querySelector('.facts').textContent") != before), "a renewal"
     )
-    browser.find("#why-1").send_keys(" moves\n")
+    browser.find("#why-events").send_keys(" moves\n")
     browser.sees("The sink events is paused")
     browser.sees("by anna (console): the broker moves")
     browser.go(shop.base + "/").sees("paused by anna (console): the broker moves")
@@ -152,9 +152,8 @@ def test_pages_work_without_scripts(browser: Chromium, shop: Shop) -> None:
     try:
         log_in(browser, shop)
         shop.emit(1)
-        browser.go(shop.base + "/bridges")
-        assert "Last event" in browser.words
-        browser.find("#why-1").send_keys("no script\n")
+        browser.until(lambda: "Last event" in browser.go(shop.base + "/bridges").words, "the bridge")
+        browser.find("#why-events").send_keys("no script\n")
         browser.sees("The sink events is paused")
         browser.find("[aria-label='Resume sink events']").click()
         browser.sees("The sink events goes on")

@@ -74,6 +74,7 @@ class Chromium:
             return ""
 
     def find(self, css: str) -> WebElement:
+        self.until(lambda: bool(self._driver.find_elements(By.CSS_SELECTOR, css)), css)
         return self._driver.find_element(By.CSS_SELECTOR, css)
 
     def ask(self, script: str, *values: object) -> Any:
