@@ -48,28 +48,41 @@
     }
   }
 
-  function isSameKind(old, fresh) {
-    return old.nodeType === fresh.nodeType && old.nodeName === fresh.nodeName && old.id === fresh.id
+  function isSame(old, fresh) {
+    return old.nodeName === fresh.nodeName && old.id === fresh.id
       && old.getAttribute?.("action") === fresh.getAttribute?.("action");
   }
 
+  // The old node that a fresh one renews: the next one, or with an id a later one.
+  function twinOf(fresh, next) {
+    if (next === null || isSame(next, fresh) || !fresh.id) return next !== null && isSame(next, fresh) ? next : null;
+    return twinOf(fresh, next.nextSibling);
+  }
+
   function renew(old, fresh) {
-    const before = [...old.childNodes];
-    const after = [...fresh.childNodes];
-    after.forEach((node, index) => {
-      const known = before[index];
-      if (known === undefined) {
-        old.append(node);
-      } else if (!isSameKind(known, node)) {
-        known.replaceWith(node);
-      } else if (node.nodeType === Node.ELEMENT_NODE) {
-        renewAttributes(known, node);
-        renew(known, node);
-      } else if (known.nodeValue !== node.nodeValue) {
-        known.nodeValue = node.nodeValue;
+    let next = old.firstChild;
+    for (const node of [...fresh.childNodes]) {
+      const twin = twinOf(node, next);
+      if (twin === null) {
+        old.insertBefore(node, next);
+        continue;
       }
-    });
-    before.slice(after.length).forEach((node) => node.remove());
+      while (next !== twin) next = removed(next);
+      if (node.nodeType === Node.ELEMENT_NODE) {
+        renewAttributes(twin, node);
+        renew(twin, node);
+      } else if (twin.nodeValue !== node.nodeValue) {
+        twin.nodeValue = node.nodeValue;
+      }
+      next = twin.nextSibling;
+    }
+    while (next !== null) next = removed(next);
+  }
+
+  function removed(node) {
+    const next = node.nextSibling;
+    node.remove();
+    return next;
   }
 
   // The stream: open while somebody can see the page, and has not paused it.
