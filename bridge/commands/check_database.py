@@ -28,6 +28,7 @@ NAME: Final = "pgbridge check"
 TABLES: Final = {
     "bridge.outbox": ("select",),
     "bridge.migration": ("select",),
+    "bridge.sample": ("select",),
     "bridge.leader": ("select", "insert", "update"),
     "bridge.bell": ("select", "insert", "update"),
     "bridge.cursor": ("select", "insert", "update", "delete"),

@@ -136,6 +136,7 @@ select pg_temp.may('bridge_worker', 'select from bridge.store_worker_sample(''w'
 select pg_temp.may_not(who, 'select from bridge.store_samples(''b'', ''{s}'', 15, ''{"{}"}'', ''{"{}"}'', 0.5)') from unnest(array['bridge_emitter', 'bridge_worker', 'bridge_operator', 'bridge_viewer']::name[]) who;
 select pg_temp.may_not(who, 'select from bridge.store_worker_sample(''w'', 15, ''{}'', ''{}'', 0.5)') from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_operator', 'bridge_viewer']::name[]) who;
 select pg_temp.may(who, 'select from bridge.sample, bridge.event_neighbours(1, ''k'', 1, 1), bridge.event_content(1, 1), bridge.search_events(1, 0, 1, 1, 1, null, null, null, null, null, null, null)') from unnest(array['bridge_operator', 'bridge_viewer']::name[]) who;
-select pg_temp.may_not(who, 'select from bridge.sample') from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker']::name[]) who;
+select pg_temp.may('bridge_relay', 'select from bridge.sample');
+select pg_temp.may_not(who, 'select from bridge.sample') from unnest(array['bridge_emitter', 'bridge_worker']::name[]) who;
 select pg_temp.may_not('bridge_worker', 'select from bridge.search_events(1, 0, 1, 1, 1, null, null, null, null, null, null, null)');
 select * from finish();

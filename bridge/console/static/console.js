@@ -12,6 +12,7 @@
   });
 
   function localize(root) {
+    for (const button of root.querySelectorAll("[data-copy]")) button.hidden = false;
     for (const time of root.querySelectorAll("time[datetime]")) {
       const at = new Date(time.dateTime);
       if (Number.isNaN(at.getTime())) continue;
@@ -22,17 +23,13 @@
     }
   }
 
-  // Copying: there is nothing to do it with without a script.
-
-  function offerCopies(root) {
-    for (const button of root.querySelectorAll("[data-copy]")) button.hidden = false;
-  }
+  // Copying. Where there is no clipboard, as without TLS, it is marked for the keys.
 
   document.addEventListener("click", async ({ target }) => {
     const from = target.dataset?.copy && document.getElementById(target.dataset.copy);
     if (!from) return;
     getSelection().selectAllChildren(from);
-    await navigator.clipboard?.writeText(from.textContent);  // where there is none, it is marked for the keys
+    await navigator.clipboard?.writeText(from.textContent);
     target.textContent = navigator.clipboard ? "Copied" : "Marked";
   });
 
@@ -110,7 +107,6 @@
     opened.onmessage = ({ data }) => {
       const fresh = new DOMParser().parseFromString(`<div>${data}</div>`, "text/html").body.firstChild;
       localize(fresh);
-      offerCopies(fresh);
       renew(region, fresh);
       tell("Live", "live");
     };
@@ -134,7 +130,6 @@
   }
 
   localize(document);
-  offerCopies(document);
   if (region === null || bar === null) return;
   bar.querySelector("button").addEventListener("click", () => {
     paused = !paused;
