@@ -6254,7 +6254,7 @@ as $$
   with taken as materialized (
     select bridge.topic_regex(topics) as regex
   ), part as materialized (
-    select o.id, case when wanted is not null then octet_length(o.payload) else 0 end::bigint as bytes,
+    select o.id, case when wanted is not null then octet_length(o.payload) else 0 end as bytes,
       (taken.regex is null or ('.' || o.topic) ~ taken.regex)
       and (event_key is null or o.key = event_key)
       and (since is null or o.created_at >= since) and (until is null or o.created_at < until)
@@ -6271,8 +6271,9 @@ as $$
   ), found as (
     select o.id, o.event_id, o.topic, o.key, o.content_type, octet_length(o.payload)::bigint as bytes,
       bridge.calendar_time(o.created_at) as recorded_at, left(o.payload, 200) as head
-    from seen s cross join lateral (select n.* from bridge.outbox n where n.id = s.id offset 0) o
-    where s.fits and (wanted is null or position(wanted in o.payload) > 0)
+    from (select e.id from seen e where e.fits order by e.id desc limit case when wanted is null then most end) s
+    cross join lateral (select n.* from bridge.outbox n where n.id = s.id offset 0) o
+    where wanted is null or position(wanted in o.payload) > 0
     order by s.id desc limit most
   )
   select n.looked, n.next_before, f.*
