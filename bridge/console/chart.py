@@ -144,22 +144,26 @@ def _x_axis(series: Series) -> Iterable[Markup]:
 
 
 def _line(number: int, series: Series, top: float) -> Markup:
-    """One path: it is interrupted where nothing is known, and what is known alone is a dot."""
-    commands: list[str] = []
+    """A line that is interrupted where nothing is known, and dots for what is known alone."""
+    line: list[str] = []
+    dots: list[str] = []
     known = [value is not None for value in (None, *series.values, None)]
     for place, value in enumerate(series.values):
         if value is None:
             continue
-        x, y = _x(series, place), _y(value, top)
-        if not known[place]:
-            commands.append(f"M{x} {y}")
-            if not known[place + 2]:
-                commands.append("h0.1")
+        at = f"{_x(series, place)} {_y(value, top)}"
+        if known[place]:
+            line.append(f"L{at}")
+        elif known[place + 2]:
+            line.append(f"M{at}")
         else:
-            commands.append(f"L{x} {y}")
-    if not commands:
-        return Markup("")
-    return Markup('<path class="chart-line chart-line-{}" d="{}"/>').format(number, "".join(commands))
+            dots.append(f"M{at}h0.1")
+    drawn = (("chart-line", line), ("chart-line chart-dots", dots))
+    return Markup("").join(
+        Markup('<path class="{} chart-line-{}" d="{}"/>').format(kind, number, "".join(commands))
+        for kind, commands in drawn
+        if commands
+    )
 
 
 def _latest(series: Series) -> str:

@@ -16,7 +16,7 @@ pytest.importorskip("selenium")
 
 from tests.support.chromium import AXE, BROWSER, DRIVER, Chromium
 
-PAGES = ("/", "/bridges")
+PAGES = ("/", "/events", "/events/1", "/bridges")
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +170,7 @@ def test_nothing_keeps_anybody_out_and_nothing_scrolls_sideways(
     browser.go(shop.base + "/")
     assert browser.barriers() == []
     log_in(browser, shop)
+    shop.emit(3)
     for path in PAGES:
         browser.go(shop.base + path).sees("Live")
         assert browser.ask("return document.documentElement.scrollWidth") == width
