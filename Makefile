@@ -9,7 +9,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench faults schema docs docs-site pictures deb deb-test clean
+.PHONY: help demo test lint format bench faults schema docs docs-site pictures dist dist-test deb deb-test clean
 
 help: ## Shows this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -59,6 +59,13 @@ docs-site: $(STAMP) ## Builds the documentation as a site, build/site, and fails
 
 pictures: $(STAMP) servers ## Draws docs/pictures/ from what commands print on a terminal of 80 columns.
 	$(VENV)/bin/python -m tests.pictures
+
+dist: $(STAMP) ## Builds the source archive, and from it the wheel, in build/dist.
+	rm -rf build/dist
+	$(VENV)/bin/python -m build --outdir build/dist .
+
+dist-test: $(STAMP) servers ## Installs that wheel in a clean environment, and runs demo, tutorial and contract tests on it (some minutes).
+	$(VENV)/bin/pytest -m packages tests/packages/test_dist.py $(PYTEST)
 
 deb: ## Builds build/pgbridge_<version>_<arch>.deb, with a virtual environment inside, for the Debian release that this is.
 	@deploy/build-deb

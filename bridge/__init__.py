@@ -17,4 +17,4 @@ The way of one event, in the order in which the files are best read:
 The story goes on in ``workers/__init__.py``.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

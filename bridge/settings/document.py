@@ -34,7 +34,8 @@ One file, `bridge.toml`, serves bridge and workers: `--config`, or `$PGBRIDGE_CO
 `/etc/pgbridge/bridge.toml`. More places override it, the later ones winning:
 
 - **The units' credentials**, for commands outside of systemd: a file `credentials/bridge/sinks.events.url` (or
-  `credentials/workers/...`, `credentials/console/...`) beside the settings sets `sinks.events.url`, as it does for the unit's process.
+  `credentials/workers/...`, and for the console `credentials/console/...`) beside the settings sets `sinks.events.url`,
+  as it does for the unit's process.
 - **Environment**: `PGBRIDGE_POSTGRES__DSN` is `postgres.dsn`; two underscores are a dot. Lists are written as in
   TOML: `PGBRIDGE_CHANNELS__LISTEN='["orders", "stock"]'`.
 - **Secret files**: a key marked *secret* may be given as `<key>_file`, the path of a file that holds it.

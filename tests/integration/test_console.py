@@ -72,6 +72,24 @@ def test_a_token_that_can_be_guessed_is_no_token(tmp_path: Path, token: str) -> 
         console_settings(tmp_path, "postgresql:///none", f'token = "{token}"')
 
 
+@pytest.mark.parametrize(
+    ("table", "wrong"),
+    [
+        ('url = "console.example.com"', "console.url: is no address of a console"),
+        ('url = "https://example.com/console"', "console.url: is no address of a console"),
+        (TOKENS.replace(VIEWER_TOKEN, TOKEN), "console.viewer_token: is the same as token"),
+        ("[console.proxy]\naddresses = []", "console.proxy.addresses: "),
+        ('[console.proxy]\naddresses = ["proxy.internal"]', "'proxy.internal' is no address, nor a network"),
+        ('[console.proxy]\naddresses = ["10.0.0.1"]\nuser_header = "X User"', "console.proxy.user_header: "),
+    ],
+)
+def test_what_is_wrong_in_the_settings_is_named(tmp_path: Path, table: str, wrong: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        console_settings(tmp_path, NOWHERE, table)
+    assert wrong in str(refused.value)
+    assert TOKEN not in str(refused.value)
+
+
 async def test_on_loopback_everybody_is_in_and_may_act(positions: str, tmp_path: Path) -> None:
     async with browsing(console_settings(tmp_path, positions)) as browser:
         page = await browser.page("/bridges")
@@ -350,6 +368,21 @@ async def test_the_figures_are_those_of_status(positions: str, tmp_path: Path) -
         leader = "nobody; no bridge of this name is running"
         assert leader in text
         assert f"bridge test leader {leader} Start one: pgbridge run" in words
+
+
+async def test_who_stands_by_is_counted_as_in_status(bridge_database: str, tmp_path: Path) -> None:
+    settings = console_settings(tmp_path, bridge_database)
+    with (
+        Daemon(tmp_path / "a", tmp_path / "bridge.toml") as first,
+        Daemon(tmp_path / "b", tmp_path / "bridge.toml") as second,
+    ):
+        first.wait_for("bridge.started")
+        second.wait_for("bridge.started")
+        told = await json_of("status", "--config", str(tmp_path / "bridge.toml"))
+        assert [bridge["standing_by"] for bridge in told["bridges"]] == [1]
+        async with browsing(settings) as browser:
+            assert "; 1 stands by" in (await browser.page("/")).words
+            assert "; 1 stands by" in (await browser.page("/bridges")).words
 
 
 async def test_an_empty_database_says_what_to_do(bridge_database: str, tmp_path: Path) -> None:

@@ -180,9 +180,11 @@ def test_nothing_keeps_anybody_out_and_nothing_scrolls_sideways(
 def test_every_control_that_is_shown_takes_the_focus(browser: Chromium, shop: Shop) -> None:
     log_in(browser, shop)
     browser.go(shop.base + "/bridges").sees("Live")
+    controls = "a, button, input:not([type=hidden]), summary, [tabindex='0']"
     seen = browser.ask(
-        "return [...document.querySelectorAll('a, button, input:not([type=hidden]), summary, [tabindex=\"0\"]')]"
-        ".filter(each => each.checkVisibility()).filter(each => { each.focus(); return document.activeElement !== each; }).map(each => each.outerHTML)"
+        "return [...document.querySelectorAll(arguments[0])].filter(each => each.checkVisibility())"
+        ".filter(each => { each.focus(); return document.activeElement !== each; }).map(each => each.outerHTML)",
+        controls,
     )
     assert seen == []
     assert browser.ask("return document.querySelector('.skip').getAttribute('href')") == "#content"

@@ -122,16 +122,18 @@ class Reader:
         folder: Path,
         *,
         pip: str = "install pgbridge pytest",
+        installs: str = f"cd {ROOT} && {sys.executable} -m {install.__module__} $VIRTUAL_ENV",
         places: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """`folder`: where the shell is at first. `pip`: what the page has pip install. `places`: by addresses that the
-        page shows, those that stand for them here."""
+        """`folder`: where the shell is at first. `pip`: what the page has pip install. `installs`: what
+        installs it here, in the shell's environment. `places`: by addresses that the page shows, those that stand for
+        them here."""
         self.page = page
         self.folder = folder
         self._places = places
         self.written: list[str] = []
         """The files that the page has its reader write."""
-        self._shims(folder / "shims", pip)
+        self._shims(folder / "shims", pip, installs)
         self._shell = subprocess.Popen(
             ["bash", "--noprofile", "--norc"],
             cwd=folder,
@@ -146,12 +148,12 @@ class Reader:
         """By the id of an event that the page shows, the one that the command printed here."""
 
     @staticmethod
-    def _shims(folder: Path, pip: str) -> None:
+    def _shims(folder: Path, pip: str, installs: str) -> None:
         """The two programs that would need a network: both leave pip out."""
         folder.mkdir()
         programs = {
             "python3.11": f'exec {sys.executable} "$@" --without-pip',
-            "pip": f'[ "$*" = "{pip}" ] && cd {ROOT} && {sys.executable} -m {install.__module__} "$VIRTUAL_ENV"',
+            "pip": f'[ "$*" = "{pip}" ] && {installs}',
         }
         for name, line in programs.items():
             (folder / name).write_text(f"#!/bin/bash\n{line}\n")
