@@ -29,6 +29,8 @@ LIMIT: Final = 5.0
 """Seconds that PostgreSQL has for one."""
 LAST_LIMIT: Final = 1.0
 """The same for the last one of a process that stops."""
+LEAST_LEFT: Final = 5.0
+"""Seconds that the process must have left for it: to call a statement off may take longer than the statement."""
 
 _BUCKET: Final = "pgbridge_worker_attempt_seconds_bucket"
 _LEVELS: Final = {"pgbridge_worker_queue_depth": "queue_depth", "pgbridge_worker_held_keys": "held_keys"}

@@ -30,7 +30,7 @@ from workers.handler import Run
 from workers.inbox import Inbox
 from workers.metrics import BROKER_UP, DATABASE_UP, HELD_KEYS, IN_HAND, PAUSED, QUEUE_DEPTH
 from workers.pausing import Pausing
-from workers.sampling import LAST_LIMIT, Sampling
+from workers.sampling import LAST_LIMIT, LEAST_LEFT, Sampling
 from workers.session import HEARTBEAT
 
 if TYPE_CHECKING:
@@ -174,12 +174,17 @@ class Worker:
             async with asyncio.timeout_at(None if math.isinf(self._deadline) else self._deadline):
                 try:
                     await self._close()
-                    if self._sampling is not None and not self._attempts.database.lasts:
-                        await self._sampling.store(LAST_LIMIT)
+                    await self._store_last_sample()
                 finally:
                     await self._inbox.close()
         except TimeoutError:
             log.warning("worker.left", worker=self._name, seconds=self._settings.shutdown_limit)
+
+    async def _store_last_sample(self) -> None:
+        """Where there is time for it, although the database should turn out to be silent."""
+        left = self._deadline - asyncio.get_running_loop().time()
+        if self._sampling is not None and not self._attempts.database.lasts and left > LEAST_LEFT:
+            await self._sampling.store(LAST_LIMIT)
 
     async def _open(self) -> Queue:
         queue = self._make_queue()
