@@ -117,10 +117,12 @@ def _way(
 
 
 def _sink_box(position: SinkPosition) -> Box:
-    if position.problem is not None:
-        return Box("wrong", problem_words(position))
+    # Whoever pauses a sink often does so because its broker is about to go.
+    problem = None if position.problem is None else problem_words(position)
     if position.paused is not None:
-        return Box("paused", pause_words(position.paused))
+        return Box("paused", "; ".join(filter(None, (pause_words(position.paused), problem))))
+    if problem is not None:
+        return Box("wrong", problem)
     if (position.oldest_unsent_seconds or 0.0) > _LATE:
         return Box("busy", "behind")
     return Box("well", "up to date")

@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from bridge import __version__
+from bridge.postgres.problems import problem_words
 from bridge.process.terminal import age
 from bridge.process.visible import visible
 
@@ -52,7 +53,15 @@ _ENVIRONMENT: Final = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.filters |= {"age": age, "count": _count, "size": _size, "bytes": _bytes, "rate": _rate, "when": _when}
+_ENVIRONMENT.filters |= {
+    "age": age,
+    "count": _count,
+    "size": _size,
+    "bytes": _bytes,
+    "rate": _rate,
+    "when": _when,
+    "problem_words": problem_words,
+}
 _ENVIRONMENT.globals["version"] = __version__
 
 
