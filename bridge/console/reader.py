@@ -95,11 +95,6 @@ class Reader:
             self._looked = time.monotonic()
             self._looking = None
 
-    @property
-    def problem(self) -> str | None:
-        """For `/health`."""
-        return self._outage.problem
-
     async def close(self) -> None:
         """Ends a look that is under way."""
         if self._looking is not None:
