@@ -23,6 +23,11 @@ _RATES_WITHIN: Final = 30.0
 """Seconds between two looks from which rates are made; of what was long ago they would say too little."""
 
 
+_REST: Final = 10
+"""So many times as long as a look has taken, there is none. A large backlog is counted for long, and the console is to
+take a tenth of one session's time at most."""
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What is known of the database."""
@@ -45,7 +50,8 @@ class Reader:
     def __init__(self, settings: Settings, database: Database) -> None:
         self._settings = settings
         self._database = database
-        self._interval = settings.console.interval
+        self._pace = settings.console.interval
+        """Seconds from one look to the next."""
         self._outage = Outage("postgres", wait_none())
         self._seen = Seen()
         self._looked = float("-inf")
@@ -54,9 +60,9 @@ class Reader:
         """How often it has."""
 
     async def look(self) -> Seen:
-        """What is known, by a look that is younger than the interval; by an older one where the database does not
+        """What is known, by a look that is not old; by an older one where the database does not
         answer."""
-        if self._looking is None and time.monotonic() - self._looked >= self._interval:
+        if self._looking is None and time.monotonic() - self._looked >= self._pace:
             self._looking = asyncio.create_task(self._look())
         if self._looking is not None:
             # Whoever waits may leave; the others want the answer.
@@ -68,6 +74,8 @@ class Reader:
 
     async def _look(self) -> None:
         settings = self._settings
+        began = time.monotonic()
+        self._pace = settings.console.interval
         try:
             async with self._database.connection() as connection:
                 status = await look(connection, settings.outbox_or_default.retention, sorted(settings.workers))
@@ -78,18 +86,14 @@ class Reader:
         else:
             self._outage.restored()
             before = self._seen.status
-            if before is not None and (status.at - before.at).total_seconds() > max(_RATES_WITHIN, 3 * self._interval):
+            self._pace = max(self._pace, _REST * (time.monotonic() - began))
+            if before is not None and (status.at - before.at).total_seconds() > max(_RATES_WITHIN, 3 * self._pace):
                 before = None
             self._seen = Seen(status, before, tables, may_act)
         finally:
             self.looks += 1
             self._looked = time.monotonic()
             self._looking = None
-
-    @property
-    def problem(self) -> str | None:
-        """For `/health`."""
-        return self._outage.problem
 
     async def close(self) -> None:
         """Ends a look that is under way."""

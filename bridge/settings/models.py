@@ -571,7 +571,8 @@ class ConsoleSettings(Model):
     proxy: ConsoleProxySettings | None = None
     """A proxy in front, which knows who is there."""
     interval: SomeDuration = 2.0
-    """How often pages that somebody looks at are renewed, and the database is asked, however many look."""
+    """How often pages that somebody looks at are renewed, and the database is asked, however many look; less often
+    where asking takes longer than a tenth of that."""
 
     @model_validator(mode="after")
     def _tokens_that_differ(self) -> Self:
