@@ -18,6 +18,7 @@ COMMANDS: Final = {
         "Sends the present rows of a watched table as events, beside its changes.",
     ),
     "check": ("bridge.commands.check:check", "Checks settings, database, privileges, brokers, topology and workers."),
+    "console": ("bridge.commands.console:console", "Serves the web console until SIGTERM or SIGINT."),
     "cursor": ("bridge.commands.cursor:cursor", "Shows, moves and removes the positions of sinks in the log."),
     "dead": ("bridge.commands.dead:dead", "Shows, replays and discards dead letters."),
     "demo": (

@@ -257,6 +257,7 @@ class Daemon:
             outbox.keep(self._problems),
             schedule.move_for_ever(),
             prune_for_ever(self._settings, self._beside["prune"]),
+            sample_for_ever(self._settings),
         ]
         relays: list[Coroutine[Any, Any, None]] = []
         for source in outbox.sources:
@@ -266,8 +267,6 @@ class Daemon:
                 beside.append(bury_unrouted(source))
         if intake is not None:
             beside.append(intake.run())
-        if self._settings.observe.listen is not None:
-            beside.append(sample_for_ever(self._settings))
         async with background(*beside), asyncio.TaskGroup() as tasks:
             for relay in relays:
                 tasks.create_task(relay)

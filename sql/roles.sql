@@ -7,7 +7,7 @@ do $$
 declare
   name text;
 begin
-  foreach name in array array['bridge_emitter', 'bridge_relay', 'bridge_worker', 'bridge_operator'] loop
+  foreach name in array array['bridge_emitter', 'bridge_relay', 'bridge_worker', 'bridge_operator', 'bridge_viewer'] loop
     if not exists (select from pg_catalog.pg_roles where rolname = name) then
       begin
         execute format('create role %I nologin', name);
@@ -23,7 +23,7 @@ revoke all on schema bridge from public;
 revoke all on all tables in schema bridge from public;
 revoke all on all sequences in schema bridge from public;
 revoke all on all routines in schema bridge from public;
-grant usage on schema bridge to bridge_emitter, bridge_relay, bridge_worker, bridge_operator;
+grant usage on schema bridge to bridge_emitter, bridge_relay, bridge_worker, bridge_operator, bridge_viewer;
 
 -- bridge_emitter: those who record events. -----------------------------------------------------------------
 
@@ -43,7 +43,7 @@ to bridge_emitter;
 
 -- bridge_relay: the daemon. --------------------------------------------------------------------------------
 
-grant select on bridge.outbox, bridge.migration, bridge.event_schema to bridge_relay;
+grant select on bridge.outbox, bridge.migration, bridge.event_schema, bridge.sample to bridge_relay;
 grant select on sequence bridge.outbox_id_seq to bridge_relay; -- to see that it is not behind the log
 grant select, insert, update on bridge.leader, bridge.bell to bridge_relay;
 grant select, insert, update, delete on bridge.cursor to bridge_relay;
@@ -82,7 +82,8 @@ grant execute on function
   -- `pgbridge asyncapi`
   bridge.watches(regclass),
   bridge.watch_of(regclass),
-  bridge.json_object(text)
+  bridge.json_object(text),
+  bridge.store_samples(text, text[], double precision, jsonb[], jsonb[], double precision)
 to bridge_relay;
 
 -- bridge_worker: the worker processes. ---------------------------------------------------------------------
@@ -104,6 +105,7 @@ grant execute on function
   bridge.inbox_prune(text, timestamptz, int),
   bridge.held_keys(text),
   bridge.worker_pause(text),
+  bridge.store_worker_sample(text, double precision, jsonb, jsonb, double precision),
   bridge.rate_take(text, int, double precision, double precision),
   -- `pgbridge-worker reconcile` and `listen`
   bridge.open_effects(text, timestamptz),
@@ -141,6 +143,9 @@ grant execute on function
   bridge.event_in_log(bigint),
   bridge.event_positions(bigint, text),
   bridge.event_inbox(uuid),
+  bridge.search_events(bigint, bigint, int, int, bigint, text[], text, timestamptz, timestamptz, text, text, text),
+  bridge.event_neighbours(bigint, text, int, int),
+  bridge.event_content(bigint, int),
   bridge.set_worker_login(text, name),
   bridge.scheduled_status(),
   bridge.cancel(uuid),
@@ -207,3 +212,36 @@ grant execute on function
   bridge.check_topic(text),
   bridge.capture()
 to bridge_operator;
+
+-- bridge_viewer: people who look, and change nothing. ------------------------------------------------------
+
+grant select on all tables in schema bridge to bridge_viewer;
+revoke all on bridge.webhook_secret from bridge_viewer;
+grant select on sequence bridge.outbox_id_seq to bridge_viewer;
+grant execute on function
+  bridge.status(),
+  bridge.guards(),
+  bridge.scheduled_status(),
+  bridge.paused_sinks(text),
+  bridge.worker_pause(text),
+  bridge.worker_status(text[]),
+  bridge.find_event(uuid, bigint, int),
+  bridge.event_in_log(bigint),
+  bridge.event_positions(bigint, text),
+  bridge.event_inbox(uuid),
+  bridge.search_events(bigint, bigint, int, int, bigint, text[], text, timestamptz, timestamptz, text, text, text),
+  bridge.event_neighbours(bigint, text, int, int),
+  bridge.event_content(bigint, int),
+  bridge.open_effects(text, timestamptz),
+  bridge.endpoint_deliveries(bigint, int),
+  bridge.position_at(timestamptz),
+  bridge.events_between(text, text, bigint, bigint, int),
+  bridge.sequence_state(),
+  bridge.topic_regex(text[]),
+  bridge.topic_test(text[]),
+  bridge.takes(text, text[], text),
+  bridge.event_bytes(text, text, jsonb),
+  bridge.calendar_time(timestamptz),
+  bridge.header_texts(jsonb),
+  bridge.any_header_texts(jsonb)
+to bridge_viewer;

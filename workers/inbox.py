@@ -50,6 +50,7 @@ _FUNCTIONS: Final = (
     "bridge.inbox_prune(text, timestamptz, int)",
     "bridge.held_keys(text)",
     "bridge.worker_pause(text)",
+    "bridge.store_worker_sample(text, double precision, jsonb, jsonb, double precision)",
     "bridge.rate_take(text, int, double precision, double precision)",
 )
 """All that is called."""
@@ -307,6 +308,16 @@ class Inbox:
         """Since when, by whom and why the worker is paused; None while it is not. Raises as `release`."""
         rows = await self._pool.rows("select since, who, why from bridge.worker_pause(%s)", self.worker)
         return Pause(*rows[0]).words if rows else None
+
+    async def store_sample(self, covered: float, counts: str, levels: str, phase: float) -> tuple[bool, float]:
+        """Stores a sample of `covered` seconds for charts, two objects of numbers as JSON. False where there are as
+        many names as there may be; and the seconds until the next is due, which `phase`, 0 to 1, tells apart. Raises
+        as `release`."""
+        query: LiteralString = (
+            "select left_out, next_in from bridge.store_worker_sample(%s, %s, %s::text::jsonb, %s::text::jsonb, %s)"
+        )
+        [(left_out, next_in)] = await self._pool.rows(query, self.worker, covered, counts, levels, phase)
+        return left_out == 0, next_in
 
     async def prune(self, keep: timedelta, chunk: int = 1000) -> int:
         """Deletes what ended longer than `keep` ago, in chunks; returns how many events that were."""

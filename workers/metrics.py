@@ -26,11 +26,12 @@ DELIVERIES = Counter(
     "pgbridge_worker_events_total", "Deliveries by what became of them", ["worker", "outcome"], registry=REGISTRY
 )
 IN_HAND = Gauge("pgbridge_worker_in_hand", "Deliveries that run or are being settled", ["worker"], registry=REGISTRY)
+ATTEMPT_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 ATTEMPT_SECONDS = Histogram(
     "pgbridge_worker_attempt_seconds",
     "From the claim of an event until its handler and reply are done, or have failed",
     ["worker"],
-    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+    buckets=ATTEMPT_BUCKETS,
     registry=REGISTRY,
 )
 QUEUE_DEPTH = Gauge(

@@ -30,6 +30,7 @@ from workers.handler import Run
 from workers.inbox import Inbox
 from workers.metrics import BROKER_UP, DATABASE_UP, HELD_KEYS, IN_HAND, PAUSED, QUEUE_DEPTH
 from workers.pausing import Pausing
+from workers.sampling import LAST_LIMIT, LEAST_LEFT, Sampling
 from workers.session import HEARTBEAT
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Worker:
         """What is new each time that it waits for a delivery; None while it does not."""
         self._stranded: str | None = None
         self._pausing = Pausing(name, inbox.pause)
+        self._sampling: Sampling | None = None
         self._deadline = math.inf
         """When the process should be gone, by the loop's clock; never before a stop."""
         self._fruitless = 0
@@ -141,7 +143,16 @@ class Worker:
     async def _work(self, stop: asyncio.Event) -> None:
         """Consumes until `stop` is set or a task fails, and then drains."""
         consumer = asyncio.create_task(self._consume())
-        jobs = (stop.wait(), self._beat(), self._pausing.watch(), self._sample(), self._prune(), watchdog_for_ever())
+        self._sampling = sampling = Sampling(self._name, self._inbox)
+        jobs = (
+            stop.wait(),
+            self._beat(),
+            self._pausing.watch(),
+            self._sample(),
+            sampling.store_for_ever(),
+            self._prune(),
+            watchdog_for_ever(),
+        )
         others = [asyncio.create_task(job) for job in jobs]
         try:
             done, _ = await asyncio.wait([consumer, *others], return_when=asyncio.FIRST_COMPLETED)
@@ -163,10 +174,17 @@ class Worker:
             async with asyncio.timeout_at(None if math.isinf(self._deadline) else self._deadline):
                 try:
                     await self._close()
+                    await self._store_last_sample()
                 finally:
                     await self._inbox.close()
         except TimeoutError:
             log.warning("worker.left", worker=self._name, seconds=self._settings.shutdown_limit)
+
+    async def _store_last_sample(self) -> None:
+        """Where there is time for it, although the database should turn out to be silent."""
+        left = self._deadline - asyncio.get_running_loop().time()
+        if self._sampling is not None and not self._attempts.database.lasts and left > LEAST_LEFT:
+            await self._sampling.store(LAST_LIMIT)
 
     async def _open(self) -> Queue:
         queue = self._make_queue()

@@ -28,6 +28,7 @@ NAME: Final = "pgbridge check"
 TABLES: Final = {
     "bridge.outbox": ("select",),
     "bridge.migration": ("select",),
+    "bridge.sample": ("select",),
     "bridge.leader": ("select", "insert", "update"),
     "bridge.bell": ("select", "insert", "update"),
     "bridge.cursor": ("select", "insert", "update", "delete"),
@@ -66,6 +67,7 @@ FUNCTIONS: Final = (
     "bridge.watches(regclass)",
     "bridge.watch_of(regclass)",
     "bridge.json_object(text)",
+    "bridge.store_samples(text, text[], double precision, jsonb[], jsonb[], double precision)",
 )
 """What roles.sql grants to bridge_relay, by privilege; a test compares them."""
 

@@ -2,18 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
 
 import click
 
 from bridge.errors import UsageError
-from bridge.postgres.connection import connect, database_errors
+from bridge.postgres.connection import connect
+from bridge.postgres.pause import REACTION, Pausable, end_pause, set_pause
 from bridge.process.person import current_person
 from bridge.process.tasks import run
 from bridge.process.terminal import config_option, exit_codes
 from bridge.settings import Settings, load
-
-_REACTION: Final = "within some 3 seconds"
 
 
 def _what(command: Callable[..., None]) -> Callable[..., None]:
@@ -22,16 +20,15 @@ def _what(command: Callable[..., None]) -> Callable[..., None]:
     return sink(worker(command))
 
 
-def _chosen(settings: Settings, sink: str | None, worker: str | None, *, known: bool) -> tuple[str, str, str]:
-    """Kind, bridge and name, as `bridge.pause` has them. Raises UsageError for what is not in the settings, where it
-    is to be `known`."""
+def _chosen(settings: Settings, sink: str | None, worker: str | None, *, known: bool) -> Pausable:
+    """Raises UsageError for what is not in the settings, where it is to be `known`."""
     if not settings.reads_outbox:
         raise UsageError('with channels.buffer = "memory" nothing is kept in the database, so nothing can be paused')
     match sink, worker:
         case str(), None if sink in settings.sinks or not known:
-            return "sink", settings.name, sink
+            return Pausable("sink", settings.name, sink)
         case None, str() if worker in settings.workers or not known:
-            return "worker", "", worker
+            return Pausable("worker", "", worker)
         case str(), None:
             raise UsageError(f"there is no sink {sink!r}; the settings have: {', '.join(settings.sinks) or 'none'}")
         case None, str():
@@ -42,12 +39,14 @@ def _chosen(settings: Settings, sink: str | None, worker: str | None, *, known: 
             raise UsageError("name either --sink or --worker")
 
 
-async def _ask(settings: Settings, query: str, *values: object) -> bool:
-    connection = await connect(settings.postgres, "pgbridge pause")
-    async with connection:
-        with database_errors():
-            [(answer,)] = await (await connection.execute(query, values)).fetchall()
-    return bool(answer)
+async def _pause(settings: Settings, what: Pausable, why: str) -> bool:
+    async with await connect(settings.postgres, "pgbridge pause") as connection:
+        return await set_pause(connection, what, current_person(), why)
+
+
+async def _resume(settings: Settings, what: Pausable) -> bool:
+    async with await connect(settings.postgres, "pgbridge pause") as connection:
+        return await end_pause(connection, what)
 
 
 @click.command()
@@ -63,10 +62,9 @@ def pause(sink: str | None, worker: str | None, why: str, config: Path | None) -
     """
     settings = load(config)
     what = _chosen(settings, sink, worker, known=True)
-    person = current_person()
-    done = run(_ask(settings, "select bridge.set_pause(%s, %s, %s, %s, %s)", *what, person, why))
-    said = f"is paused: it takes nothing more {_REACTION}" if done else "was paused already; its reason stays"
-    click.echo(f"The {what[0]} {what[2]} {said}.", err=True)
+    done = run(_pause(settings, what, why))
+    said = f"is paused: it takes nothing more {REACTION}" if done else "was paused already; its reason stays"
+    click.echo(f"The {what.kind} {what.name} {said}.", err=True)
 
 
 @click.command()
@@ -78,6 +76,6 @@ def resume(sink: str | None, worker: str | None, config: Path | None) -> None:
     settings = load(config)
     # What the settings do not name any more may still be paused.
     what = _chosen(settings, sink, worker, known=False)
-    done = run(_ask(settings, "select bridge.end_pause(%s, %s, %s)", *what))
-    said = f"goes on, {_REACTION}" if done else "was not paused"
-    click.echo(f"The {what[0]} {what[2]} {said}.", err=True)
+    done = run(_resume(settings, what))
+    said = f"goes on, {REACTION}" if done else "was not paused"
+    click.echo(f"The {what.kind} {what.name} {said}.", err=True)

@@ -5,22 +5,26 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from bridge.postgres.pause import Pause
-from bridge.postgres.status import Bridge, Guards, Rates, SinkPosition, Status, Waiting, WorkerStatus, rates, watch
+from bridge.postgres.problems import (
+    held_back_words,
+    is_filling,
+    is_long,
+    is_overdue,
+    leader_words,
+    problem_words,
+    queue_words,
+    scheduled_words,
+    transaction_words,
+)
+from bridge.postgres.status import Bridge, Guards, Rates, SinkPosition, Status, WorkerStatus, rates, watch
 from bridge.process.tasks import run
 from bridge.process.terminal import age, config_option, exit_codes, field, heading, json_option, moment, print_json
 from bridge.settings import Settings, load
-
-_LONG_TRANSACTION: Final = 3600.0
-"""Seconds from which a transaction is shown in red."""
-_OVERDUE: Final = 5.0
-"""Seconds from which a scheduled event that is due, and not in the log, is shown in red."""
-_FULL_QUEUE: Final = 0.5
-"""Used part of the NOTIFY queue, 0 to 1, from which it is shown in red."""
 
 
 def status_text(settings: Settings, before: Status | None, now: Status) -> str:
@@ -37,15 +41,9 @@ def status_text(settings: Settings, before: Status | None, now: Status) -> str:
 
 
 def _bridge(bridge: Bridge, before: Status | None, now: Status) -> str:
-    leads = bridge.leader is not None
-    since = age((now.at - bridge.leader_since).total_seconds()) if bridge.leader_since else ""
     lines = [
         heading(f"bridge {bridge.name}"),
-        _line(
-            "leader",
-            f"{bridge.leader}, for {since}" if leads else "nobody; no bridge of this name is running",
-            bad=not leads,
-        ),
+        _line("leader", leader_words(bridge, now), bad=bridge.leader is None),
         _line(
             "looks for events",
             "when a NOTIFY wakes it" if bridge.asleep else "all the time: events keep coming, or no sink has room",
@@ -57,13 +55,10 @@ def _bridge(bridge: Bridge, before: Status | None, now: Status) -> str:
     return "\n".join(lines)
 
 
-_NO_SINK: Final = {"": "events without a route", "*": "all sinks, as before the upgrade"}
-
-
 def _sink(bridge: Bridge, position: SinkPosition, rate: Rates | None) -> list[str]:
     held = f", {position.held} of them held" if position.held else ""
     lines = [
-        "  " + heading(_NO_SINK.get(position.sink, f"sink {position.sink}")),
+        "  " + heading(position.title),
         _line("  backlog", f"{'' if position.backlog_exact else 'about '}{position.backlog} events{held}"),
         _line("  oldest unsent", age(position.oldest_unsent_seconds)),
         _line("  position", f"{position.mark} of {bridge.last_id}, {position.gaps} in gaps"),
@@ -71,7 +66,7 @@ def _sink(bridge: Bridge, position: SinkPosition, rate: Rates | None) -> list[st
     if position.paused is not None:
         lines.append(_line("  paused", _pause(position.paused)))
     if position.problem is not None:
-        lines.append(_line("  problem", f"for {age(position.problem_seconds)}: {position.problem}", bad=True))
+        lines.append(_line("  problem", problem_words(position), bad=True))
     if rate is not None:
         lines.append(_line("  rates", f"{rate.emitted:.0f} emitted, {rate.settled:.0f} settled a second"))
     return lines
@@ -100,40 +95,22 @@ def _pause(pause: Pause) -> str:
 
 
 def _guards(guards: Guards, now: Status, settings: Settings) -> str:
-    if guards.oldest_transaction_seconds is not None:
-        oldest = f"{age(guards.oldest_transaction_seconds)}: {guards.oldest_transaction}"
-    else:
-        oldest = "-"
-    if not guards.sees_sessions:
-        # A prepared transaction is seen by everybody.
-        seen = "" if oldest == "-" else f"{oldest}; "
-        oldest = f"{seen}those of others are not known: grant pg_read_all_stats to the owner of schema bridge"
-    queue = f"{guards.notification_queue_usage:.1%} used"
     lines = [
         heading("database"),
-        _line("oldest transaction", oldest, bad=(guards.oldest_transaction_seconds or 0.0) > _LONG_TRANSACTION),
-        _line("NOTIFY queue", queue, bad=guards.notification_queue_usage > _FULL_QUEUE),
+        _line("oldest transaction", transaction_words(guards), bad=is_long(guards)),
+        _line("NOTIFY queue", queue_words(guards), bad=is_filling(guards)),
         _line("log", f"{guards.outbox_bytes / 1e6:.1f} MB"),
     ]
     if now.scheduled.events:
-        lines.append(_scheduled(now.scheduled, now))
+        lines.append(_line("scheduled", scheduled_words(now), bad=is_overdue(now.scheduled, now)))
     if guards.oldest_event_at is not None and guards.next_prune_at is not None:
         lines.append(_line("oldest event", moment(guards.oldest_event_at)))
         wait = guards.next_prune_at - now.at
         due = f"in {age(wait.total_seconds())}" if wait > timedelta() else "due"
         kept = age(settings.outbox_or_default.retention)
         lines.append(_line("next prune", f"{due} (retention {kept})"))
-    for name in guards.held_back_by:
-        text = f"bridge {name} has not settled it; run it again, or forget it (docs/operations.md)"
-        lines.append(_line("held back", text, bad=True))
+    lines += [_line("held back", held_back_words(name), bad=True) for name in guards.held_back_by]
     return "\n".join(lines)
-
-
-def _scheduled(waiting: Waiting, now: Status) -> str:
-    wait = (waiting.next_at - now.at).total_seconds() if waiting.next_at is not None else 0.0
-    due = f"in {age(wait)}" if wait >= 0 else f"overdue for {age(-wait)}"
-    more = "" if waiting.exact else "at least "
-    return _line("scheduled", f"{more}{waiting.events} events, the next {due}", bad=wait < -_OVERDUE)
 
 
 def _line(name: str, text: str, *, bad: bool = False) -> str:

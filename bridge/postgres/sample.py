@@ -1,24 +1,27 @@
-"""Gauges that only the database knows: the leader of a bridge asks for them, and only its process serves them.
+"""What the leader of a bridge asks the database for again and again: gauges that only its process serves, and the
+samples that charts are made of (`recorder.py`).
 
-They are those of this bridge: whoever leads another one on the same log tells of that. A process that has lost the
-lead, or could not ask, serves none, since what it knows is not how things are.
+The gauges are those of this bridge: whoever leads another one on the same log tells of that. A process that has lost
+the lead, or could not ask, serves none, since what it knows is not how things are.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator, Sequence
 
-import structlog
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from tenacity import wait_none
 
 from bridge.errors import PgbridgeError
-from bridge.postgres.status import Status, watch
+from bridge.postgres.connection import answered, connect
+from bridge.postgres.recorder import INTERVAL, Recorder
+from bridge.postgres.status import Status, look
 from bridge.process.metrics import REGISTRY
+from bridge.process.outage import Outage
 from bridge.settings import Settings
-
-log = structlog.get_logger()
 
 
 class Sample(Collector):
@@ -44,17 +47,33 @@ REGISTRY.register(SAMPLE)
 
 
 async def sample_for_ever(settings: Settings) -> None:
-    """Looks every `observe.sample_interval`, until it is cancelled; a failure is logged, and tried again."""
+    """Looks whenever a sample is due, and every `observe.sample_interval` where that is shorter, until it is cancelled.
+    A failure is told once, and tried again."""
+    outage = Outage("samples", wait_none())
+    recorder = Recorder(settings.name)
+    asked = settings.observe.sample_interval
+    interval = asked if asked < INTERVAL else math.inf
     try:
         while True:
             began = time.monotonic()
+            status = None
             try:
-                async for status in watch(settings, None):
-                    SAMPLE.found(status, settings.name)
+                # A connection for each look: a bridge does without it when there is none to have.
+                connection = await connect(settings.postgres, f"pgbridge {settings.name} status")
+                async with connection:
+                    with answered(connection):
+                        status = await look(connection, settings.outbox_or_default.retention)
+                        SAMPLE.found(status, settings.name)
+                        if not recorder.due_in:
+                            await recorder.record(connection, status)
             except PgbridgeError as error:
-                SAMPLE.clear()
-                log.warning("status.not_sampled", reason=str(error))
-            await asyncio.sleep(max(0.0, settings.observe.sample_interval - (time.monotonic() - began)))
+                outage.lost(error)
+                if status is None:
+                    SAMPLE.clear()
+                    recorder.skip()
+            else:
+                outage.restored()
+            await asyncio.sleep(max(0.0, min(recorder.due_in, interval - (time.monotonic() - began))))
     finally:
         SAMPLE.clear()
 

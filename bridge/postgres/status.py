@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from typing import Final
 
 from bridge.errors import UsageError
 from bridge.postgres.connection import connect, database_errors
@@ -35,6 +36,14 @@ class SinkPosition:
     problem_seconds: float | None
     paused: Pause | None = None
 
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return _NO_SINK.get(self.sink, f"sink {self.sink}")
+
+
+_NO_SINK: Final = {"": "events without a route", "*": "all sinks, as before the upgrade"}
+
 
 @dataclass(frozen=True, slots=True)
 class Bridge:
@@ -48,6 +57,8 @@ class Bridge:
     asleep: bool
     dead_letters: int
     sinks: tuple[SinkPosition, ...]
+    standing_by: int = 0
+    """Processes of this name that are ready to lead, beside the leader."""
 
     @property
     def oldest_unsent_seconds(self) -> float | None:
@@ -115,6 +126,16 @@ class Status:
     """Where they were asked for."""
 
 
+_PROCESSES: Final = """
+select n, count(*)
+from unnest(%s::text[]) n
+join pg_catalog.pg_stat_activity a on a.application_name = left('pgbridge ' || n || ' bell', 63)
+where a.datname = current_database()
+group by n
+"""
+"""How many processes listen for a bridge: each has one such session. Every role sees these columns of all sessions."""
+
+
 async def look(connection: Connection, retention: float, workers: Sequence[str] | None = None) -> Status:
     """Looks once; `retention` in seconds. With `workers`, at those too, and at all that have an inbox.
 
@@ -131,6 +152,8 @@ async def look(connection: Connection, retention: float, workers: Sequence[str] 
             "select n, p.sink, p.since, p.who, p.why from unnest(%s::text[]) n, bridge.paused_sinks(n) p", [names]
         )
         pauses = {(name, sink): Pause(*pause) for name, sink, *pause in await cursor.fetchall()}
+        cursor = await connection.execute(_PROCESSES, [names])
+        processes: dict[str, int] = dict(await cursor.fetchall())
         working = () if workers is None else await _look_at_workers(connection, workers)
         cursor = await connection.execute(
             "select clock_timestamp(), notification_queue_usage, oldest_transaction_at, oldest_transaction, "
@@ -143,7 +166,8 @@ async def look(connection: Connection, retention: float, workers: Sequence[str] 
     for at, name, leader, since, last_id, asleep, letters, sink, *place, unsent_at, stored_at, words, began in rows:
         ages = _age(at, unsent_at), _age(at, stored_at) or 0.0, words, _age(at, began)
         position = SinkPosition(*[sink, *place, *ages, pauses.get((name, sink))])
-        known = bridges.get(name) or Bridge(name, leader, since, last_id, asleep, letters, ())
+        beside = max(0, processes.get(name, 0) - (leader is not None))
+        known = bridges.get(name) or Bridge(name, leader, since, last_id, asleep, letters, (), beside)
         bridges[name] = replace(known, sinks=(*known.sinks, position))
     return Status(
         now,

@@ -1,6 +1,7 @@
 """Where one event is, as the database knows it: in the log, before and behind the sinks, and with the workers."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, TypeVar
@@ -119,9 +120,11 @@ class Whereabouts:
         return bool(self.scheduled or self.logged or self.dead_letters or self.workers or self.actions)
 
 
-async def whereabouts(connection: Connection, event_id: str, number: int | None, progress: Progress) -> Whereabouts:
-    """What is known of an event; `number` is its place in the log where that is known. `progress` hears how far the
-    search of the log is.
+async def whereabouts(
+    connection: Connection, event_id: str, number: int | None, progress: Progress, most: int | None = None
+) -> Whereabouts:
+    """What is known of an event; `number` is its place in the log where that is known, and else it is looked for as by
+    `find`.
 
     Raises DatabaseUnavailableError, PrivilegeError, SchemaError.
     """
@@ -138,7 +141,7 @@ async def whereabouts(connection: Connection, event_id: str, number: int | None,
     if number is None:
         scheduled = await find_scheduled(connection, event_id)
     if number is None and scheduled is None:
-        number = await find(connection, event_id, progress)
+        number = await find(connection, event_id, progress, most)
     logged = None if number is None else await in_log(connection, number)
     sinks: list[AtSink] = []
     if logged is not None:
@@ -174,10 +177,14 @@ async def in_log(connection: Connection, number: int) -> Logged | None:
     return found[0] if found else None
 
 
-async def find(connection: Connection, event_id: str, progress: Progress) -> int | None:
-    """The number of an event in the log, which is looked through from its end. Raises as `whereabouts`."""
+async def find(connection: Connection, event_id: str, progress: Progress, most: int | None = None) -> int | None:
+    """The number of an event in the log, which is looked through from its end: all of it, or with `most` as many events
+    of it, in parts of 100,000. `progress` hears how far that is. Raises as `whereabouts`."""
     before: int | None = 2**63 - 1
-    while before is not None:
+    parts: Iterable[int] = itertools.count() if most is None else range(-(-most // _CHUNK))
+    for _ in parts:
+        if before is None:
+            break
         with database_errors():
             cursor = await connection.execute(
                 "select id, next_before from bridge.find_event(%s::uuid, %s, %s)", (event_id, before, _CHUNK)

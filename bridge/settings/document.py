@@ -16,7 +16,16 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from bridge.settings.installed import points
-from bridge.settings.models import Settings, SinkSettings, parse_duration, parse_folders, parse_size
+from bridge.settings.models import (
+    ConsoleSettings,
+    PostgresSettings,
+    Settings,
+    SinkSettings,
+    is_secret,
+    parse_duration,
+    parse_folders,
+    parse_size,
+)
 
 _INTRODUCTION: Final = """\
 # Settings
@@ -25,7 +34,8 @@ One file, `bridge.toml`, serves bridge and workers: `--config`, or `$PGBRIDGE_CO
 `/etc/pgbridge/bridge.toml`. More places override it, the later ones winning:
 
 - **The units' credentials**, for commands outside of systemd: a file `credentials/bridge/sinks.events.url` (or
-  `credentials/workers/...`) beside the settings sets `sinks.events.url`, as it does for the unit's process.
+  `credentials/workers/...`, and for the console `credentials/console/...`) beside the settings sets `sinks.events.url`,
+  as it does for the unit's process.
 - **Environment**: `PGBRIDGE_POSTGRES__DSN` is `postgres.dsn`; two underscores are a dot. Lists are written as in
   TOML: `PGBRIDGE_CHANNELS__LISTEN='["orders", "stock"]'`.
 - **Secret files**: a key marked *secret* may be given as `<key>_file`, the path of a file that holds it.
@@ -84,7 +94,8 @@ def json_schema() -> str:
         definitions[f"Sink_{kind}"] = sink
         kinds.append({"$ref": f"#/$defs/Sink_{kind}"})
     schema["properties"]["sinks"]["additionalProperties"] = {"oneOf": kinds}
-    _add_secret_files(definitions["PostgresSettings"], Settings.model_fields["postgres"].annotation)
+    for table in (PostgresSettings, ConsoleSettings):
+        _add_secret_files(definitions[table.__name__], table)
     del schema["properties"]["workers_login"]
     schema["properties"]["workers"]["properties"] = {
         "dsn": {"type": "string", "description": "The workers' own login at the database."},
@@ -93,9 +104,9 @@ def json_schema() -> str:
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
-def _add_secret_files(schema: dict[str, Any], model: Any) -> None:
+def _add_secret_files(schema: dict[str, Any], model: type[BaseModel]) -> None:
     for name, field in model.model_fields.items():
-        if field.annotation is SecretStr:
+        if is_secret(field.annotation):
             schema["properties"][f"{name}_file"] = {"type": "string", "description": f"A file that holds `{name}`."}
             if name in schema.get("required", []):
                 schema["required"].remove(name)
@@ -147,7 +158,7 @@ def _kind(field: FieldInfo) -> str:
     if parse_folders in validators:
         return "path or list of paths"
     annotation = field.annotation
-    if annotation is SecretStr:
+    if is_secret(annotation):
         return "secret"
     if typing.get_origin(annotation) is Literal:
         return " or ".join(f"`{choice}`" for choice in typing.get_args(annotation))

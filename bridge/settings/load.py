@@ -25,12 +25,12 @@ ENVIRONMENT_PREFIX: Final = "PGBRIDGE_"
 CONFIG_VARIABLE: Final = "PGBRIDGE_CONFIG"
 CREDENTIALS_VARIABLE: Final = "CREDENTIALS_DIRECTORY"
 """As systemd names it."""
-_OF_A_FOLDER: Final = re.compile("^(?:bridge|workers)_")
+_OF_A_FOLDER: Final = re.compile("^(?:bridge|workers|console)_")
 """How systemd begins the names of credentials that come from a folder: LoadCredential=bridge:/a/folder."""
 DEFAULT_PATHS: Final = (Path("bridge.toml"), Path("/etc/pgbridge/bridge.toml"))
 
 
-Process = Literal["bridge", "workers"]
+Process = Literal["bridge", "workers", "console"]
 """A kind of process. systemd hands each the credentials of a folder of its own."""
 
 
@@ -133,9 +133,9 @@ class Units(NamedTuple):
 
 
 def units(beside: Path, of: Process = "bridge") -> Units:
-    """For a command outside of systemd: those beside the settings; what both have is that of this process."""
+    """For a command outside of systemd: those beside the settings; what several have is that of this process."""
     found = Units([], [])
-    for unit in ("workers", "bridge") if of == "bridge" else ("bridge", "workers"):
+    for unit in (*(other for other in ("workers", "bridge") if other != of), of):
         folder = beside / "credentials" / unit
         try:
             if folder.is_dir():

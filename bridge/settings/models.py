@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from ipaddress import ip_network
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Self, Union, get_args, get_origin
@@ -132,16 +133,16 @@ class Model(BaseModel):
             return data
         data = dict(data)
         for name, field in cls.model_fields.items():
-            if _is_secret(field.annotation):
+            if is_secret(field.annotation):
                 _read_secret_file(data, name)
         return data
 
 
-def _is_secret(annotation: Any) -> bool:
+def is_secret(annotation: Any) -> bool:
     """Whether a field holds a secret, or may hold one (``Secret | None``)."""
     if annotation is SecretStr:
         return True
-    return get_origin(annotation) in (UnionType, Union, Annotated) and any(map(_is_secret, get_args(annotation)))
+    return get_origin(annotation) in (UnionType, Union, Annotated) and any(map(is_secret, get_args(annotation)))
 
 
 def _read_secret_file(table: dict[str, Any], name: str) -> None:
@@ -497,10 +498,87 @@ class ObserveSettings(Model):
     """`host:port` at which the bridge serves `/metrics`, `/health`, `/livez` and `/readyz`; left out: nowhere.
     Workers have their own."""
     sample_interval: SomeDuration = 15.0
-    """How often a leader that serves metrics asks the database for those that only it knows."""
+    """How often a leader asks the database for the metrics that only it knows; every 15 s in any case, when it also
+    stores a sample for charts."""
     traces: bool = False
     """Whether bridge and workers record spans of the events that belong to a sampled trace, and send them to an
     OpenTelemetry collector, as OTEL_EXPORTER_OTLP_ENDPOINT and its like say. Needs the extra `otel`."""
+
+
+_SHORTEST_TOKEN: Final = 20
+"""Characters of a token, so that nobody guesses it."""
+
+
+def _token_that_nobody_guesses(token: SecretStr | None) -> SecretStr | None:
+    size = len(token.get_secret_value()) if token is not None else _SHORTEST_TOKEN
+    if size < _SHORTEST_TOKEN:
+        raise ValueError(
+            f"has {size} characters; write {_SHORTEST_TOKEN} or more that nobody guesses: openssl rand -base64 24"
+        )
+    return token
+
+
+Token = Annotated[Secret | None, AfterValidator(_token_that_nobody_guesses)]
+
+
+def _network(text: str) -> str:
+    try:
+        ip_network(text)
+    except ValueError:
+        raise ValueError(f'{text!r} is no address, nor a network, as in "10.0.0.7" or "10.0.0.0/24"') from None
+    return text
+
+
+Network = Annotated[str, AfterValidator(_network)]
+HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,100}$")]
+
+
+_ORIGIN: Final = re.compile(r"(https?://(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(?::\d{1,5})?)/?")
+
+
+def _address_of_a_browser(url: str) -> str:
+    found = _ORIGIN.fullmatch(url)
+    if found is None:
+        raise ValueError("is no address of a console; write scheme and host alone, as in https://console.example.com")
+    return found[1].lower()
+
+
+class ConsoleProxySettings(Model):
+    addresses: list[Network] = Field(min_length=1)
+    """Where the proxy's connections come from: addresses or networks. From anywhere else its headers mean nothing."""
+    user_header: HeaderName = "X-Forwarded-User"
+    """The header that names the person. The proxy must remove it from what browsers send."""
+    groups_header: HeaderName | None = None
+    """The header that names the person's groups, between commas; left out: only persons are looked at."""
+    operators: list[str] = Field(default_factory=list)
+    """Persons and groups that may act; everybody else whom the proxy lets through may look."""
+
+
+class ConsoleSettings(Model):
+    listen: Listen = "127.0.0.1:8417"
+    """`host:port` of the web console. On loopback it needs no login; anywhere else it takes `token` or `proxy`."""
+    url: Annotated[str, AfterValidator(_address_of_a_browser)] | None = None
+    """The address that browsers use, where that is not `listen`: behind a proxy that brings TLS. With https, cookies
+    are sent over TLS only."""
+    token: Token = None
+    """What a person who may act logs in with."""
+    viewer_token: Token = None
+    """What a person who may only look logs in with."""
+    session: SomeDuration = 12 * 3600.0
+    """How long a login lasts."""
+    read_only: bool = False
+    """Nobody may act, whoever it is."""
+    proxy: ConsoleProxySettings | None = None
+    """A proxy in front, which knows who is there."""
+    interval: SomeDuration = 2.0
+    """How often pages that somebody looks at are renewed, and the database is asked, however many look; less often
+    where asking takes longer than a tenth of that."""
+
+    @model_validator(mode="after")
+    def _tokens_that_differ(self) -> Self:
+        if self.token is not None and self.token == self.viewer_token:
+            raise ValueError("viewer_token: is the same as token, so that nobody would only look; make another one")
+        return self
 
 
 class Settings(Model):
@@ -528,6 +606,8 @@ class Settings(Model):
     workers_login: SecretStr | None = None
     observe: ObserveSettings = ObserveSettings()
     """Logs, metrics and health."""
+    console: ConsoleSettings = ConsoleSettings()
+    """The web console, `pgbridge console`."""
 
     @model_validator(mode="before")
     @classmethod

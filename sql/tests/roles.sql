@@ -1,5 +1,5 @@
 -- Who may do what: each role what its process needs, everybody else nothing.
-select plan(136);
+select plan(165);
 create role pgbridge_test_nobody;
 create function pg_temp.attempt(who name, statement text) returns text language plpgsql as $$
 begin
@@ -31,7 +31,7 @@ select is_empty(
      and not coalesce(array_to_string(p.proconfig, ';') ~ 'search_path=pg_catalog, bridge, pg_temp', false) $$,
   'every SECURITY DEFINER function has its search_path fixed');
 select is_empty(
-  $$ select rolname from pg_roles where rolname ~ '^bridge_(emitter|relay|worker|operator)$' and (rolcanlogin or rolsuper or rolcreaterole) $$,
+  $$ select rolname from pg_roles where rolname ~ '^bridge_(emitter|relay|worker|operator|viewer)$' and (rolcanlogin or rolsuper or rolcreaterole) $$,
   'the roles are groups without powers');
 
 select pg_temp.may('bridge_emitter', 'select bridge.emit(''t'', ''x'')');
@@ -114,10 +114,16 @@ select pg_temp.may('bridge_relay', 'select from bridge.move_due(null, ''-infinit
 select pg_temp.may_not('bridge_relay', 'select from bridge.scheduled');
 select pg_temp.may_not('bridge_relay', 'select bridge.cancel(gen_random_uuid())');
 select pg_temp.may('bridge_operator', 'select from bridge.scheduled, bridge.scheduled_status(), bridge.cancel(gen_random_uuid())');
-select pg_temp.may_not(who, 'delete from bridge.scheduled') from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker', 'bridge_operator']::name[]) who;
+select pg_temp.may_not(who, 'delete from bridge.scheduled') from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker', 'bridge_operator', 'bridge_viewer']::name[]) who;
 select pg_temp.may_not(who, 'select from bridge.move_due(null, ''-infinity'', 0, 1, 1)') from unnest(array['bridge_emitter', 'bridge_worker', 'bridge_operator']::name[]) who;
 select pg_temp.may('bridge_relay', 'select from bridge.paused_sinks(''b''), bridge.worker_status(''{}'')');
 select pg_temp.may('bridge_worker', 'select from bridge.worker_pause(''w'')');
+select pg_temp.may('bridge_viewer', 'select from bridge.status(), bridge.guards(), bridge.scheduled_status(), bridge.paused_sinks(''b''), bridge.worker_status(''{w}'')');
+select pg_temp.may('bridge_viewer', 'select from bridge.outbox, bridge.cursor, bridge.dead_letter, bridge.dead_letter_audit, bridge.inbox, bridge.scheduled, bridge.migration');
+select pg_temp.may('bridge_viewer', 'select from bridge.find_event(gen_random_uuid(), 9, 9), bridge.event_in_log(1), bridge.event_positions(1, ''t''), bridge.event_inbox(gen_random_uuid())');
+select pg_temp.may_not('bridge_viewer', 'select from bridge.webhook_secret');
+select pg_temp.may_not('bridge_viewer', statement) from unnest(array['select bridge.emit(''t'', ''x'')', 'select bridge.set_pause(''sink'', ''b'', ''s'', ''me'', '''')', 'select bridge.end_pause(''sink'', ''b'', ''s'')',
+  'select bridge.end_dead_letters(''{1}'', ''discarded'', ''me'', ''why'')', 'select bridge.cancel(gen_random_uuid())', 'select bridge.set_position(''b'', ''s'', 1)', 'delete from bridge.dead_letter', 'update bridge.cursor set mark = 0']) statement;
 select pg_temp.may_not(who, 'select bridge.' || call) from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker']::name[]) who,
   unnest(array['set_pause(''worker'', '''', ''w'', ''me'', '''')', 'end_pause(''worker'', '''', ''w'')', 'event_inbox(gen_random_uuid())', 'set_worker_login(''w'', ''bridge_worker'')']) call;
 select pg_temp.may_not('bridge_operator', 'delete from bridge.pause');
@@ -135,4 +141,12 @@ select bridge.watch('public.pgbridge_test_watched');
 select pg_temp.may(who, 'select from bridge.watches(), bridge.watch_of(''public.pgbridge_test_watched''), bridge.event_schema')
   from unnest(array['bridge_operator', 'bridge_relay']::name[]) who;
 select pg_temp.may_not(who, 'select from bridge.watches()') from unnest(array['bridge_emitter', 'bridge_worker']::name[]) who;
+select pg_temp.may('bridge_relay', 'select from bridge.store_samples(''b'', ''{null,s}'', 15, ''{"{}","{}"}'', ''{"{}","{}"}'', 0.5)');
+select pg_temp.may('bridge_worker', 'select from bridge.store_worker_sample(''w'', 15, ''{}'', ''{}'', 0.5)');
+select pg_temp.may_not(who, 'select from bridge.store_samples(''b'', ''{s}'', 15, ''{"{}"}'', ''{"{}"}'', 0.5)') from unnest(array['bridge_emitter', 'bridge_worker', 'bridge_operator', 'bridge_viewer']::name[]) who;
+select pg_temp.may_not(who, 'select from bridge.store_worker_sample(''w'', 15, ''{}'', ''{}'', 0.5)') from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_operator', 'bridge_viewer']::name[]) who;
+select pg_temp.may(who, 'select from bridge.sample, bridge.event_neighbours(1, ''k'', 1, 1), bridge.event_content(1, 1), bridge.search_events(1, 0, 1, 1, 1, null, null, null, null, null, null, null)') from unnest(array['bridge_operator', 'bridge_viewer']::name[]) who;
+select pg_temp.may('bridge_relay', 'select from bridge.sample');
+select pg_temp.may_not(who, 'select from bridge.sample') from unnest(array['bridge_emitter', 'bridge_worker']::name[]) who;
+select pg_temp.may_not('bridge_worker', 'select from bridge.search_events(1, 0, 1, 1, 1, null, null, null, null, null, null, null)');
 select * from finish();

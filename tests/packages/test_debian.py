@@ -169,11 +169,12 @@ def test_a_unit_without_settings_says_so(machine: Machine) -> None:
 
 
 def test_folders_and_their_rights(machine: Machine) -> None:
-    folders = "/etc/pgbridge /etc/pgbridge/credentials /etc/pgbridge/credentials/{bridge,workers}"
+    folders = "/etc/pgbridge /etc/pgbridge/credentials /etc/pgbridge/credentials/{bridge,console,workers}"
     assert machine.do(f"stat -c '%a %U %n' {folders}").splitlines() == [
         "755 root /etc/pgbridge",
         "700 root /etc/pgbridge/credentials",
         "700 root /etc/pgbridge/credentials/bridge",
+        "700 root /etc/pgbridge/credentials/console",
         "700 root /etc/pgbridge/credentials/workers",
     ]
     assert machine.do("getent passwd pgbridge").endswith(":pgbridge daemons:/var/lib/pgbridge:/usr/sbin/nologin\n")

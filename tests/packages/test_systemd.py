@@ -150,7 +150,7 @@ def _shown(done: tuple[str, str]) -> str:
 
 
 def test_every_unit_is_exposed_to_2_at_most(running: Machine) -> None:
-    for unit in (*UNITS, "pgbridge-deliver@x", "pgbridge-listen@x", "pgbridge-reconcile@x"):
+    for unit in (*UNITS, "pgbridge-console", "pgbridge-deliver@x", "pgbridge-listen@x", "pgbridge-reconcile@x"):
         said = running.do(f"systemd-analyze security --no-pager {unit} | tail -1")
         found = re.search(r"(\d+\.\d+)", said)
         assert found is not None, said

@@ -16,7 +16,7 @@ from jsonschema import Draft7Validator, FormatChecker
 
 from tests.support.environment import ROOT
 
-_MODULES: Final = ROOT / "build" / "asyncapi" / "node_modules"
+_MODULES: Final = ROOT / "build" / "npm" / "node_modules"
 
 _RFC3339: Final = re.compile(
     r"\d{4}-(0[1-9]|1[0-2])-([0-2]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d+)?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"

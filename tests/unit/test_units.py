@@ -20,7 +20,7 @@ def hardening(unit: Path) -> list[str]:
 
 
 def test_every_unit_is_hardened_as_the_bridges() -> None:
-    assert len(SERVICES) == 5
+    assert len(SERVICES) == 6
     for unit in SERVICES:
         assert hardening(unit) == hardening(DEPLOY / "pgbridge.service"), unit.name
 

@@ -1,0 +1,94 @@
+"""The page Bridges and database: who leads, where each sink is, what endangers the log; and pausing."""
+
+from typing import Any, Final
+
+from starlette.requests import Request
+
+from bridge.console.access import Person
+from bridge.console.parts import Form, Page, Parts
+from bridge.errors import UsageError
+from bridge.postgres.pause import REACTION, Pausable, end_pause, set_pause
+from bridge.postgres.problems import (
+    held_back_words,
+    is_filling,
+    is_long,
+    is_overdue,
+    leader_words,
+    queue_words,
+    scheduled_words,
+    transaction_words,
+)
+from bridge.postgres.status import SinkPosition, Status, rates
+
+_LONGEST_REASON: Final = 500
+
+
+async def _show(parts: Parts, request: Request) -> dict[str, Any]:
+    seen = await parts.reader.look()
+    status = seen.status
+    if status is None:
+        return {"seen": seen, "bridges": [], "guards": [], "pausable": []}
+    bridges = [
+        (
+            bridge,
+            leader_words(bridge, status),
+            [
+                (position, rates(seen.before, status, bridge.name, position.sink) if seen.before else None)
+                for position in bridge.sinks
+            ],
+        )
+        for bridge in status.bridges
+    ]
+    guards = [
+        ("Oldest transaction", transaction_words(status.guards), is_long(status.guards)),
+        ("NOTIFY queue", queue_words(status.guards), is_filling(status.guards)),
+        *(("Held back", held_back_words(name), True) for name in status.guards.held_back_by),
+    ]
+    if status.scheduled.events:
+        guards.append(("Scheduled", scheduled_words(status), is_overdue(status.scheduled, status)))
+    retention = parts.settings.outbox_or_default.retention
+    return {
+        "seen": seen,
+        "bridges": bridges,
+        "guards": guards,
+        "retention": retention,
+        "pausable": _pausable(parts, status),
+    }
+
+
+def _pausable(parts: Parts, status: Status) -> list[SinkPosition]:
+    """Sinks of this bridge that run, and what is paused although the settings do not name it any more."""
+    ours = [position for bridge in status.bridges if bridge.name == parts.settings.name for position in bridge.sinks]
+    return [at for at in ours if at.sink in parts.settings.sinks or at.paused is not None]
+
+
+def _sink(parts: Parts, form: Form, *, known: bool) -> Pausable:
+    name = form.get("sink", "")
+    if known and name not in parts.settings.sinks:
+        raise UsageError(f"there is no sink {name!r}; the settings have: {', '.join(parts.settings.sinks) or 'none'}")
+    return Pausable("sink", parts.settings.name, name)
+
+
+async def _pause(parts: Parts, person: Person, form: Form) -> str:
+    what = _sink(parts, form, known=True)
+    why = form.get("why", "").strip()
+    if not why:
+        raise UsageError("give a reason: whoever finds the sink paused will ask for it")
+    if len(why) > _LONGEST_REASON:
+        raise UsageError(f"the reason has {len(why)} letters; {_LONGEST_REASON} are enough")
+    async with parts.database.connection() as connection:
+        done = await set_pause(connection, what, person.signature, why)
+    said = f"is paused: it takes nothing more {REACTION}" if done else "was paused already; its reason stays"
+    return f"The sink {what.name} {said}."
+
+
+async def _resume(parts: Parts, person: Person, form: Form) -> str:
+    # What the settings do not name any more may still be paused.
+    what = _sink(parts, form, known=False)
+    async with parts.database.connection() as connection:
+        done = await end_pause(connection, what)
+    said = f"goes on, {REACTION}" if done else "was not paused"
+    return f"The sink {what.name} {said}."
+
+
+PAGE: Final = Page("bridges", "/bridges", "Bridges and database", _show, actions={"pause": _pause, "resume": _resume})

@@ -1,0 +1,51 @@
+"""What a page is, and what it is given to work with."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from starlette.requests import Request
+
+from bridge.console.access import Person
+from bridge.console.database import Database
+from bridge.console.reader import Reader
+from bridge.console.recent import Recent
+from bridge.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the pages share."""
+
+    settings: Settings
+    database: Database
+    """For what only one page asks. What all pages show comes from the reader."""
+    reader: Reader
+    recent: Recent = field(default_factory=Recent)
+    """What pages ask for themselves, once for all browsers."""
+
+
+Show: TypeAlias = Callable[[Parts, Request], Awaitable[dict[str, Any]]]
+"""Gives what the page's templates show. It is called for the page, and for each renewal of its live part."""
+
+Form: TypeAlias = Mapping[str, str]
+
+Act: TypeAlias = Callable[[Parts, Person, Form], Awaitable[str]]
+"""Does what a person may and asks for. Gives the sentence that says so, and raises PgbridgeError with one that says why
+not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page. Its templates are ``<name>.html``, which extends ``base.html``, and ``_<name>.html``, the part of it
+    that is live."""
+
+    name: str
+    path: str
+    """With parameters as Starlette has them: ``/events/{id}``."""
+    title: str
+    """In the menu, and of the window."""
+    show: Show
+    in_menu: bool = True
+    actions: Mapping[str, Act] = field(default_factory=dict)
+    """By name; a form posts to ``<path>/<name>``."""

@@ -1,0 +1,102 @@
+"""The one reader of the database's state in this process: one look an interval however many browsers wait for it, and
+none when nobody does."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from tenacity import wait_none
+
+from bridge.console.database import Database
+from bridge.errors import PgbridgeError
+from bridge.postgres.pause import may_pause
+from bridge.postgres.sizes import TableSize, table_sizes
+from bridge.postgres.status import Status, look
+from bridge.process.outage import Outage
+from bridge.settings import Settings
+
+_PATIENCE: Final = 3.0
+"""Seconds for which a page waits for a look, before it is shown without."""
+_RATES_WITHIN: Final = 30.0
+"""Seconds between two looks from which rates are made; of what was long ago they would say too little."""
+
+
+_REST: Final = 10
+"""So many times as long as a look has taken, there is none. A large backlog is counted for long, and the console is to
+take a tenth of one session's time at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is known of the database."""
+
+    status: Status | None = None
+    """The last look that was answered."""
+    before: Status | None = None
+    """The one before, where it is not long ago: with it there are rates."""
+    tables: Sequence[TableSize] = ()
+    may_act: bool = False
+    """Whether the console's login may do more than look."""
+    outage: str | None = None
+    """Why there is no newer one."""
+    outage_seconds: float = 0.0
+
+
+class Reader:
+    """Looks when it is asked to."""
+
+    def __init__(self, settings: Settings, database: Database) -> None:
+        self._settings = settings
+        self._database = database
+        self._pace = settings.console.interval
+        """Seconds from one look to the next."""
+        self._outage = Outage("postgres", wait_none())
+        self._seen = Seen()
+        self._looked = float("-inf")
+        self._looking: asyncio.Task[None] | None = None
+        self.looks = 0
+        """How often it has."""
+
+    async def look(self) -> Seen:
+        """What is known, by a look that is not old; by an older one where the database does not
+        answer."""
+        if self._looking is None and time.monotonic() - self._looked >= self._pace:
+            self._looking = asyncio.create_task(self._look())
+        if self._looking is not None:
+            # Whoever waits may leave; the others want the answer.
+            await asyncio.wait([self._looking], timeout=_PATIENCE)
+        if self._looking is not None and not self._outage.lasts:
+            silence = f"PostgreSQL has not answered for {_PATIENCE:g} s"
+            return replace(self._seen, outage=silence, outage_seconds=_PATIENCE)
+        return replace(self._seen, outage=self._outage.reason, outage_seconds=self._outage.seconds)
+
+    async def _look(self) -> None:
+        settings = self._settings
+        began = time.monotonic()
+        self._pace = settings.console.interval
+        try:
+            async with self._database.connection() as connection:
+                status = await look(connection, settings.outbox_or_default.retention, sorted(settings.workers))
+                tables = await table_sizes(connection)
+                may_act = await may_pause(connection)
+        except PgbridgeError as error:
+            self._outage.lost(error)
+        else:
+            self._outage.restored()
+            before = self._seen.status
+            self._pace = max(self._pace, _REST * (time.monotonic() - began))
+            if before is not None and (status.at - before.at).total_seconds() > max(_RATES_WITHIN, 3 * self._pace):
+                before = None
+            self._seen = Seen(status, before, tables, may_act)
+        finally:
+            self.looks += 1
+            self._looked = time.monotonic()
+            self._looking = None
+
+    async def close(self) -> None:
+        """Ends a look that is under way."""
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)

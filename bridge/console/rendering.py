@@ -1,0 +1,70 @@
+"""Templates. What stands in them is markup; whatever they are given is text, with its control characters visible."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from bridge import __version__
+from bridge.postgres.problems import problem_words
+from bridge.process.terminal import age
+from bridge.process.visible import visible
+
+
+def _finalize(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
+
+
+def _size(number: int) -> str:
+    """Bytes as `pgbridge status` shows them."""
+    return f"{number / 1e6:,.1f} MB"
+
+
+def _bytes(number: int) -> str:
+    """Bytes of what may be small."""
+    return f"{number / 1e3:,.0f} kB" if number < 1e6 else _size(number)
+
+
+def _rate(number: float | None) -> str:
+    """Times a second."""
+    return "–" if number is None else f"{number:,.0f}/s"
+
+
+def _when(at: datetime | None) -> str:
+    """A time in UTC, which the script shows in the reader's zone."""
+    if at is None:
+        return "–"
+    return Markup('<time datetime="{}">{} UTC</time>').format(
+        at.astimezone(UTC).isoformat(timespec="milliseconds"), f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+    )
+
+
+_ENVIRONMENT: Final = Environment(
+    loader=PackageLoader("bridge.console"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    finalize=_finalize,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.filters |= {
+    "age": age,
+    "count": _count,
+    "size": _size,
+    "bytes": _bytes,
+    "rate": _rate,
+    "when": _when,
+    "problem_words": problem_words,
+}
+_ENVIRONMENT.globals["version"] = __version__
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """The text of a page, or of a part of one."""
+    return _ENVIRONMENT.get_template(template).render(context)
