@@ -40,7 +40,15 @@ def build(clone: Path, folder: Path) -> tuple[int, str]:
 def test_a_link_that_leads_nowhere_and_a_page_without_a_place_end_the_build(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     clone.mkdir()
-    for name in (".gitignore", "docs", "deploy", "sql", "mkdocs.yml", *(path.name for path in ROOT.glob("*.md"))):
+    for name in (
+        ".gitignore",
+        "docs",
+        "deploy",
+        "sql",
+        "mkdocs.yml",
+        "requirements.txt",
+        *(path.name for path in ROOT.glob("*.md")),
+    ):
         subprocess.run(["cp", "-r", str(ROOT / name), str(clone)], check=True)
     links = ["gone.md", "settings.md#gone", "#gone", "../deploy/gone.yml", "../deploy/gone/", "/settings.md"]
     with (clone / "docs" / "wire.md").open("a") as page:
