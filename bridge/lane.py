@@ -363,6 +363,11 @@ class Lane:
         gate.keys[name] = None
         key.gate = gate
         self._ready.pop(name, None)
+        for behind in key.items:
+            # It was chosen to try its topic again before one that it must not overtake came back.
+            if behind is not item and behind.probes is not None:
+                waiting, behind.probes = behind.probes, None
+                self._tell_gate(waiting, taken=False)
         if gate.timer is None and not gate.probing:
             self._schedule(gate)
 

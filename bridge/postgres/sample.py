@@ -53,10 +53,12 @@ async def sample_for_ever(settings: Settings) -> None:
     recorder = Recorder(settings.name)
     asked = settings.observe.sample_interval
     interval = asked if asked < INTERVAL else math.inf
+    must_store = False
     try:
         while True:
             began = time.monotonic()
             status = None
+            stored = False
             try:
                 # A connection for each look: a bridge does without it when there is none to have.
                 connection = await connect(settings.postgres, f"pgbridge {settings.name} status")
@@ -66,13 +68,18 @@ async def sample_for_ever(settings: Settings) -> None:
                         SAMPLE.found(status, settings.name)
                         if not recorder.due_in:
                             await recorder.record(connection, status)
+                            stored = True
             except PgbridgeError as error:
                 outage.lost(error)
+                must_store = status is not None
                 if status is None:
                     SAMPLE.clear()
                     recorder.skip()
             else:
-                outage.restored()
+                # A look alone does not show that a sample can be stored again.
+                if stored or not must_store:
+                    outage.restored()
+                    must_store = False
             await asyncio.sleep(max(0.0, min(recorder.due_in, interval - (time.monotonic() - began))))
     finally:
         SAMPLE.clear()

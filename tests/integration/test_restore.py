@@ -17,7 +17,7 @@ def restore(dsn: str, into: PostgresServer, name: str) -> str:
     """Dumps a database and restores it in another cluster; the DSN there."""
     copy = into.create_database(name)
     with psycopg.connect(copy, autocommit=True) as connection:
-        for role in ("bridge_emitter", "bridge_relay", "bridge_worker", "bridge_operator"):
+        for role in ("bridge_emitter", "bridge_relay", "bridge_worker", "bridge_operator", "bridge_viewer"):
             connection.execute(psycopg.sql.SQL("create role {}").format(psycopg.sql.Identifier(role)))
     dumps.copy(into, dsn, copy)
     return copy

@@ -250,7 +250,7 @@ async def test_a_leader_stores_samples_and_so_does_its_successor(
 async def test_a_leader_that_cannot_store_samples_says_so_once_and_serves_its_gauges(
     bridge_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bridge.postgres.recorder.INTERVAL", 0.05)
+    monkeypatch.setattr("bridge.postgres.recorder.INTERVAL", 0.15)  # looks between samples
     (tmp_path / "bridge.toml").write_text(MEMORY.format(dsn=bridge_database))
     await execute(bridge_database, CURSOR, "shop")
     await execute(bridge_database, "alter table bridge.sample rename to away")
@@ -265,7 +265,7 @@ async def test_a_leader_that_cannot_store_samples_says_so_once_and_serves_its_ga
     monkeypatch.setattr(SAMPLE, "found", count)
     with capture_logs() as logs:
         sampling = asyncio.create_task(sample_for_ever(load(tmp_path / "bridge.toml")))
-        await until(lambda: looks > 5)
+        await until(lambda: looks > 12)
         assert len(SAMPLE.collect()) > 0
         await execute(bridge_database, "alter table bridge.away rename to sample")
         await rows_become(bridge_database, "select count(*) > 0 from bridge.sample", [(True,)])

@@ -16,4 +16,5 @@ def copy(server: PostgresServer, dsn: str, target: str) -> None:
         pytest.skip(str(error))
     dumped = subprocess.run([dump, dsn], capture_output=True, check=True)
     command = [str(load), "-X", "-q", "-v", "ON_ERROR_STOP=1", target]
-    subprocess.run(command, input=dumped.stdout, capture_output=True, check=True)
+    loaded = subprocess.run(command, input=dumped.stdout, capture_output=True, check=False)
+    assert loaded.returncode == 0, loaded.stderr.decode()

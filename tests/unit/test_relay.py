@@ -299,6 +299,37 @@ async def test_refusals_and_losses_together_lose_nothing_and_never_settle_too_mu
         assert numbers == sorted(numbers)
 
 
+@pytest.mark.parametrize("topics", [("t", "t"), ("t", "u")], ids=["same topic", "another topic"])
+async def test_a_key_goes_on_whose_earlier_event_is_refused_after_a_later_one_was_chosen_to_be_tried_again(
+    topics: tuple[str, str],
+) -> None:
+    class OutOfOrder(Broker):
+        """Answers the first call last, and refuses each event once."""
+
+        first_may_end = asyncio.Event()
+
+        async def publish(self, events: Sequence[Event]) -> Sequence[Outcome]:
+            if events[0].sequence == 0 and not self.refused:
+                self.refused["first"] += 1
+                await self.first_may_end.wait()
+                return [Refused("full")]
+            if events[0].sequence == 1 and self.refused.total() == 1:
+                self.refused["second"] += 1
+                return [Refused("full")]
+            return await super().publish(events)
+
+    events = [event(n, "k", topic) for n, topic in enumerate(topics)]
+    log, broker = Log(events, page_size=1), OutOfOrder()
+    limits = Limits(retry_initial=0.0, retry_max=0.0)
+    running = asyncio.create_task(Relay(log, "s", broker, limits=limits).run(log.done))
+    await until(lambda: broker.refused.total() == 2)
+    for _ in range(20):  # the second is chosen, and waits until the first has reported
+        await asyncio.sleep(0)
+    broker.first_may_end.set()
+    await asyncio.wait_for(running, 5)
+    assert [one.sequence for one in broker.arrived] == [0, 1]
+
+
 async def test_what_waits_behind_a_full_queue_is_bounded_and_the_others_go_on_until_then() -> None:
     events = [event(n, topic="full" if n % 2 else "free") for n in range(2000)]
     log, broker = Log(events), Broker()
