@@ -140,14 +140,16 @@ def test_a_collector_that_takes_nothing_is_said_once_and_so_is_its_return(
         if how == "gone":
             collector.open()
         collector.mode = "takes"
-        leave(spans)
-        collector.wait_for(lambda arrived: len(arrived) == 1)
-        until(lambda: len(lines) == 2, "the return is said")
+        sent = 0
+        while len(lines) < 2:  # on a busy machine an answer may take longer than the 0.2 s, and be a loss
+            leave(spans)
+            sent += 1
+            collector.wait_for(lambda arrived, sent=sent: len(arrived) >= sent)  # type: ignore[misc]
         spans.close()
     assert actions(lines) == ["spans.lost", "spans.restored"]
     assert collector.url.removeprefix("http://") in lines[0]["reason"]
     assert ("Forbidden" if how == "refuses" else "Failed to export") in lines[0]["reason"]
-    assert lines[1]["lost"] == 2
+    assert 2 <= lines[1]["lost"] < 2 + sent
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
