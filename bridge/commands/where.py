@@ -180,12 +180,8 @@ def _sink(sink: AtSink, dead: Sequence[DeadRow]) -> list[str]:
     match sink.state:
         case "settled" if not sink.sink:
             said = "settled: passed over"
-        case "settled":
-            said = "settled: the broker has confirmed it, or a person has taken its dead letter or moved the position"
-        case "held":
-            said = "held: the broker refused it for now, or what is before it in its key"
-        case "in a gap":
-            said = "in a gap: it was committed late, and is about to be read"
+        case "settled" | "held" | "in a gap":
+            said = f"{sink.state}: {sink.meaning}"
         case state:
             said = f"{state}: the sink is at {sink.mark}"
     lines.append(_line("state", said))

@@ -159,12 +159,11 @@ def _at_sink(sink: AtSink) -> Step:
         case "settled" if not sink.sink:
             return Step("well", f"Passed over by {name}", None, ())
         case "settled":
-            said = "the broker has confirmed it, or a person has taken its dead letter or moved the position"
-            return Step("well", f"Settled: {name}", None, (("that is", said),))
+            return Step("well", f"Settled: {name}", None, (("that is", sink.meaning or ""),))
         case "held":
-            state, words = "wrong", "Held: the broker refused it for now, or what is before it in its key"
+            state, words = "wrong", f"Held: {sink.meaning}"
         case "in a gap":
-            state, words = "busy", "In a gap: it was committed late, and is about to be read"
+            state, words = "busy", f"In a gap: {sink.meaning}"
         case "not yet":
             state, words = "busy", "Not read yet"
         case _:

@@ -1,20 +1,17 @@
 """`pgbridge console`: one process that serves the pages until it is asked to stop."""
 
 import asyncio
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Final
 
 import structlog
-import uvicorn
 
 from bridge.console.access import Access
 from bridge.console.app import make_app
 from bridge.console.database import Database
 from bridge.console.parts import Parts
 from bridge.console.reader import Reader
-from bridge.process.health import cannot_listen
+from bridge.process.asgi import AsgiServer, bound
 from bridge.process.systemd import notify, watchdog_for_ever
 from bridge.process.tasks import background, one_error, stop_on_signals
 from bridge.settings import Settings
@@ -46,30 +43,12 @@ class Console:
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop` is set. Raises SettingsError, and UnavailableError where it cannot listen yet."""
         app = make_app(Parts(self._settings, self._database, self.reader), self._access, stop)
-        server = _Server(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                http="h11",
-                ws="none",
-                server_header=False,
-                proxy_headers=False,
-                limit_concurrency=_AT_ONCE,
-                timeout_keep_alive=15,
-                timeout_graceful_shutdown=_STOP_LIMIT,
-            )
-        )
+        server = AsgiServer(app, at_once=_AT_ONCE, stop_limit=_STOP_LIMIT, keep_alive=15)
         try:
-            with one_error(), _bound(self._settings.console.listen) as bound:
+            with one_error(), bound("console.listen", self._settings.console.listen, backlog=_AT_ONCE) as listening:
                 async with background(watchdog_for_ever()):
-                    serves = asyncio.create_task(server.serve(sockets=[bound]))
                     self._started()
-                    stopped = asyncio.create_task(stop.wait())
-                    await asyncio.wait([serves, stopped], return_when=asyncio.FIRST_COMPLETED)
-                    server.should_exit = True
-                    await serves
+                    await server.serve_until(stop, listening)
         finally:
             await self.reader.close()
             await self._database.close()
@@ -83,25 +62,3 @@ class Console:
                 hint="tokens and pages cross the network without TLS: put a proxy in front, and name it in console.url",
             )
         notify("READY=1")
-
-
-class _Server(uvicorn.Server):
-    """Without signal handlers of its own: the process has its."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-@contextmanager
-def _bound(address: str) -> Iterator[socket.socket]:
-    """A socket that listens there. Raises SettingsError, or UnavailableError where it may be possible later."""
-    host, _, port = address.rpartition(":")
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, place = found[0]
-        bound = socket.create_server(place[:2], family=family, backlog=_AT_ONCE)
-    except OSError as error:
-        raise cannot_listen("console.listen", address, error) from error
-    with bound:
-        yield bound

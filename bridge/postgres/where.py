@@ -53,6 +53,18 @@ class AtSink:
     paused_by: str | None
     paused_why: str | None
 
+    @property
+    def meaning(self) -> str | None:
+        """What the state means, where its name does not say it."""
+        return _MEANINGS.get(self.state)
+
+
+_MEANINGS: Final = {
+    "settled": "the broker has confirmed it, or a person has taken its dead letter or moved the position",
+    "held": "the broker refused it for now, or what is before it in its key",
+    "in a gap": "it was committed late, and is about to be read",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class DeadRow:

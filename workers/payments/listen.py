@@ -5,9 +5,7 @@ PostgreSQL lost. Who sends is known by the signature, and what came before by th
 """
 
 import asyncio
-import socket
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -17,13 +15,13 @@ from typing import Any, Final, NamedTuple
 import click
 import stripe
 import structlog
-import uvicorn
 from pydantic import BaseModel, ValidationError
 from tenacity import wait_exponential_jitter
 
 from bridge.errors import PgbridgeError, SettingsError
+from bridge.process.asgi import AsgiServer, bound
 from bridge.process.exposition import Labelled
-from bridge.process.health import Health, cannot_listen, serving
+from bridge.process.health import Health, serving
 from bridge.process.logs import configure
 from bridge.process.outage import Outage
 from bridge.process.systemd import notify, watchdog_for_ever
@@ -53,6 +51,9 @@ _LIMIT: Final = 5.0
 
 _AT_ONCE: Final = 200
 """Requests; more are told to come back."""
+
+_STOP_LIMIT: Final = 15
+"""Seconds in which requests that are under way may end at a stop."""
 
 _KEPT: Final = timedelta(days=35)
 """Stripe sends events of the last thirty days again, when somebody asks it to."""
@@ -112,42 +113,26 @@ class Listener:
         """Until the process is asked to stop; what is being recorded then is answered. Raises SettingsError and
         UnavailableError where it cannot listen, and what PostgreSQL refuses at the start."""
         stop = stop_on_signals("listener", load_again)
-        server = _Server(
-            uvicorn.Config(
-                self,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                http="h11",
-                ws="none",
-                server_header=False,
-                proxy_headers=False,
-                limit_concurrency=_AT_ONCE,
-                timeout_graceful_shutdown=15,
-            )
-        )
+        server = AsgiServer(self, at_once=_AT_ONCE, stop_limit=_STOP_LIMIT)
         with (
             serving(f"{self._key}.health", self._options.health, self.health, self._served),
-            _bound(f"{self._key}.address", self._options.address) as bound,
+            bound(f"{self._key}.address", self._options.address, backlog=_AT_ONCE) as listening,
         ):
             await self._pool.open()
             try:
                 await self._pool.value(_PRUNE, self._name, datetime.now(UTC) - _KEPT)  # it may, and the schema is there
                 with one_error():
                     async with background(self._beat(), self._prune(), watchdog_for_ever()):
-                        serves = asyncio.create_task(server.serve(sockets=[bound]))
                         self._role = "running"
                         log.info("listener.started", worker=self._name, address=self._options.address)
                         notify("READY=1")
-                        await asyncio.wait(
-                            [serves, asyncio.create_task(stop.wait())], return_when=asyncio.FIRST_COMPLETED
-                        )
-                        self._role = "stopping"
-                        server.should_exit = True
-                        await serves
+                        await server.serve_until(stop, listening, stopping=self._stopping)
             finally:
                 await self._pool.close()
         log.info("listener.stopped", worker=self._name)
+
+    def _stopping(self) -> None:
+        self._role = "stopping"
 
     def health(self) -> Health:
         """What `/health` and `/readyz` say. Other threads may ask."""
@@ -273,25 +258,3 @@ async def _body(receive: Receive) -> bytes | None:
             return None
         if not message.get("more_body", False):
             return bytes(body)
-
-
-class _Server(uvicorn.Server):
-    """Without signal handlers of its own: the process has its."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-@contextmanager
-def _bound(key: str, address: str) -> Iterator[socket.socket]:
-    """A socket that listens there. Raises SettingsError, or UnavailableError where it may be possible later."""
-    host, _, port = address.rpartition(":")
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, place = found[0]
-        bound = socket.create_server(place[:2], family=family, backlog=_AT_ONCE)
-    except OSError as error:
-        raise cannot_listen(key, address, error) from error
-    with bound:
-        yield bound
