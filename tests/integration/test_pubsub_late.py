@@ -71,7 +71,7 @@ async def test_an_emulator_that_is_frozen_most_of_the_time_gets_every_event_once
         await asyncio.to_thread(emulator.thaw_for, 0.05)
     assert [kinds(await call) for call in calls] == [["Confirmed"] * 200] * 10
     assert sink.is_open
-    assert len(await reader.drain()) == 2000
+    assert len(await reader.drain(2000)) == 2000
     await sink.close()
 
 

@@ -8,6 +8,9 @@ import psycopg
 from bridge.brokers.rabbitmq.lanes import LANE
 from bridge.event import AMQP_PREFIX, Event, from_attributes
 
+ACKS = 100
+"""Messages that are acknowledged together: one acknowledgement each takes longer than the messages themselves."""
+
 
 class Messages:
     """A queue bound to everything on one exchange."""
@@ -25,14 +28,15 @@ class Messages:
         self.queue = await channel.declare_queue(f"{self.exchange}-all", durable=True)
         await self.queue.bind(exchange, "#")
 
-    async def take(self, count: int, timeout: float = 30.0) -> list[aio_pika.abc.AbstractIncomingMessage]:
+    async def take(self, count: int, timeout: float = 60.0) -> list[aio_pika.abc.AbstractIncomingMessage]:
         """The next `count` messages, acknowledged."""
         taken: list[aio_pika.abc.AbstractIncomingMessage] = []
         async with asyncio.timeout(timeout), self.queue.iterator() as messages:
             async for message in messages:
-                await message.ack()
                 taken.append(message)
                 self.seen += 1
+                if len(taken) % ACKS == 0 or len(taken) >= count:
+                    await message.ack(multiple=True)
                 if len(taken) >= count:
                     break
         return taken
@@ -43,10 +47,11 @@ class Messages:
         seen = set()
         async with asyncio.timeout(timeout), self.queue.iterator() as messages:
             async for message in messages:
-                await message.ack()
                 taken.append(message)
                 self.seen += 1
                 seen.add(message.message_id)
+                if len(taken) % ACKS == 0 or len(seen) >= count:
+                    await message.ack(multiple=True)
                 if len(seen) >= count:
                     break
         return taken

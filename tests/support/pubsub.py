@@ -13,6 +13,7 @@ from bridge.brokers.pubsub.connection import Connection, connect
 from bridge.brokers.pubsub.message import from_message
 from bridge.brokers.pubsub.settings import PubSubSettings
 from bridge.event import Event
+from tests.support.until import LIMIT
 
 PROJECT = "pgbridge-tests"
 
@@ -69,33 +70,34 @@ class PubSubReader:
         await connection.call(connection.create_subscription, wanted)
         await connection.close()
 
-    async def messages(self, *, quiet: float = 0.5, into: list[Any] | None = None) -> list[Any]:
-        """Takes protobuf messages until none has come for `quiet` seconds.
+    async def messages(self, *, least: int = 0, quiet: float = 0.5, into: list[Any] | None = None) -> list[Any]:
+        """Takes protobuf messages until `least` have come (or `LIMIT` is over) and then none for `quiet` seconds.
 
         With `into` they are added there as they come, so that they are known when the emulator goes meanwhile.
         """
         connection = await connect(self._settings)
         taken = [] if into is None else into
-        last = time.monotonic()
+        began = last = time.monotonic()
         # Never a pull that waits: the emulator goes on giving messages to one that was cancelled.
         pull = types.PullRequest.pb()(subscription=self._subscription, max_messages=1000, return_immediately=True)
         try:
-            while time.monotonic() - last < quiet:
+            while time.monotonic() - last < quiet or (len(taken) < least and time.monotonic() - began < LIMIT):
                 batch = (await connection.call(connection.pull, pull)).received_messages
                 if not batch:
                     await asyncio.sleep(0.01)
                     continue
-                last = time.monotonic()
                 taken += [received.message for received in batch]
                 ids = [received.ack_id for received in batch]
                 acknowledge = types.AcknowledgeRequest.pb()(subscription=self._subscription, ack_ids=ids)
                 await connection.call(connection.acknowledge, acknowledge)
+                # Only now: on a busy machine the answer to this alone may take longer than `quiet`.
+                last = time.monotonic()
         finally:
             await connection.close()
         return taken
 
-    async def drain(self) -> list[Event]:
-        """Takes all events."""
-        events = [from_message(message) for message in await self.messages()]
+    async def drain(self, least: int = 0) -> list[Event]:
+        """Takes all events, and waits for `least` of them."""
+        events = [from_message(message) for message in await self.messages(least=least)]
         assert all(isinstance(event, Event) for event in events), events
         return [event for event in events if isinstance(event, Event)]
