@@ -79,7 +79,7 @@ class History:
     def quantile(self, label: str, q: float) -> Series:
         """Of the durations of attempts, in seconds; `q` from 0 to 1. It lies between the bounds of a bucket, as if
         those in it were spread evenly. None where there was no attempt."""
-        return self._series(label, "seconds", lambda slot: _quantile(slot.counts, q))
+        return self._series(label, "seconds", lambda slot: quantile(slot.counts, q))
 
     def _rate(self, slot: Slot, counts: Sequence[str]) -> float | None:
         total = sum(slot.counts.get(count, 0.0) for count in counts)
@@ -136,7 +136,8 @@ async def read_history(
     return {name: History(kind, name, began, span.step, found) for name, found in sorted(slots.items())}
 
 
-def _quantile(counts: Mapping[str, float], q: float) -> float | None:
+def quantile(counts: Mapping[str, float], q: float) -> float | None:
+    """Of the durations that a worker's samples have counted by buckets, as `History.quantile` has it."""
     buckets = sorted((float(name[3:]), count) for name, count in counts.items() if name.startswith("le_"))
     total = sum(count for _, count in buckets)
     if total <= 0:

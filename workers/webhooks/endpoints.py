@@ -1,21 +1,25 @@
 """`pgbridge-worker webhooks`: what people do with endpoints and their deliveries."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, LiteralString
+from typing import Any, LiteralString
 
 import click
-import psycopg
-from psycopg.rows import dict_row
 
 from bridge.errors import UsageError
-from bridge.postgres.connection import connect_blocking, database_errors
+from bridge.postgres import webhooks as database
+from bridge.postgres.connection import connect
+from bridge.postgres.webhooks import Attempt, Delivery, Endpoint, Message
+from bridge.postgres.wire import Connection
+from bridge.process.tasks import run
 from bridge.process.terminal import (
     Moment,
     age,
     config_option,
+    dry_run_option,
     exit_codes,
     field,
     heading,
@@ -28,38 +32,6 @@ from bridge.process.visible import visible
 from bridge.settings import load
 from bridge.settings.models import parse_duration, parse_rate
 from workers.webhooks.signature import new_key_pair
-
-_ENDPOINTS: Final = """
-select id, url, topics, description, concurrency, rate, created_at, disabled_at, disabled_why, breaker, failures,
-       open_until, paused_until, failing_since, last_success_at, due, sending, failed, skipped
-  from bridge.webhook_endpoints
-"""
-
-_DELIVERY: Final = """
-select d.id, d.endpoint, d.event_id::text, m.topic, m.key, d.state, d.attempts, d.due_at, d.last_status, d.last_error,
-       d.created_at, d.finished_at, m.event_time, m.body
-  from bridge.webhook_delivery d join bridge.webhook_message m using (event_id) where d.id = %s
-"""
-
-_ATTEMPTS: Final = """
-select number, at, status, duration, error, answer from bridge.webhook_attempt where delivery = %s order by number
-"""
-
-_DELIVERIES: Final = """
-select id, event_id::text, topic, key, state, attempts, due_at, last_status, last_error, created_at, finished_at
-  from bridge.endpoint_deliveries(%s, %s)
-"""
-
-"""Characters of an error in a list; `delivery` has all of it."""
-
-_OF_THE_CALLER: Final = (
-    psycopg.errors.InvalidParameterValue,
-    psycopg.errors.NullValueNotAllowed,
-    psycopg.errors.NoDataFound,
-    psycopg.errors.ObjectInUse,
-    psycopg.errors.ObjectNotInPrerequisiteState,
-)
-"""What the functions raise over what they are given."""
 
 
 class Rate(click.ParamType[float]):
@@ -130,12 +102,12 @@ def add_endpoint(
 ) -> None:
     """Sends webhooks to URL from now on, and shows the secret for its receiver, this once."""
     private, public = new_key_pair() if asymmetric else (None, None)
-    [made] = _ask(
+    endpoint, secret = _ask(
         config,
         "select endpoint, signing_secret from bridge.add_endpoint(%s, %s, %s, %s, %s, %s)",
         *(url, list(topics), description, concurrency, rate, private),
     )
-    shown = {"endpoint": made["endpoint"], **_for_the_receiver(made["signing_secret"], public)}
+    shown = {"endpoint": endpoint, **_for_the_receiver(secret, public)}
     if as_json:
         print_json(shown, indent=2)
     else:
@@ -180,41 +152,36 @@ def change_endpoint(
 @exit_codes
 def list_endpoints(config: Path | None, as_json: bool) -> None:
     """Lists the endpoints, with what waits for each."""
-    found = _ask(config, f"{_ENDPOINTS} order by id")
+    found = run(_list(config))
     if as_json:
-        print_json(found, indent=2)
+        print_json([asdict(endpoint) for endpoint in found], indent=2)
     elif found:
         table([_row(endpoint) for endpoint in found], whole=("id", "url"), wrapped=True)
     else:
         click.echo("There are no endpoints; add one: pgbridge-worker webhooks add URL --topic PATTERN")
 
 
-def _row(endpoint: Mapping[str, Any]) -> dict[str, str]:
+async def _list(config: Path | None) -> list[Endpoint]:
+    async with _connected(config) as connection:
+        return await database.endpoints(connection)
+
+
+def _row(endpoint: Endpoint) -> dict[str, str]:
     return {
-        "id": str(endpoint["id"]),
-        "url": endpoint["url"],
-        "due": str(endpoint["due"]),
-        "sending": str(endpoint["sending"]),
-        "failed": str(endpoint["failed"]),
-        "skipped": str(endpoint["skipped"]),
-        "last success": moment(endpoint["last_success_at"]),
-        "topics": ", ".join(endpoint["topics"]),
-        "state": _state(endpoint),
+        "id": str(endpoint.id),
+        "url": endpoint.url,
+        "due": str(endpoint.due),
+        "sending": str(endpoint.sending),
+        "failed": str(endpoint.failed),
+        "skipped": str(endpoint.skipped),
+        "last success": moment(endpoint.last_success_at),
+        "topics": ", ".join(endpoint.topics),
+        "state": endpoint.words(_now()),
     }
 
 
-def _state(endpoint: Mapping[str, Any]) -> str:
-    """In words, the gravest first."""
-    now = datetime.now().astimezone()
-    if endpoint["disabled_at"] is not None:
-        return f"disabled: {endpoint['disabled_why']}"
-    if endpoint["breaker"] == "open":
-        return f"failing, next try in {age((endpoint['open_until'] - now).total_seconds())}"
-    if endpoint["paused_until"] is not None and endpoint["paused_until"] > now:
-        return f"asked to wait {age((endpoint['paused_until'] - now).total_seconds())}"
-    if endpoint["breaker"] == "half open":
-        return "failing, tried one by one"
-    return "failing" if endpoint["failing_since"] is not None else "ok"
+def _now() -> datetime:
+    return datetime.now().astimezone()
 
 
 @webhooks.command("show")
@@ -225,32 +192,35 @@ def _state(endpoint: Mapping[str, Any]) -> str:
 @exit_codes
 def show_endpoint(endpoint: int, limit: int, config: Path | None, as_json: bool) -> None:
     """Shows one endpoint, what is sent to it next, and its last deliveries."""
-    with _asking(config) as asked:
-        found = asked(f"{_ENDPOINTS} where id = %s", endpoint)
-        deliveries = asked(_DELIVERIES, endpoint, limit)
-    if not found:
-        raise UsageError(f"there is no endpoint {endpoint}; `pgbridge-worker webhooks list` shows those that are")
-    [fields] = found
+    found, deliveries = run(_show(config, endpoint, limit))
     if as_json:
-        print_json({**fields, "deliveries": deliveries}, indent=2)
+        print_json({**asdict(found), "deliveries": [asdict(delivery) for delivery in deliveries]}, indent=2)
         return
-    _print_fields({"state": _state(fields), **fields})
+    _print_fields({"state": found.words(_now()), **asdict(found)})
     if deliveries:
         click.echo()
         table([_delivery_row(delivery) for delivery in deliveries], whole=("delivery",))
 
 
-def _delivery_row(delivery: Mapping[str, Any]) -> dict[str, str]:
+async def _show(config: Path | None, number: int, limit: int) -> tuple[Endpoint, list[Delivery]]:
+    async with _connected(config) as connection:
+        found = await database.endpoint(connection, number)
+        if found is None:
+            raise UsageError(f"there is no endpoint {number}; `pgbridge-worker webhooks list` shows those that are")
+        return found, await database.deliveries(connection, number, limit)
+
+
+def _delivery_row(delivery: Delivery) -> dict[str, str]:
     return {
-        "delivery": str(delivery["id"]),
-        "state": delivery["state"],
-        "attempts": str(delivery["attempts"]),
-        "due": moment(delivery["due_at"]),
-        "finished": moment(delivery["finished_at"]),
-        "topic": delivery["topic"],
-        "key": delivery["key"] or "-",
-        "status": str(delivery["last_status"] or "-"),
-        "reason": delivery["last_error"] or "-",
+        "delivery": str(delivery.id),
+        "state": delivery.state,
+        "attempts": str(delivery.attempts),
+        "due": moment(delivery.due_at),
+        "finished": moment(delivery.finished_at),
+        "topic": delivery.topic,
+        "key": delivery.key or "-",
+        "status": str(delivery.last_status or "-"),
+        "reason": delivery.last_error or "-",
     }
 
 
@@ -261,27 +231,30 @@ def _delivery_row(delivery: Mapping[str, Any]) -> dict[str, str]:
 @exit_codes
 def show_delivery(delivery: int, config: Path | None, as_json: bool) -> None:
     """Shows one delivery: its body, and each attempt with the beginning of its answer."""
-    with _asking(config) as asked:
-        found = asked(_DELIVERY, delivery)
-        attempts = asked(_ATTEMPTS, delivery)
-    if not found:
-        raise UsageError(
-            f"there is no delivery {delivery}; `pgbridge-worker webhooks show ENDPOINT` shows the last ones"
-        )
-    [fields] = found
+    found, attempts = run(_delivery(config, delivery))
+    fields = {"id": found.id, "endpoint": found.endpoint, **asdict(found)}
     if as_json:
-        print_json({**fields, "made": attempts}, indent=2)
+        print_json({**fields, "made": [asdict(attempt) for attempt in attempts]}, indent=2)
         return
-    body = fields.pop("body")
+    del fields["body"]
     _print_fields(fields)
     for attempt in attempts:
-        status = "no answer" if attempt["status"] is None else f"status {attempt['status']}"
-        took = "" if attempt["duration"] is None else f" after {attempt['duration']:.3f} s"
-        head = f"attempt {attempt['number']}, {moment(attempt['at'])}: {status}{took}"
-        click.echo("\n" + heading(head))
-        for text in filter(None, (attempt["error"], attempt["answer"])):
+        status = "no answer" if attempt.status is None else f"status {attempt.status}"
+        took = "" if attempt.duration is None else f" after {attempt.duration:.3f} s"
+        click.echo("\n" + heading(f"attempt {attempt.number}, {moment(attempt.at)}: {status}{took}"))
+        for text in filter(None, (attempt.error, attempt.answer)):
             click.echo(visible(text))
-    click.echo(f"\n{heading('body')}\n{visible(body)}")
+    click.echo(f"\n{heading('body')}\n{visible(found.body)}")
+
+
+async def _delivery(config: Path | None, number: int) -> tuple[Message, list[Attempt]]:
+    async with _connected(config) as connection:
+        found = await database.delivery(connection, number)
+        if found is None:
+            raise UsageError(
+                f"there is no delivery {number}; `pgbridge-worker webhooks show ENDPOINT` shows the last ones"
+            )
+        return found, await database.attempts(connection, number)
 
 
 @webhooks.command("resend")
@@ -290,8 +263,13 @@ def show_delivery(delivery: int, config: Path | None, as_json: bool) -> None:
 @exit_codes
 def resend_delivery(delivery: int, config: Path | None) -> None:
     """Sends a delivery again, whatever became of it, with its whole schedule of attempts."""
-    _ask(config, "select bridge.resend_delivery(%s)", delivery)
+    run(_resend(config, delivery))
     click.echo("It is due now.", err=True)
+
+
+async def _resend(config: Path | None, number: int) -> None:
+    async with _connected(config) as connection:
+        await database.resend(connection, number)
 
 
 @webhooks.command("rotate")
@@ -304,8 +282,8 @@ def resend_delivery(delivery: int, config: Path | None) -> None:
 def rotate_secret(endpoint: int, grace: timedelta, asymmetric: bool, config: Path | None, as_json: bool) -> None:
     """Gives an endpoint a new secret, and shows it, this once; meanwhile the old one signs as well."""
     private, public = new_key_pair() if asymmetric else (None, None)
-    [made] = _ask(config, "select bridge.rotate_secret(%s, %s, %s) as secret", endpoint, grace, private)
-    shown = {"endpoint": endpoint, **_for_the_receiver(made["secret"], public)}
+    [secret] = _ask(config, "select bridge.rotate_secret(%s, %s, %s)", endpoint, grace, private)
+    shown = {"endpoint": endpoint, **_for_the_receiver(secret, public)}
     if as_json:
         print_json(shown, indent=2)
     else:
@@ -320,8 +298,8 @@ def rotate_secret(endpoint: int, grace: timedelta, asymmetric: bool, config: Pat
 @exit_codes
 def disable_endpoint(endpoint: int, why: str, config: Path | None) -> None:
     """Sends an endpoint nothing more; what is due is skipped, and so is what comes."""
-    [done] = _ask(config, "select bridge.disable_endpoint(%s, %s) as done", endpoint, why)
-    click.echo("Disabled." if done["done"] else "It was disabled already.", err=True)
+    [done] = _ask(config, "select bridge.disable_endpoint(%s, %s)", endpoint, why)
+    click.echo("Disabled." if done else "It was disabled already.", err=True)
 
 
 @webhooks.command("enable")
@@ -330,8 +308,13 @@ def disable_endpoint(endpoint: int, why: str, config: Path | None) -> None:
 @exit_codes
 def enable_endpoint(endpoint: int, config: Path | None) -> None:
     """Sends an endpoint what comes from now on; what it missed stays skipped, see `recover`."""
-    [done] = _ask(config, "select bridge.enable_endpoint(%s) as done", endpoint)
-    click.echo("Enabled." if done["done"] else "It was enabled; its circuit breaker is closed.", err=True)
+    done = run(_enable(config, endpoint))
+    click.echo("Enabled." if done else "It was enabled; its circuit breaker is closed.", err=True)
+
+
+async def _enable(config: Path | None, number: int) -> bool:
+    async with _connected(config) as connection:
+        return await database.enable(connection, number)
 
 
 @webhooks.command("recover")
@@ -342,12 +325,20 @@ def enable_endpoint(endpoint: int, config: Path | None) -> None:
     required=True,
     help='What was given up or skipped since then: "2026-02-03 14:05", "2d" ago.',
 )
+@dry_run_option
 @config_option
 @exit_codes
-def recover_endpoint(endpoint: int, since: datetime, config: Path | None) -> None:
+def recover_endpoint(endpoint: int, since: datetime, dry_run: bool, config: Path | None) -> None:
     """Enables an endpoint, and sends it what failed for good or was skipped since a time."""
-    [done] = _ask(config, "select bridge.recover_endpoint(%s, %s) as count", endpoint, since)
-    click.echo(f"{done['count']} are due now.", err=True)
+    click.echo(run(_recover(config, endpoint, since, dry_run)), err=True)
+
+
+async def _recover(config: Path | None, number: int, since: datetime, dry_run: bool) -> str:
+    async with _connected(config) as connection:
+        if dry_run:
+            counts = await database.recoverable(connection, number, since)
+            return f"{counts.total} would be due: {counts.failed} failed for good, {counts.skipped} were skipped."
+        return f"{await database.recover(connection, number, since)} are due now."
 
 
 @webhooks.command("remove")
@@ -360,31 +351,21 @@ def remove_endpoint(endpoint: int, config: Path | None) -> None:
     click.echo("Removed.", err=True)
 
 
-class _Asked:
-    """A connection whose rows are dicts."""
-
-    def __init__(self, connection: psycopg.Connection[Any]) -> None:
-        self._connection = connection
-
-    def __call__(self, query: LiteralString, *parameters: object) -> list[dict[str, Any]]:
-        """Raises UsageError for what the database does not take of what it was given, with the way to mend it."""
-        try:
-            return self._connection.cursor(row_factory=dict_row).execute(query, parameters).fetchall()
-        except _OF_THE_CALLER as error:
-            hint = f". {error.diag.message_hint}" if error.diag.message_hint else ""
-            raise UsageError(f"{error.diag.message_primary}{hint}") from error
+@asynccontextmanager
+async def _connected(config: Path | None) -> AsyncIterator[Connection]:
+    async with await connect(load(config).postgres, "pgbridge webhooks") as connection:
+        yield connection
 
 
-@contextmanager
-def _asking(config: Path | None) -> Iterator[_Asked]:
-    """One transaction."""
-    with connect_blocking(load(config).postgres, "pgbridge webhooks") as connection, database_errors():
-        yield _Asked(connection)
+def _ask(config: Path | None, query: LiteralString, *parameters: object) -> tuple[Any, ...]:
+    """The one row that it gives."""
+    return run(_asked(config, query, *parameters))
 
 
-def _ask(config: Path | None, query: LiteralString, *parameters: object) -> Sequence[dict[str, Any]]:
-    with _asking(config) as asked:
-        return asked(query, *parameters)
+async def _asked(config: Path | None, query: LiteralString, *parameters: object) -> tuple[Any, ...]:
+    async with _connected(config) as connection:
+        [row] = await database.asked(connection, query, *parameters)
+        return row
 
 
 def _print_fields(fields: Mapping[str, Any]) -> None:
