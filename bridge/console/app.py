@@ -132,7 +132,7 @@ class _Site:
             context = await self._context(page, request, person, browser)
             context["notice"] = self._notices.pop(browser, None)
             query = f"?{request.url.query}" if request.url.query else ""
-            context["live"] = f"/live{quote(request.url.path)}{query}"
+            context["live"] = f"/live{quote(request.scope['path'])}{query}"
             response = HTMLResponse(render(f"{page.name}.html", context))
             self._give_cookie(response, browser)
             return response

@@ -6,8 +6,9 @@ from starlette.requests import Request
 
 from bridge.console.access import Person
 from bridge.console.parts import Form, Page, Parts
+from bridge.console.pausing import pause, resume
 from bridge.errors import UsageError
-from bridge.postgres.pause import REACTION, Pausable, end_pause, set_pause
+from bridge.postgres.pause import Pausable
 from bridge.postgres.problems import (
     held_back_words,
     is_filling,
@@ -19,8 +20,6 @@ from bridge.postgres.problems import (
     transaction_words,
 )
 from bridge.postgres.status import SinkPosition, Status, rates
-
-_LONGEST_REASON: Final = 500
 
 
 async def _show(parts: Parts, request: Request) -> dict[str, Any]:
@@ -70,25 +69,12 @@ def _sink(parts: Parts, form: Form, *, known: bool) -> Pausable:
 
 
 async def _pause(parts: Parts, person: Person, form: Form) -> str:
-    what = _sink(parts, form, known=True)
-    why = form.get("why", "").strip()
-    if not why:
-        raise UsageError("give a reason: whoever finds the sink paused will ask for it")
-    if len(why) > _LONGEST_REASON:
-        raise UsageError(f"the reason has {len(why)} letters; {_LONGEST_REASON} are enough")
-    async with parts.database.connection() as connection:
-        done = await set_pause(connection, what, person.signature, why)
-    said = f"is paused: it takes nothing more {REACTION}" if done else "was paused already; its reason stays"
-    return f"The sink {what.name} {said}."
+    return await pause(parts, person, _sink(parts, form, known=True), form)
 
 
 async def _resume(parts: Parts, person: Person, form: Form) -> str:
     # What the settings do not name any more may still be paused.
-    what = _sink(parts, form, known=False)
-    async with parts.database.connection() as connection:
-        done = await end_pause(connection, what)
-    said = f"goes on, {REACTION}" if done else "was not paused"
-    return f"The sink {what.name} {said}."
+    return await resume(parts, _sink(parts, form, known=False))
 
 
 PAGE: Final = Page("bridges", "/bridges", "Bridges and database", _show, actions={"pause": _pause, "resume": _resume})

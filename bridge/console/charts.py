@@ -1,11 +1,11 @@
-"""The charts of the page Flow: the last hour, day or month of this bridge, its sinks and its workers."""
+"""The charts of the pages Flow and Workers: the last hour, day or month of this bridge, its sinks and its workers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from bridge.console.chart import chart
+from bridge.console.chart import LINES, chart
 from bridge.postgres.history import HOUR, SPANS, History, Series, Span, read_history
 from bridge.postgres.wire import Connection
 
@@ -33,6 +33,12 @@ async def charts(connection: Connection, bridge: str, workers: Sequence[str], sp
     return Charts(span, list(_figures(itself[""], sinks, working)))
 
 
+async def worker_charts(connection: Connection, names: Sequence[str], span: Span) -> Charts:
+    """Of these workers alone: what a chart has room for, the first six. Raises as `read_history`."""
+    working = await read_history(connection, "worker", "", names[:LINES], span)
+    return Charts(span, [_figure(*each) for each in _of_workers(working)])
+
+
 def _figures(itself: History, sinks: Mapping[str, History], workers: Mapping[str, History]) -> list[Markup]:
     named = {name: sink for name, sink in sinks.items() if name}
     published = [itself.rate("emitted", "emitted")]
@@ -48,19 +54,33 @@ def _figures(itself: History, sinks: Mapping[str, History], workers: Mapping[str
         ),
     ]
     behind[-1][2].append(itself.level("dead letters", "events", "dead_letters"))
-    handled = [worker.rate(name, "handled") for name, worker in workers.items()]
-    failed = [worker.rate(name, "retried", "dead_lettered", "crashed") for name, worker in workers.items()]
-    in_hand = [worker.mean(name, "events", "in_hand") for name, worker in workers.items()]
-    slow = [
-        worker.quantile(f"{name}, {words}", q)
-        for name, worker in workers.items()
-        for words, q in (("median", 0.5), ("99 %", 0.99))
+    return found + [_figure(*each) for each in [*behind, *_of_workers(workers)] if each[2]]
+
+
+def _of_workers(workers: Mapping[str, History]) -> list[tuple[str, str, list[Series]]]:
+    return [
+        ("handled", "Handled by workers", [worker.rate(name, "handled") for name, worker in workers.items()]),
+        (
+            "failed",
+            "Attempts that failed",
+            [worker.rate(name, "retried", "dead_lettered", "crashed") for name, worker in workers.items()],
+        ),
+        (
+            "durations",
+            "Durations of attempts",
+            [
+                worker.quantile(f"{name}, {words}", q)
+                for name, worker in workers.items()
+                for words, q in (("median", 0.5), ("99 %", 0.99))
+            ],
+        ),
+        (
+            "in-hand",
+            "In hand, on average",
+            [worker.mean(name, "events", "in_hand") for name, worker in workers.items()],
+        ),
     ]
-    behind += [
-        ("handled", "Handled by workers", handled),
-        ("failed", "Attempts that failed", failed),
-        ("durations", "Durations of attempts", slow),
-        ("in-hand", "In hand, on average", in_hand),
-    ]
-    found += [chart(f"chart-{name}", title, series) for name, title, series in behind if series]
-    return found
+
+
+def _figure(name: str, title: str, series: list[Series]) -> Markup:
+    return chart(f"chart-{name}", title, series)

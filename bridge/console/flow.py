@@ -85,7 +85,7 @@ def picture(settings: Settings, seen: Seen) -> dict[str, Any]:
     by_sink = _by_sink(settings, status.workers)
     ways = [_way(settings, seen.before, status, bridge, by_sink) for bridge in status.bridges]
     drawn = {worker.worker for way in ways for branch in way.branches for worker, _ in branch.workers}
-    others = [(worker, _worker_box(worker)) for worker in status.workers if worker.worker not in drawn]
+    others = [(worker, worker_box(worker)) for worker in status.workers if worker.worker not in drawn]
     return {"problems": list(problems(status, settings.name)), "ways": ways, "others": others}
 
 
@@ -109,7 +109,7 @@ def _way(
     for position in bridge.sinks:
         rate = rates(before, now, bridge.name, position.sink) if before is not None else None
         ours = is_ours and position.sink in settings.sinks
-        workers = [(worker, _worker_box(worker)) for worker in by_sink.get(position.sink, ())] if ours else []
+        workers = [(worker, worker_box(worker)) for worker in by_sink.get(position.sink, ())] if ours else []
         kind = settings.sinks[position.sink].type if ours else ""
         branches.append(Branch(position, rate, _sink_box(position), kind, workers))
     emitted = next((branch.rate.emitted for branch in branches if branch.rate is not None), None)
@@ -128,7 +128,8 @@ def _sink_box(position: SinkPosition) -> Box:
     return Box("well", "up to date")
 
 
-def _worker_box(worker: WorkerStatus) -> Box:
+def worker_box(worker: WorkerStatus) -> Box:
+    """How a worker stands."""
     if worker.paused is not None:
         return Box("paused", pause_words(worker.paused))
     if worker.held_keys or worker.dead_letters:

@@ -2,7 +2,17 @@
 
 from typing import Final
 
-from bridge.console import bridges, event, events, flow
+from bridge.console import bridges, event, events, flow, webhook, webhook_delivery, webhooks, worker, workers
 from bridge.console.parts import Page
 
-PAGES: Final[tuple[Page, ...]] = (flow.PAGE, events.PAGE, event.PAGE, bridges.PAGE)
+PAGES: Final[tuple[Page, ...]] = (
+    flow.PAGE,
+    events.PAGE,
+    event.PAGE,
+    workers.PAGE,
+    worker.PAGE,
+    webhooks.PAGE,
+    webhook.PAGE,
+    webhook_delivery.PAGE,
+    bridges.PAGE,
+)

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from bridge import __version__
+from bridge.console.chart import told
 from bridge.postgres.problems import problem_words
 from bridge.process.terminal import age
 from bridge.process.visible import visible
@@ -36,6 +38,16 @@ def _rate(number: float | None) -> str:
     return "–" if number is None else f"{number:,.0f}/s"
 
 
+def _duration(seconds: float | None) -> str:
+    """What may take milliseconds."""
+    return "–" if seconds is None else told(seconds, "seconds")
+
+
+def _ago(at: datetime | None, now: datetime) -> str:
+    """How long before `now` it was."""
+    return "–" if at is None else age(max(0.0, (now - at).total_seconds()))
+
+
 def _when(at: datetime | None) -> str:
     """A time in UTC, which the script shows in the reader's zone."""
     if at is None:
@@ -43,6 +55,11 @@ def _when(at: datetime | None) -> str:
     return Markup('<time datetime="{}">{} UTC</time>').format(
         at.astimezone(UTC).isoformat(timespec="milliseconds"), f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
     )
+
+
+def _segment(text: str) -> str:
+    """As one segment of the path of an address."""
+    return quote(text, safe="")
 
 
 _ENVIRONMENT: Final = Environment(
@@ -59,8 +76,11 @@ _ENVIRONMENT.filters |= {
     "size": _size,
     "bytes": _bytes,
     "rate": _rate,
+    "duration": _duration,
+    "ago": _ago,
     "when": _when,
     "problem_words": problem_words,
+    "segment": _segment,
 }
 _ENVIRONMENT.globals["version"] = __version__
 

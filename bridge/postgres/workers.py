@@ -6,6 +6,7 @@ index over what is not finished, which every event that finishes would pay for.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from operator import itemgetter
 from typing import Any, Final, Literal
 
 from psycopg.rows import class_row
@@ -104,10 +105,16 @@ class Handled:
     pid: int | None
     """The process that has it in hand."""
     code: str | None
-    """Of the failure with which it was given up."""
+    """Of the failure with which it was given up, until the broker has its dead letter, which has it then."""
     reason: str | None
     open_effects: Mapping[str, str] | None
-    """In the part `effects`: each operation that has no outcome, and when it was begun."""
+    """In the part `effects`: each operation that has no outcome, and when it was begun, as ISO 8601 has it."""
+
+    @property
+    def open(self) -> list[tuple[str, datetime]]:
+        """The same, as times, in their order."""
+        found = [(name, datetime.fromisoformat(at)) for name, at in (self.open_effects or {}).items()]
+        return sorted(found, key=itemgetter(1))
 
     @property
     def seconds(self) -> float | None:

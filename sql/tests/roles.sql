@@ -147,7 +147,7 @@ select pg_temp.may_not(who, 'select from bridge.store_samples(''b'', ''{s}'', 15
 select pg_temp.may_not(who, 'select from bridge.store_worker_sample(''w'', 15, ''{}'', ''{}'', 0.5)') from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_operator', 'bridge_viewer']::name[]) who;
 select pg_temp.may(who, 'select from bridge.worker_processes(''{w}'', 1), bridge.worker_events(''w'', 1, 1), bridge.keys_held(''w'', 0, 1, 1), bridge.list_endpoints(), bridge.endpoint_deliveries(1)') from unnest(array['bridge_operator', 'bridge_viewer']::name[]) who;
 select pg_temp.may_not(who, 'select from bridge.worker_events(''w'', 1, 1)') from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker']::name[]) who;
-select is(pg_temp.attempt('bridge_viewer', 'select from bridge.count_recoverable(1, now())'), 'P0002', 'bridge_viewer may count what is not there');
+select pg_temp.may('bridge_viewer', 'select bridge.count_recoverable(id, now()) from bridge.webhook_endpoint');
 select pg_temp.may(who, 'select from bridge.sample, bridge.event_neighbours(1, ''k'', 1, 1), bridge.event_content(1, 1), bridge.search_events(1, 0, 1, 1, 1, null, null, null, null, null, null, null)') from unnest(array['bridge_operator', 'bridge_viewer']::name[]) who;
 select pg_temp.may('bridge_relay', 'select from bridge.sample');
 select pg_temp.may_not(who, 'select from bridge.sample') from unnest(array['bridge_emitter', 'bridge_worker']::name[]) who;

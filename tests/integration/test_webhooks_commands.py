@@ -138,6 +138,9 @@ def test_an_endpoint_is_disabled_enabled_recovered_and_removed(command: Command,
     assert (changed.url, changed.rate, changed.topics) == ("https://new.example", None, ["a.#"])
     command("enable", endpoint)
     assert hooks.states(endpoint) == {"skipped": 3}
+    said = command("recover", endpoint, "--since", "1h", "--dry-run").stderr
+    assert "3 would be due: 0 failed for good, 3 were skipped." in said
+    assert hooks.states(endpoint) == {"skipped": 3}
     assert "3 are due" in command("recover", endpoint, "--since", "1h").stderr
     [claim, *_] = hooks.claim()
     hooks.record([claim])
@@ -166,6 +169,7 @@ def test_an_endpoint_is_disabled_enabled_recovered_and_removed(command: Command,
         (("disable", 1), "there is no endpoint 1"),
         (("enable", 1), "there is no endpoint 1"),
         (("recover", 1, "--since", "2h"), "there is no endpoint 1"),
+        (("recover", 1, "--since", "2h", "--dry-run"), "there is no endpoint 1"),
         (("recover", 1, "--since", "yesterday"), "is not a time"),
         (("remove", 1), "there is no endpoint 1"),
     ],

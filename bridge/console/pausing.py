@@ -1,0 +1,31 @@
+"""Pausing a sink or a worker with a reason, which is written down with who gave it; and letting it go on."""
+
+from typing import Final
+
+from bridge.console.access import Person
+from bridge.console.parts import Form, Parts
+from bridge.errors import UsageError
+from bridge.postgres.pause import REACTION, Pausable, end_pause, set_pause
+
+_LONGEST_REASON: Final = 500
+
+
+async def pause(parts: Parts, person: Person, what: Pausable, form: Form) -> str:
+    """The sentence that says so. Raises UsageError without a reason in the form's field `why`, and as `set_pause`."""
+    why = form.get("why", "").strip()
+    if not why:
+        raise UsageError(f"give a reason: whoever finds the {what.kind} paused will ask for it")
+    if len(why) > _LONGEST_REASON:
+        raise UsageError(f"the reason has {len(why)} letters; {_LONGEST_REASON} are enough")
+    async with parts.database.connection() as connection:
+        done = await set_pause(connection, what, person.signature, why)
+    said = f"is paused: it takes nothing more {REACTION}" if done else "was paused already; its reason stays"
+    return f"The {what.kind} {what.name} {said}."
+
+
+async def resume(parts: Parts, what: Pausable) -> str:
+    """The sentence that says so. Raises as `end_pause`."""
+    async with parts.database.connection() as connection:
+        done = await end_pause(connection, what)
+    said = f"goes on, {REACTION}" if done else "was not paused"
+    return f"The {what.kind} {what.name} {said}."
