@@ -6573,7 +6573,7 @@ $$;
 create function bridge.worker_processes(named text[], look_at int)
 returns table (
     worker text, pid int, since timestamptz, address inet, in_hand bigint, oldest_at timestamptz, waiting bigint,
-    next_due_at timestamptz, open_effects bigint, is_exact boolean)
+    next_due_at timestamptz, open_effects bigint)
 language sql stable security definer set search_path = pg_catalog, bridge, pg_temp
 set enable_seqscan = off as $$
     with sessions as materialized (
@@ -6582,25 +6582,23 @@ set enable_seqscan = off as $$
         from bridge.living_tokens() t join pg_stat_activity a on a.pid = t.pid
         join unnest(named) n (worker) on a.application_name = left('pgbridge-worker ' || n.worker, 63)
     ), counted as (
-        select r.worker, s.pid, count(*) as looked,
+        select r.worker, s.pid,
             count(*) filter (where r.goes_on and s.pid is not null) as in_hand,
             min(r.started_at) filter (where r.goes_on and s.pid is not null) as oldest_at,
             count(*) filter (where r.goes_on and s.pid is null) as waiting,
             min(r.due_at) filter (where r.goes_on and s.pid is null) as next_due_at,
-            count(*) filter (where case when r.effects = '{}' or r.finished_at is not null then false
-                                        else bridge.effects_without_outcome(r.effects) <> '{}' end) as open_effects
+            count(*) filter (where r.effects <> '{}' and bridge.effects_without_outcome(r.effects) <> '{}') as open_effects
         from (
             select i.worker, i.claim, i.started_at, i.due_at, i.effects, i.finished_at,
-                i.finished_at is null and i.failure is null and i.ended_at is null as goes_on
+                i.failure is null and i.ended_at is null as goes_on
             from bridge.inbox i order by i.started_at desc limit look_at
         ) r left join sessions s on s.worker = r.worker and s.token = r.claim
+        where r.finished_at is null and r.worker = any (named)
         group by r.worker, s.pid
     )
     select coalesce(c.worker, s.worker), coalesce(c.pid, s.pid), s.backend_start, s.client_addr, coalesce(c.in_hand, 0),
-        c.oldest_at, coalesce(c.waiting, 0), c.next_due_at, coalesce(c.open_effects, 0),
-        (select coalesce(sum(t.looked), 0) < look_at from counted t)
+        c.oldest_at, coalesce(c.waiting, 0), c.next_due_at, coalesce(c.open_effects, 0)
     from counted c full join sessions s on s.worker = c.worker and s.pid = c.pid
-    where coalesce(c.worker, s.worker) = any (named)
     order by 1, 2 nulls last
 $$;
 comment on function bridge.worker_processes(text[], int) is
@@ -6695,7 +6693,9 @@ returns table (
     disabled_at timestamptz, disabled_why text, breaker text, failures int, open_until timestamptz,
     paused_until timestamptz, failing_since timestamptz, last_success_at timestamptz,
     due bigint, sending bigint, failed bigint, skipped bigint)
-language sql stable security definer set search_path = pg_catalog, bridge, pg_temp set enable_seqscan = off as $$
+language sql stable security definer set search_path = pg_catalog, bridge, pg_temp
+-- The index alone has all that is counted.
+set enable_seqscan = off set enable_bitmapscan = off as $$
     select e.id, e.url, e.topics, e.description, e.concurrency, e.rate, e.created_at, e.disabled_at, e.disabled_why,
         case when e.open_until is null then 'closed' when e.open_until > clock_timestamp() then 'open' else 'half open' end,
         e.failures, e.open_until, e.paused_until, e.failing_since, e.last_success_at,
@@ -6716,7 +6716,8 @@ comment on function bridge.list_endpoints(bigint, int, int) is
 -- What recover_endpoint() would make due, of each kind `count_to` at most (null: all).
 create function bridge.count_recoverable(
     endpoint bigint, since timestamptz, count_to int default null, out failed bigint, out skipped bigint)
-language plpgsql stable security definer set search_path = pg_catalog, bridge, pg_temp set enable_seqscan = off as $$
+language plpgsql stable security definer set search_path = pg_catalog, bridge, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
     if not exists (select from bridge.webhook_endpoint e where e.id = count_recoverable.endpoint) then
         perform bridge.no_such_endpoint(endpoint);

@@ -10,13 +10,16 @@ from starlette.requests import Request
 
 from bridge.console.moments import moment_of
 from bridge.console.parts import Page, Parts
-from bridge.console.webhooks import COUNT_TO, MOST_RECOVERED, TOO_MANY, number_of, recover_command, shown_url, state_of
+from bridge.console.webhooks import MOST_RECOVERED, TOO_MANY, number_of, recover_command, shown_url, state_of
 from bridge.errors import PgbridgeError, UsageError
 from bridge.postgres import webhooks
 from bridge.postgres.webhooks import Delivery, Endpoint, Recoverable
 
 _SHOWN: Final = 20
 """Deliveries of each kind: being sent, due next, finished last."""
+
+_COUNT_TO: Final = 1000
+"""Deliveries of each state that are counted; so many stand for more, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ async def _show(parts: Parts, request: Request) -> dict[str, Any]:
     since = request.query_params.get("since", "").strip()
     shown: dict[str, Any] = {
         "seen": seen, "heading": f"Endpoint {number}", "number": number, "look": None, "problem": None,
-        "since": since, "since_at": None, "found": None, "wrong": None, "count_to": COUNT_TO,
+        "since": since, "since_at": None, "found": None, "wrong": None, "count_to": _COUNT_TO,
     }  # fmt: skip
     if seen.outage is not None:
         return shown
@@ -64,7 +67,7 @@ async def _show(parts: Parts, request: Request) -> dict[str, Any]:
 
 async def _look(parts: Parts, number: int) -> Look:
     async with parts.database.connection() as connection:
-        endpoint = await webhooks.endpoint(connection, number, COUNT_TO)
+        endpoint = await webhooks.endpoint(connection, number, _COUNT_TO)
         if endpoint is None:
             raise UsageError(f"there is no endpoint {number}; the page Webhooks has those that there are")
         return Look(endpoint, await webhooks.deliveries(connection, number, _SHOWN))

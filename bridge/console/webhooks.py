@@ -16,8 +16,8 @@ from bridge.postgres.webhooks import Endpoint
 _SHOWN: Final = 20
 """Endpoints of one page."""
 
-COUNT_TO: Final = 1000
-"""Deliveries of each state that are counted of an endpoint; so many stand for more, too."""
+COUNT_TO: Final = 100
+"""Deliveries of each state that are counted of each endpoint; so many stand for more, too."""
 
 MOST_RECOVERED: Final = 10_000
 """Deliveries that are made due again at once: a statement of the console may take 5 s."""

@@ -15,13 +15,13 @@ from bridge.postgres.connection import answered
 from bridge.postgres.history import Span, quantile, read_history
 from bridge.postgres.wire import Connection
 
-LOOK_AT: Final = 2000
+LOOK_AT: Final = 1500
 """Events that are looked at, those begun last, of all workers together."""
 
 SHOWN: Final = 20
 """Events of each kind, and keys of a page, that are given."""
 
-STEPS: Final = 200
+STEPS: Final = 100
 """Keys, of all workers together, over which a page of those of one worker steps at most."""
 
 LATELY: Final = Span("5 minutes", 15, 20)
@@ -56,8 +56,6 @@ class AtWork:
     """When the next of those that wait is tried again."""
     open_effects: int = 0
     """Events with an outside effect that was begun and has no outcome."""
-    exact: bool = True
-    """Whether these are all events that there are, and not the 2,000 begun last."""
 
     @property
     def oldest_at(self) -> datetime | None:
@@ -72,20 +70,19 @@ async def at_work(connection: Connection, names: Sequence[str]) -> dict[str, AtW
     """
     with answered(connection):
         cursor = await connection.execute(
-            "select worker, pid, since, host(address), in_hand, oldest_at, next_due_at, open_effects, is_exact "
+            "select worker, pid, since, host(address), in_hand, oldest_at, next_due_at, open_effects "
             "from bridge.worker_processes(%s::text[], %s)",
             [list(names), LOOK_AT],
         )
         rows = await cursor.fetchall()
-    found: dict[str, AtWork] = {}
-    for name, pid, since, address, in_hand, oldest_at, due_at, effects, exact in rows:
-        known = found.get(name, AtWork())
+    found = {name: AtWork() for name in names}
+    for name, pid, since, address, in_hand, oldest_at, due_at, effects in rows:
+        known = found[name]
         processes = known.processes
         if pid is not None:
             processes = [*processes, Process(pid, since, address, in_hand, oldest_at)]
-        found[name] = AtWork(processes, known.next_due_at or due_at, known.open_effects + effects, exact)
-    exact = all(work.exact for work in found.values())
-    return {name: found.get(name, AtWork(exact=exact)) for name in names}
+        found[name] = AtWork(processes, known.next_due_at or due_at, known.open_effects + effects)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
