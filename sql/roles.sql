@@ -55,6 +55,7 @@ grant execute on function bridge.intake(text[], text[]), bridge.intake(uuid[], t
 grant execute on function
   bridge.prune(timestamptz, int, bigint),
   bridge.status(),
+  bridge.status(int),
   bridge.guards(),
   bridge.read_page(bigint, int8multirange, boolean, xid8[], int, bigint, text[], boolean),
   bridge.topic_regex(text[]),
@@ -77,6 +78,7 @@ grant execute on function
   bridge.set_asleep(text, boolean),
   bridge.paused_sinks(text),
   bridge.worker_status(text[]),
+  bridge.worker_status(text[], int),
   bridge.move_due(timestamptz, timestamptz, bigint, int, bigint),
   bridge.scheduled_status(),
   -- `pgbridge asyncapi`
@@ -139,6 +141,7 @@ grant execute on function
   bridge.paused_sinks(text),
   bridge.worker_pause(text),
   bridge.worker_status(text[]),
+  bridge.worker_status(text[], int),
   bridge.find_event(uuid, bigint, int),
   bridge.event_in_log(bigint),
   bridge.event_positions(bigint, text),
@@ -168,6 +171,7 @@ grant execute on function
   bridge.events_between(text, text, bigint, bigint, int),
   bridge.sequence_state(),
   bridge.status(),
+  bridge.status(int),
   bridge.guards(),
   bridge.read_page(bigint, int8multirange, boolean, xid8[], int, bigint, text[], boolean),
   bridge.topic_regex(text[]),
@@ -220,11 +224,13 @@ revoke all on bridge.webhook_secret from bridge_viewer;
 grant select on sequence bridge.outbox_id_seq to bridge_viewer;
 grant execute on function
   bridge.status(),
+  bridge.status(int),
   bridge.guards(),
   bridge.scheduled_status(),
   bridge.paused_sinks(text),
   bridge.worker_pause(text),
   bridge.worker_status(text[]),
+  bridge.worker_status(text[], int),
   bridge.find_event(uuid, bigint, int),
   bridge.event_in_log(bigint),
   bridge.event_positions(bigint, text),

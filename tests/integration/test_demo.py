@@ -1,5 +1,6 @@
 """The demo, run as a person runs it: real servers, processes of their own, and an honest count."""
 
+import asyncio
 import hashlib
 import json
 import os
@@ -147,12 +148,17 @@ async def test_everything_that_was_started_ends_with_the_demo(
     kept = server_folder / unique
     with subprocess.Popen(command("--keep", str(kept)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
+        console = ""
         for line in process.stdout:
+            if b"The console" in line:
+                console = line.decode().split()[-1]
             if b"/200  events" in line:
                 break
+        page = await asyncio.to_thread(httpx.get, console, timeout=30)
+        assert "Bridge shop" in page.text
         started = [pid for pid in tree(process.pid) if pid != process.pid]
-        # PostgreSQL, the broker, the bridge, three workers, the sender, Stripe, and their guards.
-        assert len(started) >= 16
+        # PostgreSQL, the broker, the bridge, three workers, the sender, Stripe, the console, and their guards.
+        assert len(started) >= 18
         process.send_signal(signum)
         said = process.stdout.read()
         assert process.wait(60) == code, said
