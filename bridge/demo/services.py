@@ -35,8 +35,8 @@ class Service:
         folder: Path,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        """`ready` is the action that the log shows once the process serves. `settings` are variables of its environment,
-        which go before those of the file."""
+        """`ready` is the action that the log shows once the process serves. `settings` are variables of its
+        environment, which go before those of the file."""
         self.name = name
         self.log = folder / f"{name}.log"
         self.starts = 0

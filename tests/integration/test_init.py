@@ -188,7 +188,8 @@ def test_secrets_stand_where_their_process_alone_finds_them(tmp_path: Path) -> N
         {name for name, found in passwords.items() if len(found) == 1}
         == set(passwords)
         == {
-            *(f"credentials/{process}/postgres.dsn" for process in ("owner", "bridge", "operator", "console", "viewer")),
+            *(f"credentials/{process}/postgres.dsn" for process in ("owner", "bridge", "operator", "console")),
+            "credentials/viewer/postgres.dsn",
             *(f"credentials/{process}/sinks.events.url" for process in ("bridge", "workers", "operator", "console")),
             *(f"credentials/{process}/workers.dsn" for process in ("workers", "operator", "console")),
         }
