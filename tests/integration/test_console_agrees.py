@@ -32,9 +32,9 @@ async def test_console_command_and_metrics_agree(bridge_database: str, tmp_path:
             "select bridge.emit('a', 'x') from generate_series(1, 4); "
             "select bridge.emit('a', 'x', at => now() + interval '1 day') from generate_series(1, 2); "
             "insert into bridge.dead_letter "
-            "(bridge, event_id, sequence, topic, payload, content_type, headers, created_at, sink, code, reason, attempts)"
-            " select 'test', gen_random_uuid(), 1, 'a', '', 'text/plain', '{}', now(), 'events', 'rejected', 'no', 1 "
-            "from generate_series(1, 3); "
+            "(bridge, event_id, sequence, topic, payload, content_type, headers, created_at, sink, code, reason,"
+            " attempts) select 'test', gen_random_uuid(), 1, 'a', '', 'text/plain', '{}', now(), 'events', 'rejected', "
+            "'no', 1 from generate_series(1, 3); "
             "insert into bridge.inbox (worker, event_id, finished_at, due_at, failure) "
             "select 'w', gen_random_uuid(), case when n < 6 then now() end, case when n < 8 then now() end, "
             "case when n > 7 then '{}'::jsonb end from generate_series(1, 9) n",
