@@ -43,7 +43,8 @@ to bridge_emitter;
 
 -- bridge_relay: the daemon. --------------------------------------------------------------------------------
 
-grant select on bridge.outbox, bridge.migration, bridge.event_schema, bridge.sample to bridge_relay;
+grant select on bridge.outbox, bridge.migration, bridge.event_schema, bridge.sample,
+  bridge.pause_audit to bridge_relay;
 grant select on sequence bridge.outbox_id_seq to bridge_relay; -- to see that it is not behind the log
 grant select, insert, update on bridge.leader, bridge.bell to bridge_relay;
 grant select, insert, update, delete on bridge.cursor to bridge_relay;
@@ -138,6 +139,7 @@ grant execute on function
   bridge.release_held(text, text, uuid, text),
   bridge.set_pause(text, text, text, text, text),
   bridge.end_pause(text, text, text),
+  bridge.end_pause(text, text, text, text),
   bridge.paused_sinks(text),
   bridge.worker_pause(text),
   bridge.worker_status(text[]),

@@ -34,6 +34,7 @@ TABLES: Final = {
     "bridge.cursor": ("select", "insert", "update", "delete"),
     "bridge.dead_letter": ("insert",),
     "bridge.event_schema": ("select",),
+    "bridge.pause_audit": ("select",),
 }
 FUNCTIONS: Final = (
     "bridge.intake(text[], text[])",

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from bridge.console.access import Person
 from bridge.console.parts import Form, Page, Parts
 from bridge.errors import UsageError
-from bridge.postgres.pause import REACTION, Pausable, end_pause, set_pause
+from bridge.postgres.pause import REACTION, Pausable, PauseChange, end_pause, pause_changes, set_pause
 from bridge.postgres.problems import (
     held_back_words,
     is_filling,
@@ -21,13 +21,15 @@ from bridge.postgres.problems import (
 from bridge.postgres.status import SinkPosition, Status, rates
 
 _LONGEST_REASON: Final = 500
+_CHANGES: Final = 20
+"""Pauses and resumptions that are shown."""
 
 
 async def _show(parts: Parts, request: Request) -> dict[str, Any]:
     seen = await parts.reader.look()
     status = seen.status
     if status is None:
-        return {"seen": seen, "bridges": [], "guards": [], "pausable": []}
+        return {"seen": seen, "bridges": [], "guards": [], "pausable": [], "changes": []}
     bridges = [
         (
             bridge,
@@ -53,7 +55,13 @@ async def _show(parts: Parts, request: Request) -> dict[str, Any]:
         "guards": guards,
         "retention": retention,
         "pausable": _pausable(parts, status),
+        "changes": [] if seen.outage is not None else await _changes(parts),
     }
+
+
+async def _changes(parts: Parts) -> list[PauseChange]:
+    async with parts.database.connection() as connection:
+        return await pause_changes(connection, _CHANGES)
 
 
 def _pausable(parts: Parts, status: Status) -> list[SinkPosition]:
@@ -86,7 +94,7 @@ async def _resume(parts: Parts, person: Person, form: Form) -> str:
     # What the settings do not name any more may still be paused.
     what = _sink(parts, form, known=False)
     async with parts.database.connection() as connection:
-        done = await end_pause(connection, what)
+        done = await end_pause(connection, what, person.signature)
     said = f"goes on, {REACTION}" if done else "was not paused"
     return f"The sink {what.name} {said}."
 

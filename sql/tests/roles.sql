@@ -106,7 +106,7 @@ select pg_temp.may_not('bridge_operator', 'delete from bridge.outbox');
 select pg_temp.may_not('bridge_operator', 'update bridge.cursor set mark = 0');
 select pg_temp.may_not('bridge_operator', 'insert into bridge.outbox (topic, payload, content_type) values (''t'', ''x'', ''text/plain'')');
 select pg_temp.may_not('bridge_operator', 'select bridge.watch(''pg_catalog.pg_class'')');
-select pg_temp.may('bridge_operator', 'select bridge.set_pause(''sink'', ''b'', ''s'', ''me'', ''''), bridge.end_pause(''sink'', ''b'', ''s'')');
+select pg_temp.may('bridge_operator', 'select bridge.set_pause(''sink'', ''b'', ''s'', ''me'', ''''), bridge.end_pause(''sink'', ''b'', ''s''), bridge.end_pause(''sink'', ''b'', ''s'', ''me'')');
 select pg_temp.may('bridge_operator', 'select from bridge.worker_status(''{w}''), bridge.worker_status(''{w}'', 9) w9, bridge.find_event(gen_random_uuid(), 9, 9), bridge.event_in_log(1), bridge.event_positions(1, ''t''), bridge.event_inbox(gen_random_uuid())');
 select pg_temp.may('bridge_operator', 'select from bridge.pause, bridge.worker_login, bridge.paused_sinks(''b''), bridge.worker_pause(''w'')');
 select pg_temp.may('bridge_operator', 'select bridge.set_worker_login(''w'', ''bridge_worker'')');
@@ -122,7 +122,7 @@ select pg_temp.may('bridge_viewer', 'select from bridge.status(), bridge.status(
 select pg_temp.may('bridge_viewer', 'select from bridge.outbox, bridge.cursor, bridge.dead_letter, bridge.dead_letter_audit, bridge.inbox, bridge.scheduled, bridge.migration');
 select pg_temp.may('bridge_viewer', 'select from bridge.find_event(gen_random_uuid(), 9, 9), bridge.event_in_log(1), bridge.event_positions(1, ''t''), bridge.event_inbox(gen_random_uuid())');
 select pg_temp.may_not('bridge_viewer', 'select from bridge.webhook_secret');
-select pg_temp.may_not('bridge_viewer', statement) from unnest(array['select bridge.emit(''t'', ''x'')', 'select bridge.set_pause(''sink'', ''b'', ''s'', ''me'', '''')', 'select bridge.end_pause(''sink'', ''b'', ''s'')',
+select pg_temp.may_not('bridge_viewer', statement) from unnest(array['select bridge.emit(''t'', ''x'')', 'select bridge.set_pause(''sink'', ''b'', ''s'', ''me'', '''')', 'select bridge.end_pause(''sink'', ''b'', ''s'', ''me'')',
   'select bridge.end_dead_letters(''{1}'', ''discarded'', ''me'', ''why'')', 'select bridge.cancel(gen_random_uuid())', 'select bridge.set_position(''b'', ''s'', 1)', 'delete from bridge.dead_letter', 'update bridge.cursor set mark = 0']) statement;
 select pg_temp.may_not(who, 'select bridge.' || call) from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker']::name[]) who,
   unnest(array['set_pause(''worker'', '''', ''w'', ''me'', '''')', 'end_pause(''worker'', '''', ''w'')', 'event_inbox(gen_random_uuid())', 'set_worker_login(''w'', ''bridge_worker'')']) call;
@@ -146,7 +146,7 @@ select pg_temp.may('bridge_worker', 'select from bridge.store_worker_sample(''w'
 select pg_temp.may_not(who, 'select from bridge.store_samples(''b'', ''{s}'', 15, ''{"{}"}'', ''{"{}"}'', 0.5)') from unnest(array['bridge_emitter', 'bridge_worker', 'bridge_operator', 'bridge_viewer']::name[]) who;
 select pg_temp.may_not(who, 'select from bridge.store_worker_sample(''w'', 15, ''{}'', ''{}'', 0.5)') from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_operator', 'bridge_viewer']::name[]) who;
 select pg_temp.may(who, 'select from bridge.sample, bridge.event_neighbours(1, ''k'', 1, 1), bridge.event_content(1, 1), bridge.search_events(1, 0, 1, 1, 1, null, null, null, null, null, null, null)') from unnest(array['bridge_operator', 'bridge_viewer']::name[]) who;
-select pg_temp.may('bridge_relay', 'select from bridge.sample');
+select pg_temp.may('bridge_relay', 'select from bridge.sample, bridge.pause_audit');
 select pg_temp.may_not(who, 'select from bridge.sample') from unnest(array['bridge_emitter', 'bridge_worker']::name[]) who;
 select pg_temp.may_not('bridge_worker', 'select from bridge.search_events(1, 0, 1, 1, 1, null, null, null, null, null, null, null)');
 select * from finish();
