@@ -43,7 +43,8 @@ to bridge_emitter;
 
 -- bridge_relay: the daemon. --------------------------------------------------------------------------------
 
-grant select on bridge.outbox, bridge.migration, bridge.event_schema, bridge.sample to bridge_relay;
+grant select on bridge.outbox, bridge.migration, bridge.event_schema, bridge.sample,
+  bridge.pause_audit to bridge_relay;
 grant select on sequence bridge.outbox_id_seq to bridge_relay; -- to see that it is not behind the log
 grant select, insert, update on bridge.leader, bridge.bell to bridge_relay;
 grant select, insert, update, delete on bridge.cursor to bridge_relay;
@@ -55,6 +56,7 @@ grant execute on function bridge.intake(text[], text[]), bridge.intake(uuid[], t
 grant execute on function
   bridge.prune(timestamptz, int, bigint),
   bridge.status(),
+  bridge.status(int),
   bridge.guards(),
   bridge.read_page(bigint, int8multirange, boolean, xid8[], int, bigint, text[], boolean),
   bridge.topic_regex(text[]),
@@ -77,6 +79,7 @@ grant execute on function
   bridge.set_asleep(text, boolean),
   bridge.paused_sinks(text),
   bridge.worker_status(text[]),
+  bridge.worker_status(text[], int),
   bridge.move_due(timestamptz, timestamptz, bigint, int, bigint),
   bridge.scheduled_status(),
   -- `pgbridge asyncapi`
@@ -136,9 +139,11 @@ grant execute on function
   bridge.release_held(text, text, uuid, text),
   bridge.set_pause(text, text, text, text, text),
   bridge.end_pause(text, text, text),
+  bridge.end_pause(text, text, text, text),
   bridge.paused_sinks(text),
   bridge.worker_pause(text),
   bridge.worker_status(text[]),
+  bridge.worker_status(text[], int),
   bridge.worker_processes(text[], int),
   bridge.worker_events(text, int, int),
   bridge.keys_held(text, bigint, int, int),
@@ -173,6 +178,7 @@ grant execute on function
   bridge.events_between(text, text, bigint, bigint, int),
   bridge.sequence_state(),
   bridge.status(),
+  bridge.status(int),
   bridge.guards(),
   bridge.read_page(bigint, int8multirange, boolean, xid8[], int, bigint, text[], boolean),
   bridge.topic_regex(text[]),
@@ -225,11 +231,13 @@ revoke all on bridge.webhook_secret from bridge_viewer;
 grant select on sequence bridge.outbox_id_seq to bridge_viewer;
 grant execute on function
   bridge.status(),
+  bridge.status(int),
   bridge.guards(),
   bridge.scheduled_status(),
   bridge.paused_sinks(text),
   bridge.worker_pause(text),
   bridge.worker_status(text[]),
+  bridge.worker_status(text[], int),
   bridge.worker_processes(text[], int),
   bridge.worker_events(text, int, int),
   bridge.keys_held(text, bigint, int, int),

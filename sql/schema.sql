@@ -6553,6 +6553,166 @@ $$;
 comment on function bridge.event_content(bigint, int) is
   'Headers of one event of the log, and its payload up to so many characters.';
 
+-- migrations/0029_counts.sql ------------------------------------------------------------
+
+-- oldest program: 0024
+-- How far to count is the caller's to say: whoever looks every two seconds counts less far than whoever looks once.
+
+-- Where each sink of each bridge is. It counts `counted` events of each sink at most, in what is late and in what is ahead
+-- of the mark. A longer backlog is then reckoned: as large a part of the ids ahead as of those that were counted.
+create function bridge.status(counted int)
+  returns table (
+    name text, sink text, leader text, leader_since timestamptz, leads boolean, mark bigint, last_id bigint,
+    gaps bigint, held bigint, backlog bigint, backlog_exact boolean, oldest_unsent_at timestamptz,
+    stored_at timestamptz, asleep boolean, problem text, problem_since timestamptz, dead_letters bigint
+  )
+  language plpgsql stable security definer
+  set search_path = pg_catalog, bridge, pg_temp
+  set plan_cache_mode = force_generic_plan
+  set enable_seqscan = off
+  set enable_bitmapscan = off
+  set enable_sort = off
+as $$
+declare
+  c record;
+  taken text;
+  inverted boolean;
+  late bigint;
+  late_at timestamptz;
+  ahead bigint;
+  ahead_at timestamptz;
+  seen bigint;
+begin
+  last_id := coalesce((select max(o.id) from bridge.outbox o), 0);
+  for c in
+    select cu.*, l.who, l.since from bridge.cursor cu left join bridge.leader l on l.name = cu.name
+    order by cu.name, cu.sink
+  loop
+    if name is distinct from c.name then
+      name := c.name;
+      -- The row says who led last; only the lock says whether that session lives.
+      leads := exists (
+        select from pg_locks l
+        where l.locktype = 'advisory' and l.granted and l.objsubid = 1
+          and l.database = (select d.oid from pg_database d where d.datname = current_database())
+          and (l.classid::bigint << 32) + l.objid::bigint = bridge.lead_key(c.name));
+      dead_letters := (select count(*) from bridge.dead_letter d where d.bridge = c.name);
+      asleep := coalesce((select b.asleep from bridge.bell b where b.name = c.name), true);
+    end if;
+    sink := c.sink; mark := c.mark; stored_at := c.stored_at;
+    gaps := (select coalesce(sum(upper(g) - lower(g)), 0) from unnest(c.gaps + c.old_gaps) g);
+    held := (select coalesce(sum(upper(h) - lower(h)), 0) from unnest(c.held) h);
+    leader := case when leads then c.who end;
+    leader_since := case when leads then c.since end;
+    problem := case when leads then c.problem end;
+    problem_since := case when leads then c.problem_since end;
+
+    taken := bridge.topic_regex(c.patterns);
+    inverted := c.sink = '';
+    select count(*) filter (where n.is_taken), min(n.created_at) filter (where n.is_taken), count(*)
+      into late, late_at, seen
+      from (
+        select r.created_at, taken is null or (('.' || r.topic) ~ taken) <> inverted as is_taken
+        from unnest(c.gaps + c.old_gaps + c.held) g,
+             lateral (select o.created_at, o.topic from bridge.outbox o where o.id >= lower(g) and o.id < upper(g)
+                      order by o.id limit counted) r
+        limit counted) n;
+    backlog_exact := seen < counted;
+    if not backlog_exact then
+      late := greatest(late, held);
+    end if;
+    select count(*) filter (where n.is_taken), min(n.created_at) filter (where n.is_taken), count(*)
+      into ahead, ahead_at, seen
+      from (select o.created_at, taken is null or (('.' || o.topic) ~ taken) <> inverted as is_taken
+            from bridge.outbox o where o.id > c.mark order by o.id limit counted) n;
+    if seen >= counted then
+      backlog_exact := false;
+      ahead := greatest(ahead, round(ahead::numeric / seen * (last_id - c.mark)));
+    end if;
+    backlog := late + ahead;
+    oldest_unsent_at := bridge.calendar_time(least(late_at, ahead_at));
+    return next;
+  end loop;
+end
+$$;
+comment on function bridge.status(int) is
+  'Where each sink of each bridge is; a backlog of more events than this is reckoned and not counted.';
+
+-- Programs before this migration ask so.
+create or replace function bridge.status()
+  returns table (
+    name text, sink text, leader text, leader_since timestamptz, leads boolean, mark bigint, last_id bigint,
+    gaps bigint, held bigint, backlog bigint, backlog_exact boolean, oldest_unsent_at timestamptz,
+    stored_at timestamptz, asleep boolean, problem text, problem_since timestamptz, dead_letters bigint
+  )
+  language sql stable security definer
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+  select * from bridge.status(100000)
+$$;
+
+-- How workers stand. Of the `counted` events that were begun last: an index over what is not finished would be written
+-- at the beginning and at the end of each event. Held keys are counted as far.
+create function bridge.worker_status(named text[], counted int)
+  returns table (
+    worker text, running bigint, waiting bigint, finished_last_hour bigint, dead_letters bigint, held_keys bigint,
+    paused_since timestamptz, paused_by text, paused_why text, is_exact boolean)
+  language sql stable security definer
+  set search_path = pg_catalog, bridge, pg_temp
+  set enable_seqscan = off
+  set enable_sort = off
+as $$
+  with recursive recent as materialized (
+    select i.worker, i.event_id, i.finished_at, i.ended_at, i.failure is not null as failed, i.claim
+    from bridge.inbox i order by i.started_at desc limit counted
+  ),
+  living as materialized (select t.token from bridge.living_tokens() t),
+  lines as (
+    (select h.line, h.worker from bridge.held h order by h.line, h.worker limit 1)
+    union all
+    select following.line, following.worker from lines l cross join lateral (
+      select h.line, h.worker from bridge.held h where (h.line, h.worker) > (l.line, l.worker)
+      order by h.line, h.worker limit 1) as following
+  ),
+  held as materialized (select l.worker from lines l limit counted),
+  counts as (
+    select r.worker,
+           count(*) filter (where r.open and r.lives) as running,
+           count(*) filter (where r.open and not r.lives) as waiting,
+           count(*) filter (where r.finished_at > clock_timestamp() - interval '1 hour') as finished,
+           count(*) filter (where r.finished_at is null and (r.failed or r.ended_at is not null and not exists (
+             select from bridge.dead_letter_audit a
+             where a.event_id = r.event_id and a.letter = r.worker || ':' || r.event_id::text
+               and a.action = 'discarded' and a.at > r.ended_at))) as dead
+    from (
+      select n.*, n.finished_at is null and n.ended_at is null and not n.failed as open,
+             n.claim is not null and n.claim in (select l.token from living l) as lives
+      from recent n
+    ) r
+    group by r.worker
+  )
+  select w.worker, coalesce(c.running, 0), coalesce(c.waiting, 0), coalesce(c.finished, 0), coalesce(c.dead, 0),
+         (select count(*) from held h where h.worker = w.worker), p.since, p.who, p.why,
+         (select count(*) < counted from recent) and (select count(*) < counted from held)
+  from (select unnest(named) as worker union select bridge.inbox_workers()) w
+  left join counts c on c.worker = w.worker
+  left join bridge.pause p on p.kind = 'worker' and p.bridge = '' and p.name = w.worker
+  order by w.worker
+$$;
+comment on function bridge.worker_status(text[], int) is
+  'How these workers stand, and all that have an inbox; of so many events begun last.';
+
+-- Programs before this migration ask so.
+create or replace function bridge.worker_status(named text[])
+  returns table (
+    worker text, running bigint, waiting bigint, finished_last_hour bigint, dead_letters bigint, held_keys bigint,
+    paused_since timestamptz, paused_by text, paused_why text, is_exact boolean)
+  language sql stable security definer
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+  select * from bridge.worker_status(named, 100000)
+$$;
+
 -- migrations/0031_workers_and_webhooks.sql ------------------------------------------------------------
 
 -- oldest program: 0024
@@ -6732,6 +6892,72 @@ end $$;
 comment on function bridge.count_recoverable(bigint, timestamptz, int) is
     'How many deliveries recover_endpoint() would make due: that failed for good, and that were skipped.';
 
+-- migrations/0032_pause_audit.sql ------------------------------------------------------------
+
+-- oldest program: 0024
+-- Who paused what, and who let it go on: a pause that has ended left nothing behind.
+
+create table bridge.pause_audit (
+  id     bigint generated always as identity primary key,
+  kind   text not null check (kind in ('sink', 'worker')),
+  bridge text not null,
+  name   text not null,
+  action text not null check (action in ('paused', 'resumed')),
+  person text not null,
+  role   text not null default session_user,
+  why    text not null default '',
+  at     timestamptz not null default clock_timestamp()
+);
+comment on table bridge.pause_audit is 'Each pause of a sink or a worker, and its end, with who did it.';
+
+-- False where it was paused before; that pause stays as it is.
+create or replace function bridge.set_pause(pause_kind text, bridge_name text, pause_name text, person text, reason text)
+  returns boolean
+  language plpgsql volatile security definer
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+begin
+  insert into bridge.pause (kind, bridge, name, who, why)
+  values (pause_kind, bridge_name, pause_name, person, reason) on conflict do nothing;
+  if not found then
+    return false;
+  end if;
+  insert into bridge.pause_audit (kind, bridge, name, action, person, why)
+  values (pause_kind, bridge_name, pause_name, 'paused', person, reason);
+  -- A bridge that leads looks at once; one that does not hear it looks with its next sign of life.
+  perform pg_notify('bridge_pause', bridge_name);
+  return true;
+end
+$$;
+
+create function bridge.end_pause(pause_kind text, bridge_name text, pause_name text, person text)
+  returns boolean
+  language plpgsql volatile security definer
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+begin
+  delete from bridge.pause p where p.kind = pause_kind and p.bridge = bridge_name and p.name = pause_name;
+  if not found then
+    return false;
+  end if;
+  insert into bridge.pause_audit (kind, bridge, name, action, person)
+  values (pause_kind, bridge_name, pause_name, 'resumed', end_pause.person);
+  perform pg_notify('bridge_pause', bridge_name);
+  return true;
+end
+$$;
+comment on function bridge.end_pause(text, text, text, text) is
+  'Lets a paused sink or worker go on; the person is written down. False: it was not paused.';
+
+-- Programs before this migration ask so, and do not say who they are.
+create or replace function bridge.end_pause(pause_kind text, bridge_name text, pause_name text)
+  returns boolean
+  language sql volatile security definer
+  set search_path = pg_catalog, bridge, pg_temp
+as $$
+  select bridge.end_pause(pause_kind, bridge_name, pause_name, session_user::text)
+$$;
+
 -- roles.sql ------------------------------------------------------------
 
 -- Least privilege: one group role per process. Run after every migration; running it again changes nothing.
@@ -6779,7 +7005,8 @@ to bridge_emitter;
 
 -- bridge_relay: the daemon. --------------------------------------------------------------------------------
 
-grant select on bridge.outbox, bridge.migration, bridge.event_schema, bridge.sample to bridge_relay;
+grant select on bridge.outbox, bridge.migration, bridge.event_schema, bridge.sample,
+  bridge.pause_audit to bridge_relay;
 grant select on sequence bridge.outbox_id_seq to bridge_relay; -- to see that it is not behind the log
 grant select, insert, update on bridge.leader, bridge.bell to bridge_relay;
 grant select, insert, update, delete on bridge.cursor to bridge_relay;
@@ -6791,6 +7018,7 @@ grant execute on function bridge.intake(text[], text[]), bridge.intake(uuid[], t
 grant execute on function
   bridge.prune(timestamptz, int, bigint),
   bridge.status(),
+  bridge.status(int),
   bridge.guards(),
   bridge.read_page(bigint, int8multirange, boolean, xid8[], int, bigint, text[], boolean),
   bridge.topic_regex(text[]),
@@ -6813,6 +7041,7 @@ grant execute on function
   bridge.set_asleep(text, boolean),
   bridge.paused_sinks(text),
   bridge.worker_status(text[]),
+  bridge.worker_status(text[], int),
   bridge.move_due(timestamptz, timestamptz, bigint, int, bigint),
   bridge.scheduled_status(),
   -- `pgbridge asyncapi`
@@ -6872,9 +7101,11 @@ grant execute on function
   bridge.release_held(text, text, uuid, text),
   bridge.set_pause(text, text, text, text, text),
   bridge.end_pause(text, text, text),
+  bridge.end_pause(text, text, text, text),
   bridge.paused_sinks(text),
   bridge.worker_pause(text),
   bridge.worker_status(text[]),
+  bridge.worker_status(text[], int),
   bridge.worker_processes(text[], int),
   bridge.worker_events(text, int, int),
   bridge.keys_held(text, bigint, int, int),
@@ -6909,6 +7140,7 @@ grant execute on function
   bridge.events_between(text, text, bigint, bigint, int),
   bridge.sequence_state(),
   bridge.status(),
+  bridge.status(int),
   bridge.guards(),
   bridge.read_page(bigint, int8multirange, boolean, xid8[], int, bigint, text[], boolean),
   bridge.topic_regex(text[]),
@@ -6961,11 +7193,13 @@ revoke all on bridge.webhook_secret from bridge_viewer;
 grant select on sequence bridge.outbox_id_seq to bridge_viewer;
 grant execute on function
   bridge.status(),
+  bridge.status(int),
   bridge.guards(),
   bridge.scheduled_status(),
   bridge.paused_sinks(text),
   bridge.worker_pause(text),
   bridge.worker_status(text[]),
+  bridge.worker_status(text[], int),
   bridge.worker_processes(text[], int),
   bridge.worker_events(text, int, int),
   bridge.keys_held(text, bigint, int, int),

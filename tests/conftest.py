@@ -5,6 +5,7 @@ stops or kills a server starts its own in `server_folder`.
 """
 
 import os
+import resource
 import secrets
 import shutil
 import tempfile
@@ -34,6 +35,10 @@ S = TypeVar("S", bound=Server)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("search", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# Some tests open hundreds of connections from this process, and a shell's soft limit may be 1,024 for all it has.
+_, _most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(_most, 65_536), _most))
 
 
 def _serve(make: Callable[[], S]) -> Iterator[S]:

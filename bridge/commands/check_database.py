@@ -34,12 +34,14 @@ TABLES: Final = {
     "bridge.cursor": ("select", "insert", "update", "delete"),
     "bridge.dead_letter": ("insert",),
     "bridge.event_schema": ("select",),
+    "bridge.pause_audit": ("select",),
 }
 FUNCTIONS: Final = (
     "bridge.intake(text[], text[])",
     "bridge.intake(uuid[], text[], text[])",
     "bridge.prune(timestamptz, int, bigint)",
     "bridge.status()",
+    "bridge.status(int)",
     "bridge.guards()",
     "bridge.read_page(bigint, int8multirange, boolean, xid8[], int, bigint, text[], boolean)",
     "bridge.topic_regex(text[])",
@@ -62,6 +64,7 @@ FUNCTIONS: Final = (
     "bridge.set_asleep(text, boolean)",
     "bridge.paused_sinks(text)",
     "bridge.worker_status(text[])",
+    "bridge.worker_status(text[], int)",
     "bridge.move_due(timestamptz, timestamptz, bigint, int, bigint)",
     "bridge.scheduled_status()",
     "bridge.watches(regclass)",

@@ -247,7 +247,9 @@ def _files(answers: _Answers, database: Logins, accounts: Accounts) -> Mapping[P
     for account, secrets in accounts.secrets.items():
         for key, value in secrets.items():
             files[Path("credentials") / account / f"sinks.{SINK}.{key}"] = _File(f"{value}\n")
-    return files
+    # The web console is a unit of its own, and does what an operator may.
+    operator = Path("credentials/operator")
+    return files | {operator.parent / "console" / file.name: files[file] for file in files if file.parent == operator}
 
 
 def _settings(answers: _Answers, accounts: Accounts) -> str:

@@ -46,7 +46,7 @@ async def _pause(settings: Settings, what: Pausable, why: str) -> bool:
 
 async def _resume(settings: Settings, what: Pausable) -> bool:
     async with await connect(settings.postgres, "pgbridge pause") as connection:
-        return await end_pause(connection, what)
+        return await end_pause(connection, what, current_person())
 
 
 @click.command()

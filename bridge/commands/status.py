@@ -21,7 +21,7 @@ from bridge.postgres.problems import (
     scheduled_words,
     transaction_words,
 )
-from bridge.postgres.status import Bridge, Guards, Rates, SinkPosition, Status, WorkerStatus, rates, watch
+from bridge.postgres.status import COUNTED, Bridge, Guards, Rates, SinkPosition, Status, WorkerStatus, rates, watch
 from bridge.process.tasks import run
 from bridge.process.terminal import age, config_option, exit_codes, field, heading, json_option, moment, print_json
 from bridge.settings import Settings, load
@@ -80,7 +80,7 @@ def _workers(workers: Sequence[WorkerStatus]) -> str:
             f"{worker.waiting} waiting for another attempt",
             f"{worker.finished_last_hour} finished in the last hour",
         ]
-        bound = "" if worker.exact else " (of the 100,000 events begun last)"
+        bound = "" if worker.exact else f" (of the {COUNTED:,} events begun last)"
         lines += [heading(f"worker {worker.worker}"), _line("events", ", ".join(counts) + bound)]
         lines.append(_line("dead letters", str(worker.dead_letters), bad=worker.dead_letters > 0))
         if worker.held_keys:

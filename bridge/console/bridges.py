@@ -8,7 +8,7 @@ from bridge.console.access import Person
 from bridge.console.parts import Form, Page, Parts
 from bridge.console.pausing import pause, resume
 from bridge.errors import UsageError
-from bridge.postgres.pause import Pausable
+from bridge.postgres.pause import Pausable, PauseChange, pause_changes
 from bridge.postgres.problems import (
     held_back_words,
     is_filling,
@@ -21,12 +21,15 @@ from bridge.postgres.problems import (
 )
 from bridge.postgres.status import SinkPosition, Status, rates
 
+_CHANGES: Final = 20
+"""Pauses and resumptions that are shown."""
+
 
 async def _show(parts: Parts, request: Request) -> dict[str, Any]:
     seen = await parts.reader.look()
     status = seen.status
     if status is None:
-        return {"seen": seen, "bridges": [], "guards": [], "pausable": []}
+        return {"seen": seen, "bridges": [], "guards": [], "pausable": [], "changes": []}
     bridges = [
         (
             bridge,
@@ -52,7 +55,13 @@ async def _show(parts: Parts, request: Request) -> dict[str, Any]:
         "guards": guards,
         "retention": retention,
         "pausable": _pausable(parts, status),
+        "changes": [] if seen.outage is not None else await _changes(parts),
     }
+
+
+async def _changes(parts: Parts) -> list[PauseChange]:
+    async with parts.database.connection() as connection:
+        return await pause_changes(connection, _CHANGES)
 
 
 def _pausable(parts: Parts, status: Status) -> list[SinkPosition]:
@@ -74,7 +83,7 @@ async def _pause(parts: Parts, person: Person, form: Form) -> str:
 
 async def _resume(parts: Parts, person: Person, form: Form) -> str:
     # What the settings do not name any more may still be paused.
-    return await resume(parts, _sink(parts, form, known=False))
+    return await resume(parts, person, _sink(parts, form, known=False))
 
 
 PAGE: Final = Page("bridges", "/bridges", "Bridges and database", _show, actions={"pause": _pause, "resume": _resume})

@@ -1,4 +1,4 @@
-"""Pausing a sink or a worker with a reason, which is written down with who gave it; and letting it go on."""
+"""Pausing a sink or a worker with a reason, and letting it go on; both are written down with who did it."""
 
 from typing import Final
 
@@ -23,9 +23,9 @@ async def pause(parts: Parts, person: Person, what: Pausable, form: Form) -> str
     return f"The {what.kind} {what.name} {said}."
 
 
-async def resume(parts: Parts, what: Pausable) -> str:
+async def resume(parts: Parts, person: Person, what: Pausable) -> str:
     """The sentence that says so. Raises as `end_pause`."""
     async with parts.database.connection() as connection:
-        done = await end_pause(connection, what)
+        done = await end_pause(connection, what, person.signature)
     said = f"goes on, {REACTION}" if done else "was not paused"
     return f"The {what.kind} {what.name} {said}."

@@ -23,9 +23,12 @@ _RATES_WITHIN: Final = 30.0
 """Seconds between two looks from which rates are made; of what was long ago they would say too little."""
 
 
+_COUNTED: Final = 1000
+"""Events that a look counts of each sink's backlog, and of the workers' inbox: a hundred times less than the command
+`status` does, since it is asked again and again."""
 _REST: Final = 10
-"""So many times as long as a look has taken, there is none. A large backlog is counted for long, and the console is to
-take a tenth of one session's time at most."""
+"""So many times as long as a look has taken, there is none: the console takes a tenth of one session's time at most,
+whatever the database is busy with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,9 @@ class Reader:
         self._pace = settings.console.interval
         try:
             async with self._database.connection() as connection:
-                status = await look(connection, settings.outbox_or_default.retention, sorted(settings.workers))
+                status = await look(
+                    connection, settings.outbox_or_default.retention, sorted(settings.workers), counted=_COUNTED
+                )
                 tables = await table_sizes(connection)
                 may_act = await may_pause(connection)
         except PgbridgeError as error:

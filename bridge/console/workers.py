@@ -137,7 +137,7 @@ async def _pause(parts: Parts, person: Person, form: Form) -> str:
 
 async def _resume(parts: Parts, person: Person, form: Form) -> str:
     # What the settings do not name any more may still be paused.
-    return await resume(parts, _worker(parts, form, known=False))
+    return await resume(parts, person, _worker(parts, form, known=False))
 
 
 PAGE: Final = Page("workers", "/workers", "Workers", _show, actions={"pause": _pause, "resume": _resume})

@@ -98,10 +98,11 @@ async def _flow(world: World, orders: int, rate: float, kill: bool, screen: Scre
     try:
         with one_error():
             async with world.broker.audited(arrivals):
-                processes = (world.stripe, *world.services)
+                processes = (world.stripe, world.console, *world.services)
                 async with background(*(service.run() for service in processes)):
                     for service in processes:
                         await service.ready()
+                    screen.say(f"The console, until the demo ends: {world.console_url}")
                     with screen.shown():
                         state.started = time.monotonic()
                         async with background(_show(screen, state, world, arrivals, reader, kills)):
@@ -111,7 +112,8 @@ async def _flow(world: World, orders: int, rate: float, kill: bool, screen: Scre
                                     work.create_task(kills.run())
                             seconds = await _until_quiet(state, reader, arrivals)
                 faults = [] if seconds is not None else [f"nothing moved for {STALL_LIMIT:g} s"]
-                faults += [fault for service in world.services if (fault := await asyncio.to_thread(_stop, service))]
+                ended = (world.console, *world.services)
+                faults += [fault for service in ended if (fault := await asyncio.to_thread(_stop, service))]
                 return await count(
                     reader,
                     arrivals,

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -26,14 +26,23 @@ _LOG_TAIL_LINES: Final = 10
 class Service:
     """One `python -m ...` with its log in a file."""
 
-    def __init__(self, name: str, words: Sequence[str], *, ready: str, folder: Path) -> None:
-        """`ready` is the action that the log shows once the process serves."""
+    def __init__(
+        self,
+        name: str,
+        words: Sequence[str],
+        *,
+        ready: str,
+        folder: Path,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        """`ready` is the action that the log shows once the process serves. `settings` are variables of its
+        environment, which go before those of the file."""
         self.name = name
         self.log = folder / f"{name}.log"
         self.starts = 0
         self._words = words
         self._ready = ready
-        self._environment = inherited_environment()
+        self._environment = inherited_environment() | dict(settings or {})
         self._process: Process | None = None
 
     @property

@@ -29,6 +29,7 @@ LOGINS: Final[Mapping[str, str]] = {
     "shop_bridge": "bridge_relay",
     "shop_worker": "bridge_worker",
     "shop_checkout": "shop_seller",
+    "shop_console": "bridge_operator",
 }
 """Login roles, each in the one group that has exactly the rights it needs. The checkout's is in bridge_emitter."""
 
@@ -96,7 +97,7 @@ class World:
 
     def __init__(self, folder: Path, broker: str) -> None:
         """`folder` exists, is empty, and may be entered by others. Raises MissingProgramError."""
-        for module in ("typst", "stripe", "httpx", "httpcore", "cryptography"):
+        for module in ("typst", "stripe", "httpx", "httpcore", "cryptography", "starlette", "uvicorn", "jinja2"):
             require(module, "demo")
         self.folder = folder
         self.config = folder / "bridge.toml"
@@ -123,6 +124,18 @@ class World:
         self.stripe = Service(
             "stripe", ["workers.payments.fake", "--port", str(port)], ready="takes the key", folder=folder
         )
+        address = f"{LOOPBACK}:{free_port()}"
+        self.console_url = f"http://{address}"
+        self.console = Service(
+            "console",
+            ["bridge.cli", "console", *config],
+            ready='"action": "console.started"',
+            folder=folder,
+            settings={
+                "PGBRIDGE_POSTGRES__DSN": self.dsn("shop_console"),
+                "PGBRIDGE_CONSOLE__LISTEN": address,
+            },
+        )
         self._stack = ExitStack()
 
     @property
@@ -145,7 +158,7 @@ class World:
             self._stack.enter_context(self.postgres)
             self._stack.enter_context(self.broker.server)
             self._stack.enter_context(self.partner)
-            for service in (self.stripe, *self.services):
+            for service in (self.stripe, self.console, *self.services):
                 self._stack.callback(service.kill)
             self._install_shop()
             self._write_settings()

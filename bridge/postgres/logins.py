@@ -17,6 +17,7 @@ _ROLES: Final[dict[str, str | None]] = {
     "bridge": "bridge_relay",
     "workers": "bridge_worker",
     "operator": "bridge_operator",
+    "viewer": "bridge_viewer",
 }
 """By process, the group role of roles.sql whose rights it has. The owner has those of the schema that it installs."""
 
@@ -46,7 +47,9 @@ _WHY: Final = {
     "-- status` can name the one that holds up the rest.",
     "bridge": "The daemon: reads the log and stores how far it is.",
     "workers": "Claim events and call their replies. Grant each reply: grant execute on function ... to bridge_worker.",
-    "operator": "People: dead letters, replays, pauses. Give each person a login of this kind.",
+    "operator": "People: dead letters, replays, pauses. Give each person a login of this kind.\n"
+    "-- The web console acts with it for whom it lets in.",
+    "viewer": "People and programs that look, and change nothing.",
 }
 
 _TAIL: Final = """

@@ -46,9 +46,33 @@ async def set_pause(connection: Connection, what: Pausable, who: str, why: str, 
     return await _ask(connection, "select bridge.set_pause(%s, %s, %s, %s, %s)", key, what, who, why)
 
 
-async def end_pause(connection: Connection, what: Pausable, key: str = DSN_KEY) -> bool:
+async def end_pause(connection: Connection, what: Pausable, who: str, key: str = DSN_KEY) -> bool:
     """Lets it go on; False where it is not paused. Raises as `set_pause`."""
-    return await _ask(connection, "select bridge.end_pause(%s, %s, %s)", key, what)
+    return await _ask(connection, "select bridge.end_pause(%s, %s, %s, %s)", key, what, who)
+
+
+@dataclass(frozen=True, slots=True)
+class PauseChange:
+    """What a person did, at some time."""
+
+    at: datetime
+    what: Pausable
+    action: Literal["paused", "resumed"]
+    who: str
+    why: str
+
+
+async def pause_changes(connection: Connection, most: int, key: str = DSN_KEY) -> list[PauseChange]:
+    """Who paused what and let it go on, the latest first. Raises as `set_pause`."""
+    with answered(connection, key):
+        cursor = await connection.execute(
+            "select at, kind, bridge, name, action, person, why from bridge.pause_audit order by id desc limit %s",
+            [most],
+        )
+        return [
+            PauseChange(at, Pausable(kind, bridge, name), action, who, why)
+            for at, kind, bridge, name, action, who, why in await cursor.fetchall()
+        ]
 
 
 async def may_pause(connection: Connection, key: str = DSN_KEY) -> bool:

@@ -27,7 +27,7 @@ class SinkPosition:
     backlog: int
     """Events that are not settled."""
     backlog_exact: bool
-    """False for a backlog above 100,000: it is then the distance of the ids, which is too large."""
+    """False where it was too long to be counted, and is reckoned from its beginning and the distance of the ids."""
     oldest_unsent_seconds: float | None
     stored_seconds: float
     """Since the position was stored; it is stored only when something was settled."""
@@ -80,7 +80,7 @@ class WorkerStatus:
     """That the inbox knows of and nobody has discarded since."""
     held_keys: int
     exact: bool
-    """False where only the hundred thousand events begun last were counted."""
+    """False where only the events begun last were counted: all figures but the pause may be higher."""
     paused: Pause | None
 
 
@@ -136,15 +136,23 @@ group by n
 """How many processes listen for a bridge: each has one such session. Every role sees these columns of all sessions."""
 
 
-async def look(connection: Connection, retention: float, workers: Sequence[str] | None = None) -> Status:
-    """Looks once; `retention` in seconds. With `workers`, at those too, and at all that have an inbox.
+COUNTED: Final = 100_000
+"""Events that are counted where nobody says how many."""
+
+
+async def look(
+    connection: Connection, retention: float, workers: Sequence[str] | None = None, *, counted: int = COUNTED
+) -> Status:
+    """Looks once; `retention` in seconds. With `workers`, at those too, and at all that have an inbox. Of each sink's
+    backlog, and of the inbox, so many events are `counted` at most.
 
     Raises DatabaseUnavailableError, PrivilegeError, SchemaError.
     """
     with database_errors():
         cursor = await connection.execute(
             "select clock_timestamp(), name, leader, leader_since, last_id, asleep, dead_letters, sink, mark, gaps, "
-            "held, backlog, backlog_exact, oldest_unsent_at, stored_at, problem, problem_since from bridge.status()"
+            "held, backlog, backlog_exact, oldest_unsent_at, stored_at, problem, problem_since from bridge.status(%s)",
+            [counted],
         )
         rows = await cursor.fetchall()
         names = sorted({row[1] for row in rows})
@@ -154,7 +162,7 @@ async def look(connection: Connection, retention: float, workers: Sequence[str] 
         pauses = {(name, sink): Pause(*pause) for name, sink, *pause in await cursor.fetchall()}
         cursor = await connection.execute(_PROCESSES, [names])
         processes: dict[str, int] = dict(await cursor.fetchall())
-        working = () if workers is None else await _look_at_workers(connection, workers)
+        working = () if workers is None else await _look_at_workers(connection, workers, counted)
         cursor = await connection.execute(
             "select clock_timestamp(), notification_queue_usage, oldest_transaction_at, oldest_transaction, "
             "sees_sessions, outbox_bytes, bridge.calendar_time(oldest_event_at) from bridge.guards()"
@@ -187,11 +195,11 @@ async def look(connection: Connection, retention: float, workers: Sequence[str] 
     )
 
 
-async def _look_at_workers(connection: Connection, names: Sequence[str]) -> tuple[WorkerStatus, ...]:
+async def _look_at_workers(connection: Connection, names: Sequence[str], counted: int) -> tuple[WorkerStatus, ...]:
     cursor = await connection.execute(
         "select worker, running, waiting, finished_last_hour, dead_letters, held_keys, is_exact, paused_since, "
-        "paused_by, paused_why from bridge.worker_status(%s::text[])",
-        [list(names)],
+        "paused_by, paused_why from bridge.worker_status(%s::text[], %s)",
+        [list(names), counted],
     )
     return tuple(
         WorkerStatus(

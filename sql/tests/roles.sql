@@ -64,7 +64,7 @@ select pg_temp.may_not('bridge_relay', 'insert into bridge.outbox (topic, payloa
 select pg_temp.may_not('bridge_relay', 'update bridge.outbox set topic = ''x''');
 select pg_temp.may_not('bridge_relay', 'select bridge.emit(''t'', ''x'')');
 select pg_temp.may('bridge_relay', 'select from bridge.prune(now(), 10, 0)');
-select pg_temp.may('bridge_relay', 'select from bridge.status(), bridge.guards()');
+select pg_temp.may('bridge_relay', 'select from bridge.status(), bridge.status(9) s9, bridge.guards()');
 select pg_temp.may_not('bridge_relay', 'select bridge.end_dead_letters(''{1}'', ''discarded'', ''me'', ''why'')');
 
 select pg_temp.may_not('bridge_worker', 'select from bridge.outbox');
@@ -94,7 +94,7 @@ select pg_temp.may('bridge_operator', 'select bridge.' || call || ' from (select
   'rotate_secret(id)', 'disable_endpoint(id)', 'enable_endpoint(id)', 'recover_endpoint(id, now())', 'endpoint_deliveries(id)', 'remove_endpoint(id)']) call;
 select pg_temp.may('bridge_operator', 'select from bridge.outbox, bridge.cursor, bridge.bell, bridge.dead_letter, bridge.migration, bridge.inbox');
 select pg_temp.may('bridge_operator', 'select bridge.end_dead_letters(''{1}'', ''discarded'', ''me'', ''why'')');
-select pg_temp.may('bridge_operator', 'select from bridge.status(), bridge.guards(), bridge.read_page(0, ''{}'', true, ''{}'', 1, 1, null, false)');
+select pg_temp.may('bridge_operator', 'select from bridge.status(), bridge.status(9) s9, bridge.guards(), bridge.read_page(0, ''{}'', true, ''{}'', 1, 1, null, false)');
 select pg_temp.may('bridge_operator', 'select bridge.release_held(''w'', ''k'', null, ''me'')');
 select pg_temp.may('bridge_operator', 'select from bridge.held');
 select pg_temp.may_not('bridge_operator', 'delete from bridge.held');
@@ -106,8 +106,8 @@ select pg_temp.may_not('bridge_operator', 'delete from bridge.outbox');
 select pg_temp.may_not('bridge_operator', 'update bridge.cursor set mark = 0');
 select pg_temp.may_not('bridge_operator', 'insert into bridge.outbox (topic, payload, content_type) values (''t'', ''x'', ''text/plain'')');
 select pg_temp.may_not('bridge_operator', 'select bridge.watch(''pg_catalog.pg_class'')');
-select pg_temp.may('bridge_operator', 'select bridge.set_pause(''sink'', ''b'', ''s'', ''me'', ''''), bridge.end_pause(''sink'', ''b'', ''s'')');
-select pg_temp.may('bridge_operator', 'select from bridge.worker_status(''{w}''), bridge.find_event(gen_random_uuid(), 9, 9), bridge.event_in_log(1), bridge.event_positions(1, ''t''), bridge.event_inbox(gen_random_uuid())');
+select pg_temp.may('bridge_operator', 'select bridge.set_pause(''sink'', ''b'', ''s'', ''me'', ''''), bridge.end_pause(''sink'', ''b'', ''s''), bridge.end_pause(''sink'', ''b'', ''s'', ''me'')');
+select pg_temp.may('bridge_operator', 'select from bridge.worker_status(''{w}''), bridge.worker_status(''{w}'', 9) w9, bridge.find_event(gen_random_uuid(), 9, 9), bridge.event_in_log(1), bridge.event_positions(1, ''t''), bridge.event_inbox(gen_random_uuid())');
 select pg_temp.may('bridge_operator', 'select from bridge.pause, bridge.worker_login, bridge.paused_sinks(''b''), bridge.worker_pause(''w'')');
 select pg_temp.may('bridge_operator', 'select bridge.set_worker_login(''w'', ''bridge_worker'')');
 select pg_temp.may('bridge_relay', 'select from bridge.move_due(null, ''-infinity'', 0, 1, 1), bridge.scheduled_status()');
@@ -116,13 +116,13 @@ select pg_temp.may_not('bridge_relay', 'select bridge.cancel(gen_random_uuid())'
 select pg_temp.may('bridge_operator', 'select from bridge.scheduled, bridge.scheduled_status(), bridge.cancel(gen_random_uuid())');
 select pg_temp.may_not(who, 'delete from bridge.scheduled') from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker', 'bridge_operator', 'bridge_viewer']::name[]) who;
 select pg_temp.may_not(who, 'select from bridge.move_due(null, ''-infinity'', 0, 1, 1)') from unnest(array['bridge_emitter', 'bridge_worker', 'bridge_operator']::name[]) who;
-select pg_temp.may('bridge_relay', 'select from bridge.paused_sinks(''b''), bridge.worker_status(''{}'')');
+select pg_temp.may('bridge_relay', 'select from bridge.paused_sinks(''b''), bridge.worker_status(''{}''), bridge.worker_status(''{}'', 9) w9');
 select pg_temp.may('bridge_worker', 'select from bridge.worker_pause(''w'')');
-select pg_temp.may('bridge_viewer', 'select from bridge.status(), bridge.guards(), bridge.scheduled_status(), bridge.paused_sinks(''b''), bridge.worker_status(''{w}'')');
+select pg_temp.may('bridge_viewer', 'select from bridge.status(), bridge.status(9) s9, bridge.guards(), bridge.scheduled_status(), bridge.paused_sinks(''b''), bridge.worker_status(''{w}''), bridge.worker_status(''{w}'', 9) w9');
 select pg_temp.may('bridge_viewer', 'select from bridge.outbox, bridge.cursor, bridge.dead_letter, bridge.dead_letter_audit, bridge.inbox, bridge.scheduled, bridge.migration');
 select pg_temp.may('bridge_viewer', 'select from bridge.find_event(gen_random_uuid(), 9, 9), bridge.event_in_log(1), bridge.event_positions(1, ''t''), bridge.event_inbox(gen_random_uuid())');
 select pg_temp.may_not('bridge_viewer', 'select from bridge.webhook_secret');
-select pg_temp.may_not('bridge_viewer', statement) from unnest(array['select bridge.emit(''t'', ''x'')', 'select bridge.set_pause(''sink'', ''b'', ''s'', ''me'', '''')', 'select bridge.end_pause(''sink'', ''b'', ''s'')',
+select pg_temp.may_not('bridge_viewer', statement) from unnest(array['select bridge.emit(''t'', ''x'')', 'select bridge.set_pause(''sink'', ''b'', ''s'', ''me'', '''')', 'select bridge.end_pause(''sink'', ''b'', ''s'', ''me'')',
   'select bridge.end_dead_letters(''{1}'', ''discarded'', ''me'', ''why'')', 'select bridge.cancel(gen_random_uuid())', 'select bridge.set_position(''b'', ''s'', 1)', 'delete from bridge.dead_letter', 'update bridge.cursor set mark = 0']) statement;
 select pg_temp.may_not(who, 'select bridge.' || call) from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker']::name[]) who,
   unnest(array['set_pause(''worker'', '''', ''w'', ''me'', '''')', 'end_pause(''worker'', '''', ''w'')', 'event_inbox(gen_random_uuid())', 'set_worker_login(''w'', ''bridge_worker'')']) call;
@@ -149,7 +149,7 @@ select pg_temp.may(who, 'select from bridge.worker_processes(''{w}'', 1), bridge
 select pg_temp.may_not(who, 'select from bridge.worker_events(''w'', 1, 1)') from unnest(array['bridge_emitter', 'bridge_relay', 'bridge_worker']::name[]) who;
 select pg_temp.may('bridge_viewer', 'select bridge.count_recoverable(id, now()) from bridge.webhook_endpoint');
 select pg_temp.may(who, 'select from bridge.sample, bridge.event_neighbours(1, ''k'', 1, 1), bridge.event_content(1, 1), bridge.search_events(1, 0, 1, 1, 1, null, null, null, null, null, null, null)') from unnest(array['bridge_operator', 'bridge_viewer']::name[]) who;
-select pg_temp.may('bridge_relay', 'select from bridge.sample');
+select pg_temp.may('bridge_relay', 'select from bridge.sample, bridge.pause_audit');
 select pg_temp.may_not(who, 'select from bridge.sample') from unnest(array['bridge_emitter', 'bridge_worker']::name[]) who;
 select pg_temp.may_not('bridge_worker', 'select from bridge.search_events(1, 0, 1, 1, 1, null, null, null, null, null, null, null)');
 select * from finish();

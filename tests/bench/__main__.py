@@ -12,6 +12,7 @@ import click
 from tests.bench import (
     backfill,
     brokers,
+    console,
     gaps,
     latency,
     ordered,
@@ -29,7 +30,9 @@ from tests.bench.results import Row, table, write_json
 from tests.bench.rounds import Plan, say
 from tests.bench.world import World
 
-REGISTERED = (relay, brokers, sql, backfill, workers, ordered, latency, trickle, scale, gaps, trouble, webhooks)
+REGISTERED = (
+    relay, brokers, sql, backfill, workers, ordered, latency, trickle, scale, gaps, trouble, console, webhooks,
+)  # fmt: skip
 """Importing these modules registers their themes."""
 
 OUTPUT = Path("build/bench.json")

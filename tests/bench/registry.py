@@ -30,6 +30,7 @@ ORDER = (
     "payload",
     "topics",
     "trouble",
+    "console",
     "webhooks",
 )
 """As the table shows them."""

@@ -301,8 +301,15 @@ async def test_a_sink_is_paused_with_a_reason_and_the_persons_name_and_goes_on(p
 
         await until(shows_pause)
         await browser.fill("/bridges/resume", {"sink": "events"}, of="/bridges")
-        assert "The sink events goes on" in (await browser.page("/bridges")).words
+        page = (await browser.page("/bridges")).words
+        assert "The sink events goes on" in page
+        assert "anna (console) resumed the sink events" in page
+        assert "anna (console) paused the sink events : the broker moves" in page
         assert await rows(positions, "select * from bridge.pause") == []
+        assert await rows(positions, "select action, person, role from bridge.pause_audit order by id") == [
+            ("paused", "anna (console)", "postgres"),
+            ("resumed", "anna (console)", "postgres"),
+        ]
 
 
 # What pages say

@@ -1,12 +1,15 @@
 """The demo, run as a person runs it: real servers, processes of their own, and an honest count."""
 
+import asyncio
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from psycopg import Connection
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import TupleRow
 from pypdf import PdfReader
+from selenium.common.exceptions import WebDriverException
 
 from bridge.demo.brokers import Arrivals
 from bridge.demo.figures import Figures
@@ -25,6 +29,7 @@ from bridge.demo.partner import Partner
 from bridge.demo.servers.guard import tree
 from bridge.demo.verdict import Verdict, wrongly_charged
 from bridge.postgres.schema import sql_folder
+from tests.support import chromium
 from tests.support.servers import MissingProgramError, RabbitMQServer
 from tests.support.until import until
 from workers.webhooks.signature import new_secret, sign
@@ -118,19 +123,54 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.rabbitmq
-def test_kills_of_all_processes_and_the_database_lose_nothing(server_folder: Path) -> None:
+def test_kills_of_all_processes_and_the_database_lose_nothing_and_each_page_of_the_console_outlasts_them(
+    server_folder: Path,
+) -> None:
     try:
         RabbitMQServer(server_folder)
     except MissingProgramError as error:
         if os.environ.get("CI") == "true":
             raise
         pytest.skip(str(error))
-    ended = demo("--broker", "rabbitmq", "--orders", "150", "--rate", "30", "--kill", "--json")
-    assert ended.returncode == 0, ended.stderr
-    told = json.loads(ended.stdout)
+    words = command("--broker", "rabbitmq", "--orders", "150", "--rate", "30", "--kill", "--json")
+    said: list[str] = []
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(line)
+            if "The console" in line:
+                break
+        reading = threading.Thread(target=lambda lines: said.extend(lines), args=(process.stderr,))
+        reading.start()
+        look_around(said[-1].split()[-1], lambda: process.poll() is not None)
+        told = json.loads(process.stdout.read())
+        reading.join()
+    assert process.returncode == 0, "".join(said)
     assert (told["kills"], told["lost"], told["invoices"], told["dead_letters"]) == (6, 0, 150, 0)
     assert told["charges"] == told["deliveries"] == 150
     assert told["messages"] == told["events"]
+
+
+def look_around(base: str, ended: Callable[[], bool]) -> None:
+    """Goes from page to page of the console in a browser, by its menu, until the demo has ended."""
+    if not (chromium.BROWSER.exists() and chromium.DRIVER.exists()):
+        assert os.environ.get("CI") != "true", "CI must have it: deploy/install-test-servers installs Chromium"
+        return
+    seen: dict[str, str] = {}
+    with closing(chromium.Chromium()) as browser:
+        browser.go(base).sees("Bridge shop")
+        paths = browser.ask("return [...document.querySelectorAll('nav a')].map(link => link.getAttribute('href'))")
+        # The console ends before the demo has counted.
+        with suppress(WebDriverException):
+            while not ended():
+                for path in paths:
+                    words = browser.go(base + path).words
+                    assert "Internal" not in words
+                    if "As of" in words or path not in seen:
+                        seen[path] = words
+    assert set(seen) == set(paths)
+    assert all("As of" in words for path, words in seen.items() if path in ("/", "/bridges")), seen
 
 
 def test_a_missing_broker_is_told_with_what_to_install() -> None:
@@ -147,12 +187,17 @@ async def test_everything_that_was_started_ends_with_the_demo(
     kept = server_folder / unique
     with subprocess.Popen(command("--keep", str(kept)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
+        console = ""
         for line in process.stdout:
+            if b"The console" in line:
+                console = line.decode().split()[-1]
             if b"/200  events" in line:
                 break
+        page = await asyncio.to_thread(httpx.get, console, timeout=30)
+        assert "Bridge shop" in page.text
         started = [pid for pid in tree(process.pid) if pid != process.pid]
-        # PostgreSQL, the broker, the bridge, three workers, the sender, Stripe, and their guards.
-        assert len(started) >= 16
+        # PostgreSQL, the broker, the bridge, three workers, the sender, Stripe, the console, and their guards.
+        assert len(started) >= 18
         process.send_signal(signum)
         said = process.stdout.read()
         assert process.wait(60) == code, said

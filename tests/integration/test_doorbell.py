@@ -167,7 +167,7 @@ async def test_a_trickle_leaves_the_bridge_asleep_and_a_load_wakes_it_until_it_i
                 await writer.execute("select bridge.emit('load', %s::text)", (str(number),))
                 await messages.take(1)
                 assert asleep(bridge_database)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while asleep(bridge_database):
                     await writer.execute("select bridge.emit('load', 'x')")
             assert await _notifications_during(bridge_database, "select bridge.emit('load', 'awake')") == 0

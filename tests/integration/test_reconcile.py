@@ -71,7 +71,7 @@ class Payments:
         async def are() -> bool:
             return len(await asyncio.to_thread(replies, self.database)) >= number
 
-        await until(are, f"{number} have replied", limit=60.0)
+        await until(are, f"{number} have replied", limit=180.0)
 
     async def _count(self, condition: str, number: int) -> bool:
         return await asyncio.to_thread(self.sql, f"SELECT count(*) FROM bridge.inbox WHERE {condition}") == [(number,)]

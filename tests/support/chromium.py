@@ -90,6 +90,10 @@ class Chromium:
             assert time.monotonic() < deadline, f"never seen: {what}\n{self.words}"
             time.sleep(0.05)
 
+    def picture(self) -> bytes:
+        """What is seen, as PNG."""
+        return self._driver.get_screenshot_as_png()
+
     def complaints(self) -> list[str]:
         """What the browser has logged since it was asked last: what the policy forbade, scripts that failed."""
         return [entry["message"] for entry in self._driver.get_log("browser")]  # type: ignore[no-untyped-call]
