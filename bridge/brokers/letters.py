@@ -88,6 +88,7 @@ async def in_order(found: AsyncIterator[tuple[M, Letter]], order: Order | None) 
 
 def _time(text: str | None) -> datetime | None:
     try:
-        return datetime.fromisoformat(text) if text else None
+        at = datetime.fromisoformat(text) if text else None
     except ValueError:
         return None
+    return at.replace(tzinfo=UTC) if at is not None and at.tzinfo is None else at
