@@ -1,35 +1,20 @@
 """The page Dead letters: the groups that they form, and the letters that fit."""
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, Final
 
-from markupsafe import Markup
 from starlette.requests import Request
 
-from bridge.commands.dead_groups import Group, grouped
-from bridge.console.chart import spark
 from bridge.console.dead_acts import discard, replay, stop
 from bridge.console.dead_asked import Asked, place
 from bridge.console.dead_boxes import LETTERS, SECONDS, Sorted
+from bridge.console.dead_fitting import fitting
 from bridge.console.parts import Page, Parts
 from bridge.errors import UsageError
 
 PAGE_SIZE: Final = 50
 """Letters of one page, and groups that are shown."""
-
-_HOURS: Final = 24
-"""That a trend shows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trend:
-    """A group, and how many letters came to it in each of the last hours."""
-
-    group: Group
-    spark: Markup
 
 
 async def _show(parts: Parts, request: Request) -> dict[str, Any]:
@@ -41,41 +26,18 @@ async def _show(parts: Parts, request: Request) -> dict[str, Any]:
         "workers": sorted(parts.settings.workers), "sinks": sorted(parts.settings.sinks),
     }  # fmt: skip
     try:
-        found = asked.chosen(look.letters)
+        fits = await fitting(parts, asked, look)
     except UsageError as error:
-        return {**shown, "wrong": str(error), "found": (), "groups": (), "more_groups": 0, "letters": (), "next": None}
-    groups = trends(found)
-    page = _page(found, request.query_params.get("before"))
+        return {**shown, "wrong": str(error), "count": 0, "groups": (), "more_groups": 0, "letters": (), "next": None}
+    page = _page(fits.letters, request.query_params.get("before"))
     return {
         **shown,
-        "found": found,
-        "groups": groups[:PAGE_SIZE],
-        "more_groups": max(0, len(groups) - PAGE_SIZE),
+        "count": len(fits.letters),
+        "groups": fits.trends[:PAGE_SIZE],
+        "more_groups": max(0, len(fits.trends) - PAGE_SIZE),
         "letters": page[:PAGE_SIZE],
         "next": _mark(page[PAGE_SIZE - 1]) if len(page) > PAGE_SIZE else None,
     }
-
-
-def trends(letters: Sequence[Sorted]) -> list[Trend]:
-    """The groups of letters, the largest first."""
-    now = datetime.now(UTC)
-    came: dict[str, Counter[int]] = {}
-    for each in letters:
-        if each.letter.failed_at is not None:
-            ago = int((now - each.letter.failed_at) / timedelta(hours=1))
-            came.setdefault(each.group, Counter())[max(0, ago)] += 1
-    return [Trend(group, _spark(came.get(group.id, Counter()))) for group in _grouped(letters)]
-
-
-def _grouped(letters: Sequence[Sorted]) -> Iterable[Group]:
-    return grouped(each.letter for each in letters)
-
-
-def _spark(came: Counter[int]) -> Markup:
-    hours = [came[ago] for ago in reversed(range(_HOURS))]
-    lately = sum(hours)
-    words = f"{lately:,} in the last {_HOURS} h, {hours[-1]:,} in the last hour" if lately else f"none in {_HOURS} h"
-    return spark(hours, words)
 
 
 def _page(found: Sequence[Sorted], before: str | None) -> Sequence[Sorted]:

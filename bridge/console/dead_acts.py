@@ -6,6 +6,7 @@ from bridge.brokers.contract import Letter
 from bridge.commands.dead_letters import Outcome, replay_or_discard
 from bridge.console.access import Person
 from bridge.console.dead_asked import Asked
+from bridge.console.dead_fitting import fitting
 from bridge.console.parts import Form, Parts
 from bridge.console.work import Job
 from bridge.errors import UsageError
@@ -31,7 +32,7 @@ async def _act(action: Literal["replay", "discard"], parts: Parts, person: Perso
     await parts.require_acting()
     choice = asked.choice()
     boxes = choice.workers
-    total = sum(1 for _ in asked.chosen((await parts.dead.look()).letters))
+    total = len((await fitting(parts, asked, await parts.dead.look())).letters)
     title = f"{'Replay' if action == 'replay' else 'Discard'} of {total:,} dead letter{'s' * (total != 1)}"
 
     async def do(job: Job) -> str:

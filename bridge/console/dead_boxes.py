@@ -142,7 +142,9 @@ class DeadBoxes:
                 began = time.monotonic()
                 box = await (self._outbox() if name == OUTBOX else _walked(name, self._boxes[name]))
                 now = time.monotonic()
-                self._seen[name] = (now + max(_KEPT, _REST * (now - began)), box)
+                # What gave nothing to anybody's hand may be tried again soon.
+                rest = _REST * (now - began) if box.problem is None else 0.0
+                self._seen[name] = (now + max(_KEPT, rest), box)
                 self.looks += 1
 
         try:
@@ -253,8 +255,8 @@ async def _walk(name: str, box: DeadLetters, wanted: str | None = None) -> tuple
     except _Enough:
         return found, None, wanted is None
     except TimeoutError:
-        problem = None if seen else f"the broker of {name} has not answered within {SECONDS:g} s"
-        return found, problem, bool(seen)
+        problem = f"its broker has not answered within {SECONDS:g} s; pgbridge check says what is in the way"
+        return found, None if seen else problem, bool(seen)
     except PgbridgeError as error:
         return found, str(error), False
     return found, None, False

@@ -9,10 +9,11 @@ from starlette.requests import Request
 
 from bridge.brokers.contract import HELD
 from bridge.commands.dead_outbox import OUTBOX
-from bridge.console.dead import PAGE_SIZE, trends
+from bridge.console.dead import PAGE_SIZE
 from bridge.console.dead_acts import LONGEST_REASON
 from bridge.console.dead_asked import Asked
 from bridge.console.dead_boxes import LETTERS, Sorted
+from bridge.console.dead_fitting import fitting
 from bridge.console.parts import Page, Parts
 from bridge.errors import UsageError
 from bridge.routes import Routes
@@ -37,10 +38,10 @@ async def _show(parts: Parts, request: Request) -> dict[str, Any]:
     if "selected" in request.query_params and not asked.all("id"):
         raise UsageError("no letter is selected; go back, and choose some, or all that a filter leaves")
     seen, look = await parts.reader.look(), await parts.dead.look()
-    letters = asked.chosen(look.letters)
+    fits = await fitting(parts, asked, look)
+    letters = fits.letters
     steps = list(_replay(parts.settings, letters) if action == "replay" else _discard(parts.settings, letters))
     boxes = {each.letter.box for each in letters}
-    groups = trends(letters)
     choice = asked.choice()
     return {
         "seen": seen,
@@ -51,8 +52,8 @@ async def _show(parts: Parts, request: Request) -> dict[str, Any]:
         "cut": [box.name for box in look.boxes if box.is_cut and box.name in boxes],
         "unseen": [box for box in look.boxes if box.problem is not None],
         "bound": LETTERS,
-        "groups": groups[:PAGE_SIZE],
-        "more_groups": max(0, len(groups) - PAGE_SIZE),
+        "groups": fits.trends[:PAGE_SIZE],
+        "more_groups": max(0, len(fits.trends) - PAGE_SIZE),
         "steps": steps,
         "can_go": bool(letters) and not any(step.is_in_the_way for step in steps),
         "job": parts.work.job,

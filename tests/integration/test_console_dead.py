@@ -165,7 +165,8 @@ async def test_a_broker_that_does_not_answer_keeps_no_page_waiting(
         assert "1 dead letter, in 1 group" in words
 
         async def is_told() -> bool:
-            return f"the broker of {unique} has not answered within 1 s" in (await browser.page("/dead")).words
+            words = (await browser.page("/dead")).words
+            return f"The dead letters of {unique} cannot be looked into its broker has not answered within 1 s" in words
 
         await until(is_told)
     for writer in taken:
