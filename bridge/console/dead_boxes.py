@@ -72,6 +72,8 @@ class Look:
     boxes: Sequence[Box]
     waiting: Sequence[str]
     """Boxes that have not answered yet."""
+    rests: bool = False
+    """Whether there is no newer look because somebody replays or discards."""
 
     @property
     def letters(self) -> Iterator[Sorted]:
@@ -132,6 +134,7 @@ class DeadBoxes:
         return Look(
             [self._seen[name][1] for name in names if name in self._seen],
             [name for name in names if name not in self._seen],
+            bool(self._acts),
         )
 
     async def _look_into(self, names: Iterable[str]) -> None:

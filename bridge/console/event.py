@@ -92,7 +92,9 @@ async def _show(parts: Parts, request: Request) -> dict[str, Any]:
     except ValueError:
         raise UsageError(f"{asked!r} is not the id of an event, which is a UUID, nor its number in the log") from None
     life = await parts.recent.get(("event", number or event_id), 0.0, partial(_look, parts, number, event_id))
-    return {"life": life, "searched": SEARCHED, "job": parts.work.job, "runs": parts.work.runs}
+    job, logged = parts.work.job, life.known.logged
+    is_its = job is not None and logged is not None and job.page == f"/events/{logged.id}"
+    return {"life": life, "searched": SEARCHED, "job": job if is_its else None, "runs": parts.work.runs}
 
 
 async def _look(parts: Parts, number: int | None, event_id: str | None) -> Life:

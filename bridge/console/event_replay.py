@@ -65,7 +65,8 @@ async def _start(parts: Parts, person: Person, form: Form) -> str:
             return f"Stopped by {job.stopped_by}, before event {number} was published."
         return f"Nothing was done: the log has no event {number} any more."
 
-    return await parts.work.told(parts.work.begin(f"Replay of event {number}", person.signature, 1, do))
+    title, page = f"Replay of event {number}", f"/events/{number}"
+    return await parts.work.told(parts.work.begin(title, person.signature, 1, do, page))
 
 
 def _named(sinks: list[str]) -> str:

@@ -27,6 +27,8 @@ class Job:
     person: str
     total: int
     """Of what is to be done, as far as it was known at the beginning."""
+    page: str = "/dead"
+    """Where it was begun."""
     began: datetime = field(default_factory=lambda: datetime.now(UTC))
     done: int = 0
     refused: int = 0
@@ -65,13 +67,13 @@ class Work:
         """Whether a job is under way."""
         return self._task is not None
 
-    def begin(self, title: str, person: str, total: int, do: Do) -> Job:
+    def begin(self, title: str, person: str, total: int, do: Do, page: str = "/dead") -> Job:
         """Begins it in the background. Raises UsageError while another one runs."""
         if self.job is not None and self.runs:
             raise UsageError(
                 f"{self.job.person} has begun something that goes on: {self.job.title}. Wait for it, or stop it"
             )
-        self.job = Job(title, person, total)
+        self.job = Job(title, person, total, page)
         self._task = asyncio.create_task(self._run(self.job, do))
         log.info("console.job_began", person=person, job=title, total=total)
         return self.job

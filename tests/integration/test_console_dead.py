@@ -86,7 +86,7 @@ async def test_letters_of_outbox_and_workers_stand_in_one_list_by_the_groups_of_
     for group in groups:
         assert f"{group['place']} {group['code']} {group['reason']}" in page.words
     assert "5 in the last 24 h, 2 in the last hour" in page.words  # now, and half an hour ago
-    assert all(f"{unique}:{id_}" in page.words for id_ in ids)
+    assert {f"/dead/letter?id={unique}%3A{id_}" for id_ in ids} < set(links(html, "/dead/letter?"))
     assert "<b>you" not in html
     for filters, count in (
         ({"worker": unique}, 3),
@@ -379,6 +379,7 @@ async def test_a_long_replay_goes_on_with_its_progress_one_at_a_time_and_can_be_
             if re.search(r"[3-9] done, of 30; [12]/s", Page(renewal).words):
                 break
     words = (await operator.page("/dead/plan?action=discard")).words
+    assert "It looks again once that has ended" in (await operator.page("/dead")).words
     assert "anna (console) has begun something that goes on" in words
     form = {"choice": "until=2100-01-01", "why": "x", "back": "/dead"}
     await operator.fill("/dead/discard", form, of="/dead")
