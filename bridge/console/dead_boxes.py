@@ -127,9 +127,11 @@ class DeadBoxes:
         due = [name for name in (OUTBOX, *self._boxes) if name not in self._seen or self._seen[name][0] <= now]
         if self._looking is None and due and not self._acts:
             self._looking = asyncio.create_task(self._look_into(due))
-        if self._looking is not None:
+        if (looking := self._looking) is not None:
             # Whoever waits may leave; the others want the answer.
-            await asyncio.wait([self._looking], timeout=_PATIENCE)
+            await asyncio.wait([looking], timeout=_PATIENCE)
+            if looking.done() and not looking.cancelled():
+                looking.result()
         names = (OUTBOX, *(name for name in self._settings.workers if name in self._boxes or name in self._seen))
         return Look(
             [self._seen[name][1] for name in names if name in self._seen],

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -12,7 +13,7 @@ from bridge.commands.dead_outbox import OUTBOX
 from bridge.console.dead import PAGE_SIZE
 from bridge.console.dead_acts import LONGEST_REASON
 from bridge.console.dead_asked import Asked
-from bridge.console.dead_boxes import LETTERS, Sorted
+from bridge.console.dead_boxes import LETTERS, Look, Sorted
 from bridge.console.dead_fitting import fitting
 from bridge.console.parts import Page, Parts
 from bridge.errors import UsageError
@@ -64,11 +65,15 @@ async def _show(parts: Parts, request: Request) -> dict[str, Any]:
             asked,
             boxes,
             since="" if choice.since is None else choice.since.isoformat(),
-            until=max(
-                [each.letter.failed_at for each in letters if each.letter.failed_at] + [box.at for box in look.boxes]
-            ).isoformat(),
+            until="" if not letters else max(_times(letters, look)).isoformat(),
         ),
     }
+
+
+def _times(letters: Sequence[Sorted], look: Look) -> Iterator[datetime]:
+    """Of the look, and of letters whose clock is ahead of ours."""
+    yield from (box.at for box in look.boxes)
+    yield from (each.letter.failed_at for each in letters if each.letter.failed_at is not None)
 
 
 def _with(asked: Asked, boxes: set[str], **times: str) -> str:
