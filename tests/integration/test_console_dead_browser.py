@@ -154,6 +154,16 @@ def test_a_selection_outlasts_renewals_and_is_replayed(browser: Chromium, shop: 
     browser.go(shop.base + "/dead/audit").sees("replayed anna (console)")
 
 
+def test_what_is_being_written_into_a_field_for_an_id_outlasts_renewals(browser: Chromium, shop: Shop) -> None:
+    """A form that has a control of that name has no id that is a text."""
+    log_in(browser, shop, path="/events")
+    browser.sees("Live")
+    browser.find("input[name=id]").send_keys("12")
+    browser.ask("document.querySelector('[data-liveness-words]').textContent = ''")
+    browser.sees("Live")  # which each renewal says
+    assert browser.find("input[name=id]").get_attribute("value") == "12"
+
+
 def test_without_scripts_a_group_is_discarded_with_a_reason(browser: Chromium, shop: Shop) -> None:
     browser.allow_scripts(False)
     try:
