@@ -12,7 +12,7 @@ from bridge.console.dead_boxes import DeadBoxes
 from bridge.console.reader import Reader
 from bridge.console.recent import Recent
 from bridge.console.work import Work
-from bridge.errors import UsageError
+from bridge.errors import UnavailableError, UsageError
 from bridge.settings import Settings
 
 
@@ -33,8 +33,11 @@ class Parts:
 
     async def require_acting(self) -> None:
         """Raises UsageError where the console's login in the database may look only. It might publish all the same,
-        and could not write down that it did."""
-        if not (await self.reader.look()).may_act:
+        and could not write down that it did. Raises UnavailableError while nobody knows."""
+        seen = await self.reader.look()
+        if seen.status is None:
+            raise UnavailableError(f"the database has not answered yet: {seen.outage}")
+        if not seen.may_act:
             raise UsageError(
                 "the console's login in the database may only look. For acting, give it the role bridge_operator"
             )

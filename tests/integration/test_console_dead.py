@@ -145,6 +145,17 @@ async def test_what_cannot_be_looked_into_is_named_with_its_mend_and_the_rest_sh
     assert "1 dead letter, in 1 group" in words
 
 
+async def test_without_its_database_the_page_says_so(tmp_path: Path, messages: Messages) -> None:
+    text = settings("postgresql://nobody@127.0.0.1:1/none", messages)
+    async with served(console_at(tmp_path, text)) as (_, base, _), Browser(base) as browser:
+        await browser.log_in(TOKEN)
+        page = await browser.page("/dead")
+        assert "The dead letters of outbox cannot be looked into postgres.dsn: " in page.words
+        form = {"form_token": page.field("form_token"), "back": "/dead", "choice": "until=2100-01-01"}
+        await browser.post("/dead/replay", data=form)
+        assert "Not done: the database has not answered yet: " in (await browser.page("/dead")).words
+
+
 async def test_a_broker_that_does_not_answer_keeps_no_page_waiting(
     bridge_database: str, messages: Messages, unique: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,6 +413,19 @@ async def test_a_long_replay_goes_on_with_its_progress_one_at_a_time_and_can_be_
         return bool(queue.declaration_result.message_count == 30 - acts)
 
     await until(are_back)
+
+
+async def test_a_slow_replay_stops_at_once_and_not_when_the_next_letter_is_due(
+    bridge_database: str, messages: Messages, unique: str, operator: Browser
+) -> None:
+    await give_up(messages.connection, unique, [b"x"] * 2, REJECTED)
+    await confirm(operator, "/dead/plan?action=replay", rate="0.01")
+    await operator.fill("/dead/stop", {"back": "/dead"}, of="/dead")
+
+    async def has_ended() -> bool:
+        return "Stopped by anna (console): 1 dead letter replayed, of 2." in (await operator.page("/dead")).words
+
+    await until(has_ended)
 
 
 async def test_a_console_that_stops_ends_what_goes_on_in_order(
