@@ -160,12 +160,12 @@ class DeadBoxes:
             self._looking = None
 
     async def _outbox(self) -> Box:
+        at = datetime.now(UTC)
         try:
             async with self._database.connection() as connection:
                 letters = await list_letters(connection, self._settings.name, LETTERS + 1)
         except PgbridgeError as error:
-            return Box(OUTBOX, datetime.now(UTC), problem=str(error))
-        at = datetime.now(UTC)
+            return Box(OUTBOX, at, problem=str(error))
         found = await asyncio.to_thread(lambda: [_sorted(letter) for letter in letters[-LETTERS:]])
         return Box(OUTBOX, at, found, is_cut=len(letters) > LETTERS)
 

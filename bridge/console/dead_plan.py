@@ -65,15 +65,18 @@ async def _show(parts: Parts, request: Request) -> dict[str, Any]:
             asked,
             boxes,
             since="" if choice.since is None else choice.since.isoformat(),
-            until="" if not letters else max(_times(letters, look)).isoformat(),
+            until="" if not letters else _end(letters, look).isoformat(),
         ),
     }
 
 
-def _times(letters: Sequence[Sorted], look: Look) -> Iterator[datetime]:
-    """Of the look, and of letters whose clock is ahead of ours."""
-    yield from (box.at for box in look.boxes)
-    yield from (each.letter.failed_at for each in letters if each.letter.failed_at is not None)
+def _end(letters: Sequence[Sorted], look: Look) -> datetime:
+    """When the last of these letters came, by the clock that wrote them down; of a box that was not seen to its end,
+    all that was there is meant."""
+    boxes = {each.letter.box for each in letters}
+    ends = [each.letter.failed_at for each in letters if each.letter.failed_at is not None]
+    ends += [box.at for box in look.boxes if box.name in boxes and (box.is_cut or not ends)]
+    return max(ends)
 
 
 def _with(asked: Asked, boxes: set[str], **times: str) -> str:
