@@ -265,8 +265,13 @@ async def test_a_selection_is_discarded_with_a_reason_that_the_audit_shows(
 
 async def test_what_came_after_the_page_was_shown_is_left_alone(bridge_database: str, operator: Browser) -> None:
     await bury(bridge_database, 2, "events", "too_large", "%s")
+    await execute(bridge_database, "update bridge.dead_letter set failed_at = failed_at - interval '1 h'")
     page = await operator.page("/dead/plan?action=discard")
     await bury(bridge_database, 1, "events", "too_large", "%s")
+    # Its transaction began before the look, and ended behind it.
+    await execute(
+        bridge_database, "update bridge.dead_letter set failed_at = now() - interval '10 minutes' where id = 3"
+    )
     form = {name: page.field(name) for name in ("form_token", "back", "choice")}
     await operator.post("/dead/discard", data={**form, "why": "x"})
     assert await left(bridge_database) == [3]
