@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -10,11 +9,11 @@ from uuid import UUID
 
 from starlette.requests import Request
 
+from bridge.console.moments import moment_of
 from bridge.console.parts import Page, Parts
 from bridge.errors import UsageError
 from bridge.postgres import events
 from bridge.postgres.events import Search, search
-from bridge.settings.models import parse_duration
 
 _OLDER: Final = 60.0
 """Seconds for which a page that is not the newest is kept: the log is only added to, at its other end."""
@@ -44,8 +43,8 @@ class Asked:
         return Search(
             topics=tuple(given.get("topic", "").replace(",", " ").split()),
             key=given.get("key"),
-            since=_moment("since", given.get("since")),
-            until=_moment("until", given.get("until")),
+            since=moment_of("since", given.get("since")),
+            until=moment_of("until", given.get("until")),
             header=header or None,
             value=value if equals else None,
             text=given.get("text"),
@@ -97,21 +96,6 @@ def _event_of(text: str) -> str:
         return str(UUID(text))
     except ValueError:
         raise UsageError(f"{text!r} is not the id of an event, which is a UUID, nor its number in the log") from None
-
-
-def _moment(field: str, text: str | None) -> datetime | None:
-    """A time: ISO 8601, in UTC without an offset, or how long ago."""
-    if text is None:
-        return None
-    try:
-        if text[-1:].isalpha() and text[-1:] != "Z":
-            return datetime.now(UTC) - timedelta(seconds=parse_duration(text))
-        at = datetime.fromisoformat(text)
-        return (at if at.tzinfo is not None else at.replace(tzinfo=UTC)).astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise UsageError(
-            f'{field}: {text!r} is not a time; write "2026-02-03 14:05", which is in UTC, or how long ago: "2h"'
-        ) from None
 
 
 PAGE: Final = Page("events", "/events", "Events", _show)

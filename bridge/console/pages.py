@@ -2,7 +2,17 @@
 
 from typing import Final
 
-from bridge.console import bridges, event, events, flow
+from bridge.console import bridges, dead, dead_audit, dead_letter, dead_plan, event, event_replay, events, flow
 from bridge.console.parts import Page
 
-PAGES: Final[tuple[Page, ...]] = (flow.PAGE, events.PAGE, event.PAGE, bridges.PAGE)
+PAGES: Final[tuple[Page, ...]] = (
+    flow.PAGE,
+    events.PAGE,
+    event.PAGE,
+    event_replay.PAGE,
+    dead.PAGE,
+    dead_letter.PAGE,
+    dead_plan.PAGE,
+    dead_audit.PAGE,
+    bridges.PAGE,
+)
