@@ -353,7 +353,7 @@ class DeadLetters(Protocol):
     async def walk(self, decide: Decide, order: Order | None = None) -> None:
         """Shows `decide` every letter that is there now, once; does what it says, and leaves the others. With `order`
         they come, and are replayed, in the order of what it gives for each, for which all are taken first; without,
-        in no certain order, since whoever looks may have changed it.
+        in no certain order, since whoever looks may have changed it. What `decide` raises ends it, and leaves the rest.
 
         A replayed letter is first confirmed in the worker's queue, and then removed: after a crash in between it may
         be in both. It carries a new `bridge.event.replay_mark()` each time: without one a worker takes the event for a

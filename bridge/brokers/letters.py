@@ -23,6 +23,9 @@ MAX_REASON: Final = 300
 MAX_TRACE: Final = 8000
 """Characters; the end is kept, since it names the error."""
 
+_LONGEST_COUNT: Final = 10
+"""Digits from which a number of attempts is none that we wrote."""
+
 
 def letter_headers(worker: str, failure: Failure, attempts: int) -> dict[str, str]:
     """Code, reason, attempts, time and worker of a failure, and its trace where there is one.
@@ -62,7 +65,7 @@ def letter_of(
         sink=sink,
         code=marks.get(f"{PREFIX}code", "unknown"),
         reason=marks.get(f"{PREFIX}reason", ""),
-        attempts=int(attempts) if attempts.isdecimal() else 0,
+        attempts=int(attempts) if attempts.isdecimal() and len(attempts) < _LONGEST_COUNT else 0,
         failed_at=_time(marks.get(f"{PREFIX}failed-at")),
         payload=payload,
         content_type=known.content_type if known else content_type,
@@ -88,6 +91,7 @@ async def in_order(found: AsyncIterator[tuple[M, Letter]], order: Order | None) 
 
 def _time(text: str | None) -> datetime | None:
     try:
-        return datetime.fromisoformat(text) if text else None
+        at = datetime.fromisoformat(text) if text else None
     except ValueError:
         return None
+    return at.replace(tzinfo=UTC) if at is not None and at.tzinfo is None else at

@@ -16,6 +16,7 @@ from bridge.commands.dead_groups import Group, grouped, place_of
 from bridge.commands.dead_letters import Choice, Outcome, find, replay_or_discard, selected_ids, show
 from bridge.errors import PgbridgeError, UsageError
 from bridge.process.logs import configure
+from bridge.process.person import current_person
 from bridge.process.tasks import run
 from bridge.process.terminal import (
     Moment,
@@ -266,7 +267,9 @@ def _act(
     async def act() -> Outcome:
         stop = asyncio.Event()
         stop_on_interrupt(stop)
-        return await replay_or_discard(settings, action, choice, why=why, rate=rate, report=report, stop=stop)
+        return await replay_or_discard(
+            settings, action, choice, person=current_person(), why=why, rate=rate, report=report, stop=stop
+        )
 
     outcome = run(act())
     missing = [] if outcome.stopped else sorted(set(choice.ids) - outcome.seen)

@@ -48,9 +48,14 @@ def group_id(letter: Letter) -> str:
 
 def grouped(letters: Iterable[Letter]) -> list[Group]:
     """The groups of letters, the largest first."""
+    return groups_of((group_id(letter), letter) for letter in letters)
+
+
+def groups_of(letters: Iterable[tuple[str, Letter]]) -> list[Group]:
+    """As `grouped`, of letters that come with the ids of their groups."""
     together: dict[str, list[Letter]] = {}
-    for letter in letters:
-        together.setdefault(group_id(letter), []).append(letter)
+    for id_, letter in letters:
+        together.setdefault(id_, []).append(letter)
     groups = []
     for id_, members in together.items():
         times = [letter.failed_at for letter in members if letter.failed_at is not None]

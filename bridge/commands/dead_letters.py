@@ -6,7 +6,7 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
@@ -27,7 +27,7 @@ from bridge.errors import PgbridgeError, UsageError
 from bridge.event import matches
 from bridge.postgres.connection import connect, database_errors
 from bridge.postgres.wire import Connection
-from bridge.process.person import current_person
+from bridge.process.tasks import unless_stopped
 from bridge.settings import Settings
 
 
@@ -47,12 +47,14 @@ class Choice:
     limit: int | None = None
     groups: tuple[str, ...] = ()
     """Ids, as `dead_groups.group_id` gives them."""
+    until: datetime | None = None
+    """Given up then, or before: what somebody has seen, and nothing that came meanwhile."""
 
     @property
     def is_empty(self) -> bool:
         """Whether it restricts nothing."""
         lists = (self.ids, self.topics, self.codes, self.sinks, self.workers, self.groups)
-        return not (any(lists) or self.since or self.limit)
+        return not (any(lists) or self.since or self.until or self.limit)
 
     def takes(self, letter: Letter) -> bool:
         """Whether the letter is meant; `limit` is for whoever counts."""
@@ -64,6 +66,7 @@ class Choice:
             and (not self.workers or letter.box in self.workers)
             and (not self.groups or group_id(letter) in self.groups)
             and (self.since is None or (letter.failed_at is not None and letter.failed_at >= self.since))
+            and (self.until is None or letter.failed_at is None or letter.failed_at <= self.until)
         )
 
     def looks_into(self, box: str) -> bool:
@@ -91,7 +94,7 @@ async def find(settings: Settings, choice: Choice, unreachable: Unreachable) -> 
             found.append(letter)
         return "keep"
 
-    boxes = _boxes(settings, choice)
+    boxes = boxes_of(settings, choice)
     if settings.reads_outbox and choice.looks_into(OUTBOX):
         try:
             async with _connected(settings) as connection:
@@ -124,6 +127,10 @@ async def show(settings: Settings, id_: str) -> Letter:
     return found[0]
 
 
+class _Enough(Exception):  # noqa: N818 - named for what it says
+    """Ends a walk: no further letter is wanted."""
+
+
 @dataclass(slots=True)
 class Outcome:
     """What came of a replay or a discard."""
@@ -144,18 +151,18 @@ async def replay_or_discard(
     action: Literal["replay", "discard"],
     choice: Choice,
     *,
+    person: str,
     why: str = "",
     rate: float | None = None,
     report: Report,
     stop: asyncio.Event,
 ) -> Outcome:
-    """Replays or discards the letters that are meant; each is audited and reported.
+    """Replays or discards the letters that are meant; each is audited, as an act of this `person`, and reported.
 
     Stops soon after `stop` is set. Raises UsageError, and what database and brokers raise.
     """
     outcome = Outcome()
     pace = Pace(rate)
-    person = current_person()
 
     def count(letter: Letter, problem: str | None) -> None:
         if problem is None:
@@ -166,7 +173,7 @@ async def replay_or_discard(
         outcome.groups.add(group_id(letter))
         report(letter, problem)
 
-    boxes = _boxes(settings, choice)
+    boxes = boxes_of(settings, choice)
     async with _connected(settings) as connection:
         taken = 0
         if choice.looks_into(OUTBOX):
@@ -182,11 +189,15 @@ async def replay_or_discard(
 
         async def decide(letter: Letter) -> Verdict:
             nonlocal taken
-            if stop.is_set() or not choice.takes(letter) or (choice.limit is not None and taken >= choice.limit):
+            if stop.is_set() or (choice.limit is not None and taken >= choice.limit):
+                raise _Enough
+            if not choice.takes(letter):
                 return "keep"
             taken += 1
             if action == "replay":
-                await pace.wait(1)
+                await unless_stopped(stop, pace.wait(1))
+                if stop.is_set():
+                    raise _Enough
             # Before the broker acts: a crash in between leaves a line too many, never one too few.
             await _audit(connection, letter, f"{action}ed", person, why)
             count(letter, None)
@@ -194,7 +205,9 @@ async def replay_or_discard(
 
         for name, box in boxes.items():
             holds = settings.workers[name].holds
-            await box.walk(decide, await _places(connection, name) if holds and action == "replay" else None)
+            order = await _places(connection, name) if holds and action == "replay" else None
+            with suppress(_Enough):
+                await box.walk(decide, order)
     outcome.stopped = stop.is_set()
     return outcome
 
@@ -219,7 +232,7 @@ async def _audit(connection: Connection, letter: Letter, action: str, person: st
         )
 
 
-def _boxes(settings: Settings, choice: Choice) -> Mapping[str, DeadLetters]:
+def boxes_of(settings: Settings, choice: Choice) -> Mapping[str, DeadLetters]:
     """The workers' boxes that can be meant, by worker. Raises UsageError for an unknown worker, and SettingsError."""
     named = {*choice.workers, *(id_.partition(":")[0] for id_ in choice.ids)} - {OUTBOX}
     if unknown := sorted(named - set(settings.workers)):

@@ -30,12 +30,15 @@ _COLUMNS: Final = (
     "from bridge.dead_letter where {which} order by id"
 )
 _LIST: Final = _COLUMNS.format(payload="null::bytea", which="bridge = %s")
+_NEWEST: Final = f"{_LIST} desc limit %s"
 _READ: Final = _COLUMNS.format(payload="convert_to(payload, 'UTF8')", which="bridge = %s and id = any(%s)")
 
 
-async def list_letters(connection: Connection, name: str) -> list[Letter]:
-    """Every dead letter of the bridge `name`, oldest first, without payloads."""
-    return await _fetch(connection, _LIST, name)
+async def list_letters(connection: Connection, name: str, newest: int | None = None) -> list[Letter]:
+    """Every dead letter of the bridge `name`, or as many of the `newest`, oldest first, without payloads."""
+    if newest is None:
+        return await _fetch(connection, _LIST, name)
+    return (await _fetch(connection, _NEWEST, name, newest))[::-1]
 
 
 async def read_letters(connection: Connection, name: str, ids: Sequence[str]) -> list[Letter]:

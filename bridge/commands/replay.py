@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import click
 from rich.console import Console
@@ -56,6 +56,13 @@ class Part:
     until: datetime
     topics: tuple[str, ...] = ()
     """Patterns; none means all."""
+    number: int | None = None
+    """Of the one event that is meant."""
+
+    @classmethod
+    def of(cls, number: int) -> Self:
+        """The event with this number in the log, and no other."""
+        return cls(datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC), number=number)
 
     def takes(self, event: Event) -> bool:
         """Whether the event belongs to it."""
@@ -128,11 +135,7 @@ async def replay_log(
 async def _topics(connection: Connection, part: Part) -> frozenset[str]:
     """The topics of the part's events. So it is known which sinks are needed before anything is published."""
     found: set[str] = set()
-    with answered(connection):
-        cursor = await connection.execute(
-            "select bridge.position_at(%s), bridge.position_at(%s)", (part.since - _SLACK, part.until + _SLACK)
-        )
-        [(begin, end)] = await cursor.fetchall()
+    begin, end = await _range(connection, part)
     for start in range(begin, end, _SCANNED):
         with answered(connection):
             cursor = await connection.execute(
@@ -142,6 +145,18 @@ async def _topics(connection: Connection, part: Part) -> frozenset[str]:
             )
             found.update(topic for (topic,) in await cursor.fetchall())
     return frozenset(filter(part.takes_topic, found))
+
+
+async def _range(connection: Connection, part: Part) -> tuple[int, int]:
+    """The part lies among these numbers, of which the last is without."""
+    if part.number is not None:
+        return part.number, part.number + 1
+    with answered(connection):
+        cursor = await connection.execute(
+            "select bridge.position_at(%s), bridge.position_at(%s)", (part.since - _SLACK, part.until + _SLACK)
+        )
+        [(begin, end)] = await cursor.fetchall()
+    return begin, end
 
 
 async def _pages(
@@ -158,20 +173,18 @@ async def _pages(
     """
     outbox = settings.outbox_or_default
     reader = LogReader(connection, settings.name, page_size=outbox.page_size, page_bytes=outbox.page_bytes)
-    ((begin, end, first_id, oldest),) = await fetch_all(
-        connection,
-        "select bridge.position_at($1), bridge.position_at($2), first.id, "
-        "bridge.calendar_time(first.created_at) from (values (1)) one "
-        "left join (select id, created_at from bridge.outbox order by id limit 1) first on true",
-        ((part.since - _SLACK).isoformat(), (part.until + _SLACK).isoformat()),
+    begin, end = await _range(connection, part)
+    first = await fetch_all(
+        connection, "select id, bridge.calendar_time(created_at) from bridge.outbox order by id limit 1", ()
     )
     replayed.begin = replayed.position = mark = begin - 1
     replayed.end = end
-    replayed.log_begins = oldest if first_id is not None and first_id > 1 and oldest > part.since else None
+    if part.number is None:
+        replayed.log_begins = next((oldest for first_id, oldest in first if first_id > 1 and oldest > part.since), None)
     while mark < end - 1:
         # Without gaps: a replay takes what is committed now.
         reader.start(Position(mark, ()), None)
-        look = await reader.read()
+        look = await reader.read(end - 1 - mark)
         if not look.rows:
             return
         events, mark = look.events, look.position.mark

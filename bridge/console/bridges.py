@@ -7,6 +7,7 @@ from starlette.requests import Request
 from bridge.console.access import Person
 from bridge.console.parts import Form, Page, Parts
 from bridge.console.pausing import pause, resume
+from bridge.console.topology import topology
 from bridge.errors import UsageError
 from bridge.postgres.pause import Pausable, PauseChange, pause_changes
 from bridge.postgres.problems import (
@@ -55,6 +56,7 @@ async def _show(parts: Parts, request: Request) -> dict[str, Any]:
         "guards": guards,
         "retention": retention,
         "pausable": _pausable(parts, status),
+        "topology": await topology(parts),
         "changes": [] if seen.outage is not None else await _changes(parts),
     }
 

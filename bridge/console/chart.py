@@ -200,3 +200,24 @@ def _sentence(series: Series) -> str:
     )
     missing = (len(series.values) - len(known)) * series.step
     return f"{said}; nothing is known for {_seconds(missing)}." if missing else f"{said}."
+
+
+_BAR: Final = 4
+"""Width of a bar."""
+_SPARK: Final = 20
+"""Height of the highest."""
+
+
+def spark(values: Sequence[int], words: str) -> Markup:
+    """Small bars that stand in a line of text or a table, one for each step, the last one now; `words` say it."""
+    highest = max(values, default=0)
+    width = len(values) * (_BAR + 1) - 1
+    bars = "".join(
+        f"M{place * (_BAR + 1)} {_SPARK}v-{max(2.0, _SPARK * value / highest):.1f}h{_BAR}V{_SPARK}z"
+        for place, value in enumerate(values)
+        if value
+    )
+    return Markup(
+        '<svg class="spark" viewBox="0 0 {} {}" role="img" aria-label="{}"><title>{}</title>'
+        '<path class="spark-ground" d="M0 {}h{}"/><path class="spark-bars" d="{}"/></svg>'
+    ).format(width, _SPARK, words, words, _SPARK, width, bars)

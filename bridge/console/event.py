@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any, Final
+from urllib.parse import urlencode
 from uuid import UUID
 
+from markupsafe import Markup
 from starlette.requests import Request
 
 from bridge.console.parts import Page, Parts
@@ -90,7 +92,9 @@ async def _show(parts: Parts, request: Request) -> dict[str, Any]:
     except ValueError:
         raise UsageError(f"{asked!r} is not the id of an event, which is a UUID, nor its number in the log") from None
     life = await parts.recent.get(("event", number or event_id), 0.0, partial(_look, parts, number, event_id))
-    return {"life": life, "searched": SEARCHED}
+    job, logged = parts.work.job, life.known.logged
+    is_its = job is not None and logged is not None and job.page == f"/events/{logged.id}"
+    return {"life": life, "searched": SEARCHED, "job": job if is_its else None, "runs": parts.work.runs}
 
 
 async def _look(parts: Parts, number: int | None, event_id: str | None) -> Life:
@@ -141,7 +145,7 @@ def _steps(known: Whereabouts) -> Iterator[Step]:
     for worker in known.workers:
         for operation, effect in worker.effects.items():
             yield _effect(worker.worker, operation, effect)
-        yield _at_worker(worker)
+        yield _at_worker(worker, known.event_id)
     for action in known.actions:
         lines = [("what", action.letter), ("by", action.person)]
         yield Step(
@@ -185,11 +189,16 @@ def _dead(row: DeadRow) -> Step:
     name = _sink_name(row.bridge, row.sink or "")
     return Step(
         "wrong", f"Dead letter: {name}", row.failed_at,
-        (("letter", row.id), ("reason", f"{row.code}: {row.reason}"), ("attempts", str(row.attempts))),
+        (("letter", _letter(row.id)), ("reason", f"{row.code}: {row.reason}"), ("attempts", str(row.attempts))),
     )  # fmt: skip
 
 
-def _at_worker(worker: AtWorker) -> Step:
+def _letter(id_: str) -> Markup:
+    """A link to the page of a dead letter."""
+    return Markup('<a href="/dead/letter?{}">{}</a>').format(urlencode({"id": id_}), id_)
+
+
+def _at_worker(worker: AtWorker, event_id: str) -> Step:
     lines: list[tuple[str, str | datetime]] = [
         ("attempts", str(worker.attempts)), ("the first", worker.started_at),
     ]  # fmt: skip
@@ -207,6 +216,7 @@ def _at_worker(worker: AtWorker) -> Step:
             state, words, at = "wrong", "Given up; the broker has not taken its dead letter yet", None
         case _:
             state, words, at = "wrong", "Dead letter", worker.ended_at
+            lines.append(("letter", _letter(f"{worker.worker}:{event_id}")))
     if worker.held_key is not None:
         lines.append(("holds the key", worker.held_key))
     if worker.failure is not None:

@@ -8,8 +8,11 @@ from starlette.requests import Request
 
 from bridge.console.access import Person
 from bridge.console.database import Database
+from bridge.console.dead_boxes import DeadBoxes
 from bridge.console.reader import Reader
 from bridge.console.recent import Recent
+from bridge.console.work import Work
+from bridge.errors import UnavailableError, UsageError
 from bridge.settings import Settings
 
 
@@ -21,8 +24,23 @@ class Parts:
     database: Database
     """For what only one page asks. What all pages show comes from the reader."""
     reader: Reader
+    dead: DeadBoxes
+    """Which dead letters there are."""
+    work: Work = field(default_factory=Work)
+    """What a person has begun, and goes on."""
     recent: Recent = field(default_factory=Recent)
     """What pages ask for themselves, once for all browsers."""
+
+    async def require_acting(self) -> None:
+        """Raises UsageError where the console's login in the database may look only. It might publish all the same,
+        and could not write down that it did. Raises UnavailableError while nobody knows."""
+        seen = await self.reader.look()
+        if seen.status is None:
+            raise UnavailableError(f"the database has not answered yet: {seen.outage}")
+        if not seen.may_act:
+            raise UsageError(
+                "the console's login in the database may only look. For acting, give it the role bridge_operator"
+            )
 
 
 Show: TypeAlias = Callable[[Parts, Request], Awaitable[dict[str, Any]]]

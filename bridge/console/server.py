@@ -9,6 +9,7 @@ import structlog
 from bridge.console.access import Access
 from bridge.console.app import make_app
 from bridge.console.database import Database
+from bridge.console.dead_boxes import DeadBoxes
 from bridge.console.parts import Parts
 from bridge.console.reader import Reader
 from bridge.process.asgi import AsgiServer, bound
@@ -39,10 +40,11 @@ class Console:
         self._access = Access(settings)
         self._database = Database(settings)
         self.reader = Reader(settings, self._database)
+        self.parts = Parts(settings, self._database, self.reader, DeadBoxes(settings, self._database))
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop` is set. Raises SettingsError, and UnavailableError where it cannot listen yet."""
-        app = make_app(Parts(self._settings, self._database, self.reader), self._access, stop)
+        app = make_app(self.parts, self._access, stop)
         server = AsgiServer(app, at_once=_AT_ONCE, stop_limit=_STOP_LIMIT, keep_alive=15)
         try:
             with one_error(), bound("console.listen", self._settings.console.listen, backlog=_AT_ONCE) as listening:
@@ -50,6 +52,8 @@ class Console:
                     self._started()
                     await server.serve_until(stop, listening)
         finally:
+            await self.parts.work.close()
+            await self.parts.dead.close()
             await self.reader.close()
             await self._database.close()
         log.info("console.stopped")

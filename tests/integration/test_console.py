@@ -14,6 +14,7 @@ from psycopg.conninfo import make_conninfo
 from bridge.console.access import HEADERS
 from bridge.console.server import Console
 from bridge.errors import SettingsError
+from bridge.settings import load
 from tests.support.commands import command, json_of
 from tests.support.console import (
     TOKEN,
@@ -28,7 +29,7 @@ from tests.support.console import (
 )
 from tests.support.daemons import Daemon
 from tests.support.messages import execute
-from tests.support.servers import NOT_DURABLE, PostgresServer, free_port
+from tests.support.servers import NOT_DURABLE, NatsServer, PostgresServer, free_port
 from tests.support.until import until
 
 POSITIONS = (
@@ -550,3 +551,28 @@ async def test_a_console_starts_before_its_database(tmp_path: Path) -> None:
 async def rows(dsn: str, query: str) -> list[tuple[object, ...]]:
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
         return await (await connection.execute(query.encode())).fetchall()
+
+
+async def test_what_a_broker_lacks_is_named_and_one_that_is_gone_hides_no_other(
+    positions: str, nats_server: NatsServer, unique: str, tmp_path: Path
+) -> None:
+    console_settings(tmp_path, positions)
+    config = tmp_path / "bridge.toml"
+    sinks = (
+        f'[sinks.there]\ntype = "nats"\nurl = "{nats_server.url}"\nstream = "{unique}"\n'
+        f'[sinks.gone]\ntype = "nats"\nurl = "nats://127.0.0.1:{free_port()}"\nstream = "{unique}"\n'
+    )
+    config.write_text(config.read_text().replace("[sinks.other]", f"{sinks}[sinks.other]"))
+    async with browsing(load(config, environ={})) as browser:
+
+        async def words() -> str:
+            return (await browser.page("/bridges")).words.partition("of what these settings need.")[2]
+
+        async def is_known() -> bool:
+            return await words() != ""
+
+        await until(is_known, "the brokers have been asked")
+        found = await words()
+        assert "sink events : needs nothing there" in found
+        assert f"sink there : stream {unique} is missing: pgbridge topology --apply" in found
+        assert "sink gone : not known: sinks.gone.url: " in found

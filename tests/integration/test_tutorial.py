@@ -10,35 +10,19 @@ from typing import Final
 import pytest
 
 from tests.support.reader import Page, Reader
-from tests.support.servers import free_port
+from tests.support.tutorial import followed
 
-TUTORIAL: Final = Page("tutorial.md")
 MISSING: Final = Page("missing.md")
 
 BRIDGE: Final = "pgbridge run"
-TAIL_READS: Final = (
-    'psql -At $DB -c "select count(*) from pg_stat_activity'
-    " where application_name = 'pgbridge tail' and query like '%read_page%'\""
-)
-"""What tells that it shows events from now on."""
 LEADS: Final = ["... bridge.leading ..."]
 
 
 @pytest.fixture(scope="module")
 def reader(server_folder: Path) -> Iterator[Reader]:
     """One who has followed the tutorial; all of it still runs."""
-    folder = server_folder / "tutorial"
-    folder.mkdir()
-    places = {port: str(free_port()) for port in ("15432", "14222")}
-    with Reader(TUTORIAL, folder, pip="install pgbridge[demo] pytest", places=places) as reader:
-        for heading in ("Install", "The first event", "The first worker", "What happens to a bad one"):
-            for block in TUTORIAL.blocks(heading):
-                reader.follow(block)
-                if block.lines[0] == "$ pgbridge tail":
-                    reader.look_until(TAIL_READS, ["1"])
-        reader.stop("pgbridge tail")
+    with followed(server_folder / "tutorial") as reader:
         yield reader
-        reader.stop()
 
 
 def test_the_tutorial_leads_to_a_worker_that_handles_an_event(reader: Reader) -> None:

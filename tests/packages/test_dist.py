@@ -20,12 +20,11 @@ import bridge.cli
 import workers.cli
 from tests.packages.building import copy_sources
 from tests.support.environment import environment
-from tests.support.reader import Page, Reader
-from tests.support.servers import free_port
+from tests.support.tutorial import followed
 
 pytestmark = [pytest.mark.packages, pytest.mark.timeout(1800)]
 
-EXTRAS: Final = "nats,pubsub,invoices,objectstore,payments,webhooks,otel,demo"
+EXTRAS: Final = "nats,pubsub,invoices,objectstore,payments,webhooks,otel,console,demo"
 
 TEST_TOOLS: Final = ("pytest", "pytest-asyncio", "pytest-timeout", "hypothesis")
 
@@ -178,16 +177,9 @@ def test_the_demo_loses_nothing(whole: Installed, broker: str) -> None:
 
 
 def test_the_tutorial_leads_to_a_worker(dist: Dist, server_folder: Path) -> None:
-    folder = server_folder / "tutorial-of-the-wheel"
-    folder.mkdir()
     installs = f'{sys.executable} -m pip --python "$VIRTUAL_ENV/bin/python" install -qqq "{dist.wheel}[demo]" pytest'
-    page = Page("tutorial.md")
-    places = {port: str(free_port()) for port in ("15432", "14222")}
-    with Reader(page, folder, pip="install pgbridge[demo] pytest", installs=installs, places=places) as reader:
-        for heading in ("Install", "The first event", "The first worker", "What happens to a bad one"):
-            for block in page.blocks(heading):
-                reader.follow(block)
-        reader.stop()
+    with followed(server_folder / "tutorial-of-the-wheel", installs=installs) as reader:
+        pass
     assert reader.written == ["bridge.toml", "shop.sql"]
 
 
@@ -200,7 +192,7 @@ def test_sinks_and_queues_of_every_broker_keep_their_contract(whole: Installed, 
         "pytest",
         "-q",
         "-p",
-        "pytest_asyncio",
+        "pytest_asyncio.plugin",
         "-p",
         "pytest_timeout",
         f"--rootdir={tests}",

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bridge.console.chart import LINES, chart, told
+from bridge.console.chart import LINES, chart, spark, told
 from bridge.postgres.history import DAY, HOUR, MONTH, Series, Unit
 
 SVG = ".//svg[@role='img']"
@@ -122,3 +122,10 @@ def test_series_that_do_not_fit_together_are_refused() -> None:
 )  # fmt: skip
 def test_values_have_three_digits_that_count(value: float, unit: Unit, words: str) -> None:
     assert told(value, unit) == words
+
+
+def test_a_spark_has_a_bar_for_each_step_with_something_and_no_bar_is_too_small_to_be_seen() -> None:
+    svg = ElementTree.fromstring(spark([0, 1, 0, 1000], "1,001 <in> 4 h"))  # noqa: S314 - what we have just written
+    assert (svg.get("aria-label"), svg.findtext("title")) == ("1,001 <in> 4 h", "1,001 <in> 4 h")
+    assert svg.findall("path")[1].get("d") == "M5 20v-2.0h4V20zM15 20v-20.0h4V20z"
+    assert ElementTree.fromstring(spark([0, 0], "none")).findall("path")[1].get("d") == ""  # noqa: S314 - as above

@@ -45,14 +45,19 @@
     }
   }
 
+  // Not its property `id`, which is a control of that name where a form has one.
+  function idOf(node) {
+    return node.getAttribute?.("id") ?? "";
+  }
+
   function isSame(old, fresh) {
-    return old.nodeName === fresh.nodeName && old.id === fresh.id
+    return old.nodeName === fresh.nodeName && idOf(old) === idOf(fresh)
       && old.getAttribute?.("action") === fresh.getAttribute?.("action");
   }
 
   // The old node that a fresh one renews: the next one, or with an id a later one.
   function twinOf(fresh, next) {
-    if (next === null || isSame(next, fresh) || !fresh.id) return next !== null && isSame(next, fresh) ? next : null;
+    if (next === null || isSame(next, fresh) || !idOf(fresh)) return next !== null && isSame(next, fresh) ? next : null;
     return twinOf(fresh, next.nextSibling);
   }
 
