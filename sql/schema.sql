@@ -6713,7 +6713,7 @@ as $$
   select * from bridge.worker_status(named, 100000)
 $$;
 
--- migrations/0031_workers_and_webhooks.sql ------------------------------------------------------------
+-- migrations/0030_workers_and_webhooks.sql ------------------------------------------------------------
 
 -- oldest program: 0024
 -- What people look at of workers and of webhooks, with a bound on what is looked at, whatever the tables hold.
@@ -6892,7 +6892,7 @@ end $$;
 comment on function bridge.count_recoverable(bigint, timestamptz, int) is
     'How many deliveries recover_endpoint() would make due: that failed for good, and that were skipped.';
 
--- migrations/0032_pause_audit.sql ------------------------------------------------------------
+-- migrations/0031_pause_audit.sql ------------------------------------------------------------
 
 -- oldest program: 0024
 -- Who paused what, and who let it go on: a pause that has ended left nothing behind.
