@@ -1,11 +1,11 @@
 """`pgbridge topology`: what the brokers have of what the settings need, and declaring what is missing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from bridge.brokers.contract import Declaration, Queue, Sink
+from bridge.brokers.contract import Declaration
 from bridge.brokers.registry import broker_of
 from bridge.errors import TopologyError
 from bridge.process.tasks import run
@@ -23,17 +23,16 @@ async def declarations(settings: Settings, workers: Settings, *, apply: bool) ->
 
     Raises BrokerUnavailableError, RefusedError, SettingsError.
     """
-    return [(owner, await needs.topology(apply=apply)) for owner, needs in owners(settings, workers)]
-
-
-def owners(settings: Settings, workers: Settings) -> Iterator[tuple[str, Sink | Queue]]:
-    """Who needs something of a broker, with what asks and declares it. Raises SettingsError."""
-    for name, sink in settings.sinks.items():
-        yield f"sink {name}", broker_of(sink).sink(sink)
+    found = [
+        (f"sink {name}", await broker_of(sink).sink(sink).topology(apply=apply))
+        for name, sink in settings.sinks.items()
+    ]
     # The bridge never imports the workers, so what they want comes through an entry point.
     for point in points("pgbridge.subscriptions"):
-        for worker, (of, subscription) in point.load()(workers).items():
-            yield f"worker {worker}", broker_of(workers.sinks[of]).queue(workers.sinks[of], subscription)
+        for worker, (sink, subscription) in point.load()(workers).items():
+            queue = broker_of(workers.sinks[sink]).queue(workers.sinks[sink], subscription)
+            found.append((f"worker {worker}", await queue.topology(apply=apply)))
+    return found
 
 
 def require_complete(declared: Declared) -> None:

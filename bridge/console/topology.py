@@ -1,7 +1,8 @@
-"""What the brokers have of what the settings need, as the page Bridges and database shows it.
+"""What the brokers have of what the sinks of the settings need, as the page Bridges and database shows it.
 
 It takes a login at each broker, so it is asked while somebody looks, once a minute at most and once for all who look;
-each sink and worker by itself, so that a broker that is gone hides no other.
+each sink by itself, so that a broker that is gone hides no other. What workers need is left to `pgbridge topology`: one
+must import their handlers to know it, which are no code of the console's.
 """
 
 import asyncio
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from bridge.brokers.contract import Declaration, Queue, Sink
-from bridge.commands.topology import owners
+from bridge.brokers.contract import Declaration, Sink
+from bridge.brokers.registry import broker_of
 from bridge.console.parts import Parts
 from bridge.errors import PgbridgeError
 
@@ -27,9 +28,9 @@ _WORDS: Final = {"missing": "is missing: pgbridge topology --apply", "differs": 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a sink or a worker needs of its broker."""
+    """What a sink needs of its broker."""
 
-    owner: str
+    sink: str
     declared: Sequence[Declaration] = ()
     problem: str | None = None
     """Why nothing is known."""
@@ -53,7 +54,7 @@ class Topology:
 
 
 async def topology(parts: Parts) -> Topology | None:
-    """What is known; None while the brokers are being asked. Raises SettingsError."""
+    """What is known; None while the brokers are being asked."""
     asking = parts.recent.get("topology", _KEPT, lambda: _ask(parts))
     try:
         async with asyncio.timeout(_PATIENCE):
@@ -63,15 +64,16 @@ async def topology(parts: Parts) -> Topology | None:
 
 
 async def _ask(parts: Parts) -> Topology:
-    found = [await _need(owner, needs) for owner, needs in owners(parts.settings, parts.settings)]
+    sinks = {name: broker_of(sink).sink(sink) for name, sink in parts.settings.sinks.items()}
+    found = await asyncio.gather(*(_need(name, sink) for name, sink in sinks.items()))
     return Topology(datetime.now(UTC), found)
 
 
-async def _need(owner: str, needs: Sink | Queue) -> Need:
+async def _need(name: str, sink: Sink) -> Need:
     try:
         async with asyncio.timeout(_LIMIT):
-            return Need(owner, await needs.topology(apply=False))
+            return Need(name, await sink.topology(apply=False))
     except PgbridgeError as error:
-        return Need(owner, problem=str(error))
+        return Need(name, problem=str(error))
     except TimeoutError:
-        return Need(owner, problem=f"the broker has not answered for {_LIMIT:g} s")
+        return Need(name, problem=f"the broker has not answered for {_LIMIT:g} s")

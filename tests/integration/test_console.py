@@ -566,7 +566,7 @@ async def test_what_a_broker_lacks_is_named_and_one_that_is_gone_hides_no_other(
     async with browsing(load(config, environ={})) as browser:
 
         async def words() -> str:
-            return (await browser.page("/bridges")).words.partition("of what these settings need.")[2]
+            return (await browser.page("/bridges")).words.partition("What workers need")[2]
 
         async def is_known() -> bool:
             return await words() != ""
