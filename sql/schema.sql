@@ -6651,8 +6651,15 @@ as $$
   select * from bridge.status(100000)
 $$;
 
--- How workers stand. Of the `counted` events that were begun last: an index over what is not finished would be written
--- at the beginning and at the end of each event. Held keys are counted as far.
+-- What waits for another attempt, and what was given up, however long ago it was begun. An event that is handled at its
+-- first attempt is never in this index, and its updates stay within the page: they change none of these columns.
+create index inbox_apart on bridge.inbox (worker)
+  where due_at is not null or failure is not null or ended_at is not null;
+
+-- How workers stand. What runs, and what was finished, is counted among the `counted` events that were begun last, since an
+-- index over what is not finished would be written at the beginning and at the end of each event; `is_exact` is false
+-- where there are more. What waits for another attempt, what was given up and held keys are found wherever they are, so
+-- many of all workers.
 create function bridge.worker_status(named text[], counted int)
   returns table (
     worker text, running bigint, waiting bigint, finished_last_hour bigint, dead_letters bigint, held_keys bigint,
@@ -6663,8 +6670,14 @@ create function bridge.worker_status(named text[], counted int)
   set enable_sort = off
 as $$
   with recursive recent as materialized (
-    select i.worker, i.event_id, i.finished_at, i.ended_at, i.failure is not null as failed, i.claim
+    select i.worker, i.claim, i.finished_at, i.due_at is not null or i.failure is not null or i.ended_at is not null as apart
     from bridge.inbox i order by i.started_at desc limit counted
+  ),
+  apart as materialized (
+    select i.worker, i.event_id, i.ended_at, i.failure is not null as failed
+    from bridge.inbox i
+    where (i.due_at is not null or i.failure is not null or i.ended_at is not null) and i.finished_at is null
+    limit counted
   ),
   living as materialized (select t.token from bridge.living_tokens() t),
   lines as (
@@ -6679,28 +6692,35 @@ as $$
     select r.worker,
            count(*) filter (where r.open and r.lives) as running,
            count(*) filter (where r.open and not r.lives) as waiting,
-           count(*) filter (where r.finished_at > clock_timestamp() - interval '1 hour') as finished,
-           count(*) filter (where r.finished_at is null and (r.failed or r.ended_at is not null and not exists (
-             select from bridge.dead_letter_audit a
-             where a.event_id = r.event_id and a.letter = r.worker || ':' || r.event_id::text
-               and a.action = 'discarded' and a.at > r.ended_at))) as dead
+           count(*) filter (where r.finished_at > clock_timestamp() - interval '1 hour') as finished
     from (
-      select n.*, n.finished_at is null and n.ended_at is null and not n.failed as open,
+      select n.*, n.finished_at is null and not n.apart as open,
              n.claim is not null and n.claim in (select l.token from living l) as lives
       from recent n
     ) r
     group by r.worker
+  ),
+  counts_apart as (
+    select e.worker,
+           count(*) filter (where not e.failed and e.ended_at is null) as waiting,
+           count(*) filter (where e.failed or e.ended_at is not null and not exists (
+             select from bridge.dead_letter_audit a
+             where a.event_id = e.event_id and a.letter = e.worker || ':' || e.event_id::text
+               and a.action = 'discarded' and a.at > e.ended_at)) as dead
+    from apart e
+    group by e.worker
   )
-  select w.worker, coalesce(c.running, 0), coalesce(c.waiting, 0), coalesce(c.finished, 0), coalesce(c.dead, 0),
-         (select count(*) from held h where h.worker = w.worker), p.since, p.who, p.why,
-         (select count(*) < counted from recent) and (select count(*) < counted from held)
+  select w.worker, coalesce(c.running, 0), coalesce(c.waiting, 0) + coalesce(e.waiting, 0), coalesce(c.finished, 0),
+         coalesce(e.dead, 0), (select count(*) from held h where h.worker = w.worker), p.since, p.who, p.why,
+         (select count(*) < counted from recent)
   from (select unnest(named) as worker union select bridge.inbox_workers()) w
   left join counts c on c.worker = w.worker
+  left join counts_apart e on e.worker = w.worker
   left join bridge.pause p on p.kind = 'worker' and p.bridge = '' and p.name = w.worker
   order by w.worker
 $$;
 comment on function bridge.worker_status(text[], int) is
-  'How these workers stand, and all that have an inbox; of so many events begun last.';
+  'How these workers stand, and all that have an inbox; what runs and was finished, of so many events begun last.';
 
 -- Programs before this migration ask so.
 create or replace function bridge.worker_status(named text[])

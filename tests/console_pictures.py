@@ -37,6 +37,12 @@ PAGES: Final = {
     "flow": "/",
     "events": "/events",
     "event": "/events/{event}",
+    "dead-letters": "/dead",
+    "dead-plan": "/dead/plan?action=replay&worker=payments",
+    "workers": "/workers",
+    "worker": "/workers/payments",
+    "webhooks": "/webhooks",
+    "endpoint": "/webhooks/2",
     "bridges": "/bridges",
 }
 
@@ -70,7 +76,7 @@ def draw(base: str, demo: Path) -> None:
         for name, path in PAGES.items():
             for scheme in ("light", "dark"):
                 browser.look_like(WIDTH, scheme)
-                browser.go(base + path.format(event=event)).sees("Live")
+                browser.go(base + path.format(event=event)).sees("pgbridge")
                 height = int(browser.ask("return document.documentElement.scrollHeight"))
                 browser.look_like(WIDTH, scheme, height=min(height, MOST_HEIGHT))
                 (FOLDER / f"console-{name}-{scheme}.png").write_bytes(browser.picture())

@@ -23,9 +23,9 @@ _RATES_WITHIN: Final = 30.0
 """Seconds between two looks from which rates are made; of what was long ago they would say too little."""
 
 
-_COUNTED: Final = 1000
-"""Events that a look counts of each sink's backlog, and of the workers' inbox: a hundred times less than the command
-`status` does, since it is asked again and again."""
+COUNTED: Final = 1000
+"""Events that a look counts of each sink's backlog, and of each kind in the workers' inbox: a hundred times less than
+the command `status` does, since it is asked again and again."""
 _REST: Final = 10
 """So many times as long as a look has taken, there is none: the console takes a tenth of one session's time at most,
 whatever the database is busy with."""
@@ -82,7 +82,7 @@ class Reader:
         try:
             async with self._database.connection() as connection:
                 status = await look(
-                    connection, settings.outbox_or_default.retention, sorted(settings.workers), counted=_COUNTED
+                    connection, settings.outbox_or_default.retention, sorted(settings.workers), counted=COUNTED
                 )
                 tables = await table_sizes(connection)
                 may_act = await may_pause(connection)

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from bridge import __version__
 from bridge.console.chart import told
+from bridge.console.reader import COUNTED
 from bridge.postgres.problems import problem_words
 from bridge.process.terminal import age
 from bridge.process.visible import visible
@@ -83,6 +84,7 @@ _ENVIRONMENT.filters |= {
     "segment": _segment,
 }
 _ENVIRONMENT.globals["version"] = __version__
+_ENVIRONMENT.globals["counted"] = COUNTED
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:

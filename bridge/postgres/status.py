@@ -80,7 +80,7 @@ class WorkerStatus:
     """That the inbox knows of and nobody has discarded since."""
     held_keys: int
     exact: bool
-    """False where only the events begun last were counted: all figures but the pause may be higher."""
+    """False where there are more events than were counted: then more may run, and more were finished."""
     paused: Pause | None
 
 

@@ -1,5 +1,5 @@
 -- bridge.status(n) and bridge.worker_status(workers, n): what lies beyond n events is reckoned, and said to be.
-select plan(9);
+select plan(10);
 
 truncate bridge.outbox, bridge.cursor, bridge.inbox, bridge.held; -- of the event that was committed before
 insert into bridge.cursor (name, sink, mark, held, horizon, system_identifier, patterns) values
@@ -36,3 +36,11 @@ select results_eq($$ select worker, held_keys, is_exact from bridge.worker_statu
 select results_eq($$ select worker, waiting, finished_last_hour from bridge.worker_status('{}', 41) $$,
   $$ values ('w0', 10::bigint, 10::bigint), ('w1', 10, 10) $$, 'and whoever looks further sees all');
 select ok((select bool_and(is_exact) from bridge.worker_status('{}', 41)), 'which it says');
+
+-- However long ago: what was given up, or waits for another attempt.
+insert into bridge.inbox (worker, event_id, started_at, due_at, failure, ended_at)
+select 'w0', gen_random_uuid(), now() - interval '2 days', case when n < 3 then now() end, case when n = 3 then '{}'::jsonb end,
+       case when n = 4 then now() end
+from generate_series(1, 4) n;
+select results_eq($$ select worker, waiting, dead_letters from bridge.worker_status('{}', 6) $$,
+  $$ values ('w0', 3::bigint, 2::bigint), ('w1', 2, 0) $$, 'what was begun before the events that are counted, and is not at its end');
