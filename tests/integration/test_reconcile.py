@@ -112,7 +112,7 @@ async def payments(
             name=unique,
             stripe=fake.url,
             key=fake.secret_key,
-            limit="300ms",
+            limit="3s",
         )
         worker = Daemon(tmp_path / "worker", text, "run", unique, module="workers.cli")
         done = run_command("topology", "--apply", "--config", str(worker.config))
