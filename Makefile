@@ -64,8 +64,9 @@ docs: $(STAMP) ## Writes docs/settings.md, docs/bridge.schema.json and docs/comm
 docs-site: $(STAMP) ## Builds the documentation as a site, build/site, and fails at a link that leads nowhere.
 	$(VENV)/bin/python -m mkdocs build --strict
 
-pictures: $(STAMP) servers ## Draws docs/pictures/ from what commands print on a terminal of 80 columns.
+pictures: $(STAMP) servers ## Draws docs/pictures/: what commands print on a terminal of 80 columns, and the console over the demo.
 	$(VENV)/bin/python -m tests.pictures
+	$(VENV)/bin/python -m tests.console_pictures
 
 dist: $(STAMP) ## Builds the source archive, and from it the wheel, in build/dist.
 	rm -rf build/dist

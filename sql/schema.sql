@@ -6784,7 +6784,8 @@ $$;
 comment on function bridge.worker_processes(text[], int) is
     'The processes of these workers, and what they have in hand of so many events that were begun last.';
 
--- Of the `look_at` events that were begun last, those of one worker, in parts of `most` at most:
+-- Events of one worker, of the `look_at` that were begun last, and of as many that wait or were given up, whenever they
+-- were begun; in parts of `most` at most:
 --   running   what living processes have, the oldest first
 --   waiting   for another attempt, what is due next first
 --   effects   what has an effect that was begun and has no outcome, the oldest first; it is in another part, too
@@ -6806,7 +6807,14 @@ set enable_seqscan = off as $$
             select i.worker, i.event_id, i.claim, i.attempts, i.started_at, i.finished_at, i.due_at, i.ended_at,
                 i.failure is not null or i.ended_at is not null as failed, i.failure,
                 case when i.finished_at is null then i.effects else '{}' end as effects
-            from bridge.inbox i order by i.started_at desc limit look_at
+            from (
+                select * from (select * from bridge.inbox o order by o.started_at desc limit look_at) latest
+                where latest.due_at is null and latest.failure is null and latest.ended_at is null
+                union all
+                (select * from bridge.inbox o
+                 where (o.due_at is not null or o.failure is not null or o.ended_at is not null) and o.worker = worker_name
+                 limit look_at)
+            ) i
         ) r left join bridge.living_tokens() l on l.token = r.claim
         where r.worker = worker_name
     ), parts as (
@@ -6832,7 +6840,7 @@ set enable_seqscan = off as $$
         coalesce(p.finished_at, p.ended_at, p.started_at) desc
 $$;
 comment on function bridge.worker_events(text, int, int) is
-    'What a worker has in hand, what waits, and what became of the rest, of so many events that were begun last.';
+    'What a worker has in hand, what waits, what it gave up, and what it finished, of so many events that were begun last.';
 
 -- Keys that a worker holds, from after a line on, with the event that holds each and how many wait behind it (100 at most).
 -- It steps from key to key, of all workers, and over `look_at` of them at most; `next_after` is where to go on, null at the

@@ -23,6 +23,9 @@ MOST_HEIGHT: Final = 1400
 CHARTED: Final = 75.0
 """Seconds that the demo runs before, so that charts have something to show."""
 
+RATES: Final = 2.5
+"""Seconds from one look of the console to the next, and a little more: from two looks there are rates."""
+
 TROUBLE: Final = """
 select bridge.emit('shop.payment.requested', jsonb_build_object('payment', n, 'amount', 'a lot'), 'customer-' || n % 3)
   from generate_series(1, 12) n;
@@ -77,6 +80,7 @@ def draw(base: str, demo: Path) -> None:
             for scheme in ("light", "dark"):
                 browser.look_like(WIDTH, scheme)
                 browser.go(base + path.format(event=event)).sees("pgbridge")
+                time.sleep(RATES)
                 height = int(browser.ask("return document.documentElement.scrollHeight"))
                 browser.look_like(WIDTH, scheme, height=min(height, MOST_HEIGHT))
                 (FOLDER / f"console-{name}-{scheme}.png").write_bytes(browser.picture())
