@@ -20,7 +20,7 @@ from tests.support.servers import free_port
 
 ALONE, BESIDE = "alone", "beside ten open pages"
 PAGES_OPEN = 10
-RENEWALS = 10
+RENEWALS = 6
 """Of each page; the first is not counted, since it asks for what is then kept for a while."""
 
 FLUSHED = 12.0
