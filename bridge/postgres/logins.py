@@ -17,7 +17,6 @@ _ROLES: Final[dict[str, str | None]] = {
     "bridge": "bridge_relay",
     "workers": "bridge_worker",
     "operator": "bridge_operator",
-    "viewer": "bridge_viewer",
 }
 """By process, the group role of roles.sql whose rights it has. The owner has those of the schema that it installs."""
 
@@ -49,7 +48,6 @@ _WHY: Final = {
     "workers": "Claim events and call their replies. Grant each reply: grant execute on function ... to bridge_worker.",
     "operator": "People: dead letters, replays, pauses. Give each person a login of this kind.\n"
     "-- The web console acts with it for whom it lets in.",
-    "viewer": "People and programs that look, and change nothing.",
 }
 
 _TAIL: Final = """

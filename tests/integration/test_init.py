@@ -87,7 +87,7 @@ async def everything_works(config: Path, dsn: str, folder: Path) -> None:
             admin.execute("select bridge.emit('shop.order.placed', '7'::jsonb), bridge.emit('refuse.it', '8'::jsonb)")
         await rows_become(dsn, "select result ->> 'of' from shop.invoice", [("7",)])
         await until(lambda: "refuse.it" in letters(config), "the other event is a dead letter")
-        assert "worker echo" in command(config, "status", credentials="viewer")
+        assert "worker echo" in command(config, "status", credentials="console")
     assert letters(config) <= {"refuse.it", "shop.invoice.rendered"}, "the reply's event is for nobody"
     command(config, "dead", "discard", "--all", "--why", "a test", credentials="operator")
 
@@ -189,7 +189,6 @@ def test_secrets_stand_where_their_process_alone_finds_them(tmp_path: Path) -> N
         == set(passwords)
         == {
             *(f"credentials/{process}/postgres.dsn" for process in ("owner", "bridge", "operator", "console")),
-            "credentials/viewer/postgres.dsn",
             *(f"credentials/{process}/sinks.events.url" for process in ("bridge", "workers", "operator", "console")),
             *(f"credentials/{process}/workers.dsn" for process in ("workers", "operator", "console")),
         }
