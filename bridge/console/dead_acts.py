@@ -7,11 +7,11 @@ from bridge.commands.dead_letters import Outcome, replay_or_discard
 from bridge.console.access import Person
 from bridge.console.dead_asked import Asked
 from bridge.console.dead_fitting import fitting
-from bridge.console.parts import Form, Parts
+from bridge.console.parts import Form, Parts, reason_of
 from bridge.console.work import Job
 from bridge.errors import UsageError
 
-LONGEST_REASON: Final = 500
+NO_REASON: Final = "give a reason: it is all that stays of what is discarded"
 
 
 async def replay(parts: Parts, person: Person, form: Form) -> str:
@@ -28,7 +28,7 @@ async def _act(action: Literal["replay", "discard"], parts: Parts, person: Perso
     asked = Asked.of_query(form.get("choice", ""))
     if not asked.get("until"):
         raise UsageError("look first at what would be done: the buttons of the page Dead letters lead there")
-    rate, why = _rate(form.get("rate", "")), _why(form.get("why", "")) if action == "discard" else ""
+    rate, why = _rate(form.get("rate", "")), reason_of(form, NO_REASON) if action == "discard" else ""
     await parts.require_acting()
     choice = asked.choice()
     boxes = choice.workers
@@ -74,15 +74,6 @@ def _rate(text: str) -> float | None:
             f"rate: {text!r} is no number of letters a second, from 0.01 on; without one it is as fast as it goes"
         )
     return rate
-
-
-def _why(text: str) -> str:
-    why = text.strip()
-    if not why:
-        raise UsageError("give a reason: it is all that stays of what is discarded")
-    if len(why) > LONGEST_REASON:
-        raise UsageError(f"the reason has {len(why)} letters; {LONGEST_REASON} are enough")
-    return why
 
 
 async def stop(parts: Parts, person: Person, _: Form) -> str:

@@ -11,11 +11,10 @@ from starlette.requests import Request
 from bridge.brokers.contract import HELD
 from bridge.commands.dead_outbox import OUTBOX
 from bridge.console.dead import PAGE_SIZE
-from bridge.console.dead_acts import LONGEST_REASON
 from bridge.console.dead_asked import Asked
 from bridge.console.dead_boxes import LETTERS, Look, Sorted
 from bridge.console.dead_fitting import fitting
-from bridge.console.parts import Page, Parts
+from bridge.console.parts import LONGEST_REASON, Page, Parts
 from bridge.errors import UsageError
 from bridge.routes import Routes
 from bridge.settings import Settings

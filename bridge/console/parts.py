@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from starlette.requests import Request
 
@@ -47,6 +47,20 @@ Show: TypeAlias = Callable[[Parts, Request], Awaitable[dict[str, Any]]]
 """Gives what the page's templates show. It is called for the page, and for each renewal of its live part."""
 
 Form: TypeAlias = Mapping[str, str]
+
+LONGEST_REASON: Final = 500
+"""Characters."""
+
+
+def reason_of(form: Form, missing: str) -> str:
+    """The reason that a person gives in the field ``why``. Raises UsageError: with `missing` where there is none."""
+    why = form.get("why", "").strip()
+    if not why:
+        raise UsageError(missing)
+    if len(why) > LONGEST_REASON:
+        raise UsageError(f"the reason has {len(why)} letters; {LONGEST_REASON} are enough")
+    return why
+
 
 Act: TypeAlias = Callable[[Parts, Person, Form], Awaitable[str]]
 """Does what a person may and asks for. Gives the sentence that says so, and raises PgbridgeError with one that says why

@@ -1,22 +1,13 @@
 """Pausing a sink or a worker with a reason, and letting it go on; both are written down with who did it."""
 
-from typing import Final
-
 from bridge.console.access import Person
-from bridge.console.parts import Form, Parts
-from bridge.errors import UsageError
+from bridge.console.parts import Form, Parts, reason_of
 from bridge.postgres.pause import REACTION, Pausable, end_pause, set_pause
-
-_LONGEST_REASON: Final = 500
 
 
 async def pause(parts: Parts, person: Person, what: Pausable, form: Form) -> str:
     """The sentence that says so. Raises UsageError without a reason in the form's field `why`, and as `set_pause`."""
-    why = form.get("why", "").strip()
-    if not why:
-        raise UsageError(f"give a reason: whoever finds the {what.kind} paused will ask for it")
-    if len(why) > _LONGEST_REASON:
-        raise UsageError(f"the reason has {len(why)} letters; {_LONGEST_REASON} are enough")
+    why = reason_of(form, f"give a reason: whoever finds the {what.kind} paused will ask for it")
     async with parts.database.connection() as connection:
         done = await set_pause(connection, what, person.signature, why)
     said = f"is paused: it takes nothing more {REACTION}" if done else "was paused already; its reason stays"

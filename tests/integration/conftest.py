@@ -1,5 +1,6 @@
-"""What several tests share: a queue that takes everything, and a database whose shop takes the workers' results."""
+"""What several tests share: a queue that takes everything, a database whose shop takes results, and a browser."""
 
+import os
 from collections.abc import AsyncIterator, Iterator
 
 import psycopg
@@ -9,6 +10,7 @@ from psycopg.conninfo import make_conninfo
 from pydantic import SecretStr
 
 from bridge.settings import PostgresSettings
+from tests.support.chromium import AXE, BROWSER, DRIVER, Chromium
 from tests.support.messages import Messages
 from tests.support.pubsub import PROJECT
 from tests.support.servers import RabbitMQServer
@@ -53,3 +55,27 @@ def replies(bridge_database: str) -> Iterator[Replies]:
     found = Replies(bridge_database)
     yield found
     found.close()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Chromium]:
+    missing = [str(path) for path in (BROWSER, DRIVER, AXE) if not path.exists()]
+    if missing:
+        reason = f"deploy/install-test-servers installs {', '.join(missing)}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI must have it: {reason}")
+        pytest.skip(reason)
+    browser = Chromium()
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def browser(chromium: Chromium) -> Iterator[Chromium]:
+    """Nobody is logged in, at 1280 pixels; what the browser complains of is a failure."""
+    chromium.forget()
+    chromium.look_like(1280)
+    chromium.complaints()
+    yield chromium
+    chromium.go("about:blank")
+    assert [line for line in chromium.complaints() if "favicon" not in line] == []

@@ -1,6 +1,7 @@
 """The web console over HTTP, on a real PostgreSQL: who gets in, who may act, and what pages say."""
 
 import asyncio
+import socket
 import time
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
@@ -14,7 +15,7 @@ from psycopg.conninfo import make_conninfo
 from bridge.console.access import HEADERS
 from bridge.console.server import Console
 from bridge.errors import SettingsError
-from bridge.settings import load
+from bridge.settings import Settings, load
 from tests.support.commands import command, json_of
 from tests.support.console import (
     TOKEN,
@@ -553,17 +554,25 @@ async def rows(dsn: str, query: str) -> list[tuple[object, ...]]:
         return await (await connection.execute(query.encode())).fetchall()
 
 
-async def test_what_a_broker_lacks_is_named_and_one_that_is_gone_hides_no_other(
+async def test_what_a_broker_lacks_is_named_and_one_that_is_gone_or_silent_hides_no_other(
     positions: str, nats_server: NatsServer, unique: str, tmp_path: Path
 ) -> None:
     console_settings(tmp_path, positions)
     config = tmp_path / "bridge.toml"
+    silent = socket.create_server(("127.0.0.1", 0))  # takes connections, and says nothing
     sinks = (
         f'[sinks.there]\ntype = "nats"\nurl = "{nats_server.url}"\nstream = "{unique}"\n'
+        f'[sinks.silent]\ntype = "nats"\nurl = "nats://127.0.0.1:{silent.getsockname()[1]}"\nstream = "{unique}"\n'
         f'[sinks.gone]\ntype = "nats"\nurl = "nats://127.0.0.1:{free_port()}"\nstream = "{unique}"\n'
     )
     config.write_text(config.read_text().replace("[sinks.other]", f"{sinks}[sinks.other]"))
-    async with browsing(load(config, environ={})) as browser:
+    with silent:
+        await _brokers_are_told(load(config, environ={}), unique)
+
+
+async def _brokers_are_told(settings: Settings, unique: str) -> None:
+    async with browsing(settings) as browser:
+        assert "The brokers are being asked" in (await browser.page("/bridges")).words, "it waits for none of them"
 
         async def words() -> str:
             return (await browser.page("/bridges")).words.partition("What workers need")[2]
@@ -576,3 +585,4 @@ async def test_what_a_broker_lacks_is_named_and_one_that_is_gone_hides_no_other(
         assert "sink events : needs nothing there" in found
         assert f"sink there : stream {unique} is missing: pgbridge topology --apply" in found
         assert "sink gone : not known: sinks.gone.url: " in found
+        assert "sink silent : not known: " in found

@@ -1,6 +1,5 @@
 """The web console in a real Chromium, with a bridge that runs behind it."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,28 +7,12 @@ import psycopg
 import pytest
 
 from bridge.postgres.schema import migrate
+from tests.support.chromium import Chromium
 from tests.support.console import TOKEN, TOKENS, VIEWER_TOKEN, console_settings
 from tests.support.daemons import Daemon
 from tests.support.servers import PostgresServer
 
-pytest.importorskip("selenium")
-
-from tests.support.chromium import AXE, BROWSER, DRIVER, Chromium
-
 PAGES = ("/", "/events", "/events/1", "/bridges")
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Chromium]:
-    missing = [str(path) for path in (BROWSER, DRIVER, AXE) if not path.exists()]
-    if missing:
-        reason = f"deploy/install-test-servers installs {', '.join(missing)}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI must have it: {reason}")
-        pytest.skip(reason)
-    browser = Chromium()
-    yield browser
-    browser.close()
 
 
 @dataclass
@@ -59,17 +42,6 @@ def shop(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> 
         console.wait_for("console.started")
         yield Shop(dsn, console, f"http://{settings.console.listen}")
     postgres.drop_database("console_browser")
-
-
-@pytest.fixture
-def browser(chromium: Chromium, shop: Shop) -> Iterator[Chromium]:
-    """Nobody is logged in, at 1280 pixels; what the browser complains of is a failure."""
-    chromium.forget()
-    chromium.look_like(1280)
-    chromium.complaints()
-    yield chromium
-    chromium.go("about:blank")
-    assert [line for line in chromium.complaints() if "favicon" not in line] == []
 
 
 def log_in(browser: Chromium, shop: Shop, token: str = TOKEN, path: str = "/") -> None:

@@ -1,7 +1,6 @@
 """Dead letters on the console in a real Chromium: what a person sees, selects and confirms, also without scripts."""
 
 import asyncio
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,12 @@ import pytest
 
 from bridge.brokers.contract import Failure
 from bridge.postgres.schema import migrate
+from tests.support.chromium import Chromium
 from tests.support.console import TOKEN, TOKENS, VIEWER_TOKEN
 from tests.support.daemons import Daemon
 from tests.support.dead import bury, give_up
 from tests.support.messages import execute
 from tests.support.servers import PostgresServer, RabbitMQServer, free_port
-
-pytest.importorskip("selenium")
-
-from tests.support.chromium import AXE, BROWSER, DRIVER, Chromium
 
 SETTINGS = """
 name = "test"
@@ -43,19 +39,6 @@ listen = "127.0.0.1:{port}"
 {tokens}
 """
 TRACE = 'Traceback (most recent call last):\n  File "invoices.py", line 12, in render\nValueError: no customer 4711'
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Chromium]:
-    missing = [str(path) for path in (BROWSER, DRIVER, AXE) if not path.exists()]
-    if missing:
-        reason = f"deploy/install-test-servers installs {', '.join(missing)}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI must have it: {reason}")
-        pytest.skip(reason)
-    browser = Chromium()
-    yield browser
-    browser.close()
 
 
 @dataclass
@@ -99,17 +82,6 @@ def shop(
         console.wait_for("console.started")
         yield Shop(dsn, rabbitmq.url, worker, f"http://127.0.0.1:{port}", ids)
     postgres.drop_database("console_dead_browser")
-
-
-@pytest.fixture
-def browser(chromium: Chromium, shop: Shop) -> Iterator[Chromium]:
-    """Nobody is logged in, at 1280 pixels; what the browser complains of is a failure."""
-    chromium.forget()
-    chromium.look_like(1280)
-    chromium.complaints()
-    yield chromium
-    chromium.go("about:blank")
-    assert [line for line in chromium.complaints() if "favicon" not in line] == []
 
 
 def log_in(browser: Chromium, shop: Shop, token: str = TOKEN, path: str = "/dead") -> None:

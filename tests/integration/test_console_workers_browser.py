@@ -1,6 +1,5 @@
 """The console's pages of workers and of webhooks in a real Chromium."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,14 +7,11 @@ import psycopg
 import pytest
 
 from bridge.postgres.schema import migrate
+from tests.support.chromium import Chromium
 from tests.support.console import TOKEN, TOKENS, console_settings
 from tests.support.daemons import Daemon
 from tests.support.servers import PostgresServer
 from tests.support.webhooks import Webhooks
-
-pytest.importorskip("selenium")
-
-from tests.support.chromium import AXE, BROWSER, DRIVER, Chromium
 
 WORKERS = """
 [workers.invoices]
@@ -49,19 +45,6 @@ from generate_series(1, 200) n, unnest('{invoices,mails}'::text[]) w;
 """
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Chromium]:
-    missing = [str(path) for path in (BROWSER, DRIVER, AXE) if not path.exists()]
-    if missing:
-        reason = f"deploy/install-test-servers installs {', '.join(missing)}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI must have it: {reason}")
-        pytest.skip(reason)
-    browser = Chromium()
-    yield browser
-    browser.close()
-
-
 @dataclass
 class Shop:
     """A console, and what it shows."""
@@ -92,19 +75,15 @@ def shop(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def browser(chromium: Chromium, shop: Shop) -> Iterator[Chromium]:
-    """An operator is logged in, at 1280 pixels; what the browser complains of is a failure."""
-    chromium.forget()
-    chromium.look_like(1280)
-    chromium.go(shop.base + "/workers")
-    chromium.find("#name").send_keys("anna")
-    chromium.find("#token").send_keys(TOKEN)
-    chromium.find("form button").click()
-    chromium.until(lambda: chromium.path == "/workers", "the page")
-    chromium.complaints()
-    yield chromium
-    chromium.go("about:blank")
-    assert [line for line in chromium.complaints() if "favicon" not in line] == []
+def browser(browser: Chromium, shop: Shop) -> Chromium:
+    """An operator is logged in."""
+    browser.go(shop.base + "/workers")
+    browser.find("#name").send_keys("anna")
+    browser.find("#token").send_keys(TOKEN)
+    browser.find("form button").click()
+    browser.until(lambda: browser.path == "/workers", "the page")
+    browser.complaints()  # of the login
+    return browser
 
 
 PAGES = ("/workers", "/workers/invoices", "/webhooks", "/webhooks/1?since=2d", "/webhooks/deliveries/2")
