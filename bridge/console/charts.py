@@ -58,6 +58,7 @@ def _figures(itself: History, sinks: Mapping[str, History], workers: Mapping[str
 
 
 def _of_workers(workers: Mapping[str, History]) -> list[tuple[str, str, list[Series]]]:
+    depths = [worker.level(name, "events", "queue_depth") for name, worker in workers.items()]
     return [
         ("handled", "Handled by workers", [worker.rate(name, "handled") for name, worker in workers.items()]),
         (
@@ -78,6 +79,12 @@ def _of_workers(workers: Mapping[str, History]) -> list[tuple[str, str, list[Ser
             "in-hand",
             "In hand, on average",
             [worker.mean(name, "events", "in_hand") for name, worker in workers.items()],
+        ),
+        (
+            "queue",
+            "Waiting in the queue",
+            # Only processes that serve metrics ask for it.
+            [depth for depth in depths if any(value is not None for value in depth.values)],
         ),
     ]
 

@@ -1,6 +1,6 @@
 """The page Flow: the way of the events as a picture, and what is wrong on it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -9,14 +9,13 @@ from starlette.requests import Request
 from bridge.console.charts import Charts, charts, span_of
 from bridge.console.parts import Page, Parts
 from bridge.console.reader import Seen
+from bridge.console.samples import SAMPLED, samples
 from bridge.errors import PgbridgeError, SettingsError
 from bridge.postgres.pause import Pause
 from bridge.postgres.problems import leader_words, problem_words, problems
 from bridge.postgres.status import Bridge, Rates, SinkPosition, Status, WorkerStatus, rates
+from bridge.postgres.workers import Lately
 from bridge.settings import Settings
-
-_SAMPLED: Final = 10.0
-"""Seconds for which charts are kept; there is a sample every 15 s."""
 
 _LATE: Final = 10.0
 """Seconds that an event may wait for its sink before the picture calls the sink behind."""
@@ -57,7 +56,22 @@ class Way:
 
 async def _show(parts: Parts, request: Request) -> dict[str, Any]:
     seen = await parts.reader.look()
-    return {"seen": seen, **picture(parts.settings, seen), "charts": await _charts(parts, request, seen)}
+    return {
+        "seen": seen,
+        **picture(parts.settings, seen),
+        "lately": await _lately(parts, seen),
+        "charts": await _charts(parts, request, seen),
+    }
+
+
+async def _lately(parts: Parts, seen: Seen) -> Mapping[str, Lately]:
+    """What the workers' samples say, by worker."""
+    if seen.status is None or seen.outage is not None:
+        return {}
+    try:
+        return await samples(parts, [worker.worker for worker in seen.status.workers])
+    except PgbridgeError:  # which the charts, from the same samples, say
+        return {}
 
 
 async def _charts(parts: Parts, request: Request, seen: Seen) -> Charts | None:
@@ -72,7 +86,7 @@ async def _charts(parts: Parts, request: Request, seen: Seen) -> Charts | None:
             return await charts(connection, settings.name, workers, span)
 
     try:
-        return await parts.recent.get(("charts", span), _SAMPLED, ask)
+        return await parts.recent.get(("charts", span), SAMPLED, ask)
     except PgbridgeError as error:  # the rest of the page is known
         return Charts(span, problem=str(error))
 

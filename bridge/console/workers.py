@@ -13,17 +13,15 @@ from bridge.console.flow import Box, worker_box
 from bridge.console.parts import Form, Page, Parts
 from bridge.console.pausing import pause, resume
 from bridge.console.reader import Seen
+from bridge.console.samples import SAMPLED, samples
 from bridge.errors import PgbridgeError, UsageError
 from bridge.postgres.history import Span
 from bridge.postgres.pause import Pausable
 from bridge.postgres.status import WorkerStatus
-from bridge.postgres.workers import LOOK_AT, AtWork, Lately, at_work, lately
+from bridge.postgres.workers import LOOK_AT, AtWork, Lately, at_work
 
 _SHOWN: Final = 50
 """Workers of one page."""
-
-SAMPLED: Final = 10.0
-"""Seconds for which what samples say is kept; there is one every 15 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +74,7 @@ async def look_at(parts: Parts, seen: Seen, names: Sequence[str]) -> Look:
     names = tuple(names)
     try:
         work = await parts.recent.get(("at work", names), 0.0, partial(_at_work, parts, names))
-        return Look(work, await parts.recent.get(("lately", names), SAMPLED, partial(_lately, parts, names)))
+        return Look(work, await samples(parts, names))
     except PgbridgeError as error:  # the rest of the page is known
         return Look(problem=str(error))
 
@@ -84,11 +82,6 @@ async def look_at(parts: Parts, seen: Seen, names: Sequence[str]) -> Look:
 async def _at_work(parts: Parts, names: Sequence[str]) -> dict[str, AtWork]:
     async with parts.database.connection() as connection:
         return await at_work(connection, names)
-
-
-async def _lately(parts: Parts, names: Sequence[str]) -> dict[str, Lately]:
-    async with parts.database.connection() as connection:
-        return await lately(connection, names)
 
 
 def rows(parts: Parts, statuses: Sequence[WorkerStatus], look: Look) -> list[Row]:

@@ -25,6 +25,8 @@ STEPS: Final = 100
 """Keys, of all workers together, over which a page of those of one worker steps at most."""
 
 LATELY: Final = Span("5 minutes", 15, 20)
+_FRESH: Final = 3
+"""Samples, of which the last one that tells of the queue counts."""
 """What `Lately` is made of."""
 
 _FIRST_LINE: Final = -(2**63)
@@ -179,6 +181,9 @@ class Lately:
     """Of the durations of attempts, in seconds; None where there was none."""
     slow: float | None
     """So long took 99 % of them at most."""
+    depth: int | None = None
+    """Messages in its queue, at the last sample that had them; None where no process asks its broker, which those do
+    that serve metrics."""
 
 
 async def lately(connection: Connection, names: Sequence[str]) -> dict[str, Lately]:
@@ -197,5 +202,7 @@ async def lately(connection: Connection, names: Sequence[str]) -> dict[str, Late
                 if value and count != "in_hand" and not count.startswith("le_")
             }
             rate = counts.get("handled", 0.0) / (LATELY.step * len(slots))
-            found[name] = Lately(outcomes, rate, quantile(counts, 0.5), quantile(counts, 0.99))
+            depths = [slot.levels["queue_depth"] for slot in slots[-_FRESH:] if "queue_depth" in slot.levels]
+            depth = round(depths[-1]) if depths else None
+            found[name] = Lately(outcomes, rate, quantile(counts, 0.5), quantile(counts, 0.99), depth)
     return found

@@ -74,5 +74,5 @@ async def test_console_command_and_metrics_agree(bridge_database: str, tmp_path:
         assert await metric(port, "pgbridge_sink_paused") == 1
         assert re.match("sink other: paused .*: a test", *json.loads(healthy)["paused"])
         assert (worker["finished_last_hour"], worker["waiting"], worker["dead_letters"]) == (5, 2, 2)
-        assert "finished, last hour 5 in progress 0 queue: to be tried again 2 dead letters 2" in flow.words
+        assert "in progress 0 to be tried again 2 finished, last hour 5 dead letters 2" in flow.words
         assert "a test" in bridges.words
