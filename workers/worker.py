@@ -391,13 +391,14 @@ class Worker:
             await self._attempts.database.outlast(self._inbox.beat)
 
     async def _sample(self) -> None:
-        """Asks, for whoever looks at the metrics, how much there is to do, and how much of it is held. What is not
-        known, or not any more, is not served."""
-        while self._settings.listen is not None:
-            self._show(HELD_KEYS, await self._held_keys() if self._settings.holds else None)
+        """Asks how much there is to do, for the samples and the metrics, and for the latter how much is held, which
+        others find in PostgreSQL. What is not known, or not any more, is not told."""
+        serves = self._settings.listen is not None
+        while True:
+            if serves and self._settings.holds:
+                self._show(HELD_KEYS, await self._held_keys())
             self._show(QUEUE_DEPTH, await self._depth())
             await asyncio.sleep(SAMPLE_INTERVAL)
-        await asyncio.Event().wait()
 
     def _show(self, gauge: Gauge, value: int | None) -> None:
         if value is None:

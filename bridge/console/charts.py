@@ -83,7 +83,7 @@ def _of_workers(workers: Mapping[str, History]) -> list[tuple[str, str, list[Ser
         (
             "queue",
             "Waiting in the queue",
-            # Only processes that serve metrics ask for it.
+            # Pub/Sub does not tell.
             [depth for depth in depths if any(value is not None for value in depth.values)],
         ),
     ]

@@ -4,10 +4,6 @@ from typing import Final
 
 from bridge.console import (
     bridges,
-    dead,
-    dead_audit,
-    dead_letter,
-    dead_plan,
     event,
     event_replay,
     events,
@@ -18,6 +14,7 @@ from bridge.console import (
     worker,
     workers,
 )
+from bridge.console.dead import audit, letter, listing, plan
 from bridge.console.parts import Page
 
 PAGES: Final[tuple[Page, ...]] = (
@@ -27,10 +24,10 @@ PAGES: Final[tuple[Page, ...]] = (
     event_replay.PAGE,
     workers.PAGE,
     worker.PAGE,
-    dead.PAGE,
-    dead_letter.PAGE,
-    dead_plan.PAGE,
-    dead_audit.PAGE,
+    listing.PAGE,
+    letter.PAGE,
+    plan.PAGE,
+    audit.PAGE,
     webhooks.PAGE,
     webhook.PAGE,
     webhook_delivery.PAGE,

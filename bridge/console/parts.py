@@ -8,7 +8,7 @@ from starlette.requests import Request
 
 from bridge.console.access import Person
 from bridge.console.database import Database
-from bridge.console.dead_boxes import DeadBoxes
+from bridge.console.dead.boxes import DeadBoxes
 from bridge.console.reader import Reader
 from bridge.console.recent import Recent
 from bridge.console.work import Work

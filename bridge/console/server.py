@@ -9,7 +9,7 @@ import structlog
 from bridge.console.access import Access
 from bridge.console.app import make_app
 from bridge.console.database import Database
-from bridge.console.dead_boxes import DeadBoxes
+from bridge.console.dead.boxes import DeadBoxes
 from bridge.console.parts import Parts
 from bridge.console.reader import Reader
 from bridge.process.asgi import AsgiServer, bound

@@ -25,9 +25,10 @@ STEPS: Final = 100
 """Keys, of all workers together, over which a page of those of one worker steps at most."""
 
 LATELY: Final = Span("5 minutes", 15, 20)
-_FRESH: Final = 3
-"""Samples, of which the last one that tells of the queue counts."""
 """What `Lately` is made of."""
+
+_FRESH: Final = 3
+"""Samples: what the last of them says of the queue counts."""
 
 _FIRST_LINE: Final = -(2**63)
 
@@ -182,8 +183,7 @@ class Lately:
     slow: float | None
     """So long took 99 % of them at most."""
     depth: int | None = None
-    """Messages in its queue, at the last sample that had them; None where no process asks its broker, which those do
-    that serve metrics."""
+    """Messages in its queue, at the last sample; None where the broker does not tell, as Pub/Sub."""
 
 
 async def lately(connection: Connection, names: Sequence[str]) -> dict[str, Lately]:

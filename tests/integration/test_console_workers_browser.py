@@ -101,6 +101,18 @@ def test_nothing_keeps_anybody_out_and_nothing_scrolls_sideways(
         assert browser.barriers() == [], path
 
 
+def test_flow_and_worker_say_what_is_handled_and_what_waits_in_the_queue(browser: Chromium, shop: Shop) -> None:
+    for path in ("/", "/workers/invoices"):
+        browser.go(shop.base + path).sees("Live")
+        facts = browser.ask(
+            "return [...document.querySelectorAll('dl div')].map(x => [x.children[0].innerText.toLowerCase(), "
+            "x.children[1].innerText])"
+        )
+        assert ["in its queue", "12"] in facts, path
+        browser.sees("Waiting in the queue")
+    browser.go(shop.base + "/").sees("8.6/s")
+
+
 def test_a_worker_is_paused_and_goes_on_from_its_own_page(browser: Chromium, shop: Shop) -> None:
     browser.find("tbody th a").click()
     browser.sees("Worker invoices")

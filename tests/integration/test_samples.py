@@ -302,7 +302,7 @@ async def test_a_process_tells_what_it_has_in_hand_and_what_waits(
     monkeypatch.setattr("workers.worker.SAMPLE_INTERVAL", 0.05)
     monkeypatch.setattr(Inbox, "store_sample", soon(Inbox.store_sample))
     queue = ScriptedQueue()
-    async with working(wait, shop, queue, concurrency=2, listen="127.0.0.1:1"):
+    async with working(wait, shop, queue, concurrency=2):
         for number in range(5):
             queue.add(make_event(number))
         fine = (

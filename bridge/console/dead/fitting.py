@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from bridge.commands.dead_groups import Group, groups_of
 from bridge.console.chart import spark
-from bridge.console.dead_asked import Asked
-from bridge.console.dead_boxes import Look, Sorted
+from bridge.console.dead.asked import Asked
+from bridge.console.dead.boxes import Look, Sorted
 from bridge.console.parts import Parts
 
 _HOURS: Final = 24

@@ -7,7 +7,7 @@ from typing import Final, Self
 from urllib.parse import parse_qsl, urlencode
 
 from bridge.commands.dead_letters import Choice, selected_ids
-from bridge.console.dead_boxes import Sorted
+from bridge.console.dead.boxes import Sorted
 from bridge.console.moments import moment_of
 from bridge.errors import UsageError
 

@@ -5,8 +5,8 @@ from typing import Final, Literal
 from bridge.brokers.contract import Letter
 from bridge.commands.dead_letters import Outcome, replay_or_discard
 from bridge.console.access import Person
-from bridge.console.dead_asked import Asked
-from bridge.console.dead_fitting import fitting
+from bridge.console.dead.asked import Asked
+from bridge.console.dead.fitting import fitting
 from bridge.console.parts import Form, Parts, reason_of
 from bridge.console.work import Job
 from bridge.errors import UsageError

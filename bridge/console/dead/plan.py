@@ -10,10 +10,10 @@ from starlette.requests import Request
 
 from bridge.brokers.contract import HELD
 from bridge.commands.dead_outbox import OUTBOX
-from bridge.console.dead import PAGE_SIZE
-from bridge.console.dead_asked import Asked
-from bridge.console.dead_boxes import LETTERS, Look, Sorted
-from bridge.console.dead_fitting import fitting
+from bridge.console.dead.asked import Asked
+from bridge.console.dead.boxes import LETTERS, Look, Sorted
+from bridge.console.dead.fitting import fitting
+from bridge.console.dead.listing import PAGE_SIZE
 from bridge.console.parts import LONGEST_REASON, Page, Parts
 from bridge.errors import UsageError
 from bridge.routes import Routes

@@ -6,10 +6,10 @@ from typing import Any, Final
 
 from starlette.requests import Request
 
-from bridge.console.dead_acts import discard, replay, stop
-from bridge.console.dead_asked import Asked, place
-from bridge.console.dead_boxes import LETTERS, SECONDS, Sorted
-from bridge.console.dead_fitting import fitting
+from bridge.console.dead.acts import discard, replay, stop
+from bridge.console.dead.asked import Asked, place
+from bridge.console.dead.boxes import LETTERS, SECONDS, Sorted
+from bridge.console.dead.fitting import fitting
 from bridge.console.parts import Page, Parts
 from bridge.errors import UsageError
 

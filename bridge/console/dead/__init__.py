@@ -1,0 +1,1 @@
+"""Dead letters on the console: which there are, and what people do with them."""
