@@ -215,6 +215,7 @@ class _Site:
             except PgbridgeError as error:
                 done, words = False, f"Not done: {error}"
                 log.warning("console.not_done", person=person.name, what=where, form=told, reason=str(error))
+            self._parts.outdate()
             self._notices[self._access.browser(request) or ""] = (done, words)
             while len(self._notices) > _MOST_NOTICES:
                 self._notices.popitem(last=False)

@@ -36,7 +36,7 @@ async def charts(connection: Connection, bridge: str, workers: Sequence[str], sp
 async def worker_charts(connection: Connection, names: Sequence[str], span: Span) -> Charts:
     """Of these workers alone: what a chart has room for, the first six. Raises as `read_history`."""
     working = await read_history(connection, "worker", "", names[:LINES], span)
-    return Charts(span, [_figure(*each) for each in _of_workers(working)])
+    return Charts(span, _drawn(_of_workers(working)))
 
 
 def _figures(itself: History, sinks: Mapping[str, History], workers: Mapping[str, History]) -> list[Markup]:
@@ -54,7 +54,7 @@ def _figures(itself: History, sinks: Mapping[str, History], workers: Mapping[str
         ),
     ]
     behind[-1][2].append(itself.level("dead letters", "events", "dead_letters"))
-    return found + [_figure(*each) for each in [*behind, *_of_workers(workers)] if each[2]]
+    return found + _drawn([*behind, *_of_workers(workers)])
 
 
 def _of_workers(workers: Mapping[str, History]) -> list[tuple[str, str, list[Series]]]:
@@ -80,14 +80,10 @@ def _of_workers(workers: Mapping[str, History]) -> list[tuple[str, str, list[Ser
             "In hand, on average",
             [worker.mean(name, "events", "in_hand") for name, worker in workers.items()],
         ),
-        (
-            "queue",
-            "Waiting in the queue",
-            # Pub/Sub does not tell.
-            [depth for depth in depths if any(value is not None for value in depth.values)],
-        ),
+        # Pub/Sub does not tell.
+        ("queue", "Waiting in the queue", [at for at in depths if any(value is not None for value in at.values)]),
     ]
 
 
-def _figure(name: str, title: str, series: list[Series]) -> Markup:
-    return chart(f"chart-{name}", title, series)
+def _drawn(wanted: Sequence[tuple[str, str, list[Series]]]) -> list[Markup]:
+    return [chart(f"chart-{name}", title, series) for name, title, series in wanted if series]

@@ -31,6 +31,11 @@ class Parts:
     recent: Recent = field(default_factory=Recent)
     """What pages ask for themselves, once for all browsers."""
 
+    def outdate(self) -> None:
+        """Somebody has acted: what pages show from now on is of after that."""
+        self.reader.outdate()
+        self.recent.forget()
+
     async def require_acting(self) -> None:
         """Raises UsageError where the console's login in the database may look only. It might publish all the same,
         and could not write down that it did. Raises UnavailableError while nobody knows."""

@@ -59,13 +59,18 @@ class Reader:
         self._seen = Seen()
         self._looked = float("-inf")
         self._looking: asyncio.Task[None] | None = None
+        self._is_outdated = False
         self.looks = 0
         """How often it has."""
+
+    def outdate(self) -> None:
+        """Somebody has changed what is known: who asks next gets a look that begins after this."""
+        self._is_outdated = True
 
     async def look(self) -> Seen:
         """What is known, by a look that is not old; by an older one where the database does not
         answer."""
-        if self._looking is None and time.monotonic() - self._looked >= self._pace:
+        if self._looking is None and (self._is_outdated or time.monotonic() - self._looked >= self._pace):
             self._looking = asyncio.create_task(self._look())
         if self._looking is not None:
             # Whoever waits may leave; the others want the answer.
@@ -76,6 +81,15 @@ class Reader:
         return replace(self._seen, outage=self._outage.reason, outage_seconds=self._outage.seconds)
 
     async def _look(self) -> None:
+        try:
+            await self._look_once()
+            if self._is_outdated:  # what it found may be of before
+                await self._look_once()
+        finally:
+            self._looking = None
+
+    async def _look_once(self) -> None:
+        self._is_outdated = False
         settings = self._settings
         began = time.monotonic()
         self._pace = settings.console.interval
@@ -98,7 +112,6 @@ class Reader:
         finally:
             self.looks += 1
             self._looked = time.monotonic()
-            self._looking = None
 
     async def close(self) -> None:
         """Ends a look that is under way."""

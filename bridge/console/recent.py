@@ -5,6 +5,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
+from functools import partial
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
@@ -34,16 +35,26 @@ class Recent:
         asking = self._asking.get(key)
         if asking is None:
             asking = self._asking[key] = asyncio.create_task(self._ask(key, seconds, ask))
-            asking.add_done_callback(lambda _: self._asking.pop(key))
+            asking.add_done_callback(partial(self._end, key))
         # Whoever waits may leave; the others want the answer.
         return await asyncio.shield(asking)
+
+    def forget(self) -> None:
+        """Somebody has changed what was asked for: whoever asks next is answered anew."""
+        self._answers.clear()
+        self._asking.clear()
 
     async def _ask(self, key: Hashable, seconds: float, ask: Callable[[], Awaitable[T]]) -> T:
         began = time.monotonic()
         answer = await ask()
         now = time.monotonic()
-        self._answers[key] = (now + max(seconds, _REST * (now - began)), answer)
-        self._answers.move_to_end(key)
-        while len(self._answers) > _MOST:
-            self._answers.popitem(last=False)
+        if self._asking.get(key) is asyncio.current_task():  # not forgotten meanwhile
+            self._answers[key] = (now + max(seconds, _REST * (now - began)), answer)
+            self._answers.move_to_end(key)
+            while len(self._answers) > _MOST:
+                self._answers.popitem(last=False)
         return answer
+
+    def _end(self, key: Hashable, asking: asyncio.Task[Any]) -> None:
+        if self._asking.get(key) is asking:
+            del self._asking[key]

@@ -35,8 +35,10 @@ def _bytes(number: int) -> str:
 
 
 def _rate(number: float | None) -> str:
-    """Times a second."""
-    return "–" if number is None else f"{number:,.0f}/s"
+    """Times a second; what is seldom is not none."""
+    if number is None:
+        return "–"
+    return f"{number:,.0f}/s" if number >= 100 else told(number, "events/s")
 
 
 def _duration(seconds: float | None) -> str:

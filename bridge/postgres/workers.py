@@ -28,7 +28,7 @@ LATELY: Final = Span("5 minutes", 15, 20)
 """What `Lately` is made of."""
 
 _FRESH: Final = 3
-"""Samples: what the last of them says of the queue counts."""
+"""Steps: of the queue, what the last sample in them says; what it was before is not what it is."""
 
 _FIRST_LINE: Final = -(2**63)
 
@@ -183,7 +183,7 @@ class Lately:
     slow: float | None
     """So long took 99 % of them at most."""
     depth: int | None = None
-    """Messages in its queue, at the last sample; None where the broker does not tell, as Pub/Sub."""
+    """Messages in its queue, at a sample of the last minute; None without one, and on Pub/Sub, which does not tell."""
 
 
 async def lately(connection: Connection, names: Sequence[str]) -> dict[str, Lately]:
@@ -202,7 +202,8 @@ async def lately(connection: Connection, names: Sequence[str]) -> dict[str, Late
                 if value and count != "in_hand" and not count.startswith("le_")
             }
             rate = counts.get("handled", 0.0) / (LATELY.step * len(slots))
-            depths = [slot.levels["queue_depth"] for slot in slots[-_FRESH:] if "queue_depth" in slot.levels]
+            fresh = [slot.levels for slot in history.slots[-_FRESH:] if slot is not None]
+            depths = [levels["queue_depth"] for levels in fresh if "queue_depth" in levels]
             depth = round(depths[-1]) if depths else None
             found[name] = Lately(outcomes, rate, quantile(counts, 0.5), quantile(counts, 0.99), depth)
     return found

@@ -16,7 +16,7 @@ from psycopg.conninfo import make_conninfo
 
 from bridge.brokers.contract import Failure, Subscription
 from bridge.brokers.registry import broker_of
-from bridge.console import dead_boxes
+from bridge.console.dead import boxes
 from bridge.event import Event
 from bridge.settings import Settings, load
 from tests.support.commands import json_of
@@ -159,8 +159,8 @@ async def test_without_its_database_the_page_says_so(tmp_path: Path, messages: M
 async def test_a_broker_that_does_not_answer_keeps_no_page_waiting(
     bridge_database: str, messages: Messages, unique: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dead_boxes, "SECONDS", 1.0)
-    monkeypatch.setattr(dead_boxes, "_PATIENCE", 0.2)
+    monkeypatch.setattr(boxes, "SECONDS", 1.0)
+    monkeypatch.setattr(boxes, "_PATIENCE", 0.2)
     await bury(bridge_database, 1, "events", "too_large", "%s")
     taken: list[asyncio.StreamWriter] = []
     silent = await asyncio.start_server(lambda _, writer: taken.append(writer), "127.0.0.1", 0)
@@ -188,7 +188,7 @@ async def test_a_broker_that_does_not_answer_keeps_no_page_waiting(
 async def test_of_a_large_box_some_are_looked_at_and_that_is_said(
     bridge_database: str, messages: Messages, unique: str, operator: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dead_boxes, "LETTERS", 3)
+    monkeypatch.setattr(boxes, "LETTERS", 3)
     await bury(bridge_database, 4, "events", "too_large", "%s")
     await give_up(messages.connection, unique, [b"x"] * 4, REJECTED)
     words = (await operator.page("/dead")).words

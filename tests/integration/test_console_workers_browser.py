@@ -1,5 +1,6 @@
 """The console's pages of workers and of webhooks in a real Chromium."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -110,7 +111,8 @@ def test_flow_and_worker_say_what_is_handled_and_what_waits_in_the_queue(browser
         )
         assert ["in its queue", "12"] in facts, path
         browser.sees("Waiting in the queue")
-    browser.go(shop.base + "/").sees("8.6/s")
+        if path == "/":
+            assert [value for what, value in facts if what == "handled" and re.fullmatch(r"[89]\.\d+/s", value)]
 
 
 def test_a_worker_is_paused_and_goes_on_from_its_own_page(browser: Chromium, shop: Shop) -> None:
