@@ -168,9 +168,9 @@ async def test_a_worker_is_paused_with_a_reason_and_the_persons_name_and_goes_on
         own = "/workers/invoices"
         form = {"worker": "invoices", "why": "stocktaking", "back": own}
         assert (await browser.fill("/workers/pause", form, of=own)).headers["location"] == own
-        page = (await browser.page(own)).words
-        assert "The worker invoices is paused" in page
-        assert "by anna (console): stocktaking" in page
+        shown = (await browser.page(own)).words
+        assert "The worker invoices is paused" in shown
+        assert "by anna (console): stocktaking" in shown
         assert await execute(bridge_database, pauses) == [("worker", "", "invoices", "anna (console)", "stocktaking")]
         assert "paused by anna (console): stocktaking" in (await browser.page("/workers")).words
         await browser.fill("/workers/resume", {"worker": "invoices"}, of="/workers")
