@@ -1,5 +1,6 @@
 """The page Bridges and database: who leads, where each sink is, what endangers the log; and pausing."""
 
+from functools import partial
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -20,17 +21,21 @@ from bridge.postgres.problems import (
     scheduled_words,
     transaction_words,
 )
+from bridge.postgres.sizes import TableSize, table_sizes
 from bridge.postgres.status import SinkPosition, Status, rates
 
 _CHANGES: Final = 20
 """Pauses and resumptions that are shown."""
+
+_SIZED: Final = 30.0
+"""Seconds for which the sizes of tables are kept: asking for them takes longer than the rest of the page."""
 
 
 async def _show(parts: Parts, request: Request) -> dict[str, Any]:
     seen = await parts.reader.look()
     status = seen.status
     if status is None:
-        return {"seen": seen, "bridges": [], "guards": [], "pausable": [], "changes": []}
+        return {"seen": seen, "bridges": [], "guards": [], "pausable": [], "changes": [], "sizes": []}
     bridges = [
         (
             bridge,
@@ -58,12 +63,18 @@ async def _show(parts: Parts, request: Request) -> dict[str, Any]:
         "pausable": _pausable(parts, status),
         "topology": await topology(parts),
         "changes": [] if seen.outage is not None else await _changes(parts),
+        "sizes": [] if seen.outage is not None else await parts.recent.get("sizes", _SIZED, partial(_sizes, parts)),
     }
 
 
 async def _changes(parts: Parts) -> list[PauseChange]:
     async with parts.database.connection() as connection:
         return await pause_changes(connection, _CHANGES)
+
+
+async def _sizes(parts: Parts) -> list[TableSize]:
+    async with parts.database.connection() as connection:
+        return await table_sizes(connection)
 
 
 def _pausable(parts: Parts, status: Status) -> list[SinkPosition]:

@@ -3,7 +3,6 @@ none when nobody does."""
 
 import asyncio
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -12,7 +11,6 @@ from tenacity import wait_none
 from bridge.console.database import Database
 from bridge.errors import PgbridgeError
 from bridge.postgres.pause import may_pause
-from bridge.postgres.sizes import TableSize, table_sizes
 from bridge.postgres.status import Status, look
 from bridge.process.outage import Outage
 from bridge.settings import Settings
@@ -39,7 +37,6 @@ class Seen:
     """The last look that was answered."""
     before: Status | None = None
     """The one before, where it is not long ago: with it there are rates."""
-    tables: Sequence[TableSize] = ()
     may_act: bool = False
     """Whether the console's login may do more than look."""
     outage: str | None = None
@@ -98,7 +95,6 @@ class Reader:
                 status = await look(
                     connection, settings.outbox_or_default.retention, sorted(settings.workers), counted=COUNTED
                 )
-                tables = await table_sizes(connection)
                 may_act = await may_pause(connection)
         except PgbridgeError as error:
             self._outage.lost(error)
@@ -108,7 +104,7 @@ class Reader:
             self._pace = max(self._pace, _REST * (time.monotonic() - began))
             if before is not None and (status.at - before.at).total_seconds() > max(_RATES_WITHIN, 3 * self._pace):
                 before = None
-            self._seen = Seen(status, before, tables, may_act)
+            self._seen = Seen(status, before, may_act)
         finally:
             self.looks += 1
             self._looked = time.monotonic()
