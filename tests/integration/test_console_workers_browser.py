@@ -42,7 +42,7 @@ select 15, 'worker', '', w, to_timestamp(floor(extract(epoch from now()) / 15) *
     jsonb_build_object('handled', 100 + mod(n * 37, 60), 'retried', mod(n, 3), 'in_hand', 30 + mod(n, 7),
                        'le_0.005', 40, 'le_0.01', 55, 'le_0.025', 8, 'le_0.05', 2),
     '{"queue_depth": 12}'
-from generate_series(1, 200) n, unnest('{invoices,mails}'::text[]) w;
+from generate_series(-40, 200) n, unnest('{invoices,mails}'::text[]) w; -- those of the next minutes, too
 """
 
 
