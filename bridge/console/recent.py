@@ -23,6 +23,9 @@ class Recent:
         self._answers: OrderedDict[Hashable, tuple[float, Any]] = OrderedDict()
         """Until when each is good, the one that was asked for last at the end."""
         self._asking: dict[Hashable, asyncio.Task[Any]] = {}
+        """Whose answers will be kept."""
+        self._tasks: set[asyncio.Task[Any]] = set()
+        """All, also those whose answers are forgotten: an event loop alone does not hold a task."""
 
     async def get(self, key: Hashable, seconds: float, ask: Callable[[], Awaitable[T]]) -> T:
         """An answer to `ask` that is no older than `seconds`, or than twenty times what it took. Who asks for what is
@@ -35,6 +38,7 @@ class Recent:
         asking = self._asking.get(key)
         if asking is None:
             asking = self._asking[key] = asyncio.create_task(self._ask(key, seconds, ask))
+            self._tasks.add(asking)
             asking.add_done_callback(partial(self._end, key))
         # Whoever waits may leave; the others want the answer.
         return await asyncio.shield(asking)
@@ -56,5 +60,6 @@ class Recent:
         return answer
 
     def _end(self, key: Hashable, asking: asyncio.Task[Any]) -> None:
+        self._tasks.discard(asking)
         if self._asking.get(key) is asking:
             del self._asking[key]
