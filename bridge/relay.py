@@ -183,6 +183,9 @@ class Relay:
         await stop.wait()
         reading.cancel()
         await self._drain()
+        # The end of the task group would ask a read that is still being called off once more, and a statement that is
+        # asked twice gives up the session, which other relays use and the positions are stored on.
+        await asyncio.wait((reading,))
         raise _Stopped
 
     async def _drain(self) -> None:

@@ -38,11 +38,11 @@ from generate_series(1, 30) n, unnest('{invoices,mails}'::text[]) w;
 insert into bridge.held (worker, event_id, key)
 select 'invoices', gen_random_uuid(), 'customer ' || mod(n, 3) from generate_series(1, 9) n;
 insert into bridge.sample
-select 15, 'worker', '', w, to_timestamp(floor(extract(epoch from now()) / 15) * 15) - n * interval '15 s', 15,
+select 15, 'worker', '', w, to_timestamp(floor(extract(epoch from now()) / 15) * 15) - (n - 40) * interval '15 s', 15,
     jsonb_build_object('handled', 100 + mod(n * 37, 60), 'retried', mod(n, 3), 'in_hand', 30 + mod(n, 7),
                        'le_0.005', 40, 'le_0.01', 55, 'le_0.025', 8, 'le_0.05', 2),
     '{"queue_depth": 12}'
-from generate_series(-40, 200) n, unnest('{invoices,mails}'::text[]) w; -- those of the next minutes, too
+from generate_series(0, 240) n, unnest('{invoices,mails}'::text[]) w; -- those of the next minutes, too
 """
 
 

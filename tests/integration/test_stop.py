@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from tests.support.daemons import Daemon
-from tests.support.messages import Messages, execute, settings, stored_mark
+from tests.support.messages import Messages, drain, execute, settings, stored_mark
 from tests.support.metrics import metric
 from tests.support.proxy import Proxy
 from tests.support.servers import PostgresServer, RabbitMQServer, free_port
@@ -36,6 +36,45 @@ async def test_sigterm_under_load_settles_what_is_in_flight_and_nothing_is_repea
         assert stops_in_the_middle
         assert len(taken) == len({message.message_id for message in taken}) == COUNT
         assert await asyncio.to_thread(bridge.stop) == 0
+
+
+async def test_a_stop_waits_for_a_read_that_outlasts_what_was_in_flight_and_nothing_is_repeated(
+    postgres: PostgresServer, rabbitmq: RabbitMQServer, bridge_database: str, messages: Messages, tmp_path: Path
+) -> None:
+    count, ends, port = 0, asyncio.Event(), free_port()
+
+    async def trickle() -> None:
+        nonlocal count
+        while not ends.is_set():
+            await execute(bridge_database, "select bridge.emit('load', %s)", str(count))
+            count += 1
+
+    async def in_flight() -> bool:
+        return (await metric(port, "pgbridge_events_in_flight") or 0) > 0
+
+    async with Proxy(postgres.host, postgres.port) as database, Proxy(rabbitmq.host, rabbitmq.port) as broker:
+        dsn = bridge_database.replace(str(postgres.port), str(database.port))
+        text = settings(dsn, messages, f"[observe]\nlisten = '127.0.0.1:{port}'")
+        with Daemon(tmp_path, text.replace(str(rabbitmq.port), str(broker.port))) as bridge:
+            await asyncio.to_thread(bridge.wait_for, "bridge.leading")
+            trickling = asyncio.create_task(trickle())
+            await until(lambda: count > 50)
+            broker.blackhole = True
+            database.delay_to_client = 0.15
+            await until(in_flight)
+            bridge.signal(signal.SIGTERM)
+            await asyncio.to_thread(bridge.wait_for, "bridge.stopping")
+            broker.blackhole = False
+            assert await asyncio.to_thread(bridge.wait) == 0
+            ends.set()
+            await trickling
+            assert "postgres.lost" not in [line["action"] for line in bridge.lines()]
+            database.delay_to_client = 0.0
+            bridge.start()
+            taken = [int(message.body) for message in await messages.take(count)]
+            assert taken == list(range(count))
+            assert await asyncio.to_thread(bridge.stop) == 0
+            assert await drain(messages.queue) == []
 
 
 async def test_a_second_sigterm_leaves_at_once_and_loses_nothing(

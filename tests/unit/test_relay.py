@@ -444,6 +444,41 @@ async def test_a_stop_settles_what_is_in_flight_and_reads_nothing_more() -> None
     assert log.settled == log.read_to <= 500
 
 
+async def test_a_stop_asks_a_read_once_to_end_and_waits_for_it() -> None:
+    """Asked twice, a statement that is being called off gives its session up, and with it the last positions."""
+
+    class Slow(Log):
+        asked = 0
+        ended = False
+
+        async def read(self, most: int) -> Page:
+            if self.read_to < len(self.events):
+                return await super().read(most)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.asked += 1
+                leaves.set()
+                try:
+                    await until(log.done.is_set)
+                    await asyncio.sleep(0.01)
+                except asyncio.CancelledError:
+                    self.asked += 1
+                self.ended = True
+            raise AssertionError("nothing sets that event")
+
+    log, broker, stop, leaves = Slow([event(1)]), Broker(), asyncio.Event(), asyncio.Event()
+    broker.gate = asyncio.Event()
+    running = asyncio.create_task(Relay(log, "s", broker, limits=LIMITS).run(stop))
+    await until(lambda: log.read_to == 1)
+    stop.set()
+    await asyncio.wait_for(leaves.wait(), 5)
+    broker.gate.set()
+    await asyncio.wait_for(running, 5)
+    assert log.ended
+    assert log.asked == 1
+
+
 async def test_a_source_that_is_lost_ends_the_relay_with_its_error() -> None:
     class Lost(Log):
         async def settle(self, position: object, held: Collection[int]) -> None:
