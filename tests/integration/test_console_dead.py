@@ -386,13 +386,13 @@ async def test_a_login_of_the_database_that_may_only_look_publishes_nothing(
 async def test_a_long_replay_goes_on_with_its_progress_one_at_a_time_and_can_be_stopped(
     bridge_database: str, messages: Messages, unique: str, operator: Browser
 ) -> None:
-    await give_up(messages.connection, unique, [b"x"] * 30, REJECTED)
+    await give_up(messages.connection, unique, [b"x"] * 60, REJECTED)
     page = await confirm(operator, "/dead/plan?action=replay", rate="2")
-    assert "Replay of 30 dead letters: it has begun" in page.words
+    assert "Replay of 60 dead letters: it has begun" in page.words
     assert "By anna (console), since" in page.words
     async with aclosing(events_of(operator, "/live/dead")) as renewals:
         async for renewal in renewals:
-            if re.search(r"[3-9] done, of 30; [12]/s", Page(renewal).words):
+            if re.search(r"([3-9]|[1-5]\d) done, of 60; [12]/s", Page(renewal).words):
                 break
     words = (await operator.page("/dead/plan?action=discard")).words
     assert "It looks again once that has ended" in (await operator.page("/dead")).words
@@ -400,22 +400,22 @@ async def test_a_long_replay_goes_on_with_its_progress_one_at_a_time_and_can_be_
     form = {"choice": "until=2100-01-01", "why": "x", "back": "/dead"}
     await operator.fill("/dead/discard", form, of="/dead")
     page = await operator.page("/dead")
-    assert "Not done: anna (console) has begun something that goes on: Replay of 30 dead letters" in page.words
+    assert "Not done: anna (console) has begun something that goes on: Replay of 60 dead letters" in page.words
     assert "/dead/stop" in page.forms
     await operator.fill("/dead/stop", {"back": "/dead"}, of="/dead")
 
     async def has_ended() -> bool:
         words = (await operator.page("/dead")).words
-        return bool(re.search(r"Stopped by anna \(console\): \d+ dead letters replayed, of 30\.", words))
+        return bool(re.search(r"Stopped by anna \(console\): \d+ dead letters replayed, of 60\.", words))
 
     await until(has_ended)
     acts = len(await execute(bridge_database, "select id from bridge.dead_letter_audit"))
-    assert 3 <= acts < 30
+    assert 3 <= acts < 60
     channel = await messages.connection.channel()
 
     async def are_back() -> bool:
         queue = await channel.declare_queue(f"{unique}.dead", passive=True)
-        return bool(queue.declaration_result.message_count == 30 - acts)
+        return bool(queue.declaration_result.message_count == 60 - acts)
 
     await until(are_back)
 

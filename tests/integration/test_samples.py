@@ -91,7 +91,7 @@ async def test_a_sample_says_when_the_next_is_due_away_from_the_ends_of_a_step(b
             "from bridge.store_worker_sample('stock', 1, '{}', '{}', %s)",
             phase,
         )
-        assert 2.9 < float(str(due)) % 15 < 12.2
+        assert 2.9 < float(str(due)) % 15 < 13
 
 
 async def test_each_sample_deletes_more_than_it_makes_whosoever_they_are(bridge_database: str) -> None:
@@ -330,7 +330,7 @@ async def test_a_worker_that_cannot_store_samples_says_so_once_and_waits_a_secon
     with capture_logs() as logs:
         async with await psycopg.AsyncConnection.connect(bridge_database) as holder:
             await holder.execute("lock table bridge.sample in share mode")
-            async with asyncio.timeout(4):
+            async with asyncio.timeout(10):
                 assert await sampling.store() == 15
                 assert await sampling.store() == 15
         assert await sampling.store() < 31
