@@ -483,8 +483,8 @@ async def test_a_stop_ends_open_streams_at_once(positions: str, tmp_path: Path) 
     ):
         await anext(live)
         stop.set()
-        async with asyncio.timeout(4):  # less than what is left to requests that go on
-            async for _ in live:
+        async with asyncio.timeout(10):
+            async for _ in live:  # one that the server has to end breaks off, which httpx raises
                 pass
 
 
