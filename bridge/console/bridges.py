@@ -8,6 +8,7 @@ from starlette.requests import Request
 from bridge.console.access import Person
 from bridge.console.parts import Form, Page, Parts
 from bridge.console.pausing import pause, resume
+from bridge.console.reader import Subject
 from bridge.console.topology import topology
 from bridge.errors import UsageError
 from bridge.postgres.pause import Pausable, PauseChange, pause_changes
@@ -32,7 +33,7 @@ _SIZED: Final = 30.0
 
 
 async def _show(parts: Parts, request: Request) -> dict[str, Any]:
-    seen = await parts.reader.look()
+    seen = await parts.reader.look(Subject.BRIDGES)
     status = seen.status
     if status is None:
         return {"seen": seen, "bridges": [], "guards": [], "pausable": [], "changes": [], "sizes": []}

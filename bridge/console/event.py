@@ -91,7 +91,7 @@ async def _show(parts: Parts, request: Request) -> dict[str, Any]:
         event_id = None if number is not None else str(UUID(asked))
     except ValueError:
         raise UsageError(f"{asked!r} is not the id of an event, which is a UUID, nor its number in the log") from None
-    life = await parts.recent.get(("event", number or event_id), 0.0, partial(_look, parts, number, event_id))
+    life = await parts.recent.get(("event", number or event_id), parts.seldom, partial(_look, parts, number, event_id))
     job, logged = parts.work.job, life.known.logged
     is_its = job is not None and logged is not None and job.page == f"/events/{logged.id}"
     return {"life": life, "searched": SEARCHED, "job": job if is_its else None, "runs": parts.work.runs}

@@ -1,14 +1,14 @@
 """The page Flow: the way of the events as a picture, and what is wrong on it."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from starlette.requests import Request
 
 from bridge.console.charts import Charts, charts, span_of
 from bridge.console.parts import Page, Parts
-from bridge.console.reader import Seen
+from bridge.console.reader import Seen, Subject
 from bridge.console.samples import SAMPLED, samples
 from bridge.errors import PgbridgeError, SettingsError
 from bridge.postgres.pause import Pause
@@ -55,7 +55,7 @@ class Way:
 
 
 async def _show(parts: Parts, request: Request) -> dict[str, Any]:
-    seen = await parts.reader.look()
+    seen = await parts.reader.look(Subject.BRIDGES, Subject.WORKERS)
     return {
         "seen": seen,
         **picture(parts.settings, seen),
@@ -66,20 +66,20 @@ async def _show(parts: Parts, request: Request) -> dict[str, Any]:
 
 async def _lately(parts: Parts, seen: Seen) -> Mapping[str, Lately]:
     """What the workers' samples say, by worker."""
-    if seen.status is None or seen.outage is not None:
+    if seen.workers is None or seen.outage is not None:
         return {}
     try:
-        return await samples(parts, [worker.worker for worker in seen.status.workers])
+        return await samples(parts, [worker.worker for worker in seen.workers])
     except PgbridgeError:  # which the charts, from the same samples, say
         return {}
 
 
 async def _charts(parts: Parts, request: Request, seen: Seen) -> Charts | None:
     """Of the span that the address names; None while the database is gone."""
-    if seen.status is None or seen.outage is not None:
+    if seen.workers is None or seen.outage is not None:
         return None
     settings, span = parts.settings, span_of(request.query_params.get("charts"))
-    workers = [worker.worker for worker in seen.status.workers]
+    workers = [worker.worker for worker in seen.workers]
 
     async def ask() -> Charts:
         async with parts.database.connection() as connection:
@@ -93,9 +93,9 @@ async def _charts(parts: Parts, request: Request, seen: Seen) -> Charts | None:
 
 def picture(settings: Settings, seen: Seen) -> dict[str, Any]:
     """What the template draws."""
-    status = seen.status
-    if status is None:
+    if seen.status is None:
         return {"problems": [], "ways": [], "others": []}
+    status = replace(seen.status, workers=seen.workers or ())
     by_sink = _by_sink(settings, status.workers)
     ways = [_way(settings, seen.before, status, bridge, by_sink) for bridge in status.bridges]
     drawn = {worker.worker for way in ways for branch in way.branches for worker, _ in branch.workers}

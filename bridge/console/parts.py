@@ -9,7 +9,7 @@ from starlette.requests import Request
 from bridge.console.access import Person
 from bridge.console.database import Database
 from bridge.console.dead.boxes import DeadBoxes
-from bridge.console.reader import Reader
+from bridge.console.reader import SELDOM, Reader
 from bridge.console.recent import Recent
 from bridge.console.work import Work
 from bridge.errors import UnavailableError, UsageError
@@ -31,6 +31,11 @@ class Parts:
     recent: Recent = field(default_factory=Recent)
     """What pages ask for themselves, once for all browsers."""
 
+    @property
+    def seldom(self) -> float:
+        """Seconds for which an answer is kept that has to be found among many rows."""
+        return SELDOM * self.settings.console.interval
+
     def outdate(self) -> None:
         """Somebody has acted: what pages show from now on is of after that."""
         self.reader.outdate()
@@ -40,7 +45,7 @@ class Parts:
         """Raises UsageError where the console's login in the database may look only. It might publish all the same,
         and could not write down that it did. Raises UnavailableError while nobody knows."""
         seen = await self.reader.look()
-        if seen.status is None:
+        if seen.may_act is None:
             raise UnavailableError(f"the database has not answered yet: {seen.outage}")
         if not seen.may_act:
             raise UsageError(

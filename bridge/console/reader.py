@@ -1,9 +1,11 @@
 """The one reader of the database's state in this process: one look an interval however many browsers wait for it, and
-none when nobody does."""
+none when nobody does. It looks at what is shown, and at nothing else."""
 
 import asyncio
 import time
 from dataclasses import dataclass, replace
+from datetime import datetime
+from enum import Enum, auto
 from typing import Final
 
 from tenacity import wait_none
@@ -11,7 +13,8 @@ from tenacity import wait_none
 from bridge.console.database import Database
 from bridge.errors import PgbridgeError
 from bridge.postgres.pause import may_pause
-from bridge.postgres.status import Status, look
+from bridge.postgres.status import Status, WorkerStatus, clock, look, look_at_workers
+from bridge.postgres.wire import Connection
 from bridge.process.outage import Outage
 from bridge.settings import Settings
 
@@ -27,21 +30,48 @@ the command `status` does, since it is asked again and again."""
 _REST: Final = 10
 """So many times as long as a look has taken, there is none: the console takes a tenth of one session's time at most,
 whatever the database is busy with."""
+SELDOM: Final = 3
+"""Intervals for which that is kept which has to be found among many rows."""
+
+
+class Subject(Enum):
+    """What a page may want to know. Whether the database answers, and what the console may do there, all pages do."""
+
+    DATABASE = auto()
+    BRIDGES = auto()
+    WORKERS = auto()
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What is known of the database."""
+    """What is known of the database, of all subjects or of fewer."""
 
+    at: datetime | None = None
+    """When that was found which is asked for, by the clock of the database: the oldest part of it."""
     status: Status | None = None
-    """The last look that was answered."""
+    """The last look at the bridges that was answered; without workers."""
     before: Status | None = None
     """The one before, where it is not long ago: with it there are rates."""
-    may_act: bool = False
+    workers: tuple[WorkerStatus, ...] | None = None
+    may_act: bool | None = None
     """Whether the console's login may do more than look."""
     outage: str | None = None
-    """Why there is no newer one."""
+    """Why there is nothing newer."""
     outage_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class _Looked:
+    """When one subject was looked at."""
+
+    at: datetime | None = None
+    """When the last look that was answered was, by the clock of the database."""
+    began: float = float("-inf")
+    """When the last look began, whatever came of it."""
+    old_at: float = float("-inf")
+    """When what it found is old."""
+    pace: float = 0.0
+    """Seconds between the last two, at least."""
 
 
 class Reader:
@@ -50,64 +80,90 @@ class Reader:
     def __init__(self, settings: Settings, database: Database) -> None:
         self._settings = settings
         self._database = database
-        self._pace = settings.console.interval
-        """Seconds from one look to the next."""
         self._outage = Outage("postgres", wait_none())
         self._seen = Seen()
-        self._looked = float("-inf")
+        self._looked = {subject: _Looked() for subject in Subject}
+        self._outdated_at = float("-inf")
+        self._owed: set[Subject] = set()
+        """What a look has failed at. Whatever is looked at next, so are these: the outage ends with all of them."""
         self._looking: asyncio.Task[None] | None = None
-        self._is_outdated = False
         self.looks = 0
         """How often it has."""
 
     def outdate(self) -> None:
         """Somebody has changed what is known: who asks next gets a look that begins after this."""
-        self._is_outdated = True
+        self._outdated_at = time.monotonic()
 
-    async def look(self) -> Seen:
-        """What is known, by a look that is not old; by an older one where the database does not
+    async def look(self, *subjects: Subject) -> Seen:
+        """What is known, by a look at these subjects that is not old; by an older one where the database does not
         answer."""
-        if self._looking is None and (self._is_outdated or time.monotonic() - self._looked >= self._pace):
-            self._looking = asyncio.create_task(self._look())
-        if self._looking is not None:
-            # Whoever waits may leave; the others want the answer.
-            await asyncio.wait([self._looking], timeout=_PATIENCE)
-        if self._looking is not None and not self._outage.lasts:
-            silence = f"PostgreSQL has not answered for {_PATIENCE:g} s"
-            return replace(self._seen, outage=silence, outage_seconds=_PATIENCE)
-        return replace(self._seen, outage=self._outage.reason, outage_seconds=self._outage.seconds)
-
-    async def _look(self) -> None:
+        wanted = {Subject.DATABASE, *subjects}
+        silence = None
         try:
-            await self._look_once()
-            if self._is_outdated:  # what it found may be of before
-                await self._look_once()
-        finally:
-            self._looking = None
+            async with asyncio.timeout(_PATIENCE):
+                while due := self._due(wanted):
+                    if self._looking is None:
+                        self._looking = asyncio.create_task(self._look(due | self._owed))
+                    # Whoever waits may leave; the others want the answer.
+                    await asyncio.wait([self._looking])
+        except TimeoutError:
+            silence = f"PostgreSQL has not answered for {_PATIENCE:g} s"
+        shown = subjects or (Subject.DATABASE,)
+        at = min(filter(None, (self._looked[subject].at for subject in shown)), default=None)
+        if silence is not None and not self._outage.lasts:
+            return replace(self._seen, at=at, outage=silence, outage_seconds=_PATIENCE)
+        return replace(self._seen, at=at, outage=self._outage.reason, outage_seconds=self._outage.seconds)
 
-    async def _look_once(self) -> None:
-        self._is_outdated = False
-        settings = self._settings
-        began = time.monotonic()
-        self._pace = settings.console.interval
+    def _due(self, wanted: set[Subject]) -> set[Subject]:
+        now = time.monotonic()
+        looked = {subject: self._looked[subject] for subject in wanted}
+        return {subject for subject, it in looked.items() if now >= it.old_at or it.began <= self._outdated_at}
+
+    async def _look(self, subjects: set[Subject]) -> None:
+        looked = {subject: self._looked[subject] for subject in Subject if subject in subjects}
+        for it in looked.values():
+            it.began = time.monotonic()
         try:
             async with self._database.connection() as connection:
-                status = await look(
-                    connection, settings.outbox_or_default.retention, sorted(settings.workers), counted=COUNTED
-                )
-                may_act = await may_pause(connection)
+                now = await clock(connection)
+                for subject, it in looked.items():
+                    began = time.monotonic()
+                    self._seen = await self._ask(connection, subject)
+                    it.at, it.pace = now, max(self._interval(subject), _REST * (time.monotonic() - began))
+                    it.old_at = time.monotonic() + it.pace
         except PgbridgeError as error:
+            self._owed |= subjects
             self._outage.lost(error)
         else:
+            self._owed -= subjects
             self._outage.restored()
-            before = self._seen.status
-            self._pace = max(self._pace, _REST * (time.monotonic() - began))
-            if before is not None and (status.at - before.at).total_seconds() > max(_RATES_WITHIN, 3 * self._pace):
-                before = None
-            self._seen = Seen(status, before, may_act)
         finally:
+            for it in looked.values():
+                it.old_at = max(it.old_at, time.monotonic() + self._settings.console.interval)
             self.looks += 1
-            self._looked = time.monotonic()
+            self._looking = None
+
+    async def _ask(self, connection: Connection, subject: Subject) -> Seen:
+        """What is known with what is found."""
+        settings, seen = self._settings, self._seen
+        match subject:
+            case Subject.DATABASE:
+                return replace(seen, may_act=await may_pause(connection))
+            case Subject.BRIDGES:
+                status = await look(connection, settings.outbox_or_default.retention, counted=COUNTED)
+                before = seen.status
+                if before is not None and (status.at - before.at).total_seconds() > self._rates_within:
+                    before = None
+                return replace(seen, status=status, before=before)
+            case Subject.WORKERS:
+                return replace(seen, workers=await look_at_workers(connection, sorted(settings.workers), COUNTED))
+
+    @property
+    def _rates_within(self) -> float:
+        return max(_RATES_WITHIN, 3 * self._looked[Subject.BRIDGES].pace)
+
+    def _interval(self, subject: Subject) -> float:
+        return self._settings.console.interval * (SELDOM if subject is Subject.WORKERS else 1)
 
     async def close(self) -> None:
         """Ends a look that is under way."""

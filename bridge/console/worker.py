@@ -9,6 +9,7 @@ from starlette.requests import Request
 
 from bridge.console.charts import span_of
 from bridge.console.parts import Page, Parts
+from bridge.console.reader import Subject
 from bridge.console.workers import charts, look_at, rows
 from bridge.errors import PgbridgeError, UsageError
 from bridge.postgres.workers import LOOK_AT, SHOWN, Handled, HeldKeys, Part, held_keys, worker_events
@@ -25,14 +26,14 @@ class Events:
 async def _show(parts: Parts, request: Request) -> dict[str, Any]:
     name = str(request.path_params["name"])
     after = _line(request.query_params.get("held"))
-    seen = await parts.reader.look()
+    seen = await parts.reader.look(Subject.WORKERS)
     shown = {
         "seen": seen, "heading": f"Worker {name}", "name_of_worker": name, "row": None, "problem": None, "events": None,
         "after": after, "looked_at": LOOK_AT, "shown": SHOWN, "charts": None,
     }  # fmt: skip
-    if seen.status is None:
+    if seen.workers is None:
         return shown
-    statuses = [worker for worker in seen.status.workers if worker.worker == name]
+    statuses = [worker for worker in seen.workers if worker.worker == name]
     if not statuses:
         raise UsageError(f"there is no worker {name!r}: the settings name none, and none has an inbox")
     look = await look_at(parts, seen, [name])
@@ -40,7 +41,8 @@ async def _show(parts: Parts, request: Request) -> dict[str, Any]:
     if seen.outage is not None or look.problem is not None:
         return shown
     try:
-        shown["events"] = await parts.recent.get(("worker", name, after), 0.0, partial(_events, parts, name, after))
+        ask = partial(_events, parts, name, after)
+        shown["events"] = await parts.recent.get(("worker", name, after), parts.seldom, ask)
     except PgbridgeError as error:  # the rest of the page is known
         shown["problem"] = str(error)
     shown["charts"] = await charts(parts, seen, [name], span_of(request.query_params.get("charts")))

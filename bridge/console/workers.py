@@ -12,7 +12,7 @@ from bridge.console.charts import Charts, span_of, worker_charts
 from bridge.console.flow import Box, worker_box
 from bridge.console.parts import Form, Page, Parts
 from bridge.console.pausing import pause, resume
-from bridge.console.reader import Seen
+from bridge.console.reader import Seen, Subject
 from bridge.console.samples import SAMPLED, samples
 from bridge.errors import PgbridgeError, UsageError
 from bridge.postgres.history import Span
@@ -49,8 +49,8 @@ class Look:
 
 
 async def _show(parts: Parts, request: Request) -> dict[str, Any]:
-    seen = await parts.reader.look()
-    known = () if seen.status is None else seen.status.workers
+    seen = await parts.reader.look(Subject.WORKERS)
+    known = seen.workers or ()
     after = request.query_params.get("after", "")
     rest = [worker for worker in known if worker.worker > after]
     statuses = rest[:_SHOWN]
@@ -73,7 +73,7 @@ async def look_at(parts: Parts, seen: Seen, names: Sequence[str]) -> Look:
         return Look()
     names = tuple(names)
     try:
-        work = await parts.recent.get(("at work", names), 0.0, partial(_at_work, parts, names))
+        work = await parts.recent.get(("at work", names), parts.seldom, partial(_at_work, parts, names))
         return Look(work, await samples(parts, names))
     except PgbridgeError as error:  # the rest of the page is known
         return Look(problem=str(error))

@@ -140,11 +140,19 @@ COUNTED: Final = 100_000
 """Events that are counted where nobody says how many."""
 
 
+async def clock(connection: Connection) -> datetime:
+    """The time there. Raises as `look`."""
+    with database_errors():
+        cursor = await connection.execute("select clock_timestamp()")
+        [(now,)] = await cursor.fetchall()
+    return now  # type: ignore[no-any-return]
+
+
 async def look(
     connection: Connection, retention: float, workers: Sequence[str] | None = None, *, counted: int = COUNTED
 ) -> Status:
-    """Looks once; `retention` in seconds. With `workers`, at those too, and at all that have an inbox. Of each sink's
-    backlog, and of the inbox, so many events are `counted` at most.
+    """Looks once; `retention` in seconds. With `workers`, at those too, as `look_at_workers`. Of each sink's backlog,
+    and of the inbox, so many events are `counted` at most.
 
     Raises DatabaseUnavailableError, PrivilegeError, SchemaError.
     """
@@ -162,7 +170,7 @@ async def look(
         pauses = {(name, sink): Pause(*pause) for name, sink, *pause in await cursor.fetchall()}
         cursor = await connection.execute(_PROCESSES, [names])
         processes: dict[str, int] = dict(await cursor.fetchall())
-        working = () if workers is None else await _look_at_workers(connection, workers, counted)
+        working = () if workers is None else await look_at_workers(connection, workers, counted)
         cursor = await connection.execute(
             "select clock_timestamp(), notification_queue_usage, oldest_transaction_at, oldest_transaction, "
             "sees_sessions, outbox_bytes, bridge.calendar_time(oldest_event_at) from bridge.guards()"
@@ -195,17 +203,20 @@ async def look(
     )
 
 
-async def _look_at_workers(connection: Connection, names: Sequence[str], counted: int) -> tuple[WorkerStatus, ...]:
-    cursor = await connection.execute(
-        "select worker, running, waiting, finished_last_hour, dead_letters, held_keys, is_exact, paused_since, "
-        "paused_by, paused_why from bridge.worker_status(%s::text[], %s)",
-        [list(names), counted],
-    )
+async def look_at_workers(connection: Connection, names: Sequence[str], counted: int) -> tuple[WorkerStatus, ...]:
+    """These workers, and all that have an inbox. Raises as `look`."""
+    with database_errors():
+        cursor = await connection.execute(
+            "select worker, running, waiting, finished_last_hour, dead_letters, held_keys, is_exact, paused_since, "
+            "paused_by, paused_why from bridge.worker_status(%s::text[], %s)",
+            [list(names), counted],
+        )
+        rows = await cursor.fetchall()
     return tuple(
         WorkerStatus(
             worker, running, waiting, finished, dead, held, exact, None if since is None else Pause(since, who, why)
         )
-        for worker, running, waiting, finished, dead, held, exact, since, who, why in await cursor.fetchall()
+        for worker, running, waiting, finished, dead, held, exact, since, who, why in rows
     )
 
 

@@ -4,6 +4,8 @@ import asyncio
 import socket
 import time
 from contextlib import AsyncExitStack, aclosing
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -13,6 +15,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from bridge.console.access import HEADERS
+from bridge.console.reader import SELDOM, Subject
 from bridge.console.server import Console
 from bridge.errors import SettingsError
 from bridge.settings import Settings, load
@@ -458,20 +461,93 @@ async def test_a_database_that_is_slow_to_answer_is_asked_less_often(positions: 
 
             async def waits() -> bool:
                 await browser.get("/")
-                query = (
-                    "select 1 from pg_stat_activity where application_name like '%console' and wait_event_type = 'Lock'"
-                )
-                return bool(await rows(positions, query))
+                return await _waits_for_a_lock(positions)
 
             await until(waits)
             began = time.monotonic()
             await asyncio.sleep(0.3)
-        await console.reader.look()
-        looks, held = console.reader.looks, time.monotonic() - began
+        asked = await console.reader.look(Subject.BRIDGES)
+        held = time.monotonic() - began
         while time.monotonic() - began < 3 * held:
-            await console.reader.look()
+            again = await console.reader.look(Subject.BRIDGES)
             await asyncio.sleep(0.02)
-        assert console.reader.looks == looks
+        assert again.status is asked.status
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/", {Subject.BRIDGES, Subject.WORKERS}),
+        ("/bridges", {Subject.BRIDGES}),
+        ("/workers", {Subject.WORKERS}),
+        ("/workers/orders", {Subject.WORKERS}),
+        *((path, set()) for path in ("/events", "/events/1", "/replay?number=1", "/dead", "/dead/audit", "/webhooks")),
+    ],
+)
+async def test_a_page_asks_for_what_it_shows_and_no_more(
+    positions: str, tmp_path: Path, path: str, asked: set[Subject]
+) -> None:
+    await execute(positions, "insert into bridge.inbox (worker, event_id) values ('orders', gen_random_uuid())")
+    async with served(console_settings(tmp_path, positions)) as (console, base, _), Browser(base) as browser:
+        await browser.page(path)
+        seen = await console.reader.look()
+    known = {Subject.BRIDGES} if seen.status is not None else set()
+    known |= {Subject.WORKERS} if seen.workers is not None else set()
+    assert (known, seen.outage, seen.may_act) == (asked, None, True)
+
+
+async def test_what_is_found_among_many_rows_is_asked_for_seldom(positions: str, tmp_path: Path) -> None:
+    settings = console_settings(tmp_path, positions)
+    async with served(settings) as (console, _, _):
+
+        async def shortest(subject: Subject) -> float:
+            """Between two looks of five, in seconds."""
+            times: list[datetime] = []
+            while len(times) < 5:
+                at = (await console.reader.look(subject)).at
+                if at is not None and at not in times:
+                    times.append(at)
+                await asyncio.sleep(settings.console.interval / 10)
+            return min((after - before).total_seconds() for before, after in pairwise(times))
+
+        interval = settings.console.interval
+        assert await shortest(Subject.BRIDGES) >= interval * 0.99
+        assert await shortest(Subject.WORKERS) >= interval * 0.99 * SELDOM
+
+
+async def test_a_page_waits_for_its_own_subject_while_another_is_looked_at(positions: str, tmp_path: Path) -> None:
+    async with served(console_settings(tmp_path, positions)) as (console, _, _):
+        async with await psycopg.AsyncConnection.connect(positions) as holder:
+            await holder.execute("lock table bridge.cursor in access exclusive mode")
+            first = asyncio.create_task(console.reader.look(Subject.BRIDGES))
+            await until(lambda: _waits_for_a_lock(positions), "the look waits")
+            second = asyncio.create_task(console.reader.look(Subject.WORKERS))
+        seen = await first
+        assert (seen.outage, seen.status is None) == (None, False)
+        seen = await second
+        assert (seen.outage, seen.workers) == (None, ())
+
+
+async def test_an_outage_lasts_until_all_that_could_not_be_read_can_be(positions: str, tmp_path: Path) -> None:
+    settings = console_settings(tmp_path, positions)
+    async with served(settings) as (console, _, _):
+        rename = "alter function bridge.worker_status(text[], integer) rename to worker_status_gone"
+        await execute(positions, rename)
+        assert "worker_status" in ((await console.reader.look(Subject.WORKERS)).outage or "")
+        looks = console.reader.looks
+
+        async def looked_again() -> bool:
+            assert "worker_status" in ((await console.reader.look()).outage or ""), "somebody who asks for less"
+            return console.reader.looks > looks
+
+        await until(looked_again)
+        await execute(positions, "alter function bridge.worker_status_gone(text[], integer) rename to worker_status")
+
+        async def is_over() -> bool:
+            return (await console.reader.look()).outage is None
+
+        await until(is_over)
+        assert (await console.reader.look()).workers == ()
 
 
 async def test_a_stop_ends_open_streams_at_once(positions: str, tmp_path: Path) -> None:
@@ -543,6 +619,11 @@ async def test_a_console_starts_before_its_database(tmp_path: Path) -> None:
             words = (await browser.page(path)).words
             assert "The database does not answer" in words
             assert "postgres.dsn" in words
+
+
+async def _waits_for_a_lock(dsn: str) -> bool:
+    query = "select 1 from pg_stat_activity where application_name like '%console' and wait_event_type = 'Lock'"
+    return bool(await rows(dsn, query))
 
 
 async def rows(dsn: str, query: str) -> list[tuple[object, ...]]:
