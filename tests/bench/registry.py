@@ -31,6 +31,7 @@ ORDER = (
     "topics",
     "trouble",
     "console",
+    "pages",
     "webhooks",
 )
 """As the table shows them."""
