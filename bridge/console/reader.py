@@ -66,6 +66,8 @@ class _Looked:
 
     at: datetime | None = None
     """When the last look that was answered was, by the clock of the database."""
+    asked: float = float("-inf")
+    """When somebody last asked for it."""
     began: float = float("-inf")
     """When the last look began, whatever came of it."""
     old_at: float = float("-inf")
@@ -98,12 +100,14 @@ class Reader:
         """What is known, by a look at these subjects that is not old; by an older one where the database does not
         answer."""
         wanted = {Subject.DATABASE, *subjects}
+        for subject in wanted:
+            self._looked[subject].asked = time.monotonic()
         silence = None
         try:
             async with asyncio.timeout(_PATIENCE):
-                while due := self._due(wanted):
+                while self._is_due(wanted):
                     if self._looking is None:
-                        self._looking = asyncio.create_task(self._look(due | self._owed))
+                        self._looking = asyncio.create_task(self._look(self._worth_a_look(wanted)))
                     # Whoever waits may leave; the others want the answer.
                     await asyncio.wait([self._looking])
         except TimeoutError:
@@ -114,10 +118,22 @@ class Reader:
             return replace(self._seen, at=at, outage=silence, outage_seconds=_PATIENCE)
         return replace(self._seen, at=at, outage=self._outage.reason, outage_seconds=self._outage.seconds)
 
-    def _due(self, wanted: set[Subject]) -> set[Subject]:
-        now = time.monotonic()
-        looked = {subject: self._looked[subject] for subject in wanted}
-        return {subject for subject, it in looked.items() if now >= it.old_at or it.began <= self._outdated_at}
+    def _is_due(self, wanted: set[Subject]) -> bool:
+        """Whether to look now. Between two looks that is so only for what none of them would renew."""
+        if self._is_old(Subject.DATABASE):
+            return True
+        return any(self._is_old(subject, self._settings.console.interval) for subject in wanted)
+
+    def _is_old(self, subject: Subject, more: float = 0.0) -> bool:
+        """Whether it is older than it may be, by so many seconds `more`."""
+        looked = self._looked[subject]
+        return time.monotonic() >= looked.old_at + more or looked.began <= self._outdated_at
+
+    def _worth_a_look(self, wanted: set[Subject]) -> set[Subject]:
+        """What is old, and wanted now or shown by another page; and what is owed."""
+        lately = time.monotonic() - 2 * self._settings.console.interval
+        shown = {subject for subject, looked in self._looked.items() if looked.asked >= lately}
+        return {subject for subject in wanted | shown if self._is_old(subject)} | self._owed
 
     async def _look(self, subjects: set[Subject]) -> None:
         looked = {subject: self._looked[subject] for subject in Subject if subject in subjects}
@@ -138,8 +154,9 @@ class Reader:
             self._owed -= subjects
             self._outage.restored()
         finally:
+            soon = time.monotonic() + self._settings.console.interval
             for it in looked.values():
-                it.old_at = max(it.old_at, time.monotonic() + self._settings.console.interval)
+                it.old_at = max(it.old_at, soon)
             self.looks += 1
             self._looking = None
 
