@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from selenium import webdriver
-from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException, WebDriverException
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -71,6 +71,11 @@ class Chromium:
         try:
             return " ".join(self._driver.find_element(By.TAG_NAME, "body").text.split())
         except (StaleElementReferenceException, NoSuchElementException):
+            return ""
+        except WebDriverException as error:
+            # So says the driver where the page goes between two steps of its own.
+            if "does not belong to the document" not in (error.msg or ""):
+                raise
             return ""
 
     def find(self, css: str) -> WebElement:
