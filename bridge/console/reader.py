@@ -28,8 +28,8 @@ COUNTED: Final = 1000
 """Events that a look counts of each sink's backlog, and of each kind in the workers' inbox: a hundred times less than
 the command `status` does, since it is asked again and again."""
 _REST: Final = 10
-"""So many times as long as a look has taken, there is none: the console takes a tenth of one session's time at most,
-whatever the database is busy with."""
+"""So many times as long as a look at a subject has taken, there is none at that: each takes a tenth of one session's
+time at most, whatever the database is busy with."""
 SELDOM: Final = 3
 """Intervals for which that is kept which has to be found among many rows."""
 

@@ -60,10 +60,6 @@ def console(world: World) -> Sequence[Row]:
 @theme("pages")
 def pages(world: World) -> Sequence[Row]:
     """Processor time of the database for a renewal of each page of the console."""
-    return list(_costs(world))
-
-
-def _costs(world: World) -> Iterator[Row]:
     events, inbox = (100_000, 10_000) if world.quick else (10_000_000, 1_000_000)
     dsn = world.database()
     with psycopg.connect(dsn, autocommit=True) as filling:
@@ -76,17 +72,15 @@ def _costs(world: World) -> Iterator[Row]:
         # Its sessions learn the schema from a cold cache; then it keeps them.
         with open_page(f"{base}/live/") as opened:
             opened.wait_for(1)
+        costs = []
         for title, path in paths.items():
             before = _spent(watching)
             with open_page(f"{base}/live{path}") as opened:
                 opened.wait_for(RENEWALS)
             spent = _spent(watching) - before
-            yield Row(
-                f"pages: {title}, {events} events, {inbox} in the inbox",
-                "ms",
-                [spent / opened.renewals],
-                target=at_most(5),
-            )
+            what = f"pages: {title}, {events} events, {inbox} in the inbox"
+            costs.append(Row(what, "ms", [spent / opened.renewals], target=at_most(5)))
+    return costs
 
 
 def _spent(watching: psycopg.Connection[tuple[int]]) -> float:
