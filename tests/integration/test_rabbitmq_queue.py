@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import aio_pika
@@ -10,19 +11,22 @@ import pytest
 from aio_pika.abc import AbstractChannel
 from pydantic import SecretStr
 
-from bridge.brokers.contract import Failure, Subscription
+from bridge.brokers.contract import CONFIRMED, Failure, Subscription
 from bridge.brokers.rabbitmq.queue import RabbitMQQueue
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
+from bridge.brokers.rabbitmq.sink import RabbitMQSink
 from bridge.brokers.rabbitmq.topology import duration
 from bridge.errors import BrokerUnavailableError
 from bridge.event import Event, Malformed
+from tests.support.events import make_event
 from tests.support.servers import RabbitMQServer
 from tests.support.until import LIMIT
 
 
-def queue_of(server: RabbitMQServer, name: str, topic: str = "#") -> RabbitMQQueue:
+def queue_of(server: RabbitMQServer, name: str, topic: str = "#", *, ordered: bool = False) -> RabbitMQQueue:
     settings = RabbitMQSettings(type="rabbitmq", url=SecretStr(server.url), exchange=name)
-    return RabbitMQQueue(settings, Subscription(name, [topic], 10, [0.5, 60.0], max_attempts=3, ack_wait=30.0))
+    subscription = Subscription(name, [topic], 10, [0.5, 60.0], max_attempts=3, ack_wait=30.0, ordered=ordered)
+    return RabbitMQQueue(settings, subscription)
 
 
 @pytest.fixture
@@ -105,6 +109,31 @@ async def test_a_queue_with_the_delivery_limit_of_earlier_versions_differs(
     queue = queue_of(rabbitmq, unique)
     await queue.open()
     await queue.close()
+
+
+async def test_what_a_new_queue_has_confirmed_outlives_a_crash_of_the_broker_at_once(
+    server_folder: Path, unique: str
+) -> None:
+    with RabbitMQServer(server_folder / unique) as server:
+        # The last queue to be declared is the one at risk, here the one that is consumed.
+        queue = queue_of(server, unique, ordered=True)
+        await queue.topology(apply=True)
+        sink = RabbitMQSink(RabbitMQSettings(type="rabbitmq", url=SecretStr(server.url), exchange=unique))
+        await sink.open()
+        events = [make_event(), make_event()]
+        assert await sink.publish(events) == [CONFIRMED] * 2
+        await asyncio.to_thread(server.kill)
+        await sink.close()
+        await asyncio.to_thread(server.start)
+        await queue.open()
+        deliveries = aiter(queue.deliveries())
+        async with asyncio.timeout(LIMIT):
+            for event in events:
+                delivery = await anext(deliveries)
+                assert isinstance(delivery.event, Event)
+                assert delivery.event.id == event.id
+                await delivery.ack()
+        await queue.close()
 
 
 def event_message(topic: str) -> aio_pika.Message:

@@ -144,6 +144,9 @@ async def test_rabbitmq_keeps_a_durable_queue_through_a_kill_and_ends_its_port_m
         connection = await aio_pika.connect(server.url)
         await (await connection.channel()).declare_queue(unique, durable=True)
         await connection.close()
+        # RabbitMQ 3.10 confirms a declaration before its log holds the decision to commit it: one in 75 kills at once
+        # after it left a queue that the next start presumed aborted.
+        await asyncio.to_thread(server.ctl, "eval", "mnesia:dump_log().")
         await asyncio.to_thread(server.kill)
         await asyncio.to_thread(server.start)
         connection = await aio_pika.connect(server.url)

@@ -70,6 +70,7 @@ class Connection(asyncio.Protocol):
         self.frame_max = FRAME_MAX
         self.product = ""
         """What the broker calls itself."""
+        self.version = ""
         self._loop = loop
         self._transport: asyncio.Transport
         self._paused = False
@@ -175,7 +176,9 @@ class Connection(asyncio.Protocol):
         Raises ClosedError.
         """
         start = cast(commands.Connection.Start, await self._answers[0])
-        self.product = str((start.server_properties or {}).get("product", ""))
+        server = start.server_properties or {}
+        self.product = str(server.get("product", ""))
+        self.version = str(server.get("version", ""))
         if "PLAIN" not in start.mechanisms.split():
             raise ClosedError(Closure(f"to log in it offers {start.mechanisms}, and PLAIN is needed", during="login"))
         self._during = "login"

@@ -1,5 +1,6 @@
 """What a sink and a worker need on RabbitMQ, whether it is there, and how it is declared."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, cast
@@ -22,6 +23,14 @@ _NO_LIMIT: Final = 1_000_000_000
 a message up: the inbox alone counts attempts. RabbitMQ 4 would set 20; 3.x takes no -1."""
 
 _UNITS: Final = (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1))
+
+_NEW: Final = 1.5
+"""Seconds for which a quorum queue of RabbitMQ before 4 is new: a crash of the broker before its Raft library has saved
+the queue's name (`names.dets`, after 0.5 to 1 s without another new queue) loses what the queue has confirmed, and the
+queue answers nothing more. Since https://github.com/rabbitmq/ra/pull/443 it is saved at once."""
+
+_SAVES_NAMES_AT_ONCE: Final = 4
+"""RabbitMQ's major version that has this."""
 
 _CHANNEL: Final = 2
 """The channel on which questions are asked: beside the one that publishes, since a refusal closes it."""
@@ -275,6 +284,9 @@ async def require(settings: RabbitMQSettings, connection: Connection, needed: Se
 async def declarations(connection: Connection, worker: WorkerTopology, *, apply: bool) -> list[Declaration]:
     """What the broker has of what a worker needs; with `apply`, what is missing is declared. Raises ClosedError."""
     found = [await declaration(connection, each, apply=apply) for each in worker.needed()]
+    if _saves_names_late(connection) and any(each.kind == "queue" and each.state == "declared" for each in found):
+        # Nothing reaches the queues before they are bound.
+        await asyncio.sleep(_NEW)
     missing = {each.name for each in found if each.state == "missing"}
     if apply and worker.ordered and not missing:
         await _ask(connection, *worker.leftovers())
@@ -311,6 +323,11 @@ async def _binding(connection: Connection, binding: Binding, missing: set[str], 
         return Declaration("binding", binding.name, "present", detail, assumed=True)
     await _ask(connection, *binding.declare())
     return Declaration("binding", binding.name, "declared", "again, if it was there")
+
+
+def _saves_names_late(connection: Connection) -> bool:
+    major = connection.version.partition(".")[0]
+    return not major.isdecimal() or int(major) < _SAVES_NAMES_AT_ONCE
 
 
 async def counts_of(connection: Connection, queue: str) -> tuple[int, int]:
