@@ -139,6 +139,10 @@ class Relay:
         self._pipelined = pipelined
         self._careful = careful
         self._observe = SETTLE_SECONDS.labels(name).observe
+        self._count_read = EVENTS_READ.labels(name).inc
+        self._events_in_flight = EVENTS_IN_FLIGHT.labels(name)
+        self._bytes_in_flight = BYTES_IN_FLIGHT.labels(name)
+        self._events_held = EVENTS_HELD.labels(name)
         self._lane: Lane | None = None
         self._pages: deque[_InFlight] = deque()
         self._position: object = None
@@ -174,8 +178,8 @@ class Relay:
         except* _Stopped:
             log.debug("relay.stopped", sink=self.name)
         finally:
-            for gauge in (EVENTS_IN_FLIGHT, BYTES_IN_FLIGHT, EVENTS_HELD):
-                gauge.labels(self.name).set(0)
+            for gauge in (self._events_in_flight, self._bytes_in_flight, self._events_held):
+                gauge.set(0)
 
     # Stopping
 
@@ -233,7 +237,7 @@ class Relay:
         self._bytes += size
         self._unsettled += len(events)
         if events:
-            EVENTS_READ.labels(self.name).inc(len(events))
+            self._count_read(len(events))
             self._gauge(lane)
             lane.send(flight, events)
         else:
@@ -287,9 +291,9 @@ class Relay:
             self._empty.set()
 
     def _gauge(self, lane: Lane) -> None:
-        EVENTS_IN_FLIGHT.labels(self.name).set(self._unsettled)
-        BYTES_IN_FLIGHT.labels(self.name).set(self._bytes + lane.held_bytes)
-        EVENTS_HELD.labels(self.name).set(lane.held_count)
+        self._events_in_flight.set(self._unsettled)
+        self._bytes_in_flight.set(self._bytes + lane.held_bytes)
+        self._events_held.set(lane.held_count)
 
 
 def tell_dead_letters(letters: Sequence[DeadLetter]) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any, Final
 
 import psycopg
@@ -237,47 +238,59 @@ def database_errors(key: str = DSN_KEY) -> Iterator[None]:
         raise translated(error, key) from error
 
 
-@contextmanager
-def answered(connection: Connection, key: str = DSN_KEY, limit: float | None = None) -> Iterator[None]:
-    """As `database_errors`, and gives a connection up that is silent, see `silence_limited`."""
-    with database_errors(key), silence_limited(connection, key, limit):
-        yield
-
-
-@contextmanager
-def silence_limited(connection: Connection, key: str = DSN_KEY, limit: float | None = None) -> Iterator[None]:
+class silence_limited:  # noqa: N801 - used as contextlib.suppress is
     """Gives a connection up that is silent for `limit` seconds; default: ANSWER_LIMIT. Raises NoAnswerError then, and
     leaves all other errors as they are.
 
     An answer may take as long as it likes to arrive: what counts is that something does, be it a part of a large page.
     It ends the socket itself: a cancelled psycopg would ask the server to cancel too, and wait for it again.
+
+    A class, since a generator for each of two was a tenth of what a look into an empty log costs.
     """
-    loop = asyncio.get_running_loop()
-    silence = ANSWER_LIMIT if limit is None else limit
-    seen = connection.signs_of_life
-    silent_looks = 0
-    given_up = False
-    timer: asyncio.TimerHandle
 
-    def look() -> None:
-        nonlocal timer, seen, silent_looks, given_up
-        silent_looks = silent_looks + 1 if connection.signs_of_life == seen else 0
-        seen = connection.signs_of_life
-        if silent_looks < _LOOKS:
-            timer = loop.call_later(silence / _LOOKS, look)
-        elif not connection.closed:
-            given_up = True
-            connection.end_wire()
+    __slots__ = ("_connection", "_given_up", "_key", "_loop", "_seen", "_silence", "_silent_looks", "_timer")
 
-    timer = loop.call_later(silence / _LOOKS, look)
-    try:
-        yield
-    except psycopg.Error as error:
-        if given_up:
-            raise NoAnswerError(f"{key}: PostgreSQL did not answer within {silence:g} s") from error
-        raise
-    finally:
-        timer.cancel()
+    def __init__(self, connection: Connection, key: str = DSN_KEY, limit: float | None = None) -> None:
+        self._connection = connection
+        self._key = key
+        self._silence = ANSWER_LIMIT if limit is None else limit
+        self._silent_looks = 0
+        self._given_up = False
+
+    def __enter__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._seen = self._connection.signs_of_life
+        self._timer = self._loop.call_later(self._silence / _LOOKS, self._look)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        if self._given_up and isinstance(error, psycopg.Error):
+            raise NoAnswerError(f"{self._key}: PostgreSQL did not answer within {self._silence:g} s") from error
+
+    def _look(self) -> None:
+        heard = self._connection.signs_of_life
+        self._silent_looks = self._silent_looks + 1 if heard == self._seen else 0
+        self._seen = heard
+        if self._silent_looks < _LOOKS:
+            self._timer = self._loop.call_later(self._silence / _LOOKS, self._look)
+        elif not self._connection.closed:
+            self._given_up = True
+            self._connection.end_wire()
+
+
+class answered(silence_limited):  # noqa: N801
+    """As `silence_limited`, and turns the other errors of statements into ours, see `translated`."""
+
+    __slots__ = ()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, psycopg.Error):
+            raise translated(error, self._key) from error
 
 
 def translated(error: psycopg.Error, key: str = DSN_KEY) -> PgbridgeError:
