@@ -25,7 +25,7 @@ _GROWTH: Final = 4
 _REST: Final = 3
 """Times the duration of the last read: a trickle is read in pages of a few, for a quarter of the time at most."""
 _SHORTEST_REST, _LONGEST_REST = 0.003, 0.005
-"""Seconds. With 1 ms at least, a fast machine looked 500 times a second, mostly for nothing: a seventh of a core."""
+"""Seconds. With 1 ms at least, 30 events a second cost a seventh of a core, for looks that found nothing."""
 _LONG_REST: Final = 9
 """Times the duration of the last read, for a reader in no hurry: it leaves nine tenths of the session to the others."""
 _GAPS_AT_ONCE: Final = 5000

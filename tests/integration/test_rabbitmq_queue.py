@@ -111,6 +111,7 @@ async def test_a_queue_with_the_delivery_limit_of_earlier_versions_differs(
     await queue.close()
 
 
+@pytest.mark.rabbitmq
 async def test_what_a_new_queue_has_confirmed_outlives_a_crash_of_the_broker_at_once(
     server_folder: Path, unique: str
 ) -> None:
