@@ -128,7 +128,7 @@ class LogReader:
         self._stored_old: tuple[Ranges, ...] | None = None
         """The parts of the old gaps that are stored apart; None: not known."""
         self.store_seconds = 0.0
-        """How long the last store took."""
+        """How long the last store took the server."""
         self._pause = pause
         self.rest = 0.0
         """Seconds to let pass before the next read while events are coming."""
@@ -233,7 +233,6 @@ class LogReader:
         ids = None
         if held is not None:
             ids = [id_ for id_ in held if id_ <= position.mark]
-        began = time.monotonic()
         # Small parts come and go; the large ones are written only when they change.
         large = tuple([part for part in position.old_gaps if len(part) >= MANY])
         small = [part for part in position.old_gaps if len(part) < MANY]
@@ -242,7 +241,9 @@ class LogReader:
         async with self._turn:
             rows = await fetch_all(
                 self._connection,
-                "select bridge.store_cursor($1, $2, $3, $4, $5, $6)",
+                # Its time is the server's: here it may have waited for the session behind a page of megabytes.
+                "select bridge.store_cursor($1, $2, $3, $4, $5, $6), "
+                "extract(epoch from clock_timestamp() - now())::float8",
                 (
                     self._name,
                     self._sink,
@@ -252,14 +253,13 @@ class LogReader:
                     ids,
                 ),
             )
-            ((horizon,),) = rows
+            ((horizon, self.store_seconds),) = rows
             if horizon is None:
                 raise SchemaError(
                     f"{DSN_KEY}: somebody removed the position of the sink {self._sink!r} of the bridge "
                     f"{self._name!r} from bridge.cursor while it was in use"
                 )
             self._stored_old = large
-            self.store_seconds = time.monotonic() - began
             self._gaps.set_horizon(horizon)
 
     async def close_gaps(self) -> None:

@@ -159,7 +159,7 @@ class OutboxSource:
 
     @property
     def store_seconds(self) -> float:
-        """How long the last store of its position took."""
+        """How long the last store of its position took the server."""
         return self._log.store_seconds
 
     async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
