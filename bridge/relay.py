@@ -40,8 +40,10 @@ _WINDOW_HORIZON: Final = 1.0
 """Seconds whose confirms say how large the window is."""
 _WINDOW_FACTOR: Final = 2
 """So many times the confirms of that time may be in flight, so that the window can grow."""
+_FIRST_WINDOW: Final = 2000
+"""Events that may be in flight while it is not known how fast confirms come."""
 _SMALLEST_WINDOW: Final = 500
-"""Events that may be in flight whatever the confirms."""
+"""Events that may be in flight however slowly they come."""
 _PARTS_READ: Final = 4
 """A page is read once one of so many parts of the window is free: small pages cost as much as large ones."""
 
@@ -59,25 +61,41 @@ class Limits:
 
 
 class Window:
-    """How many events may be in flight, by what was confirmed lately."""
+    """How many events may be in flight, by what was confirmed lately.
+
+    It shrinks only after it was full for a while: of one with room, confirms say how much was sent, not how much comes
+    back.
+    """
 
     def __init__(self, largest: int) -> None:
         self._largest = largest
+        self._size = min(largest, _FIRST_WINDOW)
         self._confirms: deque[tuple[float, int]] = deque()
         self._recent = 0
+        self._full_since: float | None = None
 
     def confirmed(self, count: int) -> None:
         """So many more were confirmed."""
         self._confirms.append((time.monotonic(), count))
         self._recent += count
 
-    @property
-    def size(self) -> int:
-        """Events."""
-        oldest = time.monotonic() - _WINDOW_HORIZON
-        while self._confirms and self._confirms[0][0] < oldest:
+    def room(self, in_flight: int) -> int:
+        """How many more events may go now, beside those in flight; 0 until it is worth a page."""
+        now = time.monotonic()
+        while self._confirms and self._confirms[0][0] < now - _WINDOW_HORIZON:
             self._recent -= self._confirms.popleft()[1]
-        return min(self._largest, max(_SMALLEST_WINDOW, _WINDOW_FACTOR * self._recent))
+        earned = min(self._largest, max(_SMALLEST_WINDOW, _WINDOW_FACTOR * self._recent))
+        if not in_flight:
+            self._size, self._full_since = max(earned, min(self._largest, _FIRST_WINDOW)), None
+        elif earned >= self._size or (self._full_since is not None and now - self._full_since >= _WINDOW_HORIZON):
+            self._size = earned
+        room = self._size - in_flight
+        if room >= max(1, self._size // _PARTS_READ):
+            self._full_since = None
+            return room
+        if self._full_since is None:
+            self._full_since = now
+        return 0
 
 
 @dataclass(slots=True, eq=False)
@@ -219,13 +237,10 @@ class Relay:
     async def _wait_for_room(self, lane: Lane) -> int:
         """How many events the next page may have."""
         while True:
-            size = self.window.size
-            room = size - self._unsettled
+            room = self.window.room(self._unsettled)
             fits = self._bytes + lane.held_bytes < self._limits.bytes_in_flight
-            if (not self._pages and not lane.held_count) or (
-                room >= max(1, size // _PARTS_READ) and fits and lane.held_count < self._limits.held_events
-            ):
-                return max(1, room)
+            if room and fits and lane.held_count < self._limits.held_events:
+                return room
             self._room.clear()
             await self._room.wait()
 

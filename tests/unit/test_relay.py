@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 
@@ -344,7 +345,7 @@ async def test_what_waits_behind_a_full_queue_is_bounded_and_the_others_go_on_un
     for _ in range(100):
         await asyncio.sleep(0)
     # What was in flight when the limit was reached may be refused, too.
-    assert len(log.held) <= 300 + Window(limits.events_in_flight).size
+    assert len(log.held) <= 300 + Window(limits.events_in_flight).room(0)
     assert log.read_to < len(events)
     broker.refuse.clear()
     await asyncio.wait_for(running, 20)
@@ -396,24 +397,62 @@ async def test_a_lost_connection_is_never_blamed_on_an_event() -> None:
     assert [one.sequence for one in broker.arrived] == [0]
 
 
-def test_the_window_follows_the_confirms() -> None:
+def test_the_window_grows_with_the_confirms() -> None:
     window = Window(16_000)
-    assert window.size == 500
-    window.confirmed(400)
-    assert window.size == 800
+    assert window.room(0) == 2000
+    assert window.room(1500) == 500
+    assert window.room(1501) == 0  # less than a quarter is not worth a page
+    window.confirmed(1500)
+    assert window.room(500) == 2500
     window.confirmed(20_000)
-    assert window.size == 16_000
+    assert window.room(0) == 16_000
+
+
+def test_the_window_of_a_broker_that_became_slow_shrinks_to_what_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    window = Window(16_000)
+    window.confirmed(8000)
+    assert window.room(16_000) == 0
+    in_flight = 16_000
+    for _ in range(16):
+        now += 0.125
+        window.confirmed(50)
+        in_flight -= 50
+        assert window.room(in_flight) == 0
+    # 450 came back within the last second, its ends included, and twice as many may be in flight.
+    assert window.room(600) == 300
+    # Then nothing comes at all.
+    assert window.room(900) == 0
+    now += 2.0
+    assert window.room(900) == 0
+    assert window.room(375) == 125
+
+
+def test_a_window_that_was_not_full_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a trickle few confirms come, since little was sent."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    window = Window(16_000)
+    window.confirmed(5000)
+    for _ in range(30):
+        now += 0.1
+        assert window.room(10) >= 9990
+        window.confirmed(10)
+    # With nothing in flight it is as at the beginning: the broker may be another one by then.
+    now += 2.0
+    assert window.room(0) == 2000
 
 
 async def test_reading_stops_while_the_broker_does_not_confirm() -> None:
     log, broker = Log([event(n) for n in range(5000)]), Broker()
     broker.gate = asyncio.Event()
     carrying = asyncio.create_task(carry(log, broker))
-    # A page is read when there is room for a quarter of the smallest window.
-    await until(lambda: log.read_to > 375)
+    # A page is read when there is room for a quarter of the first window.
+    await until(lambda: log.read_to > 1500)
     for _ in range(50):
         await asyncio.sleep(0)
-    assert log.read_to <= 500
+    assert log.read_to <= 2000
     broker.gate.set()
     await carrying
 
@@ -437,11 +476,11 @@ async def test_a_stop_settles_what_is_in_flight_and_reads_nothing_more() -> None
     log, broker, stop = Log([event(n) for n in range(5000)]), Broker(), asyncio.Event()
     broker.gate = asyncio.Event()
     running = asyncio.create_task(Relay(log, "s", broker, limits=LIMITS).run(stop))
-    await until(lambda: log.read_to > 375)
+    await until(lambda: log.read_to > 1500)
     stop.set()
     broker.gate.set()
     await asyncio.wait_for(running, 5)
-    assert log.settled == log.read_to <= 500
+    assert log.settled == log.read_to <= 2000
 
 
 async def test_a_stop_asks_a_read_once_to_end_and_waits_for_it() -> None:
