@@ -69,7 +69,7 @@ class Window:
 
     def __init__(self, largest: int) -> None:
         self._largest = largest
-        self._size = min(largest, _FIRST_WINDOW)
+        self._size = self._first = min(largest, _FIRST_WINDOW)
         self._confirms: deque[tuple[float, int]] = deque()
         self._recent = 0
         self._full_since: float | None = None
@@ -86,7 +86,7 @@ class Window:
             self._recent -= self._confirms.popleft()[1]
         earned = min(self._largest, max(_SMALLEST_WINDOW, _WINDOW_FACTOR * self._recent))
         if not in_flight:
-            self._size, self._full_since = max(earned, min(self._largest, _FIRST_WINDOW)), None
+            self._size, self._full_since = max(earned, self._first), None
         elif earned >= self._size or (self._full_since is not None and now - self._full_since >= _WINDOW_HORIZON):
             self._size = earned
         room = self._size - in_flight

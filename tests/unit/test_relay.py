@@ -332,7 +332,7 @@ async def test_a_key_goes_on_whose_earlier_event_is_refused_after_a_later_one_wa
 
 
 async def test_what_waits_behind_a_full_queue_is_bounded_and_the_others_go_on_until_then() -> None:
-    events = [event(n, topic="full" if n % 2 else "free") for n in range(2000)]
+    events = [event(n, topic="full" if n % 2 else "free") for n in range(8000)]
     log, broker = Log(events), Broker()
     for one in events:
         if one.topic == "full":
