@@ -16,6 +16,7 @@ from typing import TypeVar
 import hypothesis
 import pytest
 
+from bridge.brokers.rabbitmq import topology
 from bridge.postgres.schema import migrate
 from tests.support.debian_postgres import DebianPostgresServer
 from tests.support.servers import (
@@ -77,6 +78,14 @@ def debian_postgres(server_folder: Path) -> Iterator[PostgresServer]:
 def rabbitmq(server_folder: Path) -> Iterator[RabbitMQServer]:
     """RabbitMQ, without the management plugin."""
     yield from _serve(lambda: RabbitMQServer(server_folder))
+
+
+@pytest.fixture(autouse=True)
+def _no_crash_of_rabbitmq_is_waited_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was declared need not outlive a crash of the broker in the next seconds, but in tests that crash one."""
+    if request.node.get_closest_marker("crashes_rabbitmq") is None:
+        monkeypatch.setattr(topology, "UNNAMED", 0.0)
+        monkeypatch.setattr(topology, "UNSAVED", 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -112,7 +112,8 @@ async def test_a_queue_with_the_delivery_limit_of_earlier_versions_differs(
 
 
 @pytest.mark.rabbitmq
-async def test_what_a_new_queue_has_confirmed_outlives_a_crash_of_the_broker_at_once(
+@pytest.mark.crashes_rabbitmq
+async def test_a_new_queue_with_its_binding_and_what_it_confirmed_outlives_a_crash_of_the_broker_at_once(
     server_folder: Path, unique: str
 ) -> None:
     with RabbitMQServer(server_folder / unique) as server:
@@ -126,6 +127,10 @@ async def test_what_a_new_queue_has_confirmed_outlives_a_crash_of_the_broker_at_
         await asyncio.to_thread(server.kill)
         await sink.close()
         await asyncio.to_thread(server.start)
+        await sink.open()
+        events.append(make_event())
+        assert await sink.publish(events[2:]) == [CONFIRMED]
+        await sink.close()
         await queue.open()
         deliveries = aiter(queue.deliveries())
         async with asyncio.timeout(LIMIT):

@@ -582,6 +582,8 @@ async def test_confirmed_events_survive_a_restart_of_the_broker(
     await bind(node.url, unique)
     events = make_events(50)
     assert list(await sink.publish(events)) == [CONFIRMED] * 50
+    # RabbitMQ 3.10 confirms a binding before its decision to commit it is on disk: one in 29 kills at once lost it.
+    await asyncio.to_thread(node.ctl, "eval", "mnesia:dump_log().")
     node.kill()
     with pytest.raises(BrokerUnavailableError):
         await RabbitMQSink(settings_for(node.url, unique)).open()

@@ -24,13 +24,17 @@ a message up: the inbox alone counts attempts. RabbitMQ 4 would set 20; 3.x take
 
 _UNITS: Final = (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1))
 
-_NEW: Final = 1.5
+UNNAMED: Final = 1.5
 """Seconds for which a quorum queue of RabbitMQ before 4 is new: a crash of the broker before its Raft library has saved
 the queue's name (`names.dets`, after 0.5 to 1 s without another new queue) loses what the queue has confirmed, and the
 queue answers nothing more. Since https://github.com/rabbitmq/ra/pull/443 it is saved at once."""
 
 _SAVES_NAMES_AT_ONCE: Final = 4
 """RabbitMQ's major version that has this."""
+
+UNSAVED: Final = 2.5
+"""Seconds for which a binding may be in memory only, though it was confirmed: RabbitMQ 3.10 answered before the
+decision to commit is in the log of Mnesia, whose cache is written every 2 s. RabbitMQ 4 may use Mnesia too."""
 
 _CHANNEL: Final = 2
 """The channel on which questions are asked: beside the one that publishes, since a refusal closes it."""
@@ -284,13 +288,19 @@ async def require(settings: RabbitMQSettings, connection: Connection, needed: Se
 async def declarations(connection: Connection, worker: WorkerTopology, *, apply: bool) -> list[Declaration]:
     """What the broker has of what a worker needs; with `apply`, what is missing is declared. Raises ClosedError."""
     found = [await declaration(connection, each, apply=apply) for each in worker.needed()]
-    if _saves_names_late(connection) and any(each.kind == "queue" and each.state == "declared" for each in found):
+    new = any(each.kind == "queue" and each.state == "declared" for each in found)
+    if new and _saves_names_late(connection):
         # Nothing reaches the queues before they are bound.
-        await asyncio.sleep(_NEW)
+        await asyncio.sleep(UNNAMED)
     missing = {each.name for each in found if each.state == "missing"}
     if apply and worker.ordered and not missing:
         await _ask(connection, *worker.leftovers())
-    return found + [await _binding(connection, each, missing, apply=apply) for each in worker.bindings()]
+    bound = [await _binding(connection, each, missing, apply=apply) for each in worker.bindings()]
+    if new:
+        # A crash in between is told by the question: the connection is gone with it.
+        await asyncio.sleep(UNSAVED)
+        await counts_of(connection, worker.worker)
+    return [*found, *bound]
 
 
 async def declaration(connection: Connection, needed: Needed, *, apply: bool) -> Declaration:
