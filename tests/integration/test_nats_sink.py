@@ -12,6 +12,7 @@ import nats
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.api import (
     AccountInfo,
@@ -27,6 +28,7 @@ from nats.js.api import (
 from pydantic import SecretStr
 
 from bridge.brokers.contract import CONFIRMED, Failure, Never, NotSent, Refused, Subscription, Unknown
+from bridge.brokers.nats.connection import connect
 from bridge.brokers.nats.message import quote_headers, subject_of, topic_of, unquote_headers
 from bridge.brokers.nats.queue import NatsQueue
 from bridge.brokers.nats.settings import NatsSettings
@@ -34,6 +36,7 @@ from bridge.brokers.nats.sink import DEAD_LETTER_ROOM, NatsSink
 from bridge.brokers.nats.topology import filters, refuses_single_messages
 from bridge.event import REPLAYED, Event, matches
 from tests.support.events import make_event
+from tests.support.proxy import Proxy
 from tests.support.servers import MAX_PAYLOAD, NatsServer
 from tests.support.until import LIMIT, until
 
@@ -311,6 +314,25 @@ async def test_a_stream_that_would_lose_or_repeat_events_differs(
     (declaration,) = await NatsSink(settings_of(nats_server.url, unique)).topology(apply=True)
     assert declaration.state == "differs"
     assert "duplicate window" in declaration.detail
+
+
+async def test_after_a_round_trip_the_server_knows_what_was_subscribed_before(
+    nats_server: NatsServer, unique: str
+) -> None:
+    async with Proxy(nats_server.host, nats_server.port) as proxy, await nats.connect(nats_server.url) as other:
+        connection = await connect(settings_of(f"nats://127.0.0.1:{proxy.port}", unique))
+        # Some twenty bytes at a time: a ping that goes ahead is answered long before the rest has arrived.
+        proxy.rate_to_server = 1000
+        subject = f"{unique}.{'x' * 200}"
+        await connection.client.subscribe(subject, cb=answer)
+        await connection.round_trip()
+        # Raises NoRespondersError where nobody has subscribed.
+        assert (await other.request(subject, timeout=LIMIT)).data == b"here"
+        await connection.close()
+
+
+async def answer(message: Msg) -> None:
+    await message.respond(b"here")
 
 
 def subscription(worker: str, topics: Sequence[str], ack_wait: float = 3.0) -> Subscription:

@@ -58,7 +58,9 @@ class Receiver:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
+                body = self.rfile.read(size := int(self.headers["content-length"]))
+                if len(body) < size:
+                    return  # The process that sent it was killed in between.
                 self.send_response(receiver.take(body, {name.lower(): value for name, value in self.headers.items()}))
                 self.send_header("content-length", "0")
                 self.end_headers()

@@ -189,6 +189,14 @@ class Connection:
         finally:
             self._waiting.discard(limit)
 
+    async def round_trip(self) -> None:
+        """Returns once the server has handled all that was sent before. Raises nats-py's errors.
+
+        nats-py writes a ping ahead of what it has buffered: only the answer to a second one tells of that.
+        """
+        for _ in range(2):
+            await self.client.flush(int(REQUEST_TIMEOUT))
+
     async def until_lost(self) -> None:
         """Returns once the connection is lost or closed.
 

@@ -338,7 +338,7 @@ class NatsQueue:
         """Returns once the server has answered that nothing more comes, and what was on its way has been taken."""
         inbox, self._inbox = self._inbox, None
         if inbox is None:
-            await connection.client.flush(int(REQUEST_TIMEOUT))
+            await connection.round_trip()
         else:
             # A plain unsubscribe would leave what is on its way unsettled until ack_wait.
             await inbox.drain()  # type: ignore[no-untyped-call]

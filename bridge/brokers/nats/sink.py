@@ -24,7 +24,7 @@ import structlog
 from nats.aio.msg import Msg
 
 from bridge.brokers.contract import CONFIRMED, Declaration, Never, NotSent, Outcome, Refused, Unknown, Unsendable
-from bridge.brokers.nats.connection import PING_INTERVAL, REQUEST_TIMEOUT, Connection, connect
+from bridge.brokers.nats.connection import PING_INTERVAL, Connection, connect
 from bridge.brokers.nats.message import ID_HEADER, headers_of, headers_size, subject_of
 from bridge.brokers.nats.permissions import inspected
 from bridge.brokers.nats.settings import NatsSettings
@@ -145,8 +145,8 @@ class NatsSink:
                 await connection.client.subscribe(
                     f"{self._inbox}.*.*", cb=self._confirm, pending_msgs_limit=0, pending_bytes_limit=0
                 )
-                # The server knows the subscription once it has answered a ping behind it.
-                await connection.client.flush(int(REQUEST_TIMEOUT))
+                # So that a refusal of the subscription is heard here.
+                await connection.round_trip()
             self._pipelines = not await self._limited(connection)
         except BaseException:
             await connection.close()
