@@ -12,6 +12,7 @@ from aio_pika.abc import AbstractChannel
 from pydantic import SecretStr
 
 from bridge.brokers.contract import CONFIRMED, Failure, Subscription
+from bridge.brokers.rabbitmq import topology
 from bridge.brokers.rabbitmq.queue import RabbitMQQueue
 from bridge.brokers.rabbitmq.settings import RabbitMQSettings
 from bridge.brokers.rabbitmq.sink import RabbitMQSink
@@ -20,7 +21,7 @@ from bridge.errors import BrokerUnavailableError
 from bridge.event import Event, Malformed
 from tests.support.events import make_event
 from tests.support.servers import RabbitMQServer
-from tests.support.until import LIMIT
+from tests.support.until import LIMIT, until
 
 
 def queue_of(server: RabbitMQServer, name: str, topic: str = "#", *, ordered: bool = False) -> RabbitMQQueue:
@@ -140,6 +141,27 @@ async def test_a_new_queue_with_its_binding_and_what_it_confirmed_outlives_a_cra
                 assert delivery.event.id == event.id
                 await delivery.ack()
         await queue.close()
+
+
+@pytest.mark.rabbitmq
+async def test_a_broker_that_crashes_before_a_new_binding_is_on_disk_is_told(
+    server_folder: Path, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topology, "UNSAVED", 4.0)
+    with RabbitMQServer(server_folder / unique) as server:
+        sink = RabbitMQSink(RabbitMQSettings(type="rabbitmq", url=SecretStr(server.url), exchange=unique))
+        await sink.topology(apply=True)
+        await sink.open()
+        applying = asyncio.create_task(queue_of(server, unique).topology(apply=True))
+
+        async def is_bound() -> bool:
+            return await sink.publish([make_event()]) == [CONFIRMED]
+
+        await until(is_bound)
+        await asyncio.to_thread(server.kill)
+        with pytest.raises(BrokerUnavailableError):
+            await applying
+        await sink.close()
 
 
 def event_message(topic: str) -> aio_pika.Message:
